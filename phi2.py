@@ -1,0 +1,346 @@
+"""phi-2 in one file: the model, its KV cache, loading and greedy generation.
+
+Second in the reading order, after lora.py. The module names are those of transformers' `PhiForCausalLM`
+(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and phi-1.5
+differ only in config.json. Left out: sampling, long-context rotary scaling, grouped-query attention (no phi has it).
+
+    directory = phi2.locate("microsoft/phi-2")          # a directory, or files from the Hub
+    model = phi2.build(directory)                       # empty, on the meta device
+    phi2.load_weights(model, directory, "cuda", torch.bfloat16)
+"""
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+NOWHERE = 2 ** 30  # the position of padding: after every query, so that no query sees it
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Configuration
+
+@dataclass
+class Phi2Config:
+    """The fields of config.json that matter, under Hugging Face's names; the defaults are phi-2's."""
+    vocab_size: int = 51200
+    hidden_size: int = 2560
+    intermediate_size: int = 10240
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    max_position_embeddings: int = 2048
+    partial_rotary_factor: float = 0.4  # the part of each head's dimensions that is rotated
+    rope_theta: float = 10000.0
+    layer_norm_eps: float = 1e-5
+    resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
+
+
+# What the first upload of phi-2 (model type "phi-msft") called the same things.
+MSFT_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+              "layer_norm_epsilon": "layer_norm_eps"}
+# Options of config.json that would change the result and are not implemented: the only value accepted.
+FIXED = {"hidden_act": "gelu_new", "activation_function": "gelu_new", "qk_layernorm": False, "embd_pdrop": 0.0,
+         "attention_dropout": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False, "rope_scaling": None}
+
+
+def read_config(directory: Path) -> Phi2Config:
+    """config.json of a model directory. Raises ValueError for an architecture that is not a phi."""
+    path = Path(directory) / "config.json"
+    raw = json.loads(path.read_text())
+    if raw.get("model_type") not in ("phi", "phi-msft"):
+        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' (phi-1, phi-1.5, phi-2)")
+    raw |= {ours: raw[theirs] for theirs, ours in MSFT_NAMES.items() if raw.get(theirs) is not None}
+    raw |= {key: value for key, value in (raw.get("rope_parameters") or {}).items() if key != "rope_type"}
+    if (rope := raw.get("rope_parameters") or {}).get("rope_type", "default") != "default":
+        raise ValueError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+    if raw["model_type"] == "phi-msft":
+        raw.setdefault("intermediate_size", 4 * raw["hidden_size"])
+        raw["partial_rotary_factor"] = raw["rotary_dim"] * raw["num_attention_heads"] / raw["hidden_size"]
+    for key, value in FIXED.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
+    missing = [field.name for field in fields(Phi2Config)[:5] if field.name not in raw]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    config = Phi2Config(**{field.name: raw[field.name] for field in fields(Phi2Config) if raw.get(field.name) is not None})
+    if (raw.get("num_key_value_heads") or config.num_attention_heads) != config.num_attention_heads:
+        raise ValueError(f"{path}: num_key_value_heads other than num_attention_heads is not supported")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The model. Shapes: B rows, T tokens of this call, S tokens with those in the cache, H heads of D dimensions
+
+@dataclass
+class KVCache:
+    """What attention remembers: keys and values (B, H, S, D) of every layer, and `positions` (B, S).
+
+    Never changed in place: each call of the model returns a longer one. So one cache of a common prefix (B = 1)
+    can stand before any number of batches, and it carries its autograd graph: gradients reach the prefix.
+    """
+    positions: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+
+    def select(self, rows: Tensor) -> "KVCache":
+        """The cache of some rows only; `rows` holds their indices."""
+        return KVCache(self.positions[rows], [(k[rows], v[rows]) for k, v in self.layers])
+
+
+def rotary_tables(config: Phi2Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, rotated dimensions) of RoPE (arXiv:2104.09864), computed in fp32."""
+    rotated = int(config.hidden_size // config.num_attention_heads * config.partial_rotary_factor)
+    exponents = torch.arange(0, rotated, 2, device=positions.device).float() / rotated
+    angles = positions[:, None, :, None].float() * config.rope_theta ** -exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first dimensions of x (B, H, T, D), pairing i with i + half; the rest pass through."""
+    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Phi2Config):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.dense = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x, cos, sin, mask, past):
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if past is not None:  # a cache of one row serves all rows
+            k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2) for old, new in zip(past, (k, v)))
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        return self.dense(y.transpose(1, 2).flatten(2)), (k, v)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: Phi2Config):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """phi's parallel block: attention and MLP read the same LayerNorm, and both are added to x."""
+
+    def __init__(self, config: Phi2Config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, x, cos, sin, mask, past):
+        h = self.input_layernorm(x)
+        attended, present = self.self_attn(h, cos, sin, mask, past)
+        # transformers adds in this order, which matters to the last bit of bf16
+        return self.resid_dropout(attended) + self.resid_dropout(self.mlp(h)) + x, present
+
+
+class Trunk(nn.Module):
+    """Everything but the head; `model.` in the checkpoint's keys."""
+
+    def __init__(self, config: Phi2Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Hidden states (B, T, width) of ids (B, T), and the cache with these tokens added."""
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        if cache is not None:  # go on after each row's last real token
+            seen = cache.positions.masked_fill(cache.positions == NOWHERE, -1)
+            positions = positions + seen.amax(dim=1, keepdim=True) + 1
+        if lengths is not None:
+            padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
+            positions = positions.masked_fill(padding, NOWHERE)
+        x = self.embed_tokens(ids)
+        cos, sin = rotary_tables(self.config, positions, x.dtype)
+        mask, keys = None, positions
+        if cache is not None:
+            rows = max(len(cache.positions), len(positions))
+            keys = torch.cat((cache.positions.expand(rows, -1), positions.expand(rows, -1)), dim=1)
+        if cache is not None or lengths is not None:  # a key is visible to queries at or after its position
+            mask = (keys[:, None, :] <= positions[:, :, None])[:, None]
+        layers = []
+        for i, block in enumerate(self.layers):
+            x, present = block(x, cos, sin, mask, cache.layers[i] if cache is not None else None)
+            layers.append(present)
+        return self.final_layernorm(x), KVCache(keys.expand(len(ids), -1), layers)
+
+
+class Phi2(nn.Module):
+    def __init__(self, config: Phi2Config):
+        super().__init__()
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
+        self.config = config
+        self.model = Trunk(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+
+    def forward(self, ids: Tensor, cache: KVCache | None = None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Logits (B, T, vocab) of ids (B, T); or (n, vocab) at the n places `at` = (rows, columns).
+
+        Padding stands on the right, where the causal mask hides it. The head is the widest layer of phi-2
+        (51,200 outputs), so asking for the answer's places alone saves most of the memory of the logits.
+        """
+        hidden, _ = self.model(ids, cache)
+        return self.lm_head(hidden if at is None else hidden[at])
+
+    def prefill(self, prefix: list[int]) -> KVCache:
+        """The cache of a prefix that all rows share (one row, with its graph where gradients are on)."""
+        return self.model(torch.tensor([prefix], device=self.lm_head.weight.device))[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Loading
+
+def locate(name: str, patterns: list[str] = FILES) -> Path:
+    """The directory of a model: `name` itself if it is one, else downloaded from the Hub (or its local cache).
+
+    Raises ValueError, in one line, when there is neither.
+    """
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        return directory
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    offline = "without a network, pass a directory instead: --model tiny/model, or one that holds " + ", ".join(FILES[:3])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(f"no model {name!r}: neither a directory nor a public repository on the Hub; {offline}") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(f"cannot reach the Hub for {name!r} ({type(error).__name__}); {offline}") from None
+
+
+def build(name: str) -> Phi2:
+    """The model of `name` (a directory or a Hub id) without its weights, on the meta device."""
+    with torch.device("meta"):
+        return Phi2(read_config(locate(name)))
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, by its index where there is one."""
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif (directory / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    else:
+        raise ValueError(f"{directory} holds no model.safetensors and no model.safetensors.index.json")
+    for name in names:
+        if not (directory / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is not there: download it again")
+    return [directory / name for name in names]
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """All (key, tensor) of a checkpoint, one tensor in memory at a time, under today's names."""
+    from safetensors import SafetensorError, safe_open
+    for path in checkpoint_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    yield from rename_msft(key, file.get_tensor(key))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
+
+
+def rename_msft(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Today's (key, tensor) of one in the layout of phi-2's first upload, whose Wqkv holds the rows of q, k, v.
+
+    A key of today's layout passes unchanged. Buffers of rotary tables, in some fine-tuned uploads, are dropped.
+    """
+    if key.endswith("inv_freq"):
+        return
+    if ".query_key_value." in key:
+        raise ValueError(f"{key}: the layout of transformers 4.36 (q, k, v interleaved by head) is not supported; "
+                         "download the model again, the Hub's current one has q_proj, k_proj, v_proj")
+    for old, new in (("transformer.embd.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
+                     (".ln.", ".input_layernorm."), ("lm_head.input_layernorm.", "model.final_layernorm."),
+                     ("lm_head.linear.", "lm_head."), (".mixer.out_proj.", ".self_attn.dense.")):
+        key = key.replace(old, new)
+    if ".mixer.Wqkv." in key:
+        for name, part in zip("qkv", tensor.chunk(3)):
+            yield key.replace("mixer.Wqkv", f"self_attn.{name}_proj"), part
+    else:
+        yield key, tensor
+
+
+def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Phi2:
+    """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
+
+    Each tensor goes to its module's own `load_state_dict`; a quantised layer quantises there, so the peak is the
+    model plus one tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable.
+    """
+    from tqdm import tqdm
+    directory = locate(name)
+    with torch.device("meta"):
+        expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
+    missing = dict(expected)
+    bar = tqdm(read_tensors(directory), desc="loading", total=len(expected), unit="tensor", leave=False, delay=2)
+    for key, tensor in bar:
+        if key not in expected:
+            raise ValueError(f"{directory}: unknown tensor {key}; a phi of {model.config.num_hidden_layers} layers has none of that name")
+        if tensor.shape != expected[key]:
+            raise ValueError(f"{directory}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key])}")
+        path, _, leaf = key.rpartition(".")
+        value = tensor.to(device=device, dtype=dtype)
+        model.get_submodule(path).load_state_dict({leaf: value}, strict=False, assign=True)
+        missing.pop(key, None)
+    if missing:
+        raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Generation
+
+@torch.no_grad()
+def generate(model: Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int,
+             cache: KVCache | None = None) -> list[list[int]]:
+    """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
+
+    `cache` holds a prefix that stands before every prompt. Ids of `vocab_size` (the tokenizer's) and above are
+    rows of the head that no text ever trained: they are never chosen. Rows that have ended leave the batch.
+    """
+    device = model.lm_head.weight.device
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, :len(prompt)] = torch.tensor(prompt)
+    completions = [[] for _ in prompts]
+    rows = torch.arange(len(prompts), device=device)
+    hidden, cache = model.model(ids.to(device), cache, lengths)
+    hidden = hidden[rows, lengths - 1]
+    for step in range(max_new_tokens):
+        chosen = model.lm_head(hidden)[:, :vocab_size].argmax(dim=-1)
+        alive = chosen != eos
+        rows, chosen = rows[alive], chosen[alive]
+        for row, token in zip(rows.tolist(), chosen.tolist()):
+            completions[row].append(token)
+        if not len(rows) or step == max_new_tokens - 1:
+            break
+        hidden, cache = model.model(chosen[:, None], cache.select(alive), None)
+        hidden = hidden[:, -1]
+    return completions
