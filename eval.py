@@ -1,0 +1,176 @@
+"""Accuracy on a split, and the answer to a single pair.
+
+Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads the first number of what it wrote,
+as the notebooks of the original FLoRA did: a model that does not answer gets nothing. Mode "score" compares the three
+answers at the position after "### Label:", one forward pass; it shows what a model knows even if it would not say it.
+
+    python eval.py --adapter out/demo                                       # every validation split
+    python eval.py --model microsoft/phi-2 --split validation_matched --mode score
+    python eval.py --adapter out/demo --premise "Anna bought a dog." --hypothesis "Anna bought an animal."
+"""
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import lora
+import phi2
+import quant
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def load_model(directory: Path, quantization: str, dtype: torch.dtype, device: str, double_quant: bool = False) -> phi2.Phi2:
+    """The four lines that this project is about, less the adapter."""
+    model = phi2.build(directory)
+    if quantization == "nf4":
+        quant.quantize_linears(model, double_quant=double_quant)
+    return phi2.load_weights(model, directory, device, dtype)
+
+
+@torch.no_grad()
+def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_new_tokens: int = 32, batch_size: int = 64,
+             max_length: int | None = None, desc: str = "evaluating") -> tuple[dict, list[dict]]:
+    """({"accuracy", "n", "correct", "unparsed"}, one prediction per example in their order); dropout is off meanwhile.
+
+    `unparsed` completions, without a number, count as wrong.
+    """
+    was_training = model.training
+    model.eval()
+    prefix = tokenizer.encode(data.PREFIX).ids
+    prompts = [data.encode(example, tokenizer, max_length)[0] for example in examples]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # rows of one length together, the longest first
+    cache, predictions = model.prefill(prefix), [None] * len(prompts)
+    bar = tqdm(total=len(prompts), desc=desc, unit="row", leave=False)
+    for start in range(0, len(order), batch_size):
+        rows = order[start:start + batch_size]
+        rest = [prompts[i][len(prefix):] for i in rows]
+        answer = score if mode == "score" else complete
+        for i, prediction in zip(rows, answer(model, tokenizer, rest, cache, max_new_tokens)):
+            example = examples[i]
+            predictions[i] = {"idx": example.get("idx", i), "prompt": data.PROMPT.format(**example), "label": example["label"]} | prediction
+        bar.update(len(rows))
+    bar.close()
+    model.train(was_training)
+    correct = sum(row["prediction"] == row["label"] for row in predictions)
+    unparsed = sum(row["prediction"] == -1 for row in predictions)
+    return {"accuracy": correct / len(predictions), "n": len(predictions), "correct": correct, "unparsed": unparsed}, predictions
+
+
+def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int) -> list[dict]:
+    """What the model writes after the prompts that the cache begins and `rest` ends."""
+    eos, size = tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size()
+    texts = tokenizer.decode_batch(phi2.generate(model, rest, max_new_tokens, eos, size, cache), skip_special_tokens=False)
+    return [{"completion": text, "prediction": data.parse(text)} for text in texts]
+
+
+def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 0) -> list[dict]:
+    """The likeliest of the three answers, and the probability of each among the three."""
+    ids, _, _ = data.collate([(prompt, [0]) for prompt in rest], skip=0, loss="answer")
+    last = torch.arange(len(rest)), torch.tensor([len(prompt) - 1 for prompt in rest])
+    logits = model(ids.to(model.lm_head.weight.device), cache, last)
+    probabilities = logits.float()[:, data.answer_ids(tokenizer)].softmax(dim=-1)
+    return [{"prediction": max(range(3), key=row.__getitem__), "scores": row} for row in probabilities.tolist()]
+
+
+def write_predictions(predictions: list[dict], path: Path) -> None:
+    with lora.replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+
+
+def table(results: dict[str, dict[str, dict]]) -> str:
+    """{"baseline": {split: result}, ...} as text, a line per stage and split."""
+    lines = [f"{'':10}  {'split':24} {'accuracy':>8} {'correct':>8} {'rows':>7} {'unparsed':>8}"]
+    for stage, splits in results.items():
+        lines += [f"{stage:10}  {split:24} {r['accuracy']:8.4f} {r['correct']:8,} {r['n']:7,} {r['unparsed']:8,}" for split, r in splits.items()]
+    return "\n".join(lines)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments on model and data that train.py has too."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, without a GPU tiny/model)")
+    group.add_argument("--dataset", help="Hub id, or a directory with train.* and validation*.* (default: nyu-mll/glue, without a GPU tiny/data)")
+    group.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="hold the frozen weights in 4 bits, or as they are (default: nf4)")
+    group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
+    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations; fp16 is not offered, it overflows in phi-2's attention (default: bf16)")
+    group.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
+    group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="accuracy on MNLI, or the answer to one pair", fromfile_prefix_chars="@")
+    add_model_arguments(parser)
+    parser.add_argument("--adapter", type=Path, help="directory of a run of train.py, or any PEFT LoRA adapter; it names its model")
+    parser.add_argument("--split", nargs="+", help="default: every validation split")
+    parser.add_argument("--limit", type=int, help="first rows of each split only")
+    parser.add_argument("--mode", choices=["generate", "score"], default="generate")
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="in mode generate (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument("--premise", help="one pair instead of a dataset; with --hypothesis")
+    parser.add_argument("--hypothesis")
+    parser.add_argument("--out", type=Path, help="write results.json and predictions_<split>.jsonl here")
+    if adapter := parser.parse_args().adapter:
+        parser.set_defaults(**trained_with(adapter))
+    args = data.parse_arguments(parser)
+    if (args.premise is None) != (args.hypothesis is None):
+        parser.error("--premise and --hypothesis go together")
+    directory = phi2.locate(args.model)
+    tokenizer = data.load_tokenizer(directory)
+    model = load_model(directory, args.quant, DTYPES[args.dtype], args.device, args.double_quant).eval()
+    if args.adapter:
+        config = lora.load_adapter(model, args.adapter)
+        adapted = len(lora.lora_parameters(model)) // 2
+        print(f"{args.adapter}: rank {config.rank}, {adapted}/{adapted} modules adapted")
+
+    if args.premise is not None:
+        pair = {"premise": args.premise, "hypothesis": args.hypothesis, "label": 0}
+        prompt, _ = data.encode(pair, tokenizer, args.max_length)
+        written, scored = (answer(model, tokenizer, [prompt], None, args.max_new_tokens)[0] for answer in (complete, score))
+        print(f"completion: {written['completion']!r}")
+        for label, probability in enumerate(scored["scores"]):
+            print(f"{label} {data.LABELS[label]:14} {probability:.4f}" + "  <-" * (label == scored["prediction"]))
+        return
+
+    results = {}
+    for split in args.split or data.validation_splits(args.dataset):
+        examples = data.load_examples(args.dataset, split, args.limit)
+        results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size, args.max_length, split)
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+            write_predictions(predictions, args.out / f"predictions_{split}.jsonl")
+    stage = "finetuned" if args.adapter else "baseline"
+    print(table({stage: results}))
+    if args.out:
+        report = {"protocol": protocol(args.mode, args.max_new_tokens), stage: results}
+        with lora.replacing(args.out / "results.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def trained_with(adapter: Path) -> dict:
+    """The arguments an adapter was trained with, as defaults: all that concern evaluation, or the model alone."""
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    found = {"model": json.loads(path.read_text()).get("base_model_name_or_path")}
+    if not found["model"]:
+        raise ValueError(f"{path} does not name its base model; pass --model")
+    if (adapter / "args.json").is_file():
+        saved = json.loads((adapter / "args.json").read_text())
+        found |= {key: saved[key] for key in ("dataset", "quant", "double_quant", "dtype", "max_length")}
+    return found
+
+
+def protocol(mode: str, max_new_tokens: int) -> dict:
+    """What results.json says about how accuracy was measured."""
+    if mode == "score":
+        return {"mode": mode, "prompt": data.PROMPT, "answers": [" 0", " 1", " 2"]}
+    return {"mode": mode, "prompt": data.PROMPT, "decoding": "greedy", "max_new_tokens": max_new_tokens, "parse": data.NUMBER.pattern}
+
+
+if __name__ == "__main__":
+    data.run(main)
