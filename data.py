@@ -107,7 +107,7 @@ def read_files(paths: list[Path]):
         raise ValueError(f"{paths[0]} is empty")
     try:
         return datasets.load_dataset(READERS[paths[0].suffix], data_files=[str(path) for path in paths], split="train", **options)
-    except datasets.exceptions.DatasetGenerationError as error:
+    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:  # pyarrow's errors are ValueErrors
         raise ValueError(f"cannot read {paths[0]}: {str(error.__cause__ or error).splitlines()[0]}") from None
 
 

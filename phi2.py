@@ -51,7 +51,10 @@ FIXED = {"hidden_act": "gelu_new", "activation_function": "gelu_new", "qk_layern
 def read_config(directory: Path) -> Phi2Config:
     """config.json of a model directory. Raises ValueError for an architecture that is not a phi."""
     path = Path(directory) / "config.json"
-    raw = json.loads(path.read_text())
+    try:
+        raw = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
     if raw.get("model_type") not in ("phi", "phi-msft"):
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' (phi-1, phi-1.5, phi-2)")
     raw |= {ours: raw[theirs] for theirs, ours in MSFT_NAMES.items() if raw.get(theirs) is not None}

@@ -10,12 +10,21 @@ Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in
 
     quant.quantize_linears(model)           # before phi2.load_weights: each weight is quantised as it arrives
 """
+import logging
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
+
+
+def functional():
+    """bitsandbytes' functional module, imported here and without its remark on an optional CPU kernel."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes.functional
+    return bitsandbytes.functional
 
 
 class _DequantizedLinear(torch.autograd.Function):
@@ -61,8 +70,7 @@ class NF4Linear(nn.Module):
         if weight is not None and weight.is_floating_point():
             if weight.shape != (self.out_features, self.in_features):
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
-            from bitsandbytes.functional import quantize_4bit
-            packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4")
+            packed, state = functional().quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4")
             self.dtype, self.code = weight.dtype, state.code
             state_dict |= {prefix + "weight": packed, prefix + "absmax": state.absmax}
             if self.double_quant:
@@ -72,14 +80,13 @@ class NF4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (out_features, in_features) that the codes stand for, in the dtype it was quantised from."""
-        from bitsandbytes.functional import QuantState, dequantize_4bit
-        nested = {}
+        bnb, nested = functional(), {}
         if self.double_quant:
-            state2 = QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
+            state2 = bnb.QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
             nested = {"offset": self.offset, "state2": state2}
         shape = torch.Size((self.out_features, self.in_features))
-        state = QuantState(absmax=self.absmax, shape=shape, code=self.code, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype, **nested)
-        return dequantize_4bit(self.weight, state)
+        state = bnb.QuantState(absmax=self.absmax, shape=shape, code=self.code, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype, **nested)
+        return bnb.dequantize_4bit(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:
         return _DequantizedLinear.apply(x, self)

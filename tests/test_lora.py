@@ -1,0 +1,256 @@
+"""lora.py beside PEFT: the same start, the same outputs, gradients and steps, the same files; and what it refuses."""
+import json
+
+import pytest
+import torch
+from conftest import distance, ours, random_ids, read_json, reference
+from safetensors.torch import load_file, save_file
+
+import lora
+import quant
+
+QV = ("q_proj", "v_proj")
+
+
+def peft_model(base, targets=QV, dropout=0.0, **options):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **options))
+
+
+def peft_tensors(model) -> dict[str, torch.Tensor]:
+    """PEFT's adapter tensors under our names."""
+    return {name.removeprefix(lora.PREFIX).replace(".default", ""): parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def pair(directory, dtype=torch.float32, quantization="none", targets=QV, seed=1):
+    """Our model and PEFT's with the same random A and B."""
+    mine, theirs = ours(directory, dtype, quantization), reference(directory, dtype, quantization)
+    lora.inject(mine, lora.LoRAConfig(dropout=0.0, targets=targets))
+    theirs = peft_model(theirs, targets)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lora.lora_parameters(mine).items():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+            peft_tensors(theirs)[name].copy_(parameter)
+    return mine, theirs
+
+
+def answer_loss(logits, ids):
+    return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("targets", [QV, ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")])
+def test_initialisation_is_bit_equal_to_pefts_from_the_same_seed(tiny, targets):
+    mine, theirs = ours(tiny, torch.float32), reference(tiny, torch.float32)
+    torch.manual_seed(7)
+    lora.inject(mine, lora.LoRAConfig(targets=targets))
+    torch.manual_seed(7)
+    expected = peft_tensors(peft_model(theirs, targets, dropout=0.05))
+    found = lora.lora_parameters(mine)
+    assert found.keys() == expected.keys() and len(found) == 2 * 6 * len(targets)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert {parameter.dtype for parameter in found.values()} == {torch.float32}
+
+
+# Relative to the norm of the logits. fp32: two orders of summation; bf16: 8 bits of mantissa through the layers.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_logits_with_random_adapters_equal_pefts(directory, quantization, dtype, tolerance):
+    mine, theirs = pair(directory, dtype, quantization)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        found, expected = mine(ids), theirs(ids).logits
+        for parameter in lora.lora_parameters(mine).values():
+            parameter.zero_()
+        base = mine(ids)
+    assert distance(base, expected) > 2e-2, "the adapters must matter, or this test says nothing"
+    assert distance(found, expected) < tolerance
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradients_of_the_adapters_equal_pefts(directory, quantization):
+    mine, theirs = pair(directory, torch.float32, quantization)
+    ids = random_ids(mine)
+    answer_loss(mine(ids), ids).backward()
+    answer_loss(theirs(ids).logits, ids).backward()
+    expected = peft_tensors(theirs)
+    for name, parameter in lora.lora_parameters(mine).items():
+        assert parameter.grad.norm() > 0
+        assert distance(parameter.grad, expected[name].grad) < 1e-4, name
+    assert all(parameter.grad is None for name, parameter in mine.named_parameters() if "lora_" not in name)
+
+
+def test_fifty_steps_of_adamw_end_where_pefts_end(directory):
+    mine, theirs = pair(directory, torch.float32, "nf4")
+    parameters = lora.lora_parameters(mine)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    expected = peft_tensors(theirs)
+    optimizers = [torch.optim.AdamW(group.values(), lr=2e-4, weight_decay=0.01) for group in (parameters, expected)]
+    mine.train()
+    for step in range(50):
+        ids = random_ids(mine, rows=2, length=12, seed=step)
+        for model, optimizer in zip((mine, theirs), optimizers):
+            logits = model(ids)
+            answer_loss(getattr(logits, "logits", logits), ids).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, parameter in parameters.items():
+        assert distance(start[name], parameter) > 1e-3, "it must have moved"
+        assert distance(parameter, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_an_adapter_saved_here_loads_in_peft(tiny, tmp_path, quantization):
+    from peft import PeftModel
+    mine, _ = pair(tiny, torch.float32, quantization)
+    lora.save_adapter(mine, lora.LoRAConfig(dropout=0.0), tmp_path, "microsoft/phi-2")
+    theirs = PeftModel.from_pretrained(reference(tiny, torch.float32, quantization), tmp_path).train()
+    ids = random_ids(mine)
+    with torch.no_grad():
+        assert distance(mine(ids), theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("targets", [list(QV), "all-linear", r".*\.(q_proj|fc1)"], ids=["list", "all-linear", "regex"])
+def test_an_adapter_of_peft_loads_here(tiny, tmp_path, targets):
+    from peft import LoraConfig, get_peft_model
+    theirs = get_peft_model(reference(tiny, torch.float32), LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for parameter in peft_tensors(theirs).values():
+            parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    mine = ours(tiny, torch.float32)
+    config = lora.load_adapter(mine, tmp_path)
+    assert (config.rank, config.alpha) == (4, 12)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        assert distance(mine.eval()(ids), theirs(ids).logits) < 1e-5
+
+
+def test_the_files_hold_the_adapter_alone_under_pefts_keys(tiny, tmp_path):
+    mine, theirs = pair(tiny)
+    lora.save_adapter(mine, lora.LoRAConfig(), tmp_path / "a", "microsoft/phi-2")
+    theirs.save_pretrained(tmp_path / "b")
+    found, expected = (load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
+    config, theirs = (read_json(tmp_path / name / "adapter_config.json") for name in "ab")
+    ignored = {"base_model_name_or_path", "lora_dropout"}
+    assert {key: config[key] for key in config.keys() - ignored} == {
+        key: sorted(theirs[key]) if key == "target_modules" else theirs[key] for key in config.keys() - ignored}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_merged_weights_give_the_adapters_outputs(tiny):
+    mine, theirs = pair(tiny)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        expected = mine(ids)
+        lora.merge(mine)
+        assert not lora.lora_parameters(mine)
+        assert distance(mine(ids), expected) < 1e-5
+        assert distance(mine(ids), theirs.merge_and_unload()(ids).logits) < 1e-5
+
+
+def test_merging_into_four_bits_is_refused_and_dequantising_first_works(tiny):
+    mine, _ = pair(tiny, torch.float32, "nf4")
+    ids = random_ids(mine)
+    with torch.no_grad():
+        expected = mine(ids)
+        with pytest.raises(ValueError, match="dequantize_linears"):
+            lora.merge(mine)
+        quant.dequantize_linears(mine, torch.float32)
+        lora.merge(mine)
+        assert distance(mine(ids), expected) < 1e-5
+
+
+def test_dropout_falls_on_the_adapters_input_alone(tiny):
+    mine = ours(tiny, torch.float32)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        base = mine(ids)
+        lora.inject(mine, lora.LoRAConfig(dropout=0.5))
+        mine.train()
+        assert torch.equal(mine(ids), base), "with B = 0 dropout changes nothing"
+        for parameter in lora.lora_parameters(mine).values():
+            parameter.normal_(std=0.1)
+        assert not torch.equal(mine(ids), mine(ids))
+        assert torch.equal(mine.eval()(ids), mine(ids))
+
+
+# ---- What would leave a user with another model than the trained one is an error that names it
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    mine, _ = pair(tiny)
+    lora.save_adapter(mine, lora.LoRAConfig(), tmp_path, "microsoft/phi-2")
+    return tmp_path
+
+
+def change_tensors(path, change):
+    tensors = load_file(path / "adapter_model.safetensors")
+    save_file(change(tensors), path / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda t: {key.replace("base_model.model.", ""): value for key, value in t.items()}, "lacks 24 tensors"),
+    (lambda t: dict(list(t.items())[1:]), "lacks 1 tensors, among them base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
+    (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(2)}, "unknown 1 tensors, among them base_model.model.lm_head.weight"),
+    (lambda t: {key: value[:4] if "lora_A" in key else value for key, value in t.items()}, r"has shape \(4, 192\), this model needs \(8, 192\)"),
+    (lambda t: {key: value * ("lora_A" in key) for key, value in t.items()}, "every B is zero"),
+], ids=["other prefix", "missing", "unknown", "shape", "B zero"])
+def test_adapters_that_would_silently_do_nothing_are_errors(tiny, saved, change, message):
+    change_tensors(saved, change)
+    with pytest.raises(ValueError, match=message):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+@pytest.mark.parametrize("key, value", [("use_dora", True), ("use_rslora", True), ("modules_to_save", ["lm_head"]), ("bias", "all"), ("rank_pattern", {"q_proj": 4}),
+                                        ("layers_to_transform", [0]), ("init_lora_weights", "pissa"), ("a_key_of_the_future", 3), ("peft_type", "IA3")])
+def test_active_options_that_are_not_implemented_are_refused_by_name(tiny, saved, key, value):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(read_json(path) | {key: value}))
+    with pytest.raises(ValueError, match=key):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+def test_inactive_options_of_other_versions_are_accepted(tiny, saved):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps(read_json(path) | {"lora_bias": False, "a_key_of_the_future": None, "layer_replication": None, "runtime_config": {}}))
+    lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
+def test_a_config_that_leaves_out_what_peft_would_guess_is_refused(tiny, saved, key):
+    path = saved / "adapter_config.json"
+    path.write_text(json.dumps({k: v for k, v in read_json(path).items() if k != key}))
+    with pytest.raises(ValueError, match=f"lacks {key}"):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+def test_a_target_that_matches_nothing_lists_the_names_and_the_nearest(tiny):
+    with pytest.raises(ValueError, match="'query_proj' matches no linear layer; there are dense, fc1, fc2, k_proj, lm_head, q_proj, v_proj; nearest: q_proj"):
+        lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets=("v_proj", "query_proj")))
+    with pytest.raises(ValueError, match="matches no linear layer"):  # PEFT's endswith, not a substring
+        lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets=("proj",)))
+
+
+@pytest.mark.parametrize("options, message", [({"rank": 0}, "rank"), ({"dropout": 1.0}, "dropout"), ({"alpha": 0}, "alpha")])
+def test_impossible_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        lora.LoRAConfig(**options)
+
+
+def test_adapters_are_not_injected_twice(tiny):
+    mine, _ = pair(tiny)
+    with pytest.raises(ValueError, match="already"):
+        lora.inject(mine, lora.LoRAConfig())
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        with lora.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
