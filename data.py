@@ -61,7 +61,7 @@ def encode(example: dict, tokenizer, max_length: int | None = None) -> tuple[lis
     answer = [answer_ids(tokenizer)[example["label"]], tokenizer.token_to_id(EOS)]
     if max_length and len(prompt) + len(answer) > max_length:
         head, tail = PROMPT.split("{premise}")
-        head, tail = tokenizer.encode(head[:-1]).ids, tokenizer.encode(tail.format(hypothesis=example["hypothesis"])).ids
+        head, tail = (tokenizer.encode(part).ids for part in (head[:-1], tail.format(hypothesis=example["hypothesis"])))
         room = max_length - len(head) - len(tail) - len(answer)
         if room < 0:
             raise ValueError(f"the hypothesis {example['hypothesis'][:40]!r}... alone exceeds --max-length {max_length}")
@@ -223,8 +223,9 @@ def main() -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parse_arguments(parser)
     import numpy
-    from phi2 import locate
     from tqdm import tqdm
+
+    from phi2 import locate
     tokenizer, lengths = load_tokenizer(locate(args.model, ["config.json", "tokenizer.json"])), {}
     for split in load_splits(args.dataset):
         try:

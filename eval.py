@@ -85,19 +85,22 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     """{"baseline": {split: result}, ...} as text, a line per stage and split."""
     lines = [f"{'':10}  {'split':24} {'accuracy':>8} {'correct':>8} {'rows':>7} {'unparsed':>8}"]
     for stage, splits in results.items():
-        lines += [f"{stage:10}  {split:24} {r['accuracy']:8.4f} {r['correct']:8,} {r['n']:7,} {r['unparsed']:8,}" for split, r in splits.items()]
+        for split, r in splits.items():
+            lines.append(f"{stage:10}  {split:24} {r['accuracy']:8.4f} {r['correct']:8,} {r['n']:7,} {r['unparsed']:8,}")
     return "\n".join(lines)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments on model and data that train.py has too."""
     group = parser.add_argument_group("model and data")
-    group.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, without a GPU tiny/model)")
-    group.add_argument("--dataset", help="Hub id, or a directory with train.* and validation*.* (default: nyu-mll/glue, without a GPU tiny/data)")
-    group.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="hold the frozen weights in 4 bits, or as they are (default: nf4)")
+    group.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
+    group.add_argument("--dataset", help="Hub id or directory of train.* and validation*.* (default: nyu-mll/glue, no GPU: tiny/data)")
+    group.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="frozen weights in 4 bits, or as they are (default: nf4)")
     group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
-    group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of weights and activations; fp16 is not offered, it overflows in phi-2's attention (default: bf16)")
-    group.add_argument("--max-length", type=int, default=512, help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
+    group.add_argument("--dtype", choices=DTYPES, default="bf16",
+                       help="of weights and activations; not fp16, which overflows in phi-2's attention (default: bf16)")
+    group.add_argument("--max-length", type=int, default=512,
+                       help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -139,7 +142,8 @@ def main() -> None:
     results = {}
     for split in args.split or data.validation_splits(args.dataset):
         examples = data.load_examples(args.dataset, split, args.limit)
-        results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size, args.max_length, split)
+        results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size,
+                                               args.max_length, split)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
             write_predictions(predictions, args.out / f"predictions_{split}.jsonl")

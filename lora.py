@@ -45,9 +45,10 @@ class LoRAConfig:
 
     def to_peft(self, base_model: str) -> dict:
         """The content of adapter_config.json: few keys, since older versions of PEFT refuse those they do not know."""
-        return {"base_model_name_or_path": base_model, "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank, "lora_alpha": self.alpha,
-                "lora_dropout": self.dropout, "target_modules": self.targets if isinstance(self.targets, str) else sorted(self.targets),
-                "bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
+        targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
+        return {"base_model_name_or_path": base_model, "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank,
+                "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": targets, "bias": "none",
+                "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
                 "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
 
     @classmethod
@@ -64,12 +65,13 @@ class LoRAConfig:
             if key not in HARMLESS and key not in needed and value not in (None, False, "none") and value != {} and value != []:
                 raise ValueError(f"{key} = {value!r} is not supported")
         targets = raw["target_modules"]
-        return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets if isinstance(targets, str) else tuple(sorted(targets)))
+        targets = targets if isinstance(targets, str) else tuple(sorted(targets))
+        return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
 # Keys of adapter_config.json that change nothing in what the adapter computes.
-HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout",
-            "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "corda_config", "eva_config"}
+HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
+            "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "corda_config", "eva_config"}
 
 
 class LoRALinear(nn.Module):

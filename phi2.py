@@ -226,7 +226,7 @@ def locate(name: str, patterns: list[str] = FILES) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     offline = "without a network, pass a directory instead: --model tiny/model, or one that holds " + ", ".join(FILES[:3])
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

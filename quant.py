@@ -70,7 +70,8 @@ class NF4Linear(nn.Module):
         if weight is not None and weight.is_floating_point():
             if weight.shape != (self.out_features, self.in_features):
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
-            packed, state = functional().quantize_4bit(weight.contiguous(), blocksize=BLOCK, compress_statistics=self.double_quant, quant_type="nf4")
+            packed, state = functional().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4",
+                                                       compress_statistics=self.double_quant)
             self.dtype, self.code = weight.dtype, state.code
             state_dict |= {prefix + "weight": packed, prefix + "absmax": state.absmax}
             if self.double_quant:
@@ -85,7 +86,8 @@ class NF4Linear(nn.Module):
             state2 = bnb.QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
             nested = {"offset": self.offset, "state2": state2}
         shape = torch.Size((self.out_features, self.in_features))
-        state = bnb.QuantState(absmax=self.absmax, shape=shape, code=self.code, blocksize=BLOCK, quant_type="nf4", dtype=self.dtype, **nested)
+        state = bnb.QuantState(absmax=self.absmax, shape=shape, code=self.code, blocksize=BLOCK, quant_type="nf4",
+                               dtype=self.dtype, **nested)
         return bnb.dequantize_4bit(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:

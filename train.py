@@ -38,7 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--rank", type=int, default=8, help="default: 8")
     group.add_argument("--alpha", type=float, default=16, help="the update is scaled by alpha / rank (default: 16)")
     group.add_argument("--dropout", type=float, default=0.05, help="on the adapter's input (default: 0.05)")
-    group.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help='linear layers to adapt, or "all-linear" (default: q_proj v_proj)')
+    group.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"],
+                       help='linear layers to adapt, or "all-linear" (default: q_proj v_proj)')
     group = parser.add_argument_group("training")
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="optimiser steps (default: 40000)")
@@ -49,9 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--weight-decay", type=float, default=0.01, help="default: 0.01")
     group.add_argument("--warmup-steps", type=int, help="linear warm-up, then cosine to 0 (default: 3%% of the steps)")
     group.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default: 1)")
-    group.add_argument("--residual-dropout", type=float, help="on the base's branches (default: what config.json says, 0.1 for phi-2)")
-    group.add_argument("--loss", choices=["answer", "full"], default="answer", help="on the answer's tokens, or on all as the notebooks did")
-    group.add_argument("--share-prefix", action=argparse.BooleanOptionalAction, default=True, help="run what all prompts begin with once a batch")
+    group.add_argument("--residual-dropout", type=float, help="on the base's branches (default: that of config.json, 0.1 for phi-2)")
+    group.add_argument("--loss", choices=["answer", "full"], default="answer",
+                       help="on the answer's tokens, or on all as the notebooks did (default: answer)")
+    group.add_argument("--share-prefix", action=argparse.BooleanOptionalAction, default=True,
+                       help="run what all prompts begin with once a batch, not once a row (with --loss answer)")
     group.add_argument("--limit", type=int, help="first training rows only")
     group.add_argument("--seed", type=int, default=0, help="of the adapter's A, the dropout and the order of rows (default: 0)")
     group = parser.add_argument_group("evaluation and output")
@@ -61,7 +64,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
     args = data.parse_arguments(parser)
-    for name in ("steps", "epochs", "batch_size", "accumulate", "learning_rate", "limit", "eval_limit", "eval_every", "max_length", "max_grad_norm", "max_new_tokens"):
+    for name in ("steps", "epochs", "batch_size", "accumulate", "learning_rate", "limit", "eval_limit", "eval_every", "max_length",
+                 "max_grad_norm", "max_new_tokens"):
         if (value := getattr(args, name)) is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.out is None:
@@ -77,20 +81,22 @@ def learning_rate(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-def batch_loss(model, encoded, skip: int, loss: str, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, int]:
+def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]:
     """The summed cross-entropy of a batch's targets, and how many ids the model read for it.
 
     The first `skip` ids of all prompts are the same: they go through the model once, as a cache with gradients.
     """
-    ids, at, targets = (part if isinstance(part, tuple) else part.to(model.lm_head.weight.device) for part in data.collate(encoded, skip, loss))
+    ids, at, targets = data.collate(encoded, skip, loss)
+    device = model.lm_head.weight.device
     cache = model.prefill(encoded[0][0][:skip]) if skip else None
-    logits = model(ids, cache, tuple(index.to(ids.device) for index in at))
-    return F.cross_entropy(logits.to(dtype), targets, reduction="sum"), ids.numel() + skip
+    logits = model(ids.to(device), cache, at)
+    return F.cross_entropy(logits.float(), targets.to(device), reduction="sum"), ids.numel() + skip
 
 
 def start_wandb(args, record: dict):
     """A W&B run that never asks for a key: without one it is kept offline, in a folder beside the other output."""
     import os
+
     import wandb
     offline = wandb.api.api_key is None and "WANDB_MODE" not in os.environ
     if offline:
@@ -116,7 +122,8 @@ def main() -> None:
     # ---- Model: frozen base, then what the base can do alone, then adapters
     model = evaluation.load_model(directory, args.quant, dtype, device, args.double_quant)
     lora.match_targets(model, config.targets)  # a wrong name should not wait for the baseline
-    print(f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: {len(train):,} rows, {steps:,} steps of {size}, into {args.out}")
+    print(f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: {len(train):,} rows, {steps:,} steps of {size}, "
+          f"into {args.out}")
 
     def evaluate(stage: str) -> dict[str, dict]:
         found = {}
@@ -161,7 +168,7 @@ def main() -> None:
         examples = [next(stream) for _ in range(args.accumulate)]
         encoded = [[data.encode(example, tokenizer, args.max_length) for example in batch] for batch in examples]
         # The mean over all targets of the step, however they fall into batches
-        targets = sum(len(answer) if args.loss == "answer" else len(prompt) + len(answer) - 1 for batch in encoded for prompt, answer in batch)
+        targets = sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for batch in encoded for prompt, answer in batch)
         step_loss = 0.0
         for batch in encoded:
             loss, tokens = batch_loss(model, batch, skip, args.loss)
@@ -182,7 +189,8 @@ def main() -> None:
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=(step - logged) * size / seconds,
                 tokens_per_second=seen / seconds, peak_memory_gib=peak)
-            bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {(step - logged) * size / seconds:.0f} examples/s")
+            speed = (step - logged) * size / seconds
+            bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {speed:.0f} examples/s")
             logged, total, seen, clock = step, 0.0, 0, time.perf_counter()
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
@@ -206,8 +214,9 @@ def environment(device: torch.device) -> dict:
     """What a result depends on besides its arguments: versions, commit, device."""
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
     packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
-    return {"versions": {name: version(name) for name in packages} | {"python": platform.python_version()}, "commit": git.stdout.strip() or None,
-            "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()}
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name}
 
 
 if __name__ == "__main__":

@@ -215,8 +215,8 @@ def fact(rng: random.Random, w: Words) -> str:
     it, opposite = rng.sample(w.pick(OPPOSITES).split("/"), 2)
     low, high = sorted(rng.sample(range(10), 2))
     return rng.choice([
-        f"{a(thing).capitalize()} is {a(family)}.", f"{a(thing).capitalize()} is {a(family)}, not {a(stranger)}.", f"{city} is in {country}.",
-        f"{city} is a city in {country}, not in {w.of(COUNTRIES, besides=(country,))[0]}.", f"The opposite of {it} is {opposite}.",
+        f"{a(thing).capitalize()} is {a(family)}.", f"{a(thing).capitalize()} is {a(family)}, not {a(stranger)}.",
+        f"{city} is in {country}.", f"{city} is a city in {country}, not in {w.of(COUNTRIES, besides=(country,))[0]}.", f"The opposite of {it} is {opposite}.",
         f"What is {it} is not {opposite}.", f"{high} is more than {low}.", f"{low} is less than {high}.", rng.choice(ENGLISH) + "."])
 
 
