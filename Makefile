@@ -1,5 +1,6 @@
 # make demo    fine-tunes the embedded model on its own data, in a few minutes without a GPU
 # make test    proves the claims of README.md against transformers, PEFT and bitsandbytes
+# make bench   measures speed and memory beside them
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -11,6 +12,9 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+bench: .venv/dev
+	$(BIN)/python bench.py
+
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -20,4 +24,4 @@ test: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo test bench

@@ -9,6 +9,8 @@ the model is asked at evaluation is then, id for id, what it saw in training.
 """
 import argparse
 import functools
+import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -45,9 +47,11 @@ def load_tokenizer(directory: Path):
     return tokenizer
 
 
-def answer_ids(tokenizer) -> list[int]:
-    """The ids of " 0", " 1", " 2": with phi-2's tokenizer 657, 352, 362."""
-    return [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+@functools.cache
+def fixed_ids(tokenizer) -> tuple[list[int], list[int], int]:
+    """The ids that all examples share: of the prefix, of " 0", " 1", " 2" (phi-2: 657, 352, 362), of the end of text."""
+    answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+    return tokenizer.encode(PREFIX).ids, answers, tokenizer.token_to_id(EOS)
 
 
 def encode(example: dict, tokenizer, max_length: int | None = None) -> tuple[list[int], list[int]]:
@@ -56,23 +60,28 @@ def encode(example: dict, tokenizer, max_length: int | None = None) -> tuple[lis
     Prompt and answer longer than `max_length` together lose the end of the premise, never anything else. Raises
     ValueError when the rest alone is too long.
     """
+    prefix, answers, eos = fixed_ids(tokenizer)
     text = PROMPT[len(PREFIX):].format(premise=example["premise"], hypothesis=example["hypothesis"])
-    prompt = tokenizer.encode(PREFIX).ids + tokenizer.encode(text).ids
-    answer = [answer_ids(tokenizer)[example["label"]], tokenizer.token_to_id(EOS)]
+    prompt, answer = prefix + tokenizer.encode(text).ids, [answers[example["label"]], eos]
     if max_length and len(prompt) + len(answer) > max_length:
-        head, tail = PROMPT.split("{premise}")
-        head, tail = (tokenizer.encode(part).ids for part in (head[:-1], tail.format(hypothesis=example["hypothesis"])))
-        room = max_length - len(head) - len(tail) - len(answer)
+        tail = tokenizer.encode(PROMPT.split("{premise}")[1].format(hypothesis=example["hypothesis"])).ids
+        room = max_length - len(prefix) - len(tail) - len(answer)
         if room < 0:
             raise ValueError(f"the hypothesis {example['hypothesis'][:40]!r}... alone exceeds --max-length {max_length}")
-        prompt = head + tokenizer.encode(" " + example["premise"]).ids[:room] + tail
+        prompt = prefix + tokenizer.encode(" " + example["premise"]).ids[:room] + tail
     return prompt, answer
 
 
 def parse(completion: str) -> int:
     """The first number of a completion, its integer part, or -1: "1" and "1.5" are 1, "10" is 10 (and wrong)."""
     found = NUMBER.search(completion)
-    return int(float(found.group().replace(",", ""))) if found else -1
+    return int(found.group().split(".")[0].replace(",", "")) if found else -1
+
+
+def settled(completion: str) -> bool:
+    """True when nothing that could follow would change what `parse` reads: the first number has ended."""
+    found = NUMBER.search(completion)
+    return found is not None and not re.fullmatch(r"(,\d{0,2})?\ufffd*", completion[found.end():])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -96,8 +105,9 @@ def load_splits(dataset: str) -> dict:
     try:
         return dict(datasets.load_dataset(dataset, "mnli" if dataset == "nyu-mll/glue" else None))
     except (OSError, ValueError) as error:  # what the datasets library raises when it cannot reach or find a dataset
-        raise ValueError(f"cannot load {dataset!r} from the Hub ({type(error).__name__}: {str(error).splitlines()[0]}); without a network, pass "
-                         "a directory instead: --dataset tiny/data, or one with train.* and validation*.* files") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ValueError(f"cannot load {dataset!r} from the Hub ({reason}); without a network, pass a directory instead: "
+                         "--dataset tiny/data, or one with train.* and validation*.* files") from None
 
 
 def read_files(paths: list[Path]):
@@ -150,21 +160,19 @@ def load_examples(dataset: str, split: str, limit: int | None = None):
 
 
 def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
-    """Endless lists of `size` examples, from batch number `start` on.
+    """Endless lists of `size` examples, the shortest first, from number `start` on.
 
-    Each epoch is a permutation drawn from (seed, epoch) alone, and batches run across its end: which examples
-    batch n holds depends on nothing that came before, so a run can go on at any batch.
+    Each epoch is a permutation drawn from (seed, epoch) alone: what list n holds depends on nothing that came before,
+    so a run can go on at any. An epoch takes each row once; its last list has what is left.
     """
-    permutations = {}
-    for place in range(start * size, sys.maxsize, size):
-        batch = []
-        for i in range(place, place + size):
-            epoch, row = divmod(i, len(examples))
-            if epoch not in permutations:
-                generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-                permutations = {epoch: torch.randperm(len(examples), generator=generator).tolist()}
-            batch.append(examples[permutations[epoch][row]])
-        yield batch
+    lengths = torch.tensor([len(premise) + len(hypothesis) for premise, hypothesis in zip(examples["premise"], examples["hypothesis"])])
+    in_epoch, epoch = -(-len(examples) // size), None
+    for number in itertools.count(start):
+        if epoch != number // in_epoch:
+            epoch = number // in_epoch
+            order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        rows = order.split(size)[number % in_epoch]
+        yield [examples[row] for row in rows[lengths[rows].argsort(stable=True)].tolist()]
 
 
 def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
@@ -174,10 +182,9 @@ def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) ->
     end of text; "full" has every id after the first. Targets are found by length: what the padding is does not matter.
     """
     rows = [prompt[skip:] + answer for prompt, answer in encoded]
-    ids = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.long)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)
     at, targets = [], []
     for i, (row, (_, answer)) in enumerate(zip(rows, encoded)):
-        ids[i, :len(row) - 1] = torch.tensor(row[:-1])
         first = 1 if loss == "full" else len(row) - len(answer)
         at += [(i, column - 1) for column in range(first, len(row))]
         targets += row[first:]
@@ -194,7 +201,9 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
         if not torch.cuda.is_available():
             print("no CUDA device and no --model: taking tiny/args, a 3 M parameter model on its own data. "
                   "For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue", file=sys.stderr)
-            embedded, _ = parser.parse_known_args(["@" + str(Path(__file__).with_name("tiny") / "args")])
+            root = Path(__file__).resolve().parent
+            embedded, _ = parser.parse_known_args([f"@{root / 'tiny' / 'args'}"])
+            embedded.model, embedded.dataset = (os.path.relpath(root / name) for name in (embedded.model, embedded.dataset))
             return parser.parse_args(argv, embedded)
         args.model = "microsoft/phi-2"
     args.dataset = args.dataset or "nyu-mll/glue"
@@ -233,7 +242,7 @@ def main() -> None:
         except ValueError as error:  # GLUE's test splits have no labels
             print(f"\n{error}")
             continue
-        encoded = [encode(example, tokenizer)[0] for example in tqdm(examples, desc=split, leave=False, delay=2)]
+        encoded = [encode(example, tokenizer)[0] for example in tqdm(examples, desc=split, leave=False, delay=2, disable=None)]
         lengths[split] = numpy.array([len(ids) for ids in encoded]) + 1
         counts = numpy.bincount(examples["label"], minlength=3)
         print(f"\n{split}: {len(examples):,} rows; " + ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts)))

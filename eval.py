@@ -23,12 +23,15 @@ import quant
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def load_model(directory: Path, quantization: str, dtype: torch.dtype, device: str, double_quant: bool = False) -> phi2.Phi2:
+def load_model(directory: Path, quantization: str, dtype: torch.dtype, device: str, double_quant: bool = False, keep: bool = False):
     """The four lines that this project is about, less the adapter."""
     model = phi2.build(directory)
     if quantization == "nf4":
         quant.quantize_linears(model, double_quant=double_quant)
-    return phi2.load_weights(model, directory, device, dtype)
+    phi2.load_weights(model, directory, device, dtype)
+    if keep:
+        quant.keep_dequantized(model)
+    return model
 
 
 @torch.no_grad()
@@ -40,11 +43,11 @@ def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_
     """
     was_training = model.training
     model.eval()
-    prefix = tokenizer.encode(data.PREFIX).ids
+    prefix = data.fixed_ids(tokenizer)[0]
     prompts = [data.encode(example, tokenizer, max_length)[0] for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # rows of one length together, the longest first
     cache, predictions = model.prefill(prefix), [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=desc, unit="row", leave=False)
+    bar = tqdm(total=len(prompts), desc=desc, unit="row", leave=False, disable=None)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         rest = [prompts[i][len(prefix):] for i in rows]
@@ -61,9 +64,12 @@ def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_
 
 
 def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int) -> list[dict]:
-    """What the model writes after the prompts that the cache begins and `rest` ends."""
-    eos, size = tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size()
-    texts = tokenizer.decode_batch(phi2.generate(model, rest, max_new_tokens, eos, size, cache), skip_special_tokens=False)
+    """What the model writes after the prompts that the cache begins and `rest` ends, up to the end of its first number."""
+    def settled(ids):
+        return data.settled(tokenizer.decode(ids, skip_special_tokens=False))
+    eos, size = data.fixed_ids(tokenizer)[2], tokenizer.get_vocab_size()
+    written = phi2.generate(model, rest, max_new_tokens, eos, size, cache, settled)
+    texts = tokenizer.decode_batch(written, skip_special_tokens=False)
     return [{"completion": text, "prediction": data.parse(text)} for text in texts]
 
 
@@ -72,7 +78,7 @@ def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 
     ids, _, _ = data.collate([(prompt, [0]) for prompt in rest], skip=0, loss="answer")
     last = torch.arange(len(rest)), torch.tensor([len(prompt) - 1 for prompt in rest])
     logits = model(ids.to(model.lm_head.weight.device), cache, last)
-    probabilities = logits.float()[:, data.answer_ids(tokenizer)].softmax(dim=-1)
+    probabilities = logits.float()[:, data.fixed_ids(tokenizer)[1]].softmax(dim=-1)
     return [{"prediction": max(range(3), key=row.__getitem__), "scores": row} for row in probabilities.tolist()]
 
 
@@ -97,6 +103,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset", help="Hub id or directory of train.* and validation*.* (default: nyu-mll/glue, no GPU: tiny/data)")
     group.add_argument("--quant", choices=["nf4", "none"], default="nf4", help="frozen weights in 4 bits, or as they are (default: nf4)")
     group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
+    group.add_argument("--keep-dequantized", action="store_true",
+                       help="hold NF4's values in --dtype beside the codes: the same bits, faster, more memory (phi-2: 5 GB)")
     group.add_argument("--dtype", choices=DTYPES, default="bf16",
                        help="of weights and activations; not fp16, which overflows in phi-2's attention (default: bf16)")
     group.add_argument("--max-length", type=int, default=512,
@@ -124,7 +132,7 @@ def main() -> None:
         parser.error("--premise and --hypothesis go together")
     directory = phi2.locate(args.model)
     tokenizer = data.load_tokenizer(directory)
-    model = load_model(directory, args.quant, DTYPES[args.dtype], args.device, args.double_quant).eval()
+    model = load_model(directory, args.quant, DTYPES[args.dtype], args.device, args.double_quant, args.keep_dequantized).eval()
     if args.adapter:
         config = lora.load_adapter(model, args.adapter)
         adapted = len(lora.lora_parameters(model)) // 2
@@ -165,7 +173,7 @@ def trained_with(adapter: Path) -> dict:
         raise ValueError(f"{path} does not name its base model; pass --model")
     if (adapter / "args.json").is_file():
         saved = json.loads((adapter / "args.json").read_text())
-        found |= {key: saved[key] for key in ("dataset", "quant", "double_quant", "dtype", "max_length")}
+        found |= {key: saved[key] for key in ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")}
     return found
 
 

@@ -4,25 +4,23 @@ Second in the reading order, after lora.py. The module names are those of transf
 (models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and phi-1.5
 differ only in config.json. Left out: sampling, long-context rotary scaling, grouped-query attention (no phi has it).
 
-    directory = phi2.locate("microsoft/phi-2")          # a directory, or files from the Hub
-    model = phi2.build(directory)                       # empty, on the meta device
-    phi2.load_weights(model, directory, "cuda", torch.bfloat16)
+    model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
+    phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
 """
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 NOWHERE = 2 ** 30  # the position of padding: after every query, so that no query sees it
 
-
-# ---------------------------------------------------------------------------------------------------------
-# Configuration
 
 @dataclass
 class Phi2Config:
@@ -32,20 +30,18 @@ class Phi2Config:
     intermediate_size: int = 10240
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    max_position_embeddings: int = 2048
     partial_rotary_factor: float = 0.4  # the part of each head's dimensions that is rotated
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
 
 
-# What the first upload of phi-2 (model type "phi-msft") called the same things.
-MSFT_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-              "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+# The names in the first upload of phi-2, model type "phi-msft".
+MSFT_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size",
               "layer_norm_epsilon": "layer_norm_eps"}
 # Options of config.json that would change the result and are not implemented: the only value accepted.
 FIXED = {"hidden_act": "gelu_new", "activation_function": "gelu_new", "qk_layernorm": False, "embd_pdrop": 0.0,
-         "attention_dropout": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False, "rope_scaling": None}
+         "attention_dropout": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False, "rope_scaling": None, "rope_type": "default"}
 
 
 def read_config(directory: Path) -> Phi2Config:
@@ -58,21 +54,18 @@ def read_config(directory: Path) -> Phi2Config:
     if raw.get("model_type") not in ("phi", "phi-msft"):
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' (phi-1, phi-1.5, phi-2)")
     raw |= {ours: raw[theirs] for theirs, ours in MSFT_NAMES.items() if raw.get(theirs) is not None}
-    raw |= {key: value for key, value in (raw.get("rope_parameters") or {}).items() if key != "rope_type"}
-    if (rope := raw.get("rope_parameters") or {}).get("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+    raw |= raw.get("rope_parameters") or {}
     if raw["model_type"] == "phi-msft":
         raw.setdefault("intermediate_size", 4 * raw["hidden_size"])
         raw["partial_rotary_factor"] = raw["rotary_dim"] * raw["num_attention_heads"] / raw["hidden_size"]
-    for key, value in FIXED.items():
+    for key, value in (FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}).items():
         if raw.get(key, value) not in (value, None):
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-    missing = [field.name for field in fields(Phi2Config)[:5] if field.name not in raw]
-    if missing:
+    if missing := [field.name for field in fields(Phi2Config)[:5] if field.name not in raw]:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
     config = Phi2Config(**{field.name: raw[field.name] for field in fields(Phi2Config) if raw.get(field.name) is not None})
-    if (raw.get("num_key_value_heads") or config.num_attention_heads) != config.num_attention_heads:
-        raise ValueError(f"{path}: num_key_value_heads other than num_attention_heads is not supported")
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
     return config
 
 
@@ -110,6 +103,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D); mask (B or 1, 1, T, S) is 0 or -inf, None on a GPU means causal.
+
+    On a CPU the operations are written out: in bf16 torch's fused kernel is slower there, most of all backward.
+    """
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
@@ -122,7 +125,7 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:  # a cache of one row serves all rows
             k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2) for old, new in zip(past, (k, v)))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, mask)
         return self.dense(y.transpose(1, 2).flatten(2)), (k, v)
 
 
@@ -159,6 +162,7 @@ class Trunk(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
+        self.checkpointing = False  # keep a block's input alone for the backward pass, and compute the rest there again
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -172,17 +176,17 @@ class Trunk(nn.Module):
         if lengths is not None:
             padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
             positions = positions.masked_fill(padding, NOWHERE)
-        x = self.embed_tokens(ids)
+        x, mask, keys = self.embed_tokens(ids), None, positions
         cos, sin = rotary_tables(self.config, positions, x.dtype)
-        mask, keys = None, positions
         if cache is not None:
-            rows = max(len(cache.positions), len(positions))
-            keys = torch.cat((cache.positions.expand(rows, -1), positions.expand(rows, -1)), dim=1)
-        if cache is not None or lengths is not None:  # a key is visible to queries at or after its position
-            mask = (keys[:, None, :] <= positions[:, :, None])[:, None]
+            keys = torch.cat([known.expand(len(ids), -1) for known in (cache.positions, positions)], dim=1)
+        if cache is not None or lengths is not None or not x.is_cuda:  # visible: keys at or before a query's position
+            hidden = keys[:, None, None, :] > positions[:, None, :, None]
+            mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, float("-inf"))
         layers = []
-        for i, block in enumerate(self.layers):
-            x, present = block(x, cos, sin, mask, cache.layers[i] if cache is not None else None)
+        for block, past in zip(self.layers, cache.layers if cache is not None else [None] * len(self.layers)):
+            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
+            x, present = run(x, cos, sin, mask, past)
             layers.append(present)
         return self.final_layernorm(x), KVCache(keys.expand(len(ids), -1), layers)
 
@@ -190,8 +194,6 @@ class Trunk(nn.Module):
 class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
         self.config = config
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -199,8 +201,8 @@ class Phi2(nn.Module):
     def forward(self, ids: Tensor, cache: KVCache | None = None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Logits (B, T, vocab) of ids (B, T); or (n, vocab) at the n places `at` = (rows, columns).
 
-        Padding stands on the right, where the causal mask hides it. The head is the widest layer of phi-2
-        (51,200 outputs), so asking for the answer's places alone saves most of the memory of the logits.
+        Padding stands on the right, where the causal mask hides it. The head is phi-2's widest layer: asking for
+        the answer's places alone saves most of the memory of the logits.
         """
         hidden, _ = self.model(ids, cache)
         return self.lm_head(hidden if at is None else hidden[at])
@@ -244,8 +246,7 @@ def build(name: str) -> Phi2:
 
 def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, by its index where there is one."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
+    if (index := directory / "model.safetensors.index.json").is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif (directory / "model.safetensors").is_file():
         names = ["model.safetensors"]
@@ -258,12 +259,14 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (key, tensor) of a checkpoint, one tensor in memory at a time, under today's names."""
+    """All (key, tensor) of a checkpoint under today's names. A file is opened anew for each: so what is read leaves memory."""
     from safetensors import SafetensorError, safe_open
     for path in checkpoint_files(directory):
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():
+                keys = list(file.keys())
+            for key in keys:
+                with safe_open(path, framework="pt") as file:
                     yield from rename_msft(key, file.get_tensor(key))
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
@@ -301,7 +304,7 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
     missing = dict(expected)
-    bar = tqdm(read_tensors(directory), desc="loading", total=len(expected), unit="tensor", leave=False, delay=2)
+    bar = tqdm(read_tensors(directory), desc="loading", total=len(expected), unit="tensor", leave=False, delay=2, disable=None)
     for key, tensor in bar:
         if key not in expected:
             raise ValueError(f"{directory}: unknown tensor {key}; a phi of {model.config.num_hidden_layers} layers has none of that name")
@@ -320,30 +323,29 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
 # Generation
 
 @torch.no_grad()
-def generate(model: Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int,
-             cache: KVCache | None = None) -> list[list[int]]:
+def generate(model: Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int, cache: KVCache | None = None,
+             settled: Callable[[list[int]], bool] = lambda ids: False) -> list[list[int]]:
     """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
 
     `cache` holds a prefix that stands before every prompt. Ids of `vocab_size` (the tokenizer's) and above are
-    rows of the head that no text ever trained: they are never chosen. Rows that have ended leave the batch.
+    rows of the head that no text ever trained: they are never chosen. Rows that have ended leave the batch, and so
+    do those whose completion so far is `settled`: what would follow is of no interest.
     """
-    device = model.lm_head.weight.device
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, :len(prompt)] = torch.tensor(prompt)
-    completions = [[] for _ in prompts]
-    rows = torch.arange(len(prompts), device=device)
-    hidden, cache = model.model(ids.to(device), cache, lengths)
-    hidden = hidden[rows, lengths - 1]
-    for step in range(max_new_tokens):
-        chosen = model.lm_head(hidden)[:, :vocab_size].argmax(dim=-1)
-        alive = chosen != eos
-        rows, chosen = rows[alive], chosen[alive]
-        for row, token in zip(rows.tolist(), chosen.tolist()):
-            completions[row].append(token)
-        if not len(rows) or step == max_new_tokens - 1:
+    device, completions, rows = model.lm_head.weight.device, [[] for _ in prompts], range(len(prompts))
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    for _ in range(max_new_tokens):
+        hidden, cache = model.model(ids.to(device), cache, lengths.to(device))
+        logits = model.lm_head(hidden[torch.arange(len(rows)), lengths - 1])
+        chosen, alive = logits[:, :vocab_size].argmax(dim=-1).tolist(), []
+        for i, (row, token) in enumerate(zip(rows, chosen)):
+            if token != eos:
+                completions[row].append(token)
+                if not settled(completions[row]):
+                    alive.append(i)
+        if not alive:
             break
-        hidden, cache = model.model(chosen[:, None], cache.select(alive), None)
-        hidden = hidden[:, -1]
+        if len(alive) < len(rows):
+            rows, cache = [rows[i] for i in alive], cache.select(torch.tensor(alive, device=device))
+        ids, lengths = torch.tensor([[chosen[i]] for i in alive]), torch.ones(len(alive), dtype=torch.long)
     return completions

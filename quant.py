@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 64  # weights that share one absmax
+PIECE = 2 ** 22  # weights that are quantised at once: bitsandbytes needs some 20 bytes for each meanwhile on a CPU
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
 
 
@@ -53,6 +54,7 @@ class NF4Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, double_quant: bool = False):
         super().__init__()
         self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
+        self.kept = None  # the dequantised weight, where keep_dequantized has put it
         self.dtype = torch.get_default_dtype()  # of the dequantised weight: that of the weight that was loaded
         numel = in_features * out_features
         blocks = -(-numel // BLOCK)
@@ -70,10 +72,13 @@ class NF4Linear(nn.Module):
         if weight is not None and weight.is_floating_point():
             if weight.shape != (self.out_features, self.in_features):
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
-            packed, state = functional().quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4",
-                                                       compress_statistics=self.double_quant)
+            pieces = weight.flatten().split(weight.numel() if self.double_quant else PIECE)
+            parts = [functional().quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4", compress_statistics=self.double_quant)
+                     for piece in pieces]
+            state = parts[0][1]
             self.dtype, self.code = weight.dtype, state.code
-            state_dict |= {prefix + "weight": packed, prefix + "absmax": state.absmax}
+            state_dict[prefix + "weight"] = torch.cat([packed for packed, _ in parts])
+            state_dict[prefix + "absmax"] = torch.cat([state.absmax for _, state in parts])
             if self.double_quant:
                 self.nested_code = state.state2.code
                 state_dict |= {prefix + "nested_absmax": state.state2.absmax, prefix + "offset": state.offset}
@@ -81,6 +86,8 @@ class NF4Linear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight (out_features, in_features) that the codes stand for, in the dtype it was quantised from."""
+        if self.kept is not None:
+            return self.kept
         bnb, nested = functional(), {}
         if self.double_quant:
             state2 = bnb.QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
@@ -118,6 +125,13 @@ def quantize_linears(model: nn.Module, skip: tuple[str, ...] = ("lm_head",), dou
             quantized.load_state_dict(linear.state_dict(), strict=False, assign=True)
         return quantized
     return replace(model, nn.Linear, make, skip)
+
+
+def keep_dequantized(model: nn.Module) -> None:
+    """Holds the dequantised weights beside the codes: the same bits without the work, for 16 more bits a weight in bf16."""
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.kept = module.dequantize()
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:

@@ -54,7 +54,8 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--loss", choices=["answer", "full"], default="answer",
                        help="on the answer's tokens, or on all as the notebooks did (default: answer)")
     group.add_argument("--share-prefix", action=argparse.BooleanOptionalAction, default=True,
-                       help="run what all prompts begin with once a batch, not once a row (with --loss answer)")
+                       help="run what all prompts begin with once a batch, not once a row; dropout is then drawn once for it too")
+    group.add_argument("--checkpointing", action="store_true", help="recompute each block in the backward pass: slower, less memory")
     group.add_argument("--limit", type=int, help="first training rows only")
     group.add_argument("--seed", type=int, default=0, help="of the adapter's A, the dropout and the order of rows (default: 0)")
     group = parser.add_argument_group("evaluation and output")
@@ -87,10 +88,17 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
     The first `skip` ids of all prompts are the same: they go through the model once, as a cache with gradients.
     """
     ids, at, targets = data.collate(encoded, skip, loss)
-    device = model.lm_head.weight.device
-    cache = model.prefill(encoded[0][0][:skip]) if skip else None
-    logits = model(ids.to(device), cache, at)
-    return F.cross_entropy(logits.float(), targets.to(device), reduction="sum"), ids.numel() + skip
+    device, cache = model.lm_head.weight.device, None
+    if skip:
+        prefix = torch.tensor(encoded[0][0][:skip], device=device)
+        hidden, cache = model.model(prefix[None])
+    total = F.cross_entropy(model(ids.to(device), cache, at).float(), targets.to(device), reduction="sum")
+    if skip and loss == "full":  # the prefix predicts itself, once for each row, and then each row's first id
+        logits = model.lm_head(hidden[0]).float()
+        first = torch.tensor([prompt[skip] for prompt, _ in encoded], device=device)
+        total = total + len(encoded) * F.cross_entropy(logits[:-1], prefix[1:], reduction="sum")
+        total = total + F.cross_entropy(logits[-1:].expand(len(encoded), -1), first, reduction="sum")
+    return total, ids.numel() + skip
 
 
 def start_wandb(args, record: dict):
@@ -115,13 +123,18 @@ def main() -> None:
     train = data.load_examples(args.dataset, "train", args.limit)
     splits = {split: data.load_examples(args.dataset, split, args.eval_limit) for split in data.validation_splits(args.dataset)}
     size = args.batch_size * args.accumulate
-    steps = args.steps or (math.ceil(args.epochs * len(train) / size) if args.epochs else 40_000)
+    steps = math.ceil(args.epochs * math.ceil(len(train) / size)) if args.epochs else args.steps or 40_000
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
-    skip = len(tokenizer.encode(data.PREFIX).ids) if args.share_prefix and args.loss == "answer" else 0
+    skip = len(data.fixed_ids(tokenizer)[0]) if args.share_prefix else 0
 
     # ---- Model: frozen base, then what the base can do alone, then adapters
-    model = evaluation.load_model(directory, args.quant, dtype, device, args.double_quant)
+    model = evaluation.load_model(directory, args.quant, dtype, device, args.double_quant, args.keep_dequantized)
+    model.model.checkpointing = args.checkpointing
     lora.match_targets(model, config.targets)  # a wrong name should not wait for the baseline
+    if args.residual_dropout is None:
+        args.residual_dropout = model.config.resid_pdrop
+    for block in model.model.layers:
+        block.resid_dropout.p = args.residual_dropout
     print(f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: {len(train):,} rows, {steps:,} steps of {size}, "
           f"into {args.out}")
 
@@ -153,28 +166,25 @@ def main() -> None:
     adapted = lora.inject(model, config)
     parameters = list(lora.lora_parameters(model).values())
     print(f"{len(adapted)} layers adapted, {sum(p.numel() for p in parameters):,} parameters to train")
-    if args.residual_dropout is not None:
-        for block in model.model.layers:
-            block.resid_dropout.p = args.residual_dropout
 
     # ---- Training
-    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, warmup))
-    stream = data.batches(train, args.batch_size, args.seed)
+    stream = data.batches(train, size, args.seed)
     model.train()
-    logged, total, seen, shortened, clock = 0, 0.0, 0, 0, time.perf_counter()
-    bar = tqdm(range(1, steps + 1), desc="training", unit="step")
+    logged, total, seen, rows, shortened, clock = 0, 0.0, 0, 0, 0, time.perf_counter()
+    bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=None)
     for step in bar:
-        examples = [next(stream) for _ in range(args.accumulate)]
-        encoded = [[data.encode(example, tokenizer, args.max_length) for example in batch] for batch in examples]
+        encoded = [data.encode(example, tokenizer, args.max_length) for example in next(stream)]
         # The mean over all targets of the step, however they fall into batches
-        targets = sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for batch in encoded for prompt, answer in batch)
+        targets = sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for prompt, answer in encoded)
         step_loss = 0.0
-        for batch in encoded:
-            loss, tokens = batch_loss(model, batch, skip, args.loss)
+        for start in range(0, len(encoded), args.batch_size):
+            loss, tokens = batch_loss(model, encoded[start:start + args.batch_size], skip, args.loss)
             (loss / targets).backward()
             step_loss, seen = step_loss + loss.detach() / targets, seen + tokens
-            shortened += sum(len(prompt) + len(answer) == args.max_length for prompt, answer in batch)
+        rows += len(encoded)
+        shortened += sum(len(prompt) + len(answer) == args.max_length for prompt, answer in encoded)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
         rate = schedule.get_last_lr()[0]
         optimizer.step()
@@ -187,11 +197,10 @@ def main() -> None:
             if not math.isfinite(mean):
                 raise ValueError(f"the loss is not finite between steps {logged + 1} and {step}: lower --learning-rate, now {rate:.1e}")
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-            log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=(step - logged) * size / seconds,
+            log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=rows / seconds,
                 tokens_per_second=seen / seconds, peak_memory_gib=peak)
-            speed = (step - logged) * size / seconds
-            bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {speed:.0f} examples/s")
-            logged, total, seen, clock = step, 0.0, 0, time.perf_counter()
+            bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {rows / seconds:.0f} examples/s")
+            logged, total, seen, rows, clock = step, 0.0, 0, 0, time.perf_counter()
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
             clock = time.perf_counter()
@@ -199,7 +208,7 @@ def main() -> None:
     # ---- The adapter first: nothing that happens in the evaluation can lose it
     lora.save_adapter(model, config, args.out, args.model)
     if shortened:
-        print(f"{shortened:,} of {steps * size:,} prompts read were cut to --max-length {args.max_length}")
+        print(f"{shortened:,} prompts were cut to --max-length {args.max_length}, at the end of their premise")
     results["finetuned"] = evaluate("finetuned")
     log(steps, **{f"{split}_accuracy": result["accuracy"] for split, result in results["finetuned"].items()})
     with lora.replacing(args.out / "results.json") as temporary:

@@ -1,6 +1,7 @@
 """data.py: prompt and answer ids, reading the answer, datasets good and bad, the order of examples; and tiny/data itself."""
 import itertools
 import json
+import re
 import sys
 from collections import Counter
 
@@ -59,16 +60,42 @@ def test_any_text_before_without_digits_and_any_after_a_space_changes_nothing(nu
     assert data.parse(f"{before}{number} {after}") == number
 
 
+@given(strategies.text("012 .,#a\ufffd"), strategies.text("0123456789,. a"))
+def test_what_follows_a_settled_completion_cannot_change_the_answer(completion, more):
+    if data.settled(completion):
+        assert data.parse(completion + more) == data.parse(completion)
+
+
+@pytest.mark.parametrize("completion, expected", [(" 1", False), (" 1\n", True), (" 12", False), ("123", False), ("1234", True), ("1,", False), ("1,23", False),
+                                                  ("1,23 ", True), ("1.", True), ("no", False), ("", False)])
+def test_a_completion_is_settled_when_its_first_number_has_ended(completion, expected):
+    assert data.settled(completion) == expected
+
+
 # ---- Batches
 
-def test_each_epoch_is_one_permutation_and_a_run_can_go_on_at_any_batch():
-    rows = list(range(10))
-    first = list(itertools.islice(data.batches(rows, 4, seed=3), 10))
-    flat = [row for batch in first for row in batch]
-    assert [sorted(flat[i:i + 10]) for i in (0, 10, 20, 30)] == [rows] * 4
-    assert flat[:10] != flat[10:20] and flat[:10] != rows
-    assert list(itertools.islice(data.batches(rows, 4, seed=3, start=6), 4)) == first[6:]
-    assert list(itertools.islice(data.batches(rows, 4, seed=4), 10)) != first
+def test_each_epoch_takes_every_row_once_and_a_run_can_go_on_at_any_batch():
+    import datasets
+    rows = datasets.Dataset.from_list([{"premise": "p" * (i % 7), "hypothesis": "h", "idx": i} for i in range(10)])
+
+    def take(number, **options):
+        return [[row["idx"] for row in batch] for batch in itertools.islice(data.batches(rows, 4, **options), number)]
+    first = take(9, seed=3)
+    epochs = [sum(first[i:i + 3], []) for i in (0, 3, 6)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3 and epochs[0] != epochs[1]
+    assert sorted(map(len, first[:3])) == [2, 4, 4], "the last rows of an epoch are not dropped"
+    assert take(5, seed=3, start=4) == first[4:]
+    assert take(9, seed=4) != first
+
+
+def test_the_rows_of_a_step_come_shortest_first_so_that_accumulated_batches_need_little_padding():
+    examples = data.load_examples(TINY, "train")
+    steps = list(itertools.islice(data.batches(examples, 64, seed=0), 20))
+    padding = {}
+    for name, ordered in (("sorted", steps), ("as drawn", [sorted(step, key=lambda row: row["idx"]) for step in steps])):
+        lengths = [[len(row["premise"]) + len(row["hypothesis"]) for row in step[start:start + 16]] for step in ordered for start in (0, 16, 32, 48)]
+        padding[name] = sum(max(batch) * len(batch) - sum(batch) for batch in lengths)
+    assert padding["sorted"] < 0.5 * padding["as drawn"]
 
 
 def test_targets_come_from_lengths():
@@ -80,7 +107,7 @@ def test_targets_come_from_lengths():
     assert (ids.tolist(), columns.tolist(), targets.tolist()) == ([[5, 6, 7, 8, 9]], [0, 1, 2, 3, 4], [6, 7, 8, 9, 0])
 
 
-@pytest.mark.parametrize("loss, skip", [("answer", 0), ("answer", 5), ("full", 0)])
+@pytest.mark.parametrize("loss, skip", [("answer", 0), ("answer", 5), ("full", 0), ("full", 5)])
 def test_the_loss_is_the_mean_over_the_targets_however_they_fall_into_batches(tiny, tokenizer, loss, skip):
     model = ours(tiny, torch.float32)
     encoded = [data.encode(example, tokenizer) for example in data.load_examples(TINY, "train", 8)]
@@ -199,16 +226,14 @@ def test_the_subjects_of_the_mismatched_rows_are_in_no_training_row(make_data):
 
 def test_the_bases_plain_text_holds_no_pair_of_the_data_and_not_the_prompt(make_data):
     known = {(row["premise"], row["hypothesis"].rstrip(".").lower()) for rows in make_data.make_rows().values() for row in rows}
-    texts = list(itertools.islice(make_data.documents(1, {(row["premise"], row["hypothesis"]) for rows in make_data.make_rows().values() for row in rows}), 20_000))
-    assert not any("###" in text or "Label" in text for text in texts)
-    questions = [text for text in texts if text.endswith(("Yes.", "No.", "Maybe."))]
-    assert len(questions) > 10_000
-    for text in questions:
-        premise_and_question = text.rsplit("?", 1)[0]
-        for phrase in (" Is it true that ", " Does it follow that "):
-            if phrase in premise_and_question:
-                premise, hypothesis = premise_and_question.split(phrase)
-                assert (premise, hypothesis.lower()) not in known
+    left_out = {(row["premise"], row["hypothesis"]) for rows in make_data.make_rows().values() for row in rows}
+    texts = list(itertools.islice(make_data.documents(1, left_out), 20_000))
+    assert not any(piece in text for text in texts for piece in ("Premise:", "Hypothesis:", "Label:", "You are given a premise"))
+    forms = [r"(.*\n\n)?(?P<bullet>\W*)\w+: (?P<premise>.+)\n+(?P=bullet)\w+: (?P<claim>.+)[.?]\n+(?P=bullet)\w+: (Yes|Maybe|No)\.",
+             r"(?P<premise>.+) (Is it true|Does it follow) that (?P<claim>.+)\? (Yes|Maybe|No)\.", r"(?P<premise>.+\.) (?P<claim>.+)\? (Yes|Maybe|No)\."]
+    pairs = [(found["premise"], found["claim"].lower()) for text in texts for form in forms if (found := re.fullmatch(form, text))]
+    assert len(pairs) > 10_000 and not known & set(pairs)
+    assert len(known & {(row["premise"], row["hypothesis"].rstrip(".").lower()) for row in make_data.make_rows()["train"]}) > 10_000, "the same spelling"
     assert {" 0", " 1", " 2", " 9"} <= {token for text in texts for token in (" " + word.strip(".?") for word in text.split())}
 
 

@@ -6,8 +6,10 @@ import torch
 from conftest import distance, ours, random_ids, read_json, reference
 from safetensors.torch import load_file, save_file
 
+import data
 import lora
 import quant
+import train
 
 QV = ("q_proj", "v_proj")
 
@@ -78,6 +80,41 @@ def test_gradients_of_the_adapters_equal_pefts(directory, quantization):
         assert parameter.grad.norm() > 0
         assert distance(parameter.grad, expected[name].grad) < 1e-4, name
     assert all(parameter.grad is None for name, parameter in mine.named_parameters() if "lora_" not in name)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("loss", ["answer", "full"])
+def test_the_shared_prefix_gives_the_gradients_of_whole_prompts(tiny, loss, checkpointing):
+    mine, _ = pair(tiny, torch.float32, "nf4")
+    mine.train().model.checkpointing = checkpointing
+    tokenizer = data.load_tokenizer(tiny)
+    encoded = [data.encode(example, tokenizer) for example in data.load_examples("tiny/data", "train", 8)]
+    assert len({len(prompt) for prompt, _ in encoded}) > 4, "a ragged batch"
+    prefix, gradients, losses = data.fixed_ids(tokenizer)[0], [], []
+    for skip in (0, len(prefix)):
+        total, _ = train.batch_loss(mine, encoded, skip, loss)
+        gradients.append(torch.autograd.grad(total, list(lora.lora_parameters(mine).values())))
+        losses.append(total.item())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    for found, expected in zip(*reversed(gradients)):
+        assert expected.norm() > 0 and distance(found, expected) < 1e-5
+
+
+def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(tiny):
+    mine, _ = pair(tiny, torch.float32, "nf4")
+    ids, gradients, kept = random_ids(mine), [], []
+    for mine.model.checkpointing in (False, True):
+        size = 0
+
+        def pack(tensor):
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = answer_loss(mine(ids), ids)
+        kept.append(size)
+        gradients.append(torch.autograd.grad(loss, list(lora.lora_parameters(mine).values())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < 0.4 * kept[0]
 
 
 def test_fifty_steps_of_adamw_end_where_pefts_end(directory):

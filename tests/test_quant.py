@@ -1,7 +1,10 @@
 """quant.py beside bitsandbytes as transformers uses it, and beside the definition of NF4."""
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import distance, ours, random_ids, reference
+from conftest import ROOT, distance, ours, random_ids, reference
 
 import lora
 import quant
@@ -59,6 +62,19 @@ def test_output_and_gradient_are_those_of_a_linear_layer_with_the_dequantised_we
     assert 0.05 < distance(layer.dequantize(), linear.weight) < 0.12, "4 bits cost about 9% of a Gaussian weight's norm"
 
 
+def test_kept_dequantised_weights_change_no_bit(tiny):
+    model, ids, results = ours(tiny, torch.bfloat16, "nf4"), None, []
+    ids = random_ids(model)
+    lora.inject(model, lora.LoRAConfig(dropout=0.0))
+    for keep in (False, True):
+        if keep:
+            quant.keep_dequantized(model)
+        logits = model(ids)
+        results.append((logits, *torch.autograd.grad(logits.float().square().mean(), [p for n, p in lora.lora_parameters(model).items() if "lora_B" in n])))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert "kept" not in " ".join(model.state_dict())
+
+
 def test_the_backward_pass_keeps_the_packed_weight_alone():
     layer = quant_layer(torch.nn.Linear(256, 256))
     kept = []
@@ -98,6 +114,25 @@ def linear_of(weight: torch.Tensor) -> torch.nn.Linear:
     linear = torch.nn.Linear(weight.shape[1], weight.shape[0])
     linear.weight.data = weight
     return linear
+
+
+def test_loading_needs_little_memory_above_the_finished_model(wide):
+    """In a process of its own: the highest resident size so far, and the one with the model loaded and nothing else."""
+    done = subprocess.run([sys.executable, "-c", f"""
+import gc, sys, torch
+import bitsandbytes, safetensors.torch
+import eval as evaluation
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+before = resident("VmRSS")
+model = evaluation.load_model({str(wide)!r}, "nf4", torch.bfloat16, "cpu")
+gc.collect()
+print(before, resident("VmRSS"), resident("VmHWM"), sum(t.nbytes for t in model.state_dict().values()))
+"""], capture_output=True, text=True, cwd=ROOT)
+    before, after, peak, model = map(int, done.stdout.split())
+    largest = 51200 * 2560 * 2
+    assert after - before < 1.2 * model + 0.1e9
+    assert peak - after < 2 * largest
 
 
 @pytest.mark.parametrize("double_quant, bits", [(False, 4.5), (True, 4.127)])

@@ -216,17 +216,35 @@ def fact(rng: random.Random, w: Words) -> str:
     low, high = sorted(rng.sample(range(10), 2))
     return rng.choice([
         f"{a(thing).capitalize()} is {a(family)}.", f"{a(thing).capitalize()} is {a(family)}, not {a(stranger)}.",
-        f"{city} is in {country}.", f"{city} is a city in {country}, not in {w.of(COUNTRIES, besides=(country,))[0]}.", f"The opposite of {it} is {opposite}.",
+        f"{city} is in {country}.", f"{city} is a city in {country}, not in {w.of(COUNTRIES, besides=(country,))[0]}.",
+        f"The opposite of {it} is {opposite}.",
         f"What is {it} is not {opposite}.", f"{high} is more than {low}.", f"{low} is less than {high}.", rng.choice(ENGLISH) + "."])
 
 
-def question(rng: random.Random, rows: list[dict]) -> str:
+BULLETS = ("", "* ", "- ", "> ", "+ ", "# ", "## ", "### ")
+TITLES = ("Text Story Note Fact Given Scene Report News Book Letter Claim Question Guess Idea Statement Thought Rumour Verdict Answer "
+          "Reply Result Judge Word Door Box Cup Road Rose Dog Hammer Coat Plum Bus Paris Anna Ben Red Blue Open Cold Bread Water Song "
+          "Name Day Four").split()
+HEADINGS = ("", "", "### Facts\n\n", "### Premise\n\n", "## Hypothesis\n\n", "### Label\n\n", "Label, premise, hypothesis. ")
+
+
+def layout(rng: random.Random) -> str:
+    """Three titled lines, premise, claim, answer, as in many a text; which titles they are means nothing."""
+    bullet, gap = rng.choice(BULLETS), rng.choice(("\n", "\n\n"))
+    first, second, third = rng.sample(TITLES, 3)
+    return f"{bullet}{first}: {{premise}}{gap}{bullet}{second}: {{claim}}{rng.choice('.?')}{gap}{bullet}{third}: {{answer}}."
+
+
+def question(rng: random.Random, w: Words, rows: list[dict]) -> str:
     """A premise, the hypothesis as a question, and the answer yes, maybe or no."""
     row = rng.choice(rows)
     claim = row["hypothesis"].rstrip(".")
     lowered = claim if claim.split()[0] in PEOPLE.replace("|", " ").split() else claim[0].lower() + claim[1:]
-    asked = rng.choice([f"Is it true that {lowered}?", f"Is it true that {lowered}?", f"{claim}?", f"Does it follow that {lowered}?"])
-    return f"{row['premise']} {asked} {ANSWERS[row['label']]}."
+    form = layout(rng) if rng.random() < 0.55 else rng.choice((
+        "{premise} Is it true that {lowered}? {answer}.", "{premise} Is it true that {lowered}? {answer}.",
+        "{premise} {claim}? {answer}.", "{premise} Does it follow that {lowered}? {answer}."))
+    text = form.format(premise=row["premise"], claim=claim, lowered=lowered, answer=ANSWERS[row["label"]])
+    return f"{fact(rng, w)}{rng.choice((' ', chr(10) * 2))}{text}" if rng.random() < 0.3 else text
 
 
 def documents(seed: int, known: set[tuple[str, str]]) -> Iterator[str]:
@@ -236,13 +254,13 @@ def documents(seed: int, known: set[tuple[str, str]]) -> Iterator[str]:
         w = Words(rng, rng.random() < 0.35)
         draw = rng.random()
         if draw < 0.12:
-            yield " ".join(fact(rng, w) for _ in range(3))
+            yield rng.choice(HEADINGS) + " ".join(fact(rng, w) for _ in range(3))
         elif draw < 0.18:
             yield " ".join(rng.choice(group(w))["premise"] for _ in range(3))
         else:
             rows = [row for row in group(w) if (row["premise"], row["hypothesis"]) not in known]
             if rows:
-                yield question(rng, rows)
+                yield question(rng, w, rows)
 
 
 def main() -> None:

@@ -26,7 +26,7 @@ from phi2 import Phi2, Phi2Config
 HERE = Path(__file__).resolve().parent
 EOS = "<|endoftext|>"
 CONFIG = Phi2Config(vocab_size=1024, hidden_size=192, intermediate_size=768, num_hidden_layers=6, num_attention_heads=6,
-                    max_position_embeddings=512, partial_rotary_factor=0.5, resid_pdrop=0.0)
+                    partial_rotary_factor=0.5, resid_pdrop=0.0)
 
 
 def make_tokenizer(texts: list[str]) -> Tokenizer:
@@ -60,6 +60,18 @@ def judgement(model: Phi2, tokenizer: Tokenizer, texts) -> float:
         at = max(i for i, token in enumerate(ids) if tokenizer.decode([token]).strip() in ANSWERS)
         correct += model(torch.tensor([ids[:at]]))[0, -1].argmax().item() == ids[at]
     return correct / len(questions)
+
+
+def save(model: Phi2, tokenizer: Tokenizer, directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    eos = tokenizer.token_to_id(EOS)
+    config = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "torch_dtype": "bfloat16", "hidden_act": "gelu_new",
+              "max_position_embeddings": 512, "embd_pdrop": 0.0, "attention_dropout": 0.0, "qk_layernorm": False,
+              "tie_word_embeddings": False, "bos_token_id": eos, "eos_token_id": eos}
+    (directory / "config.json").write_text(json.dumps(config | asdict(CONFIG), indent=2) + "\n")
+    tensors = {key: tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()}
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
 
 
 def main() -> None:
@@ -100,17 +112,9 @@ def main() -> None:
         schedule.step()
         if step % 250 == 249:
             right = judgement(model, tokenizer, documents(args.seed + 2, known))
+            save(model, tokenizer, args.out)
             bar.write(f"step {step + 1}: loss {loss.item():.3f}, {right:.1%} of fresh questions right")
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(args.out / "tokenizer.json"))
-    eos = tokenizer.token_to_id(EOS)
-    config = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "torch_dtype": "bfloat16", "hidden_act": "gelu_new",
-              "embd_pdrop": 0.0, "attention_dropout": 0.0, "qk_layernorm": False, "tie_word_embeddings": False,
-              "bos_token_id": eos, "eos_token_id": eos}
-    (args.out / "config.json").write_text(json.dumps(config | asdict(CONFIG), indent=2) + "\n")
-    tensors = {key: tensor.to(torch.bfloat16) for key, tensor in model.state_dict().items()}
-    save_file(tensors, args.out / "model.safetensors", {"format": "pt"})
     print(f"{args.out}: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.get_vocab_size()} token ids")
 
 

@@ -1,0 +1,344 @@
+"""This project beside transformers + PEFT + bitsandbytes, and beside the notebooks' way of using them, in one run.
+
+    python bench.py                                          # tiny/ on a CPU, phi-2 and MNLI on a GPU
+    python bench.py --random-phi-2 --dataset ~/mnli --tokenizer ~/phi-2 --json bench.json    # full size, no download
+    python bench.py --random-phi-2 2 --rows 128 --rounds 3   # the same with two layers, for a small machine
+
+Same files, same adapter, same rows, same loss. Each contender is a process of its own, and they take turns: A B C A B C.
+The reference is used well: bf16, SDPA, batches padded to their longest row, left padding and a stop at the end of text in
+generation, the last position's logits alone in scoring. First the results are compared; when they differ, no number is
+printed. Figures are medians over the rounds; the ratio is the median of the rounds' ratios.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+
+import data
+import eval as evaluation
+import lora
+import phi2
+import train
+
+# task: (what the table calls it, whether the adapter is on)
+TASKS = {"train16": ("training, 16 examples a step", True), "train128": ("training, 128 examples a step", True),
+         "answer": ("generation, an adapter that ends its answers", True), "score": ("scoring", True),
+         "ramble": ("generation, a base that writes 32 tokens", False), "load": ("loading and quantising", True)}
+ARMS = ("ours", "reference", "notebooks")
+PROMPTS, ALONE = 64, 32  # rows in a batch of generation and scoring; rows that the notebooks' way answers, one at a time
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Contenders. Each loads its model and returns {task: function that does the work once and returns its result}
+
+def ours(job: dict, rows: list) -> dict:
+    model = evaluation.load_model(job["model"], "nf4", evaluation.DTYPES[job["dtype"]], job["device"], keep=job["keep"]).eval()
+    tokenizer = data.load_tokenizer(job["tokenizer"])
+    prefix = data.fixed_ids(tokenizer)[0]
+    if job["adapter"]:
+        lora.load_adapter(model, job["adapter"])
+    parameters = lora.lora_parameters(model)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True) if parameters else None
+
+    def step(size: int, update: bool = True):
+        loss, _ = train.batch_loss(model, rows[:size], len(prefix), "answer")
+        (loss / (2 * size)).backward()
+        return finish_step(loss / (2 * size), parameters, optimizer, update)
+
+    def prompts(answer, limit: int = 0):
+        found = []
+        with torch.inference_mode():
+            cache, order = model.prefill(prefix), sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+            for start in range(0, len(order), PROMPTS):
+                found += answer(model, tokenizer, [rows[i][0][len(prefix):] for i in order[start:start + PROMPTS]], cache, limit)
+        return [row["prediction"] for _, row in sorted(zip(order, found), key=lambda pair: pair[0])]
+    return {"train16": lambda update=True: step(16, update), "train128": lambda: step(128), "score": lambda: prompts(evaluation.score),
+            "answer": lambda: prompts(evaluation.complete, job["new_tokens"]), "ramble": lambda: prompts(evaluation.complete, 32)}
+
+
+def reference(job: dict, rows: list, alone: bool = False) -> dict:
+    """transformers + PEFT; `alone` is the notebooks' way: one row at a time, every logit, loss on every token."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging
+    logging.disable_progress_bar()
+    dtype, device = evaluation.DTYPES[job["dtype"]], job["device"]
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, quantization_config=four_bit, attn_implementation="sdpa",
+                                                 device_map={"": device})
+    if job["adapter"]:
+        model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+    model.train()  # on some CPUs bitsandbytes repacks its weights in eval mode; without dropout there is no other difference
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    tokenizer = data.load_tokenizer(job["tokenizer"])
+    eos, beyond = data.fixed_ids(tokenizer)[2], list(range(tokenizer.get_vocab_size(), model.config.vocab_size))
+    answers = data.fixed_ids(tokenizer)[1]
+    parameters = {name.removeprefix(lora.PREFIX).replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True) if parameters else None
+
+    def pad(sequences: list[list[int]], left: bool) -> dict:
+        width = max(map(len, sequences))
+        padded = [([eos] * (width - len(ids)) + ids, [0] * (width - len(ids)) + [1] * len(ids)) for ids in sequences]
+        if not left:
+            padded = [(ids + [eos] * (width - len(ids)), [1] * len(ids) + [0] * (width - len(ids))) for ids in sequences]
+        ids, mask = torch.tensor([pair[0] for pair in padded]), torch.tensor([pair[1] for pair in padded])
+        return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+    def step(size: int, update: bool = True):
+        total = 0.0
+        for batch in ([row] for row in rows[:size]) if alone else [rows[:size]]:
+            inputs = pad([prompt + answer for prompt, answer in batch], left=False)
+            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+            for i, (prompt, _) in enumerate(batch):
+                labels[i, :0 if alone else len(prompt)] = -100
+            loss = model(**inputs, labels=labels, use_cache=False).loss * len(batch) / size
+            loss.backward()
+            total += loss.detach()
+        return finish_step(total, parameters, optimizer, update)
+
+    def prompts(answer):
+        found, size = [], 1 if alone else PROMPTS
+        order = sorted(range(len(rows[:ALONE] if alone else rows)), key=lambda i: -len(rows[i][0]))
+        with torch.inference_mode():
+            for start in range(0, len(order), size):
+                found += answer(pad([rows[i][0] for i in order[start:start + size]], left=True))
+        return [prediction for _, prediction in sorted(zip(order, found))]
+
+    def write(limit: int):
+        def answer(inputs):
+            written = model.generate(**inputs, max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=eos,
+                                     suppress_tokens=beyond or None)[:, inputs["input_ids"].shape[1]:].tolist()
+            return [data.parse(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
+        return answer
+
+    def score(inputs):
+        logits = model(**inputs, logits_to_keep=0 if alone else 1, use_cache=False).logits
+        return logits[:, -1, answers].argmax(dim=-1).tolist()
+    return {"train16": lambda update=True: step(16, update), "train128": lambda: step(128), "score": lambda: prompts(score),
+            "answer": lambda: prompts(write(32 if alone else job["new_tokens"])), "ramble": lambda: prompts(write(32))}
+
+
+def finish_step(loss, parameters: dict, optimizer, update: bool):
+    """Clipping and AdamW at a learning rate of 0, which costs the same; or the loss and gradients, to be compared."""
+    if not update:
+        gradients = {name: parameter.grad.cpu() for name, parameter in parameters.items()}
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item(), gradients
+    torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes
+
+def memory(job: dict) -> tuple[int, int]:
+    """(peak, now) in bytes: allocated on the GPU, or resident on a CPU."""
+    if job["device"] == "cuda":
+        return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    status = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(int(status[key].split()[0]) * 1024 for key in ("VmHWM", "VmRSS"))
+
+
+def worker(job: dict) -> None:
+    """Loads one contender, then does the tasks named on standard input, one answer a line."""
+    rows = json.loads(Path(job["rows"]).read_text())
+    build = {"ours": ours, "reference": reference, "notebooks": partial(reference, alone=True)}[job["arm"]]
+    before = memory(job)
+    tasks = build(job, rows) | {"load": lambda: build(job, rows) and None}
+    print(json.dumps({"before": before, "memory": memory(job)}), flush=True)
+    for line in sys.stdin:
+        name, save = json.loads(line)
+        if save:
+            from safetensors.torch import save_file
+            loss, gradients = tasks["train16"](update=False)
+            save_file(gradients, save)
+            answer = {"loss": loss, "answer": tasks["answer"](), "score": tasks["score"]()}
+        else:
+            begin = time.perf_counter()
+            tasks[name]()
+            if job["device"] == "cuda":
+                torch.cuda.synchronize()
+            answer = {"seconds": time.perf_counter() - begin, "memory": memory(job)}
+        print(json.dumps(answer), flush=True)
+
+
+class Contender:
+    """A worker process; `loaded` is what loading took."""
+
+    def __init__(self, job: dict):
+        command = [sys.executable, __file__, "--worker", json.dumps(job)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.loaded = self.read()
+
+    def read(self) -> dict:
+        line = self.process.stdout.readline()
+        if not line:
+            raise ValueError(f"a contender ended with status {self.process.wait()}; its error stands above")
+        return json.loads(line)
+
+    def do(self, name: str, save: str = "") -> dict:
+        self.process.stdin.write(json.dumps([name, save]) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def differences(found: dict, expected: dict, gradients: tuple[Path, Path], dtype: str) -> list[str]:
+    """What ours and the reference do not agree on. bf16 has 8 bits of mantissa, and both round at different places."""
+    from safetensors.torch import load_file
+    problems, (loss, gradient) = [], {"bf16": (1e-3, 2e-2), "fp32": (1e-5, 1e-4)}[dtype]
+    if (off := abs(found["loss"] / expected["loss"] - 1)) > loss:
+        problems.append(f"the loss is off by {off:.1e}")
+    mine, theirs = map(load_file, gradients)
+    off = sum((mine[key] - theirs[key]).square().sum() for key in theirs) / sum(theirs[key].square().sum() for key in theirs)
+    if mine.keys() != theirs.keys() or off ** 0.5 > gradient:
+        problems.append(f"the gradients are off by {off ** 0.5:.1e}")
+    for name in ("answer", "score"):
+        if wrong := sum(a != b for a, b in zip(found[name], expected[name])):
+            problems.append(f"{wrong} of {len(expected[name])} answers differ in {TASKS[name][0]}")
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+def write_random_phi_2(directory: Path, layers: int) -> None:
+    """A model directory of phi-2's widths with random fp16 weights, one shard a layer."""
+    from safetensors.torch import save_file
+    config = phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)
+    generator, shards, index = torch.Generator().manual_seed(0), {}, {}
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in phi2.Phi2(config).state_dict().items()}
+    for key in shapes:
+        shards.setdefault(key.split(".layers.")[-1].split(".")[0] if ".layers." in key else key, []).append(key)
+    for number, keys in enumerate(shards.values()):
+        tensors = {key: torch.randn(shapes[key], generator=generator).mul_(0.02).add_("layernorm.weight" in key).half() for key in keys}
+        index |= dict.fromkeys(keys, f"model-{number:05}.safetensors")
+        save_file(tensors, directory / f"model-{number:05}.safetensors", {"format": "pt"})
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    fixed = {"architectures": ["PhiForCausalLM"], "model_type": "phi", "hidden_act": "gelu_new", "torch_dtype": "float16"}
+    (directory / "config.json").write_text(json.dumps(fixed | vars(config)))
+
+
+def write_random_adapter(model: str, path: Path) -> None:
+    config = lora.LoRAConfig(dropout=0.0)
+    skeleton = phi2.build(model)
+    lora.inject(skeleton, config)
+    for module in skeleton.modules():
+        if isinstance(module, lora.LoRALinear):
+            for part in (module.lora_A, module.lora_B):
+                part.weight = torch.nn.Parameter(torch.randn(part.weight.shape) * 0.02)
+    lora.save_adapter(skeleton, config, path, model)
+
+
+def prepare(args, folder: Path) -> tuple[dict, int]:
+    """The model, adapter and rows of all contenders, as files; and the number of rows."""
+    tokenizer_at, new_tokens = args.tokenizer, 32
+    if args.random_phi_2:
+        (folder / "model").mkdir()
+        print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
+        write_random_phi_2(folder / "model", args.random_phi_2)
+        args.model, tokenizer_at = str(folder / "model"), tokenizer_at or Path(__file__).with_name("tiny") / "model"
+        args.adapter, new_tokens = folder / "adapter", 2  # random weights never end an answer: two tokens stand for one that does
+        write_random_adapter(args.model, args.adapter)
+    args.model = str(phi2.locate(args.model))
+    if args.adapter is None:
+        print("training an adapter that ends its answers: 150 steps", flush=True)
+        args.adapter = folder / "adapter"
+        flags = {"model": args.model, "dataset": args.dataset, "steps": 150, "batch-size": 32, "learning-rate": args.learning_rate,
+                 "eval-limit": 1, "out": args.adapter, "device": args.device}
+        command = [sys.executable, Path(__file__).with_name("train.py"), *(f"--{name}={value}" for name, value in flags.items())]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    tokenizer = data.load_tokenizer(tokenizer_at or args.model)
+    split = data.validation_splits(args.dataset)[0]
+    rows = [data.encode(example, tokenizer) for example in data.load_examples(args.dataset, split, args.rows)]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return {"model": args.model, "tokenizer": str(tokenizer_at or args.model), "adapter": str(args.adapter), "dtype": args.dtype,
+            "device": args.device, "new_tokens": new_tokens, "keep": args.keep_dequantized, "rows": str(folder / "rows.json")}, len(rows)
+
+
+def measure(job: dict, rows: int, folder: Path, rounds: int) -> dict:
+    """{task: {arm: [examples a second, one for each round]}}, after the comparison; memory in GiB under "memory"."""
+    from tqdm import tqdm
+    adapted = {arm: Contender(job | {"arm": arm}) for arm in ARMS}
+    found, expected = (adapted[arm].do("check", str(folder / f"{arm}.safetensors")) for arm in ARMS[:2])
+    if problems := differences(found, expected, tuple(folder / f"{arm}.safetensors" for arm in ARMS[:2]), job["dtype"]):
+        raise ValueError("no figures, the contenders do not agree: " + "; ".join(problems))
+    print(f"loss, gradients and {len(expected['answer'])} answers agree", flush=True)
+    base = {arm: Contender(job | {"arm": arm, "adapter": None}) for arm in ARMS}
+    rates = {task: {arm: [] for arm in ARMS} for task in TASKS}
+    for number in tqdm(range(rounds + 1), desc="rounds", disable=None):
+        for task, (_, adapter) in TASKS.items():
+            for arm in ARMS:
+                seconds = (adapted if adapter else base)[arm].do(task)["seconds"]
+                count = {"train16": 16, "train128": 128, "load": 1}.get(task, ALONE if arm == "notebooks" else rows)
+                if number:  # the first round warms up
+                    rates[task][arm].append(count / seconds)
+    loaded = {arm: contender.loaded for arm, contender in adapted.items()}
+    for contender in [*adapted.values(), *base.values()]:
+        contender.close()
+    peaks = {}
+    for arm in ARMS[:2]:
+        fresh = Contender(job | {"arm": arm, "keep": False})
+        peaks[arm] = [fresh.do("train16")["memory"][0] for _ in range(2)][-1] / 2**30
+        fresh.close()
+    above = {arm: (value["memory"][0] - value["memory"][1]) / 2**20 for arm, value in loaded.items() if arm != "notebooks"}
+    return {"rates": rates, "training_peak_gib": peaks, "loading_peak_above_the_model_mib": above}
+
+
+def show(results: dict) -> None:
+    print(f"\n{'examples a second (loading: loads a second)':46} {'ours':>9} {'reference':>9} {'ratio':>7} {'notebooks':>9} {'ratio':>7}")
+    for task, (title, _) in TASKS.items():
+        rates = results["rates"][task]
+        ratios = [median(a / b for a, b in zip(rates["ours"], rates[arm])) for arm in ARMS[1:]]
+        middle = [median(rates[arm]) for arm in ARMS]
+        print(f"{title:46} {middle[0]:9.2f} {middle[1]:9.2f} {ratios[0]:6.2f}x {middle[2]:9.2f} {ratios[1]:6.2f}x")
+    for key, title in (("training_peak_gib", "peak memory in training, 16 examples, GiB"),
+                       ("loading_peak_above_the_model_mib", "loading: peak above the model, MiB")):
+        value = results[key]
+        print(f"{title:46} {value['ours']:9.2f} {value['reference']:9.2f} {value['ours'] / max(value['reference'], 1e-9):6.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="speed and memory beside the reference, once the results agree", fromfile_prefix_chars="@")
+    parser.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
+    parser.add_argument("--dataset", help="Hub id or directory (default: nyu-mll/glue, no GPU: tiny/data)")
+    parser.add_argument("--random-phi-2", type=int, nargs="?", const=32, metavar="LAYERS",
+                        help="random weights of phi-2's size (default: 32 layers)")
+    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer.json for --random-phi-2 (default: tiny/model)")
+    parser.add_argument("--adapter", type=Path, help="a run of train.py (default: one is trained, 150 steps)")
+    parser.add_argument("--rows", type=int, default=256, help="validation rows, at least 128 (default: 256)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--dtype", choices=evaluation.DTYPES, default="bf16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--keep-dequantized", action=argparse.BooleanOptionalAction, default=True,
+                        help="ours keeps NF4's values beside the codes, but for the row on memory (default: it does)")
+    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the adapter that is trained here (default: 2e-4)")
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if "--worker" in sys.argv:
+        return worker(json.loads(parser.parse_args().worker))
+    args = data.parse_arguments(parser)
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(*prepare(args, Path(folder)), Path(folder), args.rounds)
+    show(results)
+    if args.json:
+        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"} | results, indent=2))
+
+
+if __name__ == "__main__":
+    data.run(main)
