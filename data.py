@@ -91,6 +91,8 @@ def settled(completion: str) -> bool:
 def load_splits(dataset: str) -> dict:
     """All splits of a directory or of a dataset on the Hub, as `datasets.Dataset` by name."""
     import datasets
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     directory = Path(dataset)
     if directory.is_dir():
         splits = {}

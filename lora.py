@@ -88,6 +88,7 @@ class LoRALinear(nn.Module):
         self.lora_dropout = nn.Dropout(dropout)
         for part in (self.lora_A, self.lora_B):
             part.to(base_layer.weight.device)
+        self.train(base_layer.training)  # an adapter put on a model in eval mode must not drop anything
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)

@@ -106,11 +106,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D); mask (B or 1, 1, T, S) is 0 or -inf, None on a GPU means causal.
 
-    On a CPU the operations are written out: in bf16 torch's fused kernel is slower there, most of all backward.
+    On a CPU it is written out, scores in fp32: in bf16 torch's fused kernel is slower there, most of all backward.
     """
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1) @ v
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2) + mask
+    return scores.softmax(dim=-1).to(v.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -259,13 +260,11 @@ def checkpoint_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (key, tensor) of a checkpoint under today's names. A file is opened anew for each: so what is read leaves memory."""
+    """All (key, tensor) of a checkpoint, under today's names; a file opened anew for each, so that what was read leaves memory."""
     from safetensors import SafetensorError, safe_open
     for path in checkpoint_files(directory):
         try:
-            with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-            for key in keys:
+            for key in safe_open(path, framework="pt").keys():
                 with safe_open(path, framework="pt") as file:
                     yield from rename_msft(key, file.get_tensor(key))
         except SafetensorError as error:

@@ -106,7 +106,11 @@ def start_wandb(args, record: dict):
     import os
 
     import wandb
-    offline = wandb.api.api_key is None and "WANDB_MODE" not in os.environ
+    try:
+        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+    except wandb.Error as error:
+        print(f"W&B: {str(error).splitlines()[0]}")
+        offline = True
     if offline:
         print(f"W&B: not logged in, so this run is kept offline in {args.out}/wandb; send it later with `wandb sync`")
     return wandb.init(project="flora", name=args.out.name, dir=args.out, config=record, mode="offline" if offline else None)

@@ -40,11 +40,6 @@ def wide(tmp_path_factory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="session", params=["tiny", "wide"])
-def directory(request) -> Path:
-    return request.getfixturevalue(request.param)
-
-
 def ours(directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False):
     import eval as evaluation
     return evaluation.load_model(directory, quantization, dtype, "cpu", double_quant).eval()
@@ -62,6 +57,31 @@ def reference(directory: Path, dtype: torch.dtype, quantization: str = "none", d
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
+
+
+def peft_model(base, targets=("q_proj", "v_proj"), dropout=0.0, **options):
+    from peft import LoraConfig, get_peft_model
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **options))
+
+
+def peft_tensors(model) -> dict[str, torch.Tensor]:
+    """PEFT's adapter tensors under our names."""
+    import lora
+    return {name.removeprefix(lora.PREFIX).replace(".default", ""): parameter for name, parameter in model.named_parameters() if "lora_" in name}
+
+
+def pair(directory, dtype=torch.float32, quantization="none", targets=("q_proj", "v_proj"), seed=1):
+    """Our model and PEFT's with the same random A and B."""
+    import lora
+    mine, theirs = ours(directory, dtype, quantization), reference(directory, dtype, quantization)
+    lora.inject(mine, lora.LoRAConfig(dropout=0.0, targets=targets))
+    theirs = peft_model(theirs, targets)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in lora.lora_parameters(mine).items():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
+            peft_tensors(theirs)[name].copy_(parameter)
+    return mine, theirs
 
 
 def random_ids(model, rows: int = 3, length: int = 24, seed: int = 0) -> torch.Tensor:

@@ -3,8 +3,7 @@
     python tests/side_by_side.py
 """
 import torch
-from conftest import ROOT, distance
-from test_lora import pair
+from conftest import ROOT, distance, pair
 
 import data
 

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import distance, ours, random_ids, read_json, reference
+from conftest import distance, ours, pair, peft_model, peft_tensors, random_ids, read_json, reference
 from safetensors.torch import load_file, save_file
 
 import data
@@ -11,37 +11,12 @@ import lora
 import quant
 import train
 
-QV = ("q_proj", "v_proj")
-
-
-def peft_model(base, targets=QV, dropout=0.0, **options):
-    from peft import LoraConfig, get_peft_model
-    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **options))
-
-
-def peft_tensors(model) -> dict[str, torch.Tensor]:
-    """PEFT's adapter tensors under our names."""
-    return {name.removeprefix(lora.PREFIX).replace(".default", ""): parameter for name, parameter in model.named_parameters() if "lora_" in name}
-
-
-def pair(directory, dtype=torch.float32, quantization="none", targets=QV, seed=1):
-    """Our model and PEFT's with the same random A and B."""
-    mine, theirs = ours(directory, dtype, quantization), reference(directory, dtype, quantization)
-    lora.inject(mine, lora.LoRAConfig(dropout=0.0, targets=targets))
-    theirs = peft_model(theirs, targets)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in lora.lora_parameters(mine).items():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
-            peft_tensors(theirs)[name].copy_(parameter)
-    return mine, theirs
-
 
 def answer_loss(logits, ids):
     return torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("targets", [QV, ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")])
 def test_initialisation_is_bit_equal_to_pefts_from_the_same_seed(tiny, targets):
     mine, theirs = ours(tiny, torch.float32), reference(tiny, torch.float32)
     torch.manual_seed(7)
@@ -52,34 +27,6 @@ def test_initialisation_is_bit_equal_to_pefts_from_the_same_seed(tiny, targets):
     assert found.keys() == expected.keys() and len(found) == 2 * 6 * len(targets)
     assert all(torch.equal(found[name], expected[name]) for name in found)
     assert {parameter.dtype for parameter in found.values()} == {torch.float32}
-
-
-# Relative to the norm of the logits. fp32: two orders of summation; bf16: 8 bits of mantissa through the layers.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_logits_with_random_adapters_equal_pefts(directory, quantization, dtype, tolerance):
-    mine, theirs = pair(directory, dtype, quantization)
-    ids = random_ids(mine)
-    with torch.no_grad():
-        found, expected = mine(ids), theirs(ids).logits
-        for parameter in lora.lora_parameters(mine).values():
-            parameter.zero_()
-        base = mine(ids)
-    assert distance(base, expected) > 2e-2, "the adapters must matter, or this test says nothing"
-    assert distance(found, expected) < tolerance
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_gradients_of_the_adapters_equal_pefts(directory, quantization):
-    mine, theirs = pair(directory, torch.float32, quantization)
-    ids = random_ids(mine)
-    answer_loss(mine(ids), ids).backward()
-    answer_loss(theirs(ids).logits, ids).backward()
-    expected = peft_tensors(theirs)
-    for name, parameter in lora.lora_parameters(mine).items():
-        assert parameter.grad.norm() > 0
-        assert distance(parameter.grad, expected[name].grad) < 1e-4, name
-    assert all(parameter.grad is None for name, parameter in mine.named_parameters() if "lora_" not in name)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
@@ -117,25 +64,6 @@ def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(tiny):
     assert all(torch.equal(a, b) for a, b in zip(*gradients)) and kept[1] < 0.4 * kept[0]
 
 
-def test_fifty_steps_of_adamw_end_where_pefts_end(directory):
-    mine, theirs = pair(directory, torch.float32, "nf4")
-    parameters = lora.lora_parameters(mine)
-    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    expected = peft_tensors(theirs)
-    optimizers = [torch.optim.AdamW(group.values(), lr=2e-4, weight_decay=0.01) for group in (parameters, expected)]
-    mine.train()
-    for step in range(50):
-        ids = random_ids(mine, rows=2, length=12, seed=step)
-        for model, optimizer in zip((mine, theirs), optimizers):
-            logits = model(ids)
-            answer_loss(getattr(logits, "logits", logits), ids).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    for name, parameter in parameters.items():
-        assert distance(start[name], parameter) > 1e-3, "it must have moved"
-        assert distance(parameter, expected[name]) < 1e-4, name
-
-
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_an_adapter_saved_here_loads_in_peft(tiny, tmp_path, quantization):
     from peft import PeftModel
@@ -147,7 +75,7 @@ def test_an_adapter_saved_here_loads_in_peft(tiny, tmp_path, quantization):
         assert distance(mine(ids), theirs(ids).logits) < 1e-5
 
 
-@pytest.mark.parametrize("targets", [list(QV), "all-linear", r".*\.(q_proj|fc1)"], ids=["list", "all-linear", "regex"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], "all-linear", r".*\.(q_proj|fc1)"], ids=["list", "all-linear", "regex"])
 def test_an_adapter_of_peft_loads_here(tiny, tmp_path, targets):
     from peft import LoraConfig, get_peft_model
     theirs = get_peft_model(reference(tiny, torch.float32), LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM"))
@@ -212,6 +140,14 @@ def test_dropout_falls_on_the_adapters_input_alone(tiny):
             parameter.normal_(std=0.1)
         assert not torch.equal(mine(ids), mine(ids))
         assert torch.equal(mine.eval()(ids), mine(ids))
+
+
+def test_an_adapter_put_on_a_model_in_eval_mode_drops_nothing(tiny, saved):
+    mine = ours(tiny, torch.float32).eval()
+    assert lora.load_adapter(mine, saved).dropout == 0.05
+    ids = random_ids(mine)
+    with torch.no_grad():
+        assert torch.equal(mine(ids), mine(ids)) and torch.equal(mine(ids), mine.eval()(ids))
 
 
 # ---- What would leave a user with another model than the trained one is an error that names it

@@ -11,9 +11,13 @@ import data
 import phi2
 
 
-def test_keys_and_shapes_are_those_of_transformers(directory):
-    mine, theirs = phi2.build(directory).state_dict(), reference(directory, torch.float32).state_dict()
-    assert {key: value.shape for key, value in mine.items()} == {key: value.shape for key, value in theirs.items()}
+@pytest.mark.parametrize("name", ["tiny", "wide"])
+def test_keys_and_shapes_are_those_of_transformers(name, request):
+    from transformers import AutoConfig, PhiForCausalLM
+    directory = request.getfixturevalue(name)
+    with torch.device("meta"):
+        theirs = PhiForCausalLM(AutoConfig.from_pretrained(directory)).state_dict()
+    assert {key: value.shape for key, value in phi2.build(directory).state_dict().items()} == {key: value.shape for key, value in theirs.items()}
 
 
 def test_phi_2_has_453_tensors_and_2_779_683_840_parameters():
@@ -21,19 +25,6 @@ def test_phi_2_has_453_tensors_and_2_779_683_840_parameters():
         tensors = phi2.Phi2(phi2.Phi2Config()).state_dict()
     assert len(tensors) == 453
     assert sum(tensor.numel() for tensor in tensors.values()) == 2_779_683_840
-
-
-# Relative to the norm of the logits. fp32: two orders of summation; bf16: 8 bits of mantissa through the layers.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-@torch.no_grad()
-def test_logits_equal_those_of_transformers(directory, quantization, dtype, tolerance):
-    mine, theirs = ours(directory, dtype, quantization), reference(directory, dtype, quantization)
-    ids = random_ids(mine)
-    expected = theirs(ids).logits
-    assert distance(mine(ids), expected) < tolerance
-    rows, columns = torch.tensor([0, 2, 2]), torch.tensor([5, 0, 23])
-    assert distance(mine(ids, at=(rows, columns)), expected[rows, columns]) < tolerance
 
 
 @torch.no_grad()

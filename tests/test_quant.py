@@ -12,8 +12,8 @@ import quant
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["nf4", "double"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-def test_codes_and_absmax_are_bit_equal_to_those_transformers_loads(directory, dtype, double_quant):
-    mine, theirs = ours(directory, dtype, "nf4", double_quant), reference(directory, dtype, "nf4", double_quant)
+def test_what_is_stored_is_what_transformers_stores_from_each_dtype(tiny, dtype, double_quant):
+    mine, theirs = ours(tiny, dtype, "nf4", double_quant), reference(tiny, dtype, "nf4", double_quant)
     layers = [path for path, module in mine.named_modules() if isinstance(module, quant.NF4Linear)]
     assert len(layers) == 6 * mine.config.num_hidden_layers
     for path in layers:
@@ -117,29 +117,26 @@ def linear_of(weight: torch.Tensor) -> torch.nn.Linear:
 
 
 def test_loading_needs_little_memory_above_the_finished_model(wide):
-    """In a process of its own: the highest resident size so far, and the one with the model loaded and nothing else."""
+    """In a process of its own: how far its resident size rose, and the size of the model's tensors."""
     done = subprocess.run([sys.executable, "-c", f"""
-import gc, sys, torch
+import torch
 import bitsandbytes, safetensors.torch
 import eval as evaluation
 def resident(key):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 before = resident("VmRSS")
 model = evaluation.load_model({str(wide)!r}, "nf4", torch.bfloat16, "cpu")
-gc.collect()
-print(before, resident("VmRSS"), resident("VmHWM"), sum(t.nbytes for t in model.state_dict().values()))
+print(resident("VmHWM") - before, sum(t.nbytes for t in model.state_dict().values()))
 """], capture_output=True, text=True, cwd=ROOT)
-    before, after, peak, model = map(int, done.stdout.split())
-    largest = 51200 * 2560 * 2
-    assert after - before < 1.2 * model + 0.1e9
-    assert peak - after < 2 * largest
+    peak, model = map(int, done.stdout.split())
+    assert model < peak < model + 2 * (51200 * 2560 * 2), "the largest tensor twice: as it is read, and as it is kept"
 
 
 @pytest.mark.parametrize("double_quant, bits", [(False, 4.5), (True, 4.127)])
-def test_bits_per_weight(wide, double_quant, bits):
-    layer = ours(wide, torch.bfloat16, "nf4", double_quant).model.layers[0].mlp.fc1
+def test_bits_per_weight(double_quant, bits):
+    layer = quant_layer(torch.nn.Linear(2560, 2560), double_quant=double_quant)
     size = sum(buffer.nbytes for name, buffer in layer.state_dict().items() if name != "bias")
-    assert abs(8 * size / (2560 * 10240) - bits) < 1e-3
+    assert abs(8 * size / 2560 ** 2 - bits) < 1e-3
 
 
 def test_a_weight_of_another_shape_is_an_error():

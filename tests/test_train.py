@@ -101,7 +101,7 @@ def test_without_a_gpu_and_without_a_model_the_embedded_one_is_taken_from_anywhe
     (out,) = (tmp_path / "out").iterdir()
     assert out.name.startswith("model-data-r8-")
     record = read_json(out / "args.json")
-    assert (record["learning_rate"], record["batch_size"], record["steps"]) == (0.01, 32, 1)
+    assert (record["learning_rate"], record["batch_size"], record["steps"]) == (0.003, 32, 1)
 
 
 def test_accumulated_batches_train_what_one_batch_trains(tmp_path):
@@ -158,7 +158,7 @@ def test_a_step_on_either_loss_and_on_all_layers(tmp_path, loss):
 
 def test_epochs_count_rows(tmp_path, capsys):
     main(train, *TINY, "--limit", 10, "--batch-size", 4, "--epochs", 1.5, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / "run")
-    assert "10 rows, 4 steps of 4" in capsys.readouterr().out
+    assert "10 rows, 5 steps of 4" in capsys.readouterr().out
 
 
 # ---- One pair
@@ -175,7 +175,7 @@ def test_one_pair_is_answered_with_probabilities(finished, capsys):
 
 @pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
 def test_answers_are_those_of_all_32_tokens_though_most_rows_stop_early(finished, tiny, adapter):
-    model, tokenizer = evaluation.load_model(tiny, "nf4", torch.float32, "cpu", keep=True), data.load_tokenizer(tiny)
+    model, tokenizer = evaluation.load_model(tiny, "nf4", torch.float32, "cpu", keep=True).eval(), data.load_tokenizer(tiny)
     if adapter:
         lora.load_adapter(model, finished[0])
     examples = data.load_examples("tiny/data", "validation_matched", 200)
