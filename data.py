@@ -177,20 +177,19 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
         yield [examples[row] for row in rows[lengths[rows].argsort(stable=True)].tolist()]
 
 
-def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
-    """A batch for the loss: ids (B, T) padded on the right, the places (rows, columns) that predict, their targets.
+def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) -> tuple[Tensor, Tensor, Tensor]:
+    """A batch for the loss: ids (B, T) padded on the right; the places that predict; their targets.
 
     The first `skip` ids of each prompt are left to a cache. `loss` "answer" has two targets a row, the label and the
-    end of text; "full" has every id after the first. Targets are found by length: what the padding is does not matter.
+    end of text, predicted at columns (B, 2); "full" has every id after the first, at the true places of a mask (B, T).
+    Targets are found by length: what the padding is does not matter.
     """
-    rows = [prompt[skip:] + answer for prompt, answer in encoded]
-    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(row[:-1]) for row in rows], batch_first=True)
-    at, targets = [], []
-    for i, (row, (_, answer)) in enumerate(zip(rows, encoded)):
-        first = 1 if loss == "full" else len(row) - len(answer)
-        at += [(i, column - 1) for column in range(first, len(row))]
-        targets += row[first:]
-    return ids, tuple(torch.tensor(at).T), torch.tensor(targets)
+    rows = [torch.tensor(prompt[skip:] + answer) for prompt, answer in encoded]
+    ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) - 1 for row in rows])
+    if loss == "full":
+        return ids, torch.arange(ids.shape[1]) < lengths[:, None], torch.cat([row[1:] for row in rows])
+    return ids, lengths[:, None] - torch.tensor([2, 1]), torch.cat([row[-2:] for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------

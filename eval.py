@@ -75,9 +75,10 @@ def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int
 
 def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 0) -> list[dict]:
     """The likeliest of the three answers, and the probability of each among the three."""
-    ids, _, _ = data.collate([(prompt, [0]) for prompt in rest], skip=0, loss="answer")
-    last = torch.arange(len(rest)), torch.tensor([len(prompt) - 1 for prompt in rest])
-    logits = model(ids.to(model.lm_head.weight.device), cache, last)
+    ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rest], batch_first=True)
+    last = torch.tensor([[len(prompt) - 1] for prompt in rest])
+    device = model.lm_head.weight.device
+    logits = model(ids.to(device), cache, last.to(device))[:, 0]
     probabilities = logits.float()[:, data.fixed_ids(tokenizer)[1]].softmax(dim=-1)
     return [{"prediction": max(range(3), key=row.__getitem__), "scores": row} for row in probabilities.tolist()]
 

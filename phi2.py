@@ -69,15 +69,14 @@ def read_config(directory: Path) -> Phi2Config:
     return config
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The model. Shapes: B rows, T tokens of this call, S tokens with those in the cache, H heads of D dimensions
+# ---- The model. Shapes: B rows, T tokens of this call, S tokens with those in the cache, H heads of D dimensions
 
 @dataclass
 class KVCache:
     """What attention remembers: keys and values (B, H, S, D) of every layer, and `positions` (B, S).
 
-    Never changed in place: each call of the model returns a longer one. So one cache of a common prefix (B = 1)
-    can stand before any number of batches, and it carries its autograd graph: gradients reach the prefix.
+    Each call of the model returns a longer one and leaves this as it is, autograd graph included: so the cache of a
+    common prefix (B = 1) can stand before any number of batches, and gradients reach the prefix.
     """
     positions: Tensor
     layers: list[tuple[Tensor, Tensor]]
@@ -91,8 +90,7 @@ def rotary_tables(config: Phi2Config, positions: Tensor, dtype: torch.dtype) -> 
     """cos and sin (B, 1, T, rotated dimensions) of RoPE (arXiv:2104.09864), computed in fp32."""
     rotated = int(config.hidden_size // config.num_attention_heads * config.partial_rotary_factor)
     exponents = torch.arange(0, rotated, 2, device=positions.device).float() / rotated
-    angles = positions[:, None, :, None].float() * config.rope_theta ** -exponents
-    angles = torch.cat((angles, angles), dim=-1)
+    angles = (positions[:, None, :, None].float() * config.rope_theta ** -exponents).repeat(1, 1, 1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -117,15 +115,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 class Attention(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
-        width = config.hidden_size
-        self.heads = config.num_attention_heads
+        self.heads, width = config.num_attention_heads, config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.dense = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, x, cos, sin, mask, past):
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def forward(self, h, cos, sin, mask, past, at):
+        inputs = ((self.q_proj, h if at is None else h[at]), (self.k_proj, h), (self.v_proj, h))
+        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, x in inputs)
+        k = rotate(k, cos, sin)
+        if at is not None:
+            cos, sin, mask = (t.expand(len(h), -1, -1, -1)[:, 0][at][:, None] for t in (cos, sin, mask))
+        q = rotate(q, cos, sin)
         if past is not None:  # a cache of one row serves all rows
-            k, v = (torch.cat((old.expand(len(x), -1, -1, -1), new), dim=2) for old, new in zip(past, (k, v)))
+            k, v = (torch.cat((old.expand(len(h), -1, -1, -1), new), dim=2) for old, new in zip(past, (k, v)))
         y = attend(q, k, v, mask)
         return self.dense(y.transpose(1, 2).flatten(2)), (k, v)
 
@@ -150,9 +151,11 @@ class Block(nn.Module):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, cos, sin, mask, past):
+    def forward(self, x, cos, sin, mask, past, at):
         h = self.input_layernorm(x)
-        attended, present = self.self_attn(h, cos, sin, mask, past)
+        attended, present = self.self_attn(h, cos, sin, mask, past, at)
+        if at is not None:
+            x, h = x[at], h[at]
         # transformers adds in this order, which matters to the last bit of bf16
         return self.resid_dropout(attended) + self.resid_dropout(self.mlp(h)) + x, present
 
@@ -168,8 +171,12 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None) -> tuple[Tensor, KVCache]:
-        """Hidden states (B, T, width) of ids (B, T), and the cache with these tokens added."""
+    def forward(self, ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None,
+                columns: Tensor | None = None) -> tuple[Tensor, KVCache]:
+        """Hidden states (B, T, width) of ids (B, T), and the cache with these tokens added.
+
+        Only those at `columns` (B, A), if given: the last block then computes just keys and values for the other places.
+        """
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
         if cache is not None:  # go on after each row's last real token
             seen = cache.positions.masked_fill(cache.positions == NOWHERE, -1)
@@ -181,13 +188,13 @@ class Trunk(nn.Module):
         cos, sin = rotary_tables(self.config, positions, x.dtype)
         if cache is not None:
             keys = torch.cat([known.expand(len(ids), -1) for known in (cache.positions, positions)], dim=1)
-        if cache is not None or lengths is not None or not x.is_cuda:  # visible: keys at or before a query's position
+        if not x.is_cuda or not (cache is lengths is columns is None):  # visible: keys at or before a query's position
             hidden = keys[:, None, None, :] > positions[:, None, :, None]
             mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, float("-inf"))
-        layers = []
+        layers, at = [], None if columns is None else (torch.arange(len(ids), device=ids.device)[:, None], columns)
         for block, past in zip(self.layers, cache.layers if cache is not None else [None] * len(self.layers)):
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
-            x, present = run(x, cos, sin, mask, past)
+            x, present = run(x, cos, sin, mask, past, at if block is self.layers[-1] else None)
             layers.append(present)
         return self.final_layernorm(x), KVCache(keys.expand(len(ids), -1), layers)
 
@@ -199,22 +206,19 @@ class Phi2(nn.Module):
         self.model = Trunk(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, at: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Logits (B, T, vocab) of ids (B, T); or (n, vocab) at the n places `at` = (rows, columns).
+    def forward(self, ids: Tensor, cache: KVCache | None = None, columns: Tensor | None = None) -> Tensor:
+        """Logits (B, T, vocab) of ids (B, T), or (B, A, vocab) at `columns` (B, A) alone, which saves most of their memory.
 
-        Padding stands on the right, where the causal mask hides it. The head is phi-2's widest layer: asking for
-        the answer's places alone saves most of the memory of the logits.
+        Padding stands on the right, where the causal mask hides it.
         """
-        hidden, _ = self.model(ids, cache)
-        return self.lm_head(hidden if at is None else hidden[at])
+        return self.lm_head(self.model(ids, cache, columns=columns)[0])
 
     def prefill(self, prefix: list[int]) -> KVCache:
         """The cache of a prefix that all rows share (one row, with its graph where gradients are on)."""
         return self.model(torch.tensor([prefix], device=self.lm_head.weight.device))[1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Loading
+# ---- Loading
 
 def locate(name: str, patterns: list[str] = FILES) -> Path:
     """The directory of a model: `name` itself if it is one, else downloaded from the Hub (or its local cache).
@@ -295,48 +299,44 @@ def rename_msft(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Phi2:
     """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
 
-    Each tensor goes to its module's own `load_state_dict`; a quantised layer quantises there, so the peak is the
-    model plus one tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable.
+    Each goes to its module's own `load_state_dict`, where a quantised layer quantises: the peak is the model plus one
+    tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable.
     """
     from tqdm import tqdm
     directory = locate(name)
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
-    missing = dict(expected)
-    bar = tqdm(read_tensors(directory), desc="loading", total=len(expected), unit="tensor", leave=False, delay=2, disable=None)
-    for key, tensor in bar:
+    missing, total = dict(expected), len(expected)
+    for key, tensor in tqdm(read_tensors(directory), desc="loading", total=total, unit="tensor", leave=False, delay=2, disable=None):
         if key not in expected:
             raise ValueError(f"{directory}: unknown tensor {key}; a phi of {model.config.num_hidden_layers} layers has none of that name")
         if tensor.shape != expected[key]:
             raise ValueError(f"{directory}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key])}")
         path, _, leaf = key.rpartition(".")
-        value = tensor.to(device=device, dtype=dtype)
-        model.get_submodule(path).load_state_dict({leaf: value}, strict=False, assign=True)
+        model.get_submodule(path).load_state_dict({leaf: tensor.to(device=device, dtype=dtype)}, strict=False, assign=True)
         missing.pop(key, None)
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Generation
+# ---- Generation
 
 @torch.no_grad()
 def generate(model: Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int, cache: KVCache | None = None,
              settled: Callable[[list[int]], bool] = lambda ids: False) -> list[list[int]]:
     """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
 
-    `cache` holds a prefix that stands before every prompt. Ids of `vocab_size` (the tokenizer's) and above are
-    rows of the head that no text ever trained: they are never chosen. Rows that have ended leave the batch, and so
-    do those whose completion so far is `settled`: what would follow is of no interest.
+    `cache` holds a prefix of every prompt. Ids of `vocab_size` (the tokenizer's) and above, which no text ever trained,
+    are never chosen. Rows that have ended, or whose completion so far is `settled`, leave the batch.
     """
     device, completions, rows = model.lm_head.weight.device, [[] for _ in prompts], range(len(prompts))
     ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     for _ in range(max_new_tokens):
-        hidden, cache = model.model(ids.to(device), cache, lengths.to(device))
-        logits = model.lm_head(hidden[torch.arange(len(rows)), lengths - 1])
-        chosen, alive = logits[:, :vocab_size].argmax(dim=-1).tolist(), []
+        lengths = lengths.to(device)
+        hidden, cache = model.model(ids.to(device), cache, lengths, lengths[:, None] - 1)
+        chosen, alive = model.lm_head(hidden[:, 0])[:, :vocab_size].argmax(dim=-1).tolist(), []
         for i, (row, token) in enumerate(zip(rows, chosen)):
             if token != eos:
                 completions[row].append(token)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 64  # weights that share one absmax
-PIECE = 2 ** 22  # weights that are quantised at once: bitsandbytes needs some 20 bytes for each meanwhile on a CPU
+PIECE = 2 ** 20  # weights that are quantised at once: bitsandbytes needs some 20 bytes for each meanwhile on a CPU
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
 
 

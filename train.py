@@ -87,12 +87,13 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
 
     The first `skip` ids of all prompts are the same: they go through the model once, as a cache with gradients.
     """
-    ids, at, targets = data.collate(encoded, skip, loss)
     device, cache = model.lm_head.weight.device, None
+    ids, at, targets = (part.to(device) for part in data.collate(encoded, skip, loss))
     if skip:
         prefix = torch.tensor(encoded[0][0][:skip], device=device)
         hidden, cache = model.model(prefix[None])
-    total = F.cross_entropy(model(ids.to(device), cache, at).float(), targets.to(device), reduction="sum")
+    logits = model(ids, cache, at).flatten(0, 1) if loss == "answer" else model.lm_head(model.model(ids, cache)[0][at])
+    total = F.cross_entropy(logits.float(), targets, reduction="sum")
     if skip and loss == "full":  # the prefix predicts itself, once for each row, and then each row's first id
         logits = model.lm_head(hidden[0]).float()
         first = torch.tensor([prompt[skip] for prompt, _ in encoded], device=device)

@@ -56,8 +56,8 @@ def test_logits_with_random_adapters_equal_pefts(both):
     found, expected = both.mine(both.ids), both.theirs(both.ids).logits
     assert distance(base_logits(both), expected) > 2e-2, "the adapters must matter, or this test says nothing"
     assert distance(found, expected) < TOLERANCE[both.dtype]
-    rows, columns = torch.tensor([0, 2, 2]), torch.tensor([5, 0, 23])
-    assert distance(both.mine(both.ids, at=(rows, columns)), expected[rows, columns]) < TOLERANCE[both.dtype]
+    columns = torch.tensor([[5, 6], [0, 1], [22, 23]])  # the answer's places alone
+    assert distance(both.mine(both.ids, columns=columns), expected[torch.arange(3)[:, None], columns]) < TOLERANCE[both.dtype]
 
 
 def test_codes_and_absmax_are_bit_equal_to_those_transformers_loads(both):
