@@ -6,6 +6,7 @@ PYTHON ?= python3
 BIN = .venv/bin
 
 demo: .venv/run
+	rm -rf out/demo
 	$(BIN)/python train.py @tiny/args --rank 8 --out out/demo
 
 test: .venv/dev

@@ -319,7 +319,7 @@ def show(results: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="speed and memory beside the reference, once the results agree", fromfile_prefix_chars="@")
+    parser = data.Parser("speed and memory beside the reference, once the results agree")
     parser.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
     parser.add_argument("--dataset", help="Hub id or directory (default: nyu-mll/glue, no GPU: tiny/data)")
     parser.add_argument("--random-phi-2", type=int, nargs="?", const=32, metavar="LAYERS",

@@ -107,9 +107,9 @@ def load_splits(dataset: str) -> dict:
     try:
         return dict(datasets.load_dataset(dataset, "mnli" if dataset == "nyu-mll/glue" else None))
     except (OSError, ValueError) as error:  # what the datasets library raises when it cannot reach or find a dataset
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise ValueError(f"cannot load {dataset!r} from the Hub ({reason}); without a network, pass a directory instead: "
-                         "--dataset tiny/data, or one with train.* and validation*.* files") from None
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        raise ValueError(f"cannot load {dataset!r} from the Hub, and it is no directory here ({reason}); without a network, pass a "
+                         "directory instead: --dataset tiny/data, or one with train.* and validation*.* files") from None
 
 
 def read_files(paths: list[Path]):
@@ -195,13 +195,23 @@ def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) ->
 # ---------------------------------------------------------------------------------------------------------
 # Command lines: what train.py, eval.py and this file share
 
-def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> argparse.Namespace:
+class Parser(argparse.ArgumentParser):
+    """argparse with one line for a wrong flag, full words only, and @FILE for flags from a file, one to a line."""
+
+    def __init__(self, description: str, **options):
+        super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+
+
+def parse_arguments(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses a command line. Where it names no model, that is phi-2, or without a GPU what tiny/args says."""
     args = parser.parse_args(argv)
     if args.model is None:
         if not torch.cuda.is_available():
-            print("no CUDA device and no --model: taking tiny/args, a 3 M parameter model on its own data. "
-                  "For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue", file=sys.stderr)
+            print("no CUDA device and no --model: taking tiny/args (a 3 M parameter model, its data, its learning rate and steps) for "
+                  "what is not given. For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue", file=sys.stderr)
             root = Path(__file__).resolve().parent
             embedded, _ = parser.parse_known_args([f"@{root / 'tiny' / 'args'}"])
             embedded.model, embedded.dataset = (os.path.relpath(root / name) for name in (embedded.model, embedded.dataset))
@@ -213,6 +223,8 @@ def parse_arguments(parser: argparse.ArgumentParser, argv: list[str] | None = No
 
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main; what a user can put right becomes one line and exit status 1 (--debug: the traceback)."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # so that a log file or a pipe sees each line at once
     try:
         main()
     except KeyboardInterrupt:
@@ -225,7 +237,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="what is in a dataset: rows, labels, token lengths, examples", fromfile_prefix_chars="@")
+    parser = Parser("what is in a dataset: rows, labels, token lengths, examples")
     parser.add_argument("--dataset", help="Hub id, or a directory with train.* and validation*.* (default: nyu-mll/glue)")
     parser.add_argument("--model", help="the model whose tokenizer counts (default: microsoft/phi-2)")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the token lengths of each split here")
@@ -258,12 +270,14 @@ def main() -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(figsize=(8, 4))
-        for split, values in lengths.items():
-            axes.hist(values, bins=60, density=True, histtype="step", label=f"{split} ({len(values):,})")
-        axes.set(xlabel="tokens of prompt and label", ylabel="part of rows, per token", title=args.dataset)
+        low, high = min(map(min, lengths.values())), max(map(max, lengths.values()))
+        bins = numpy.arange(low, high + 2 + (high - low) // 60, 1 + (high - low) // 60) - 0.5
+        for (split, values), line in zip(lengths.items(), itertools.cycle(("-", "--", ":", "-."))):
+            axes.hist(values, bins=bins, density=True, histtype="step", linestyle=line, label=f"{split} ({len(values):,} rows)")
+        axes.set(xlabel="tokens of prompt and label", ylabel="share of rows for each token of length", title=args.dataset)
         axes.legend()
         figure.savefig(args.plot, dpi=120, bbox_inches="tight")
-        print(f"\n{args.plot}")
+        print(f"\nthe lengths are drawn in {args.plot}")
 
 
 if __name__ == "__main__":

@@ -115,7 +115,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="accuracy on MNLI, or the answer to one pair", fromfile_prefix_chars="@")
+    parser = data.Parser("accuracy on MNLI, or the answer to one pair")
     add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="directory of a run of train.py, or any PEFT LoRA adapter; it names its model")
     parser.add_argument("--split", nargs="+", help="default: every validation split")

@@ -175,12 +175,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def save_adapter(model: nn.Module, config: LoRAConfig, path: Path, base_model: str) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, into the directory `path`."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: parameter.detach().cpu().contiguous() for name, parameter in lora_parameters(model).items()}
     with replacing(path / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     with replacing(path / "adapter_config.json") as temporary:
         temporary.write_text(json.dumps(config.to_peft(base_model), indent=2) + "\n")
 

@@ -240,7 +240,7 @@ def locate(name: str, patterns: list[str] = FILES) -> Path:
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(f"no model {name!r}: neither a directory nor a public repository on the Hub; {offline}") from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"cannot reach the Hub for {name!r} ({type(error).__name__}); {offline}") from None
+        raise ValueError(f"cannot reach the Hub for {name!r}, which is no directory here ({type(error).__name__}); {offline}") from None
 
 
 def build(name: str) -> Phi2:

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import subprocess
 import time
 from importlib.metadata import version
@@ -31,8 +32,8 @@ LOG_EVERY = 50  # steps between lines
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="LoRA over a frozen phi-2 in NF4, on MNLI", fromfile_prefix_chars="@",
-                                     epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args")
+    parser = data.Parser("LoRA over a frozen phi-2 in NF4, on MNLI",
+                         epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args")
     evaluation.add_model_arguments(parser)
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=int, default=8, help="default: 8")
@@ -121,6 +122,8 @@ def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
     device, dtype = torch.device(args.device), evaluation.DTYPES[args.dtype]
+    if (args.out / "args.json").exists():
+        raise ValueError(f"{args.out} holds a run already: choose another --out, or remove it")
 
     # ---- Data and tokens
     directory = phi2.locate(args.model)
@@ -166,6 +169,7 @@ def main() -> None:
 
     results = {"baseline": evaluate("baseline")}
     log(0, **{f"{split}_accuracy": result["accuracy"] for split, result in results["baseline"].items()})
+    print("baseline: " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in results["baseline"].items()))
 
     torch.manual_seed(args.seed)  # A's draws come first, as in PEFT
     adapted = lora.inject(model, config)
@@ -178,6 +182,12 @@ def main() -> None:
     stream = data.batches(train, size, args.seed)
     model.train()
     logged, total, seen, rows, shortened, clock = 0, 0.0, 0, 0, 0, time.perf_counter()
+    stopping = []  # Ctrl-C ends the step and saves; a second one ends the process
+
+    def stop(*_):
+        stopping.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, stop)
     bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=None)
     for step in bar:
         encoded = [data.encode(example, tokenizer, args.max_length) for example in next(stream)]
@@ -206,12 +216,18 @@ def main() -> None:
                 tokens_per_second=seen / seconds, peak_memory_gib=peak)
             bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {rows / seconds:.0f} examples/s")
             logged, total, seen, rows, clock = step, 0.0, 0, 0, time.perf_counter()
+        if stopping:
+            break
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
             clock = time.perf_counter()
 
     # ---- The adapter first: nothing that happens in the evaluation can lose it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     lora.save_adapter(model, config, args.out, args.model)
+    if stopping:
+        bar.close()
+        raise ValueError(f"interrupted after step {step:,} of {steps:,}; the adapter so far is saved: python eval.py --adapter {args.out}")
     if shortened:
         print(f"{shortened:,} prompts were cut to --max-length {args.max_length}, at the end of their premise")
     results["finetuned"] = evaluate("finetuned")

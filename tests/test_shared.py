@@ -38,8 +38,8 @@ def test_shared_prefix_and_rest_are_the_ids_of_the_whole_prompt_on_every_row(tok
 
 
 def test_shared_real_mnli_trains_with_the_embedded_model(tmp_path):
-    done = script("train.py", "--model", "tiny/model", "--dataset", MNLI, "--steps", 50, "--limit", 2000, "--eval-limit", 16, "--max-new-tokens", 8, "--out", tmp_path / "run")
+    done = script("train.py", "--model", "tiny/model", "--dataset", MNLI, "--steps", 50, "--limit", 2000, "--batch-size", 4, "--eval-limit", 16, "--max-new-tokens", 8, "--out", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "2,000 rows, 50 steps of 16" in done.stdout
+    assert "2,000 rows, 50 steps of 4" in done.stdout
     results = read_json(tmp_path / "run" / "results.json")
     assert results["finetuned"]["validation_matched"]["n"] == 16

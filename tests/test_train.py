@@ -3,6 +3,8 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -154,6 +156,24 @@ def test_a_step_on_either_loss_and_on_all_layers(tmp_path, loss):
          "--max-new-tokens", 1, "--out", tmp_path / "run")
     assert len(load_file(tmp_path / "run" / "adapter_model.safetensors")) == 2 * 6 * 6
     assert [line["step"] for line in metrics(tmp_path / "run") if "validation_matched_accuracy" in line] == [0, 1, 2]
+
+
+def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path):
+    command = [sys.executable, "train.py", *TINY, "--steps", "5000", "--batch-size", "2", "--eval-limit", "4", "--max-new-tokens", "1", "--learning-rate", "1e-3",
+               "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while "loss" not in process.stdout.readline():  # step 50 is reached
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1 and "interrupted after step" in errors.splitlines()[-1] and "Traceback" not in errors
+    main(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
+
+
+def test_a_run_is_not_written_over(finished):
+    with pytest.raises(SystemExit) as stopped:
+        main(train, *TINY, "--out", finished[0])
+    assert "holds a run already" in stopped.value.code
 
 
 def test_epochs_count_rows(tmp_path, capsys):
