@@ -173,7 +173,8 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
         if epoch != number // in_epoch:
             epoch = number // in_epoch
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        rows = order.split(size)[number % in_epoch]
+        first = number % in_epoch * size
+        rows = order[first:first + size]
         yield [examples[row] for row in rows[lengths[rows].argsort(stable=True)].tolist()]
 
 
