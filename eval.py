@@ -9,7 +9,10 @@ answers at the position after "### Label:", one forward pass; it shows what a mo
     python eval.py --adapter out/demo --premise "Anna bought a dog." --hypothesis "Anna bought an animal."
 """
 import argparse
+import ctypes
 import json
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +28,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def load_model(directory: Path, quantization: str, dtype: torch.dtype, device: str, double_quant: bool = False, keep: bool = False):
     """The four lines that this project is about, less the adapter."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # glibc gives a large freed block back to the system, and each layer of a CPU faults its pages in anew: let it keep 256 MiB
+        for option, value in ((-1, 2 ** 28), (-3, 2 ** 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(option, value)
     model = phi2.build(directory)
     if quantization == "nf4":
         quant.quantize_linears(model, double_quant=double_quant)
@@ -63,12 +70,51 @@ def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_
     return {"accuracy": correct / len(predictions), "n": len(predictions), "correct": correct, "unparsed": unparsed}, predictions
 
 
+@torch.no_grad()
+def generate(model: phi2.Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int, cache: phi2.KVCache | None = None,
+             settled: Callable[[list[int]], bool] = lambda ids: False, guesses: list[int] = ()) -> list[list[int]]:
+    """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
+
+    `cache` holds a prefix of every prompt. Ids of `vocab_size` (the tokenizer's) and above, which no text ever trained,
+    are never chosen. Rows that have ended, or whose completion so far is `settled`, leave the batch. `guesses` at the first
+    token stand behind each prompt, side by side at one position, unseen by one another: where one is what the model
+    chooses, the token after it is known from the same pass, and a row that then ends needs no second.
+    """
+    device, completions, rows = model.lm_head.weight.device, [[] for _ in prompts], list(range(len(prompts)))
+    start, width = cache.positions.shape[1] if cache else 0, max(map(len, prompts))
+    ids = torch.tensor([prompt + [0] * (width - len(prompt)) + list(guesses) for prompt in prompts], device=device)
+    ends, places = torch.tensor([[len(prompt)] for prompt in prompts], device=device), torch.arange(ids.shape[1], device=device)[None]
+    positions = start + torch.where(places < ends, places, phi2.NOWHERE)
+    positions[:, width:] = start + ends
+    columns = torch.cat((ends - 1, places[:, width:].expand(len(ids), -1)), dim=1)
+    while rows:
+        hidden, cache = model.model(ids, cache, positions, columns)
+        chosen, alive = model.lm_head(hidden)[..., :vocab_size].argmax(dim=-1), []
+        if guesses:  # the wrong ones must not be seen again
+            cache.positions[:, -len(guesses):].masked_fill_(ids[:, width:] != chosen[:, :1], phi2.NOWHERE)
+        for i, (row, (first, *second)) in enumerate(zip(rows, chosen.tolist())):
+            for token in [first] + [token for guess, token in zip(guesses, second) if guess == first]:
+                if token == eos:
+                    break
+                completions[row].append(token)
+                if len(completions[row]) == max_new_tokens or settled(completions[row]):
+                    break
+            else:
+                alive.append(i)
+        if len(alive) < len(rows):
+            rows, cache = [rows[i] for i in alive], cache.select(torch.tensor(alive, dtype=torch.long, device=device))
+        ids = torch.tensor([[completions[row][-1]] for row in rows], device=device)
+        positions = torch.tensor([[start + len(prompts[row]) + len(completions[row]) - 1] for row in rows], device=device)
+        columns, guesses = torch.zeros_like(positions), ()
+    return completions
+
+
 def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int) -> list[dict]:
     """What the model writes after the prompts that the cache begins and `rest` ends, up to the end of its first number."""
     def settled(ids):
         return data.settled(tokenizer.decode(ids, skip_special_tokens=False))
-    eos, size = data.fixed_ids(tokenizer)[2], tokenizer.get_vocab_size()
-    written = phi2.generate(model, rest, max_new_tokens, eos, size, cache, settled)
+    _, answers, eos = data.fixed_ids(tokenizer)
+    written = generate(model, rest, max_new_tokens, eos, tokenizer.get_vocab_size(), cache, settled, answers)
     texts = tokenizer.decode_batch(written, skip_special_tokens=False)
     return [{"completion": text, "prediction": data.parse(text)} for text in texts]
 

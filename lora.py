@@ -92,7 +92,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        update = self.lora_B(self.lora_A(self.lora_dropout(x.float()))) * self.scale
+        update = self.lora_B(self.lora_A(self.lora_dropout(x.float())) * self.scale)
         return result + update.to(result.dtype)
 
 

@@ -1,16 +1,16 @@
-"""phi-2 in one file: the model, its KV cache, loading and greedy generation.
+"""phi-2 in one file: the model, its KV cache, and loading.
 
 Second in the reading order, after lora.py. The module names are those of transformers' `PhiForCausalLM`
 (models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and phi-1.5
-differ only in config.json. Left out: sampling, long-context rotary scaling, grouped-query attention (no phi has it).
+differ only in config.json. Left out: long-context rotary scaling, grouped-query attention (no phi has it).
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
 """
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -73,43 +73,51 @@ def read_config(directory: Path) -> Phi2Config:
 
 @dataclass
 class KVCache:
-    """What attention remembers: keys and values (B, H, S, D) of every layer, and `positions` (B, S).
+    """What attention remembers: `positions` (B, S) and, for every layer, segments of keys and values (B or 1, H, S', D).
 
     Each call of the model returns a longer one and leaves this as it is, autograd graph included: so the cache of a
-    common prefix (B = 1) can stand before any number of batches, and gradients reach the prefix.
+    common prefix (B = 1) can stand before any number of batches, which share its segment, and gradients reach the prefix.
     """
     positions: Tensor
-    layers: list[tuple[Tensor, Tensor]]
+    layers: list[list[tuple[Tensor, Tensor]]]
 
     def select(self, rows: Tensor) -> "KVCache":
-        """The cache of some rows only; `rows` holds their indices."""
-        return KVCache(self.positions[rows], [(k[rows], v[rows]) for k, v in self.layers])
+        """The cache of some rows only, `rows` holding their indices; a segment that all rows share stays one."""
+        pick = [[(k, v) if len(k) < len(self.positions) else (k[rows], v[rows]) for k, v in layer] for layer in self.layers]
+        return KVCache(self.positions[rows], pick)
 
 
 def rotary_tables(config: Phi2Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, rotated dimensions) of RoPE (arXiv:2104.09864), computed in fp32."""
+    """cos and sin (B, 1, T, half of the rotated dimensions) of RoPE (arXiv:2104.09864), computed in fp32."""
     rotated = int(config.hidden_size // config.num_attention_heads * config.partial_rotary_factor)
     exponents = torch.arange(0, rotated, 2, device=positions.device).float() / rotated
-    angles = (positions[:, None, :, None].float() * config.rope_theta ** -exponents).repeat(1, 1, 1, 2)
+    angles = positions[:, None, :, None].float() * config.rope_theta ** -exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first dimensions of x (B, H, T, D), pairing i with i + half; the rest pass through."""
-    turned, rest = x[..., :cos.shape[-1]], x[..., cos.shape[-1]:]
-    first, second = turned.chunk(2, dim=-1)
-    return torch.cat((turned * cos + torch.cat((-second, first), dim=-1) * sin, rest), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin), rest), dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D); mask (B or 1, 1, T, S) is 0 or -inf, None on a GPU means causal.
+def attend(q: Tensor, segments: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D), over keys and values in segments of B rows, or of one for all rows.
 
-    On a CPU it is written out, scores in fp32: in bf16 torch's fused kernel is slower there, most of all backward.
+    mask (B or 1, 1, T, S) is 0 or -inf; None on a GPU means causal. On a CPU it is written out, scores in fp32: torch's fused
+    kernel is slower there in bf16, most of all backward, and a shared segment need not be copied for each row.
     """
-    if q.is_cuda:
+    if q.is_cuda and q.shape[2]:
+        k, v = (torch.cat([part.expand(len(q), -1, -1, -1) for part in parts], dim=2) for parts in zip(*segments))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2) + mask
-    return scores.softmax(dim=-1).to(v.dtype) @ v
+
+    def product(x, y):  # (B, H, T, a) by (B or 1, H, a, b)
+        return torch.einsum("bhta,hac->bhtc", x, y[0]) if len(y) < len(x) else x @ y
+    queries = q.float() * q.shape[-1] ** -0.5
+    scores = torch.cat([product(queries, k.float().transpose(-1, -2)) for k, _ in segments], dim=-1).add_(mask)
+    weights = scores.softmax(dim=-1).to(q.dtype).split([k.shape[2] for k, _ in segments], dim=-1)
+    return reduce(torch.add, (product(weight, v) for weight, (_, v) in zip(weights, segments)))
 
 
 class Attention(nn.Module):
@@ -118,17 +126,20 @@ class Attention(nn.Module):
         self.heads, width = config.num_attention_heads, config.hidden_size
         self.q_proj, self.k_proj, self.v_proj, self.dense = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, h, cos, sin, mask, past, at):
+    def forward(self, h, cos, sin, mask, past, at, rows):
         inputs = ((self.q_proj, h if at is None else h[at]), (self.k_proj, h), (self.v_proj, h))
-        q, k, v = (proj(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for proj, x in inputs)
-        k = rotate(k, cos, sin)
-        if at is not None:
-            cos, sin, mask = (t.expand(len(h), -1, -1, -1)[:, 0][at][:, None] for t in (cos, sin, mask))
-        q = rotate(q, cos, sin)
-        if past is not None:  # a cache of one row serves all rows
-            k, v = (torch.cat((old.expand(len(h), -1, -1, -1), new), dim=2) for old, new in zip(past, (k, v)))
-        y = attend(q, k, v, mask)
-        return self.dense(y.transpose(1, 2).flatten(2)), (k, v)
+        q, k, v = (proj(x).view(rows, -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2) for proj, x in inputs)
+        if at is None:
+            q, k = rotate(torch.cat((q, k), dim=1), cos, sin).chunk(2, dim=1)
+        else:
+            k = rotate(k, cos, sin)
+            cos, sin, mask = (t.expand(rows, -1, -1, -1).flatten(0, 2)[at].unflatten(0, (rows, 1, -1)) for t in (cos, sin, mask))
+            q = rotate(q, cos, sin)
+        if past and len(past[-1][0]) == rows:  # a segment of one row serves all rows, and stays apart
+            k, v = (torch.cat(parts, dim=2) for parts in zip(past[-1], (k, v)))
+            past = past[:-1]
+        segments = [*past, (k, v)]
+        return self.dense(attend(q, segments, mask).transpose(1, 2).reshape(-1, h.shape[-1])), segments
 
 
 class MLP(nn.Module):
@@ -142,7 +153,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """phi's parallel block: attention and MLP read the same LayerNorm, and both are added to x."""
+    """phi's parallel block: attention and MLP read the same LayerNorm, and both are added to x, (B T, width)."""
 
     def __init__(self, config: Phi2Config):
         super().__init__()
@@ -151,9 +162,9 @@ class Block(nn.Module):
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, cos, sin, mask, past, at):
+    def forward(self, x, cos, sin, mask, past, at, rows):
         h = self.input_layernorm(x)
-        attended, present = self.self_attn(h, cos, sin, mask, past, at)
+        attended, present = self.self_attn(h, cos, sin, mask, past, at, rows)
         if at is not None:
             x, h = x[at], h[at]
         # transformers adds in this order, which matters to the last bit of bf16
@@ -171,32 +182,32 @@ class Trunk(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, lengths: Tensor | None = None,
+    def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
                 columns: Tensor | None = None) -> tuple[Tensor, KVCache]:
         """Hidden states (B, T, width) of ids (B, T), and the cache with these tokens added.
 
-        Only those at `columns` (B, A), if given: the last block then computes just keys and values for the other places.
+        `positions` (B, T), if not simply the next ones; a token sees itself and what stands at positions before its own.
+        Only the states at `columns` (B, A), if given: the last block then computes just keys and values elsewhere.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        if cache is not None:  # go on after each row's last real token
-            seen = cache.positions.masked_fill(cache.positions == NOWHERE, -1)
-            positions = positions + seen.amax(dim=1, keepdim=True) + 1
-        if lengths is not None:
-            padding = torch.arange(ids.shape[1], device=ids.device) >= lengths[:, None]
-            positions = positions.masked_fill(padding, NOWHERE)
-        x, mask, keys = self.embed_tokens(ids), None, positions
+        causal = ids.is_cuda and cache is positions is columns is None  # the fused kernels need no mask for that
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)[None] + (cache.positions.shape[1] if cache else 0)
+        x, keys, mask = self.embed_tokens(ids.flatten()), positions, None
         cos, sin = rotary_tables(self.config, positions, x.dtype)
         if cache is not None:
             keys = torch.cat([known.expand(len(ids), -1) for known in (cache.positions, positions)], dim=1)
-        if not x.is_cuda or not (cache is lengths is columns is None):  # visible: keys at or before a query's position
-            hidden = keys[:, None, None, :] > positions[:, None, :, None]
-            mask = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, float("-inf"))
-        layers, at = [], None if columns is None else (torch.arange(len(ids), device=ids.device)[:, None], columns)
-        for block, past in zip(self.layers, cache.layers if cache is not None else [None] * len(self.layers)):
+        if not causal:
+            places = torch.arange(keys.shape[1], device=ids.device)
+            hidden = (keys[:, None, None, :] >= positions[:, None, :, None]) & (places != places[-ids.shape[1]:, None])
+            mask = torch.zeros_like(hidden, dtype=x.dtype if x.is_cuda else torch.float32).masked_fill(hidden, float("-inf"))
+        layers, at, rows = [], None, len(ids)
+        if columns is not None:
+            at = (torch.arange(rows, device=ids.device)[:, None] * ids.shape[1] + columns).flatten()
+        for block, past in zip(self.layers, cache.layers if cache is not None else [[]] * len(self.layers)):
             run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
-            x, present = run(x, cos, sin, mask, past, at if block is self.layers[-1] else None)
+            x, present = run(x, cos, sin, mask, past, at if block is self.layers[-1] else None, rows)
             layers.append(present)
-        return self.final_layernorm(x), KVCache(keys.expand(len(ids), -1), layers)
+        return self.final_layernorm(x).unflatten(0, (rows, -1)), KVCache(keys.expand(rows, -1), layers)
 
 
 class Phi2(nn.Module):
@@ -318,33 +329,3 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")
     return model
-
-
-# ---- Generation
-
-@torch.no_grad()
-def generate(model: Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int, cache: KVCache | None = None,
-             settled: Callable[[list[int]], bool] = lambda ids: False) -> list[list[int]]:
-    """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
-
-    `cache` holds a prefix of every prompt. Ids of `vocab_size` (the tokenizer's) and above, which no text ever trained,
-    are never chosen. Rows that have ended, or whose completion so far is `settled`, leave the batch.
-    """
-    device, completions, rows = model.lm_head.weight.device, [[] for _ in prompts], range(len(prompts))
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    for _ in range(max_new_tokens):
-        lengths = lengths.to(device)
-        hidden, cache = model.model(ids.to(device), cache, lengths, lengths[:, None] - 1)
-        chosen, alive = model.lm_head(hidden[:, 0])[:, :vocab_size].argmax(dim=-1).tolist(), []
-        for i, (row, token) in enumerate(zip(rows, chosen)):
-            if token != eos:
-                completions[row].append(token)
-                if not settled(completions[row]):
-                    alive.append(i)
-        if not alive:
-            break
-        if len(alive) < len(rows):
-            rows, cache = [rows[i] for i in alive], cache.select(torch.tensor(alive, device=device))
-        ids, lengths = torch.tensor([[chosen[i]] for i in alive]), torch.ones(len(alive), dtype=torch.long)
-    return completions

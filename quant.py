@@ -10,6 +10,7 @@ Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in
 
     quant.quantize_linears(model)           # before phi2.load_weights: each weight is quantised as it arrives
 """
+import functools
 import logging
 
 import torch
@@ -21,6 +22,7 @@ PIECE = 2 ** 20  # weights that are quantised at once: bitsandbytes needs some 2
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
 
 
+@functools.cache
 def functional():
     """bitsandbytes' functional module, imported here and without its remark on an optional CPU kernel."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -98,7 +100,7 @@ class NF4Linear(nn.Module):
         return bnb.dequantize_4bit(self.weight, state)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _DequantizedLinear.apply(x, self)
+        return _DequantizedLinear.apply(x, self) if self.kept is None else F.linear(x, self.kept, self.bias)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, double_quant={self.double_quant}"

@@ -92,7 +92,7 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
     ids, at, targets = (part.to(device) for part in data.collate(encoded, skip, loss))
     if skip:
         prefix = torch.tensor(encoded[0][0][:skip], device=device)
-        hidden, cache = model.model(prefix[None])
+        hidden, cache = model.model(prefix[None], columns=None if loss == "full" else prefix[None, :0])
     logits = model(ids, cache, at).flatten(0, 1) if loss == "answer" else model.lm_head(model.model(ids, cache)[0][at])
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     if skip and loss == "full":  # the prefix predicts itself, once for each row, and then each row's first id

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 import data
 import eval as evaluation
 import lora
-import phi2
 import train
 
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
@@ -201,7 +200,7 @@ def test_answers_are_those_of_all_32_tokens_though_most_rows_stop_early(finished
     examples = data.load_examples("tiny/data", "validation_matched", 200)
     _, predictions = evaluation.evaluate(model, tokenizer, examples)
     prompts = [data.encode(example, tokenizer)[0] for example in examples]
-    whole = tokenizer.decode_batch(phi2.generate(model, prompts, 32, tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size()), skip_special_tokens=False)
+    whole = tokenizer.decode_batch(evaluation.generate(model, prompts, 32, tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size()), skip_special_tokens=False)
     assert [row["prediction"] for row in predictions] == [data.parse(text) for text in whole]
     assert all(text.startswith(row["completion"]) for row, text in zip(predictions, whole))
 
