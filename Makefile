@@ -1,5 +1,6 @@
 # make demo    fine-tunes the embedded model on its own data, in a few minutes without a GPU
 # make test    proves the claims of README.md against transformers, PEFT and bitsandbytes
+# make torture kills a run at 25 random moments, and feeds 2,000 cases of damaged and hostile files instead of 200
 # make bench   measures speed and memory beside them
 
 PYTHON ?= python3
@@ -13,6 +14,9 @@ test: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+torture: .venv/dev
+	KILLS=25 CASES=2000 $(BIN)/python -m pytest tests/test_resume.py tests/test_hostile.py
+
 bench: .venv/dev
 	$(BIN)/python bench.py
 
@@ -25,4 +29,4 @@ bench: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test bench
+.PHONY: demo test torture bench

@@ -24,6 +24,7 @@ from statistics import median
 
 import torch
 
+import checkpoint
 import data
 import eval as evaluation
 import lora
@@ -263,7 +264,7 @@ def prepare(args, folder: Path) -> tuple[dict, int]:
         args.model, tokenizer_at = str(folder / "model"), tokenizer_at or Path(__file__).with_name("tiny") / "model"
         args.adapter, new_tokens = folder / "adapter", 2  # random weights never end an answer: two tokens stand for one that does
         write_random_adapter(args.model, args.adapter)
-    args.model = str(phi2.locate(args.model))
+    args.model = str(checkpoint.locate(args.model))
     if args.adapter is None:
         print("training an adapter that ends its answers: 150 steps", flush=True)
         args.adapter = folder / "adapter"

@@ -151,6 +151,8 @@ def load_examples(dataset: str, split: str, limit: int | None = None):
     for column in ("premise", "hypothesis"):
         if rows.features[column].dtype not in ("string", "large_string"):
             raise ValueError(f"{dataset}, {split}: column {column} holds {rows.features[column].dtype}, not text")
+        if None in (texts := rows[column][:]):
+            raise ValueError(f"{dataset}, {split}, row {texts.index(None)}: no {column}")
     kept = [row for row, label in enumerate(labels) if label != -1]
     if not kept:
         raise ValueError(f"{dataset}, {split}: no labelled row")
@@ -165,7 +167,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
     """Endless lists of `size` examples, the shortest first, from number `start` on.
 
     Each epoch is a permutation drawn from (seed, epoch) alone: what list n holds depends on nothing that came before,
-    so a run can go on at any. An epoch takes each row once; its last list has what is left.
+    so a run can go on at any. An epoch takes each row once; its last list has what is left. `row` counts from 0.
     """
     lengths = torch.tensor([len(premise) + len(hypothesis) for premise, hypothesis in zip(examples["premise"], examples["hypothesis"])])
     in_epoch, epoch = -(-len(examples) // size), None
@@ -175,7 +177,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
             order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         first = number % in_epoch * size
         rows = order[first:first + size]
-        yield [examples[row] for row in rows[lengths[rows].argsort(stable=True)].tolist()]
+        yield [examples[row] | {"row": row} for row in rows[lengths[rows].argsort(stable=True)].tolist()]
 
 
 def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,7 +250,7 @@ def main() -> None:
     import numpy
     from tqdm import tqdm
 
-    from phi2 import locate
+    from checkpoint import locate
     tokenizer, lengths = load_tokenizer(locate(args.model, ["config.json", "tokenizer.json"])), {}
     for split in load_splits(args.dataset):
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import lora
 import phi2
@@ -130,7 +131,7 @@ def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 
 
 
 def write_predictions(predictions: list[dict], path: Path) -> None:
-    with lora.replacing(path) as temporary:
+    with checkpoint.replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
 
 
@@ -143,6 +144,13 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def dtype_name(name: str) -> str:
+    """What --dtype says, with a reason why it cannot be fp16."""
+    if name in ("fp16", "float16", "half"):
+        raise argparse.ArgumentTypeError("fp16 ends at 65,504, and the attention of phi-2 goes beyond it: take bf16, or fp32")
+    return name
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments on model and data that train.py has too."""
     group = parser.add_argument_group("model and data")
@@ -152,8 +160,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
     group.add_argument("--keep-dequantized", action="store_true",
                        help="hold NF4's values in --dtype beside the codes: the same bits, faster, more memory (phi-2: 5 GB)")
-    group.add_argument("--dtype", choices=DTYPES, default="bf16",
-                       help="of weights and activations; not fp16, which overflows in phi-2's attention (default: bf16)")
+    group.add_argument("--dtype", type=dtype_name, choices=DTYPES, default="bf16", help="of weights and activations (default: bf16)")
     group.add_argument("--max-length", type=int, default=512,
                        help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
@@ -177,7 +184,7 @@ def main() -> None:
     args = data.parse_arguments(parser)
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
-    directory = phi2.locate(args.model)
+    directory = checkpoint.locate(args.model)
     tokenizer = data.load_tokenizer(directory)
     model = load_model(directory, args.quant, DTYPES[args.dtype], args.device, args.double_quant, args.keep_dequantized).eval()
     if args.adapter:
@@ -206,8 +213,7 @@ def main() -> None:
     print(table({stage: results}))
     if args.out:
         report = {"protocol": protocol(args.mode, args.max_new_tokens), stage: results}
-        with lora.replacing(args.out / "results.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=2) + "\n")
+        checkpoint.write_json(args.out / "results.json", report)
 
 
 def trained_with(adapter: Path) -> dict:
@@ -215,12 +221,12 @@ def trained_with(adapter: Path) -> dict:
     path = adapter / "adapter_config.json"
     if not path.is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
-    found = {"model": json.loads(path.read_text()).get("base_model_name_or_path")}
+    found = {"model": checkpoint.read_json(path).get("base_model_name_or_path")}
     if not found["model"]:
         raise ValueError(f"{path} does not name its base model; pass --model")
     if (adapter / "args.json").is_file():
-        saved = json.loads((adapter / "args.json").read_text())
-        found |= {key: saved[key] for key in ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")}
+        saved = checkpoint.read_json(adapter / "args.json")
+        found |= {key: saved.get(key) for key in ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")}
     return found
 
 

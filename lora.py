@@ -12,17 +12,15 @@ too: QLoRA is this file over quant.py. Modules and tensors carry PEFT's names, s
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
 """
 import difflib
-import json
 import math
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+import checkpoint
 
 PREFIX = "base_model.model."  # what PEFT puts before a module's path in its files
 
@@ -36,12 +34,16 @@ class LoRAConfig:
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ValueError(f"rank must be a whole number of at least 1, not {self.rank}")
+        if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (self.alpha, self.dropout)):
+            raise ValueError(f"alpha and dropout must be numbers, not {self.alpha!r} and {self.dropout!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if self.alpha <= 0:
+        if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be above 0, not {self.alpha}: at 0 the adapter has no effect")
+        if not isinstance(self.targets, str) and not all(isinstance(target, str) for target in self.targets):
+            raise ValueError(f"targets must be names, not {self.targets!r}")
 
     def to_peft(self, base_model: str) -> dict:
         """The content of adapter_config.json: few keys, since older versions of PEFT refuse those they do not know."""
@@ -65,6 +67,8 @@ class LoRAConfig:
             if key not in HARMLESS and key not in needed and value not in (None, False, "none") and value != {} and value != []:
                 raise ValueError(f"{key} = {value!r} is not supported")
         targets = raw["target_modules"]
+        if not isinstance(targets, (str, list)) or not all(isinstance(target, str) for target in targets):
+            raise ValueError(f"target_modules = {targets!r} is neither a list of names nor a regular expression")
         targets = targets if isinstance(targets, str) else tuple(sorted(targets))
         return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
@@ -106,6 +110,8 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
     if targets == "all-linear":
         return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
     if isinstance(targets, str):
+        if re.search(r"\)[*+{]", targets) or len(re.findall(r"[*+{]", targets)) > 3:  # such can take for ever to match
+            raise ValueError(f"target {targets!r}: a repeated group, or more than three repetitions, are not supported")
         tests = {targets: lambda path: re.fullmatch(targets, path)}
     else:
         tests = {target: lambda path, end=target: path == end or path.endswith("." + end) for target in targets}
@@ -159,30 +165,12 @@ def merge(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # PEFT's files
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to the path this gives; at the end it is synced and takes the place of `path` in one step."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_adapter(model: nn.Module, config: LoRAConfig, path: Path, base_model: str) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, into the directory `path`."""
-    from safetensors.torch import save
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {PREFIX + name: parameter.detach().cpu().contiguous() for name, parameter in lora_parameters(model).items()}
-    with replacing(path / "adapter_model.safetensors") as temporary:
-        temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    with replacing(path / "adapter_config.json") as temporary:
-        temporary.write_text(json.dumps(config.to_peft(base_model), indent=2) + "\n")
+    checkpoint.write_tensors(path / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()})
+    checkpoint.write_json(path / "adapter_config.json", config.to_peft(base_model))
 
 
 def load_adapter(model: nn.Module, path: Path) -> LoRAConfig:
@@ -191,21 +179,19 @@ def load_adapter(model: nn.Module, path: Path) -> LoRAConfig:
     Raises ValueError where PEFT would go on with a model that is not the trained one: a tensor missing, unknown or of
     another shape, every B zero, an option of adapter_config.json that is not implemented here.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
     path = Path(path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{path} is not an adapter: it has no {name}")
     try:
-        config = LoRAConfig.from_peft(json.loads((path / "adapter_config.json").read_text()))
+        config = LoRAConfig.from_peft(checkpoint.read_json(path / "adapter_config.json"))
     except ValueError as error:
         raise ValueError(f"{path / 'adapter_config.json'}: {error}") from None
     file = path / "adapter_model.safetensors"
-    try:
-        tensors = load_file(file)
-    except SafetensorError as error:
-        raise ValueError(f"{file} is damaged or cut short ({error})") from None
+    tensors, _ = checkpoint.read_tensors(file)
+    for key, tensor in tensors.items():  # before anything of the size that the configuration says is made
+        if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
+            raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, adapter_config.json says rank {config.rank}")
     inject(model, config)
     parameters = {PREFIX + name: parameter for name, parameter in lora_parameters(model).items()}
     for problem, keys in (("lacks", parameters.keys() - tensors.keys()), ("holds unknown", tensors.keys() - parameters.keys())):
@@ -214,6 +200,8 @@ def load_adapter(model: nn.Module, path: Path) -> LoRAConfig:
     for key, parameter in parameters.items():
         if tensors[key].shape != parameter.shape:
             raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}, this model needs {tuple(parameter.shape)}")
+    if not all(tensor.isfinite().all() for tensor in tensors.values()):
+        raise ValueError(f"{file} holds numbers that are not finite")
     if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
         raise ValueError(f"{file}: every B is zero, so the adapter changes nothing; it was saved before it was trained")
     with torch.no_grad():

@@ -7,8 +7,6 @@ differ only in config.json. Left out: long-context rotary scaling, grouped-query
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
 """
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from functools import partial, reduce
 from pathlib import Path
@@ -16,9 +14,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint as recompute
 
-FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+import checkpoint
+
 NOWHERE = 2 ** 30  # the position of padding: after every query, so that no query sees it
 
 
@@ -45,27 +44,35 @@ FIXED = {"hidden_act": "gelu_new", "activation_function": "gelu_new", "qk_layern
 
 
 def read_config(directory: Path) -> Phi2Config:
-    """config.json of a model directory. Raises ValueError for an architecture that is not a phi."""
+    """config.json of a model directory. Raises ValueError for an architecture that is not a phi, and for numbers that cannot be."""
     path = Path(directory) / "config.json"
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    raw = checkpoint.read_json(path)
     if raw.get("model_type") not in ("phi", "phi-msft"):
         raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' (phi-1, phi-1.5, phi-2)")
     raw |= {ours: raw[theirs] for theirs, ours in MSFT_NAMES.items() if raw.get(theirs) is not None}
-    raw |= raw.get("rope_parameters") or {}
+    raw |= raw["rope_parameters"] if isinstance(raw.get("rope_parameters"), dict) else {}
+    for name, kind in [(field.name, type(field.default)) for field in fields(Phi2Config)] + [("rotary_dim", int)]:
+        low, high = (0, 1e12) if kind is float else (1, 1024 if name.startswith("num_") else 2 ** 20)  # nothing huge is ever made
+        value = raw.get(name, low)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (kind, int)) or not low <= value <= high):
+            raise ValueError(f"{path}: {name} = {value!r} cannot be")
+    needed = [field.name for field in fields(Phi2Config)[:5]]
     if raw["model_type"] == "phi-msft":
-        raw.setdefault("intermediate_size", 4 * raw["hidden_size"])
+        needed = [name for name in needed if name != "intermediate_size"] + ["rotary_dim"]
+    if missing := [name for name in needed if raw.get(name) is None]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    if raw["model_type"] == "phi-msft":
+        raw["intermediate_size"] = raw.get("intermediate_size") or 4 * raw["hidden_size"]
         raw["partial_rotary_factor"] = raw["rotary_dim"] * raw["num_attention_heads"] / raw["hidden_size"]
-    for key, value in (FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}).items():
+    for key, value in (FIXED | {"num_key_value_heads": raw["num_attention_heads"]}).items():
         if raw.get(key, value) not in (value, None):
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-    if missing := [field.name for field in fields(Phi2Config)[:5] if field.name not in raw]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
     config = Phi2Config(**{field.name: raw[field.name] for field in fields(Phi2Config) if raw.get(field.name) is not None})
-    if config.hidden_size % config.num_attention_heads:
+    head, rest = divmod(config.hidden_size, config.num_attention_heads)
+    if rest:
         raise ValueError(f"{path}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
+    if (rotated := int(head * config.partial_rotary_factor)) % 2 or rotated > head or config.resid_pdrop >= 1:
+        raise ValueError(f"{path}: {rotated} of {head} dimensions rotated, or a dropout of {config.resid_pdrop}, cannot be")
     return config
 
 
@@ -204,7 +211,7 @@ class Trunk(nn.Module):
         if columns is not None:
             at = (torch.arange(rows, device=ids.device)[:, None] * ids.shape[1] + columns).flatten()
         for block, past in zip(self.layers, cache.layers if cache is not None else [[]] * len(self.layers)):
-            run = partial(checkpoint, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
+            run = partial(recompute, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
             x, present = run(x, cos, sin, mask, past, at if block is self.layers[-1] else None, rows)
             layers.append(present)
         return self.final_layernorm(x).unflatten(0, (rows, -1)), KVCache(keys.expand(rows, -1), layers)
@@ -231,80 +238,10 @@ class Phi2(nn.Module):
 
 # ---- Loading
 
-def locate(name: str, patterns: list[str] = FILES) -> Path:
-    """The directory of a model: `name` itself if it is one, else downloaded from the Hub (or its local cache).
-
-    Raises ValueError, in one line, when there is neither.
-    """
-    directory = Path(name)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"{directory} is not a model directory: it has no config.json")
-        return directory
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
-    offline = "without a network, pass a directory instead: --model tiny/model, or one that holds " + ", ".join(FILES[:3])
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ValueError(f"no model {name!r}: neither a directory nor a public repository on the Hub; {offline}") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(f"cannot reach the Hub for {name!r}, which is no directory here ({type(error).__name__}); {offline}") from None
-
-
 def build(name: str) -> Phi2:
     """The model of `name` (a directory or a Hub id) without its weights, on the meta device."""
     with torch.device("meta"):
-        return Phi2(read_config(locate(name)))
-
-
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a model directory, by its index where there is one."""
-    if (index := directory / "model.safetensors.index.json").is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    elif (directory / "model.safetensors").is_file():
-        names = ["model.safetensors"]
-    else:
-        raise ValueError(f"{directory} holds no model.safetensors and no model.safetensors.index.json")
-    for name in names:
-        if not (directory / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is not there: download it again")
-    return [directory / name for name in names]
-
-
-def read_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """All (key, tensor) of a checkpoint, under today's names; a file opened anew for each, so that what was read leaves memory."""
-    from safetensors import SafetensorError, safe_open
-    for path in checkpoint_files(directory):
-        try:
-            for key in safe_open(path, framework="pt").keys():
-                with safe_open(path, framework="pt") as file:
-                    yield from rename_msft(key, file.get_tensor(key))
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
-
-
-def rename_msft(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Today's (key, tensor) of one in the layout of phi-2's first upload, whose Wqkv holds the rows of q, k, v.
-
-    A key of today's layout passes unchanged. Buffers of rotary tables, in some fine-tuned uploads, are dropped.
-    """
-    if key.endswith("inv_freq"):
-        return
-    if ".query_key_value." in key:
-        raise ValueError(f"{key}: the layout of transformers 4.36 (q, k, v interleaved by head) is not supported; "
-                         "download the model again, the Hub's current one has q_proj, k_proj, v_proj")
-    for old, new in (("transformer.embd.wte.", "model.embed_tokens."), ("transformer.h.", "model.layers."),
-                     (".ln.", ".input_layernorm."), ("lm_head.input_layernorm.", "model.final_layernorm."),
-                     ("lm_head.linear.", "lm_head."), (".mixer.out_proj.", ".self_attn.dense.")):
-        key = key.replace(old, new)
-    if ".mixer.Wqkv." in key:
-        for name, part in zip("qkv", tensor.chunk(3)):
-            yield key.replace("mixer.Wqkv", f"self_attn.{name}_proj"), part
-    else:
-        yield key, tensor
+        return Phi2(read_config(checkpoint.locate(name)))
 
 
 def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Phi2:
@@ -314,17 +251,21 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
     tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable.
     """
     from tqdm import tqdm
-    directory = locate(name)
+    directory = checkpoint.locate(name)
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
     missing, total = dict(expected), len(expected)
-    for key, tensor in tqdm(read_tensors(directory), desc="loading", total=total, unit="tensor", leave=False, delay=2, disable=None):
+    tensors = checkpoint.model_tensors(directory)
+    for key, tensor in tqdm(tensors, desc="loading", total=total, unit="tensor", leave=False, delay=2, disable=None):
         if key not in expected:
             raise ValueError(f"{directory}: unknown tensor {key}; a phi of {model.config.num_hidden_layers} layers has none of that name")
         if tensor.shape != expected[key]:
             raise ValueError(f"{directory}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key])}")
+        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise ValueError(f"{directory}: {key} holds {tensor.dtype}, or numbers that are not finite: download it again")
         path, _, leaf = key.rpartition(".")
-        model.get_submodule(path).load_state_dict({leaf: tensor.to(device=device, dtype=dtype)}, strict=False, assign=True)
+        model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
         missing.pop(key, None)
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")

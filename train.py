@@ -4,10 +4,11 @@
     python train.py --rank 8 --model microsoft/phi-2 --dataset nyu-mll/glue        # the same, said in full
     python train.py --rank 16 --targets q_proj k_proj v_proj dense --steps 2000 --out out/wide
     python train.py --model ~/phi-2 --dataset ~/mnli --limit 2000 --eval-limit 500 # a first look, from directories
+    python train.py --resume out/wide                                              # goes on after Ctrl-C or a crash
     python eval.py --adapter out/wide
 
-Leaves in --out: the adapter in PEFT's format, args.json, metrics.jsonl, predictions and results.json. Left out so far:
-resuming, several devices.
+Leaves in --out: the adapter in PEFT's format, args.json, metrics.jsonl, trainer.safetensors to go on from, predictions and
+results.json. Left out so far: several devices.
 """
 import argparse
 import json
@@ -23,12 +24,14 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import checkpoint
 import data
 import eval as evaluation
 import lora
-import phi2
 
 LOG_EVERY = 50  # steps between lines
+# What --resume may be given anew; everything else would make another run of it.
+FREE = {"steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing", "wandb", "debug", "resume", "out"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -62,12 +65,23 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("evaluation and output")
     group.add_argument("--eval-limit", type=int, help="first rows of each validation split only, in every evaluation")
     group.add_argument("--eval-every", type=int, help="evaluate after each so many steps too")
+    group.add_argument("--save-every", type=int, default=500, help="save what --resume needs after each so many steps (default: 500)")
+    group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its arguments; more --steps may be given")
     group.add_argument("--max-new-tokens", type=int, default=32, help="written to each prompt in evaluation (default: 32)")
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
+    saved, given = {}, parser.parse_args()
+    if given.resume:
+        saved = checkpoint.arguments(given.resume, vars(given)) | {"resume": given.resume, "out": given.resume}
+        if given.steps or given.epochs:  # one of the two
+            saved |= {"steps": None, "epochs": None}
+        parser.set_defaults(**saved)
     args = data.parse_arguments(parser)
+    if other := [f"--{name.replace('_', '-')} {getattr(args, name)} (it has {value})" for name, value in saved.items()
+                 if name not in FREE and getattr(args, name) != value]:
+        raise ValueError(f"{args.resume} cannot go on with {', '.join(other)}: that would be another run")
     for name in ("steps", "epochs", "batch_size", "accumulate", "learning_rate", "limit", "eval_limit", "eval_every", "max_length",
-                 "max_grad_norm", "max_new_tokens"):
+                 "max_grad_norm", "max_new_tokens", "save_every"):
         if (value := getattr(args, name)) is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be above 0, not {value}")
     if args.out is None:
@@ -122,11 +136,13 @@ def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
     device, dtype = torch.device(args.device), evaluation.DTYPES[args.dtype]
-    if (args.out / "args.json").exists():
-        raise ValueError(f"{args.out} holds a run already: choose another --out, or remove it")
+    if (args.out / "args.json").exists() and not args.resume:
+        raise ValueError(f"{args.out} holds a run already: --resume {args.out}, or choose another --out, or remove it")
+    begun = args.resume and (args.resume / checkpoint.NAME).is_file()  # it is not when the run ended within its baseline
+    tensors, state = checkpoint.load(args.resume) if begun else ({}, {})
 
     # ---- Data and tokens
-    directory = phi2.locate(args.model)
+    directory = checkpoint.locate(args.model)
     tokenizer = data.load_tokenizer(directory)
     train = data.load_examples(args.dataset, "train", args.limit)
     splits = {split: data.load_examples(args.dataset, split, args.eval_limit) for split in data.validation_splits(args.dataset)}
@@ -156,10 +172,15 @@ def main() -> None:
         return found
 
     args.out.mkdir(parents=True, exist_ok=True)
-    record = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()} | environment(device)
-    with lora.replacing(args.out / "args.json") as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-    metrics = open(args.out / "metrics.jsonl", "w", buffering=1)
+    for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
+        unfinished.unlink()
+    arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    record = arguments | environment(device)
+    checkpoint.write_json(args.out / "args.json", record)
+    known = checkpoint.lines_up_to(args.out / "metrics.jsonl", state["step"]) if state else []
+    with checkpoint.replacing(args.out / "metrics.jsonl") as temporary:  # without what came after the step it goes on from
+        temporary.write_text("".join(known))
+    metrics = open(args.out / "metrics.jsonl", "a", buffering=1)
     wandb_run = start_wandb(args, record) if args.wandb else None
 
     def log(step: int, **values) -> None:
@@ -167,30 +188,52 @@ def main() -> None:
         if wandb_run:
             wandb_run.log(values, step=step)
 
-    results = {"baseline": evaluate("baseline")}
-    log(0, **{f"{split}_accuracy": result["accuracy"] for split, result in results["baseline"].items()})
+    results = {"baseline": state["baseline"] if state else evaluate("baseline")}
+    if not state:
+        log(0, **{f"{split}_accuracy": result["accuracy"] for split, result in results["baseline"].items()})
     print("baseline: " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in results["baseline"].items()))
 
     torch.manual_seed(args.seed)  # A's draws come first, as in PEFT
     adapted = lora.inject(model, config)
-    parameters = list(lora.lora_parameters(model).values())
+    adapter = lora.lora_parameters(model)
+    parameters = list(adapter.values())
     print(f"{len(adapted)} layers adapted, {sum(p.numel() for p in parameters):,} parameters to train")
 
     # ---- Training
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, steps, warmup))
-    stream = data.batches(train, size, args.seed)
-    model.train()
-    logged, total, seen, rows, shortened, clock = 0, 0.0, 0, 0, 0, time.perf_counter()
-    stopping = []  # Ctrl-C ends the step and saves; a second one ends the process
+    done, logged, shortened, seen, rows, total = 0, 0, 0, 0, 0, 0.0
+    if state:
+        if state["rows"] != len(train):
+            raise ValueError(f"{args.resume} was trained on {state['rows']:,} rows, {args.dataset} has {len(train):,}")
+        if state["steps"] != steps:
+            print(f"{steps:,} steps instead of {state['steps']:,}: from here on the learning rate follows the new schedule")
+        done, logged, shortened, seen, rows, total = state["loop"]
+        checkpoint.restore(tensors, adapter, optimizer)
+        print(f"going on after step {done:,} of {steps:,}")
+    stream = data.batches(train, size, args.seed, done)
 
-    def stop(*_):
-        stopping.append(True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, stop)
-    bar = tqdm(range(1, steps + 1), desc="training", unit="step", disable=None)
+    def save(step: int) -> None:
+        lora.save_adapter(model, config, args.out, args.model)
+        loop = {"step": step, "loop": (step, logged, shortened, seen, rows, float(total))}
+        checkpoint.save(args.out, adapter, optimizer, checkpoint.random_state(device)[None],
+                        loop | {"steps": steps, "rows": len(train), "arguments": arguments, "baseline": results["baseline"]})
+    if not state:
+        save(0)
+    model.train()
+    clock, stopping = time.perf_counter(), []  # Ctrl-C and SIGTERM end the step and save; a second one ends the process
+
+    def stop(number, _):
+        stopping.append(number)
+        signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    bar = tqdm(range(done + 1, steps + 1), desc="training", unit="step", initial=done, total=steps, disable=None)
     for step in bar:
-        encoded = [data.encode(example, tokenizer, args.max_length) for example in next(stream)]
+        examples = next(stream)
+        encoded = [data.encode(example, tokenizer, args.max_length) for example in examples]
+        rate = args.learning_rate * learning_rate(step - 1, steps, warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         # The mean over all targets of the step, however they fall into batches
         targets = sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for prompt, answer in encoded)
         step_loss = 0.0
@@ -201,39 +244,39 @@ def main() -> None:
         rows += len(encoded)
         shortened += sum(len(prompt) + len(answer) == args.max_length for prompt, answer in encoded)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-        rate = schedule.get_last_lr()[0]
+        if not math.isfinite(norm):
+            raise ValueError(f"step {step}: the loss is {float(step_loss):.4g}, the norm of its gradient {float(norm):.4g}, with the rows "
+                             f"{sorted(example['row'] for example in examples)} of train; {args.out} keeps the state after step {done:,}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
 
         total += step_loss
         if step % LOG_EVERY == 0 or step == steps:
             mean, seconds = float(total) / (step - logged), time.perf_counter() - clock
-            if not math.isfinite(mean):
-                raise ValueError(f"the loss is not finite between steps {logged + 1} and {step}: lower --learning-rate, now {rate:.1e}")
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=rows / seconds,
                 tokens_per_second=seen / seconds, peak_memory_gib=peak)
             bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {rows / seconds:.0f} examples/s")
             logged, total, seen, rows, clock = step, 0.0, 0, 0, time.perf_counter()
+        if stopping or step % args.save_every == 0 or step == steps:
+            save(step)
+            done = step
         if stopping:
-            break
+            bar.close()
+            print(f"stopped and saved after step {step:,} of {steps:,}; to go on: python train.py --resume {args.out}")
+            return
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
             clock = time.perf_counter()
 
-    # ---- The adapter first: nothing that happens in the evaluation can lose it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    lora.save_adapter(model, config, args.out, args.model)
-    if stopping:
-        bar.close()
-        raise ValueError(f"interrupted after step {step:,} of {steps:,}; the adapter so far is saved: python eval.py --adapter {args.out}")
+    # ---- Everything is saved: nothing that happens in the evaluation can lose it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     if shortened:
         print(f"{shortened:,} prompts were cut to --max-length {args.max_length}, at the end of their premise")
     results["finetuned"] = evaluate("finetuned")
     log(steps, **{f"{split}_accuracy": result["accuracy"] for split, result in results["finetuned"].items()})
-    with lora.replacing(args.out / "results.json") as temporary:
-        temporary.write_text(json.dumps({"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results, indent=2) + "\n")
+    checkpoint.write_json(args.out / "results.json", {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results)
     if wandb_run:
         wandb_run.finish()
     print(evaluation.table(results))

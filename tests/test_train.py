@@ -164,8 +164,9 @@ def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path):
     while "loss" not in process.stdout.readline():  # step 50 is reached
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1 and "interrupted after step" in errors.splitlines()[-1] and "Traceback" not in errors
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped and saved after step" in output.splitlines()[-1] and "Traceback" not in errors
+    assert f"python train.py --resume {tmp_path / 'run'}" in output.splitlines()[-1]
     main(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
 
 
