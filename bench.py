@@ -36,7 +36,7 @@ TASKS = {"train16": ("training, 16 examples a step", True), "train128": ("traini
          "answer": ("generation, an adapter that ends its answers", True), "score": ("scoring", True),
          "ramble": ("generation, a base that writes 32 tokens", False), "load": ("loading and quantising", True)}
 ARMS = ("ours", "reference", "notebooks")
-PROMPTS, ALONE = 64, 16  # rows in a batch of generation and scoring; rows of a task in the notebooks' way, one at a time
+PROMPTS, ALONE = 64, 4  # rows in a batch of generation and scoring; rows of a task in the notebooks' way, one at a time
 STEPS = 4  # in a row make one timing of 16 examples a step
 
 
@@ -68,7 +68,8 @@ def ours(job: dict, rows: list) -> dict:
 
 
 def tasks(step, score, answer, ramble, alone: bool = False) -> dict:
-    return {"gradients": lambda: step(16, update=False), "train16": lambda: [step(16) for _ in range(1 if alone else STEPS)],
+    return {"gradients": lambda: step(16, update=False),
+            "train16": lambda: [step(ALONE if alone else 16) for _ in range(1 if alone else STEPS)],
             "train128": lambda: step(ALONE if alone else 128), "score": score, "answer": answer, "ramble": ramble}
 
 

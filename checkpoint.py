@@ -119,7 +119,8 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, by its index where there is one."""
     if (index := directory / "model.safetensors.index.json").is_file():
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(name, str) and Path(name).name == name for name in names.values()):
+        plain = isinstance(names, dict) and all(isinstance(name, str) and Path(name).name == name for name in names.values())
+        if not plain or not names:
             raise ValueError(f"{index} has no weight_map of plain file names")
         names = sorted(set(names.values()))
     elif (directory / "model.safetensors").is_file():

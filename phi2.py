@@ -262,7 +262,7 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
         if tensor.shape != expected[key]:
             raise ValueError(f"{directory}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key])}")
         tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not all(end.isfinite() for end in tensor.aminmax()):  # which makes no copy
             raise ValueError(f"{directory}: {key} holds {tensor.dtype}, or numbers that are not finite: download it again")
         path, _, leaf = key.rpartition(".")
         model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
