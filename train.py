@@ -215,7 +215,7 @@ def main() -> None:
     def save(step: int) -> None:
         lora.save_adapter(model, config, args.out, args.model)
         loop = {"step": step, "loop": (step, logged, shortened, seen, rows, float(total))}
-        checkpoint.save(args.out, adapter, optimizer, checkpoint.random_state(device)[None],
+        checkpoint.save(args.out, adapter, optimizer, checkpoint.random_state(device),
                         loop | {"steps": steps, "rows": len(train), "arguments": arguments, "baseline": results["baseline"]})
     if not state:
         save(0)

@@ -46,10 +46,6 @@ def changed(raw: dict, draw) -> dict:
     return raw
 
 
-def one_line(error: pytest.ExceptionInfo) -> None:
-    assert str(error.value).strip(), "an error must say something"
-
-
 @given(st.data())
 @hostile
 def test_any_adapter_config_gives_the_trained_model_or_one_error(adapter, tiny, tmp_path_factory, data):
