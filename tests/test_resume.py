@@ -163,3 +163,16 @@ def test_a_flipped_bit_or_a_cut_in_a_runs_tensors_is_found(whole, data):
     damaged.write_bytes(content)
     with pytest.raises(ValueError, match="damaged"):
         checkpoint.read_tensors(damaged)
+
+
+def test_every_single_flipped_bit_of_a_small_file_is_found(tmp_path):
+    """All of them: a flip within the name of the checksum's own key once made the file look like one that carries none."""
+    path = tmp_path / "small.safetensors"
+    checkpoint.write_tensors(path, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3])}, {"state": "{}"})
+    content = path.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        with pytest.raises(ValueError, match="damaged"):
+            checkpoint.read_tensors(path)
