@@ -169,7 +169,7 @@ def rename_msft(key: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
 # ---- A run
 
 def save(directory: Path, parameters: dict[str, Tensor], optimizer, random: Tensor, state: dict) -> None:
-    """Writes trainer.safetensors. `random` (bytes,) uint8 is what random_state gives; `state` anything JSON can hold."""
+    """Writes trainer.safetensors. `random` (ranks, bytes) uint8 is what random_state gives; `state` anything JSON can hold."""
     tensors = {f"adapter.{name}": parameter for name, parameter in parameters.items()} | {"random": random}
     for number, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{number}.{key}": value for key, value in entry.items()}
@@ -198,8 +198,8 @@ def arguments(directory: Path, known: Iterable[str]) -> dict:
     return {key: found[key] for key in known if key in found}
 
 
-def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer) -> None:
-    """Puts what `save` wrote back in its place: adapter, optimiser, random generators."""
+def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer, rank: int) -> None:
+    """Puts what `save` wrote back in its place: adapter, optimiser, this rank's random generators."""
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"adapter.{name}"])
@@ -209,7 +209,7 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer
             _, number, key = name.split(".")
             entries.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
-    set_random_state(tensors["random"])
+    set_random_state(tensors["random"][rank])
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
@@ -232,6 +232,6 @@ def random_state(device: torch.device) -> Tensor:
 
 def set_random_state(state: Tensor) -> None:
     size = len(torch.get_rng_state())
-    torch.set_rng_state(state[:size])
+    torch.set_rng_state(state[:size].clone())
     if len(state) > size:
         torch.cuda.set_rng_state(state[size:])

@@ -236,7 +236,8 @@ def run(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv:
             raise
         hint = "; lower --batch-size and raise --accumulate" if isinstance(error, torch.OutOfMemoryError) else ""
-        sys.exit("error: " + " ".join(str(error).split()) + hint)
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ else ""  # under torchrun
+        sys.exit(f"error: {rank}" + " ".join(str(error).split()) + hint)
 
 
 def main() -> None:

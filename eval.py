@@ -23,6 +23,7 @@ import data
 import lora
 import phi2
 import quant
+import ranks
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,25 +48,27 @@ def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_
              max_length: int | None = None, desc: str = "evaluating") -> tuple[dict, list[dict]]:
     """({"accuracy", "n", "correct", "unparsed"}, one prediction per example in their order); dropout is off meanwhile.
 
-    `unparsed` completions, without a number, count as wrong.
+    `unparsed` completions, without a number, count as wrong. Each rank answers its share, and all get all answers.
     """
     was_training = model.training
     model.eval()
     prefix = data.fixed_ids(tokenizer)[0]
     prompts = [data.encode(example, tokenizer, max_length)[0] for example in examples]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # rows of one length together, the longest first
-    cache, predictions = model.prefill(prefix), [None] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=desc, unit="row", leave=False, disable=None)
+    order, cache, predictions = order[ranks.RANK::ranks.WORLD], model.prefill(prefix), []
+    bar = tqdm(total=len(order), desc=desc, unit="row", leave=False, disable=None if ranks.FIRST else True)
     for start in range(0, len(order), batch_size):
         rows = order[start:start + batch_size]
         rest = [prompts[i][len(prefix):] for i in rows]
         answer = score if mode == "score" else complete
         for i, prediction in zip(rows, answer(model, tokenizer, rest, cache, max_new_tokens)):
             example = examples[i]
-            predictions[i] = {"idx": example.get("idx", i), "prompt": data.PROMPT.format(**example), "label": example["label"]} | prediction
+            row = {"idx": example.get("idx", i), "prompt": data.PROMPT.format(**example), "label": example["label"]}
+            predictions.append((i, row | prediction))
         bar.update(len(rows))
     bar.close()
     model.train(was_training)
+    predictions = [row for _, row in sorted(ranks.gather_rows(predictions), key=lambda pair: pair[0])]
     correct = sum(row["prediction"] == row["label"] for row in predictions)
     unparsed = sum(row["prediction"] == -1 for row in predictions)
     return {"accuracy": correct / len(predictions), "n": len(predictions), "correct": correct, "unparsed": unparsed}, predictions
@@ -185,8 +188,8 @@ def main() -> None:
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
     directory = checkpoint.locate(args.model)
-    tokenizer = data.load_tokenizer(directory)
-    model = load_model(directory, args.quant, DTYPES[args.dtype], args.device, args.double_quant, args.keep_dequantized).eval()
+    device, tokenizer = ranks.start(args.device), data.load_tokenizer(directory)
+    model = load_model(directory, args.quant, DTYPES[args.dtype], device, args.double_quant, args.keep_dequantized).eval()
     if args.adapter:
         config = lora.load_adapter(model, args.adapter)
         adapted = len(lora.lora_parameters(model)) // 2
@@ -206,12 +209,12 @@ def main() -> None:
         examples = data.load_examples(args.dataset, split, args.limit)
         results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size,
                                                args.max_length, split)
-        if args.out:
+        if args.out and ranks.FIRST:
             args.out.mkdir(parents=True, exist_ok=True)
             write_predictions(predictions, args.out / f"predictions_{split}.jsonl")
     stage = "finetuned" if args.adapter else "baseline"
     print(table({stage: results}))
-    if args.out:
+    if args.out and ranks.FIRST:
         report = {"protocol": protocol(args.mode, args.max_new_tokens), stage: results}
         checkpoint.write_json(args.out / "results.json", report)
 
@@ -239,3 +242,4 @@ def protocol(mode: str, max_new_tokens: int) -> dict:
 
 if __name__ == "__main__":
     data.run(main)
+    ranks.stop()

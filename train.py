@@ -5,14 +5,16 @@
     python train.py --rank 16 --targets q_proj k_proj v_proj dense --steps 2000 --out out/wide
     python train.py --model ~/phi-2 --dataset ~/mnli --limit 2000 --eval-limit 500 # a first look, from directories
     python train.py --resume out/wide                                              # goes on after Ctrl-C or a crash
+    torchrun --nproc-per-node 8 train.py --rank 8                                  # eight GPUs, 16 examples on each
     python eval.py --adapter out/wide
 
 Leaves in --out: the adapter in PEFT's format, args.json, metrics.jsonl, trainer.safetensors to go on from, predictions and
-results.json. Left out so far: several devices.
+results.json. Of several ranks (ranks.py) each takes its part of every step, and the first alone writes.
 """
 import argparse
 import json
 import math
+import os
 import platform
 import signal
 import subprocess
@@ -28,6 +30,7 @@ import checkpoint
 import data
 import eval as evaluation
 import lora
+import ranks
 
 LOG_EVERY = 50  # steps between lines
 # What --resume may be given anew; everything else would make another run of it.
@@ -71,6 +74,10 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
     saved, given = {}, parser.parse_args()
+    if ranks.MAX_RESTARTS and not given.out and not given.resume:
+        parser.error("torchrun --max-restarts needs --out, so that what starts anew finds its run")
+    if ranks.RESTARTS and not given.resume and (given.out / "args.json").is_file():
+        given.resume = given.out
     if given.resume:
         saved = checkpoint.arguments(given.resume, vars(given)) | {"resume": given.resume, "out": given.resume}
         if given.steps or given.epochs:  # one of the two
@@ -119,8 +126,6 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
 
 def start_wandb(args, record: dict):
     """A W&B run that never asks for a key: without one it is kept offline, in a folder beside the other output."""
-    import os
-
     import wandb
     try:
         offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
@@ -135,8 +140,8 @@ def start_wandb(args, record: dict):
 def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
-    device, dtype = torch.device(args.device), evaluation.DTYPES[args.dtype]
-    if (args.out / "args.json").exists() and not args.resume:
+    device, dtype = ranks.start(args.device), evaluation.DTYPES[args.dtype]
+    if ranks.FIRST and (args.out / "args.json").exists() and not args.resume:
         raise ValueError(f"{args.out} holds a run already: --resume {args.out}, or choose another --out, or remove it")
     begun = args.resume and (args.resume / checkpoint.NAME).is_file()  # it is not when the run ended within its baseline
     tensors, state = checkpoint.load(args.resume) if begun else ({}, {})
@@ -146,7 +151,7 @@ def main() -> None:
     tokenizer = data.load_tokenizer(directory)
     train = data.load_examples(args.dataset, "train", args.limit)
     splits = {split: data.load_examples(args.dataset, split, args.eval_limit) for split in data.validation_splits(args.dataset)}
-    size = args.batch_size * args.accumulate
+    size = args.batch_size * args.accumulate * ranks.WORLD
     steps = math.ceil(args.epochs * math.ceil(len(train) / size)) if args.epochs else args.steps or 40_000
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     skip = len(data.fixed_ids(tokenizer)[0]) if args.share_prefix else 0
@@ -167,21 +172,22 @@ def main() -> None:
         for split, examples in splits.items():
             found[split], predictions = evaluation.evaluate(model, tokenizer, examples, max_new_tokens=args.max_new_tokens,
                                                             max_length=args.max_length, desc=f"{stage}, {split}")
-            if stage == "finetuned":
+            if stage == "finetuned" and ranks.FIRST:
                 evaluation.write_predictions(predictions, args.out / f"predictions_{split}.jsonl")
         return found
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
-        unfinished.unlink()
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     record = arguments | environment(device)
-    checkpoint.write_json(args.out / "args.json", record)
-    known = checkpoint.lines_up_to(args.out / "metrics.jsonl", state["step"]) if state else []
-    with checkpoint.replacing(args.out / "metrics.jsonl") as temporary:  # without what came after the step it goes on from
-        temporary.write_text("".join(known))
-    metrics = open(args.out / "metrics.jsonl", "a", buffering=1)
-    wandb_run = start_wandb(args, record) if args.wandb else None
+    if ranks.FIRST:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
+            unfinished.unlink()
+        checkpoint.write_json(args.out / "args.json", record)
+        known = checkpoint.lines_up_to(args.out / "metrics.jsonl", state["step"]) if state else []
+        with checkpoint.replacing(args.out / "metrics.jsonl") as temporary:  # without what came after the step it goes on from
+            temporary.write_text("".join(known))
+    metrics = open(args.out / "metrics.jsonl" if ranks.FIRST else os.devnull, "a", buffering=1)
+    wandb_run = start_wandb(args, record) if args.wandb and ranks.FIRST else None
 
     def log(step: int, **values) -> None:
         metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -195,6 +201,8 @@ def main() -> None:
 
     torch.manual_seed(args.seed)  # A's draws come first, as in PEFT
     adapted = lora.inject(model, config)
+    if not ranks.FIRST:  # the same adapter, another dropout
+        torch.manual_seed(args.seed + ranks.RANK)
     adapter = lora.lora_parameters(model)
     parameters = list(adapter.values())
     print(f"{len(adapted)} layers adapted, {sum(p.numel() for p in parameters):,} parameters to train")
@@ -205,18 +213,21 @@ def main() -> None:
     if state:
         if state["rows"] != len(train):
             raise ValueError(f"{args.resume} was trained on {state['rows']:,} rows, {args.dataset} has {len(train):,}")
+        if state["size"] != size:
+            raise ValueError(f"{args.resume} was trained with {state['size']:,} rows a step, on {ranks.WORLD} processes there are {size:,}")
         if state["steps"] != steps:
             print(f"{steps:,} steps instead of {state['steps']:,}: from here on the learning rate follows the new schedule")
         done, logged, shortened, seen, rows, total = state["loop"]
-        checkpoint.restore(tensors, adapter, optimizer)
+        checkpoint.restore(tensors, adapter, optimizer, ranks.RANK)
         print(f"going on after step {done:,} of {steps:,}")
     stream = data.batches(train, size, args.seed, done)
 
     def save(step: int) -> None:
-        lora.save_adapter(model, config, args.out, args.model)
-        loop = {"step": step, "loop": (step, logged, shortened, seen, rows, float(total))}
-        checkpoint.save(args.out, adapter, optimizer, checkpoint.random_state(device),
-                        loop | {"steps": steps, "rows": len(train), "arguments": arguments, "baseline": results["baseline"]})
+        random = torch.stack(ranks.gather(checkpoint.random_state(device)))
+        if ranks.FIRST:
+            lora.save_adapter(model, config, args.out, args.model)
+            loop = {"step": step, "loop": (step, logged, shortened, seen, rows, total), "steps": steps, "rows": len(train), "size": size}
+            checkpoint.save(args.out, adapter, optimizer, random, loop | {"arguments": arguments, "baseline": results["baseline"]})
     if not state:
         save(0)
     model.train()
@@ -227,43 +238,43 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop)
-    bar = tqdm(range(done + 1, steps + 1), desc="training", unit="step", initial=done, total=steps, disable=None)
+    bar = tqdm(range(done + 1, steps + 1), desc="training", unit="step", initial=done, total=steps, disable=None if ranks.FIRST else True)
     for step in bar:
         examples = next(stream)
-        encoded = [data.encode(example, tokenizer, args.max_length) for example in examples]
+        encoded = [data.encode(example, tokenizer, args.max_length) for example in examples[ranks.RANK::ranks.WORLD]]
         rate = args.learning_rate * learning_rate(step - 1, steps, warmup)
         for group in optimizer.param_groups:
             group["lr"] = rate
         # The mean over all targets of the step, however they fall into batches
-        targets = sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for prompt, answer in encoded)
-        step_loss = 0.0
+        targets, = ranks.total(device, sum(len(answer) + (len(prompt) - 1) * (args.loss == "full") for prompt, answer in encoded))
+        step_loss, tokens, cut = 0.0, 0, sum(len(prompt) + len(answer) == args.max_length for prompt, answer in encoded)
         for start in range(0, len(encoded), args.batch_size):
-            loss, tokens = batch_loss(model, encoded[start:start + args.batch_size], skip, args.loss)
+            loss, count = batch_loss(model, encoded[start:start + args.batch_size], skip, args.loss)
             (loss / targets).backward()
-            step_loss, seen = step_loss + loss.detach() / targets, seen + tokens
-        rows += len(encoded)
-        shortened += sum(len(prompt) + len(answer) == args.max_length for prompt, answer in encoded)
+            step_loss, tokens = step_loss + loss.detach() / targets, tokens + count
+        ranks.add_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        step_loss, tokens, cut, stops = ranks.total(device, step_loss, tokens, cut, len(stopping))
+        total, seen, rows, shortened = total + step_loss, seen + int(tokens), rows + len(examples), shortened + int(cut)
         if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the loss is {float(step_loss):.4g}, the norm of its gradient {float(norm):.4g}, with the rows "
+            raise ValueError(f"step {step}: the loss is {step_loss:.4g}, the norm of its gradient {float(norm):.4g}, with the rows "
                              f"{sorted(example['row'] for example in examples)} of train; {args.out} keeps the state after step {done:,}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        total += step_loss
         if step % LOG_EVERY == 0 or step == steps:
-            mean, seconds = float(total) / (step - logged), time.perf_counter() - clock
+            mean, seconds = total / (step - logged), time.perf_counter() - clock
             peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
             log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=rows / seconds,
                 tokens_per_second=seen / seconds, peak_memory_gib=peak)
             bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {rows / seconds:.0f} examples/s")
             logged, total, seen, rows, clock = step, 0.0, 0, 0, time.perf_counter()
-        if stopping or step % args.save_every == 0 or step == steps:
+        if stops or step % args.save_every == 0 or step == steps:
             save(step)
             done = step
-        if stopping:
+        if stops:
             bar.close()
-            print(f"stopped and saved after step {step:,} of {steps:,}; to go on: python train.py --resume {args.out}")
+            print(f"stopped and saved after step {step:,} of {steps:,}; to go on: {ranks.COMMAND} train.py --resume {args.out}")
             return
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
@@ -276,7 +287,8 @@ def main() -> None:
         print(f"{shortened:,} prompts were cut to --max-length {args.max_length}, at the end of their premise")
     results["finetuned"] = evaluate("finetuned")
     log(steps, **{f"{split}_accuracy": result["accuracy"] for split, result in results["finetuned"].items()})
-    checkpoint.write_json(args.out / "results.json", {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results)
+    if ranks.FIRST:
+        checkpoint.write_json(args.out / "results.json", {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results)
     if wandb_run:
         wandb_run.finish()
     print(evaluation.table(results))
@@ -289,8 +301,9 @@ def environment(device: torch.device) -> dict:
     packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name}
+    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name, "ranks": ranks.WORLD}
 
 
 if __name__ == "__main__":
     data.run(main)
+    ranks.stop()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, script
 
-ORDER = ["lora", "phi2", "quant", "data", "eval", "train"]  # the core; all may import checkpoint.py, and bench.py all of them
+ORDER = ["lora", "phi2", "quant", "data", "eval", "train"]  # the core; all may import checkpoint.py and ranks.py, and bench.py all of them
 SOURCES = sorted(path for pattern in ("*.py", "tests/*.py", "tiny/*.py") for path in ROOT.glob(pattern))
 README = (ROOT / "README.md").read_text()
 
