@@ -184,14 +184,14 @@ def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) ->
     """A batch for the loss: ids (B, T) padded on the right; the places that predict; their targets.
 
     The first `skip` ids of each prompt are left to a cache. `loss` "answer" has two targets a row, the label and the
-    end of text, predicted at columns (B, 2); "full" has every id after the first, at the true places of a mask (B, T).
+    end of text, predicted at columns (B, 2); "full" has every id after the first, at places counted through all rows.
     Targets are found by length: what the padding is does not matter.
     """
     rows = [torch.tensor(prompt[skip:] + answer) for prompt, answer in encoded]
     ids = torch.nn.utils.rnn.pad_sequence([row[:-1] for row in rows], batch_first=True)
     lengths = torch.tensor([len(row) - 1 for row in rows])
     if loss == "full":
-        return ids, torch.arange(ids.shape[1]) < lengths[:, None], torch.cat([row[1:] for row in rows])
+        return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).flatten().nonzero()[:, 0], torch.cat([row[1:] for row in rows])
     return ids, lengths[:, None] - torch.tensor([2, 1]), torch.cat([row[-2:] for row in rows])
 
 

@@ -147,6 +147,12 @@ def table(results: dict[str, dict[str, dict]]) -> str:
     return "\n".join(lines)
 
 
+def fast_dtype() -> str:
+    """"bf16" on a GPU and on CPUs with AVX-512 or better; on others PyTorch multiplies in bf16 some ten times slower than in fp32."""
+    fast = torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
 def dtype_name(name: str) -> str:
     """What --dtype says, with a reason why it cannot be fp16."""
     if name in ("fp16", "float16", "half"):
@@ -163,7 +169,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
     group.add_argument("--keep-dequantized", action="store_true",
                        help="hold NF4's values in --dtype beside the codes: the same bits, faster, more memory (phi-2: 5 GB)")
-    group.add_argument("--dtype", type=dtype_name, choices=DTYPES, default="bf16", help="of weights and activations (default: bf16)")
+    group.add_argument("--dtype", type=dtype_name, choices=DTYPES, default=fast_dtype(),
+                       help="of weights and activations (default: bf16; on a CPU without instructions for it, fp32)")
     group.add_argument("--max-length", type=int, default=512,
                        help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")

@@ -30,11 +30,12 @@ import checkpoint
 import data
 import eval as evaluation
 import lora
+import plan
 import ranks
 
 LOG_EVERY = 50  # steps between lines
 # What --resume may be given anew; everything else would make another run of it.
-FREE = {"steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing", "wandb", "debug", "resume", "out"}
+FREE = {"steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing", "wandb", "debug", "resume", "out", "plan"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -72,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its arguments; more --steps may be given")
     group.add_argument("--max-new-tokens", type=int, default=32, help="written to each prompt in evaluation (default: 32)")
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
+    group.add_argument("--plan", action="store_true", help="only print the memory that a step takes; loads no weights")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
     saved, given = {}, parser.parse_args()
     if ranks.MAX_RESTARTS and not given.out and not given.resume:
@@ -114,7 +116,7 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
     if skip:
         prefix = torch.tensor(encoded[0][0][:skip], device=device)
         hidden, cache = model.model(prefix[None], columns=None if loss == "full" else prefix[None, :0])
-    logits = model(ids, cache, at).flatten(0, 1) if loss == "answer" else model.lm_head(model.model(ids, cache)[0][at])
+    logits = model(ids, cache, at).flatten(0, 1) if loss == "answer" else model.lm_head(model.model(ids, cache)[0].flatten(0, 1)[at])
     total = F.cross_entropy(logits.float(), targets, reduction="sum")
     if skip and loss == "full":  # the prefix predicts itself, once for each row, and then each row's first id
         logits = model.lm_head(hidden[0]).float()
@@ -141,13 +143,13 @@ def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
     device, dtype = ranks.start(args.device), evaluation.DTYPES[args.dtype]
-    if ranks.FIRST and (args.out / "args.json").exists() and not args.resume:
+    if ranks.FIRST and (args.out / "args.json").exists() and not args.resume and not args.plan:
         raise ValueError(f"{args.out} holds a run already: --resume {args.out}, or choose another --out, or remove it")
     begun = args.resume and (args.resume / checkpoint.NAME).is_file()  # it is not when the run ended within its baseline
     tensors, state = checkpoint.load(args.resume) if begun else ({}, {})
 
     # ---- Data and tokens
-    directory = checkpoint.locate(args.model)
+    directory = checkpoint.locate(args.model, checkpoint.FILES[:2] if args.plan else checkpoint.FILES)
     tokenizer = data.load_tokenizer(directory)
     train = data.load_examples(args.dataset, "train", args.limit)
     splits = {split: data.load_examples(args.dataset, split, args.eval_limit) for split in data.validation_splits(args.dataset)}
@@ -155,11 +157,15 @@ def main() -> None:
     steps = math.ceil(args.epochs * math.ceil(len(train) / size)) if args.epochs else args.steps or 40_000
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     skip = len(data.fixed_ids(tokenizer)[0]) if args.share_prefix else 0
+    longest = plan.longest_rows(train, tokenizer, args.batch_size, args.max_length)
+    planned = plan.memory(directory, args, config, dtype, longest, skip, batch_loss)
+    if args.plan:
+        return print(plan.table(planned, args, longest))
 
     # ---- Model: frozen base, then what the base can do alone, then adapters
+    at_rest = plan.peak(device, anew=True)
     model = evaluation.load_model(directory, args.quant, dtype, device, args.double_quant, args.keep_dequantized)
     model.model.checkpointing = args.checkpointing
-    lora.match_targets(model, config.targets)  # a wrong name should not wait for the baseline
     if args.residual_dropout is None:
         args.residual_dropout = model.config.resid_pdrop
     for block in model.model.layers:
@@ -209,7 +215,7 @@ def main() -> None:
 
     # ---- Training
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
-    done, logged, shortened, seen, rows, total = 0, 0, 0, 0, 0, 0.0
+    done, logged, shortened, seen, rows, total, memory = 0, 0, 0, 0, 0, 0.0, None
     if state:
         if state["rows"] != len(train):
             raise ValueError(f"{args.resume} was trained on {state['rows']:,} rows, {args.dataset} has {len(train):,}")
@@ -231,6 +237,7 @@ def main() -> None:
     if not state:
         save(0)
     model.train()
+    plan.peak(device, anew=True)
     clock, stopping = time.perf_counter(), []  # Ctrl-C and SIGTERM end the step and save; a second one ends the process
 
     def stop(number, _):
@@ -264,9 +271,9 @@ def main() -> None:
 
         if step % LOG_EVERY == 0 or step == steps:
             mean, seconds = total / (step - logged), time.perf_counter() - clock
-            peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+            memory = None if at_rest is None else (plan.peak(device) - at_rest) / 2**30
             log(step, loss=mean, learning_rate=rate, grad_norm=float(norm), examples_per_second=rows / seconds,
-                tokens_per_second=seen / seconds, peak_memory_gib=peak)
+                tokens_per_second=seen / seconds, peak_memory_gib=memory)
             bar.write(f"step {step:6,}  loss {mean:.4f}  lr {rate:.2e}  grad {float(norm):.3f}  {rows / seconds:.0f} examples/s")
             logged, total, seen, rows, clock = step, 0.0, 0, 0, time.perf_counter()
         if stops or step % args.save_every == 0 or step == steps:
@@ -288,7 +295,9 @@ def main() -> None:
     results["finetuned"] = evaluate("finetuned")
     log(steps, **{f"{split}_accuracy": result["accuracy"] for split, result in results["finetuned"].items()})
     if ranks.FIRST:
-        checkpoint.write_json(args.out / "results.json", {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results)
+        report = {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results
+        report["training_memory_gib"] = {"planned": planned["sum"] / 2**30, "measured": memory}
+        checkpoint.write_json(args.out / "results.json", report)
     if wandb_run:
         wandb_run.finish()
     print(evaluation.table(results))

@@ -99,5 +99,18 @@ def script(*arguments, timeout: int = 300, env: dict | None = None, cwd: Path = 
                           env=os.environ | (env or {}))
 
 
+def in_process(module, *arguments, cwd=ROOT) -> None:
+    """A script's main in this process, which saves the seconds of its imports."""
+    import data
+    before, argv = os.getcwd(), sys.argv
+    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
+    os.chdir(cwd)
+    try:
+        data.run(module.main)
+    finally:
+        os.chdir(before)
+        sys.argv = argv
+
+
 def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())

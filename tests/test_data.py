@@ -103,10 +103,10 @@ def test_targets_come_from_lengths():
     ids, columns, targets = data.collate(encoded, skip=2, loss="answer")
     assert ids.tolist() == [[7, 8, 9, 0, 0], [7, 8, 3, 4, 1]]
     assert (columns.tolist(), targets.tolist()) == ([[1, 2], [3, 4]], [9, 0, 1, 0])
-    ids, mask, targets = data.collate(encoded, skip=2, loss="full")
-    assert mask.tolist() == [[True, True, True, False, False], [True] * 5] and targets.tolist() == [8, 9, 0, 8, 3, 4, 1, 0]
-    ids, mask, targets = data.collate(encoded[:1], skip=0, loss="full")
-    assert (ids.tolist(), mask.all().item(), targets.tolist()) == ([[5, 6, 7, 8, 9]], True, [6, 7, 8, 9, 0])
+    ids, places, targets = data.collate(encoded, skip=2, loss="full")
+    assert places.tolist() == [0, 1, 2, 5, 6, 7, 8, 9] and targets.tolist() == [8, 9, 0, 8, 3, 4, 1, 0]
+    ids, places, targets = data.collate(encoded[:1], skip=0, loss="full")
+    assert (ids.tolist(), places.tolist(), targets.tolist()) == ([[5, 6, 7, 8, 9]], [0, 1, 2, 3, 4], [6, 7, 8, 9, 0])
 
 
 @pytest.mark.parametrize("loss, skip", [("answer", 0), ("answer", 5), ("full", 0), ("full", 5)])

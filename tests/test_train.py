@@ -1,7 +1,6 @@
 """train.py and eval.py as a user runs them: what a run does, what it leaves, and one clear line for every mistake."""
 import json
 import math
-import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, distance, read_json, reference, script
+from conftest import ROOT, distance, in_process, read_json, reference, script
 from safetensors.torch import load_file, save_file
 
 import data
@@ -19,18 +18,6 @@ import lora
 import train
 
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
-
-
-def main(module, *arguments, cwd=ROOT) -> None:
-    """A script's main in this process, which saves the seconds of its imports."""
-    before, argv = os.getcwd(), sys.argv
-    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
-    os.chdir(cwd)
-    try:
-        data.run(module.main)
-    finally:
-        os.chdir(before)
-        sys.argv = argv
 
 
 def metrics(run: Path) -> list[dict]:
@@ -73,7 +60,7 @@ def test_args_json_holds_every_argument_and_where_it_ran(finished):
 
 
 def test_eval_gives_the_accuracy_that_the_run_reported(finished, tmp_path):
-    main(evaluation, "--adapter", finished[0], "--limit", 200, "--out", tmp_path / "again")
+    in_process(evaluation, "--adapter", finished[0], "--limit", 200, "--out", tmp_path / "again")
     expected = read_json(finished[0] / "results.json")
     found = read_json(tmp_path / "again" / "results.json")
     assert found["finetuned"] == expected["finetuned"] and found["protocol"] == expected["protocol"]
@@ -109,7 +96,7 @@ def test_accumulated_batches_train_what_one_batch_trains(tmp_path):
     """Ragged batches: a mean of the batches' means would differ in the second digit."""
     adapters = []
     for name, size, accumulate in (("one", 8, 1), ("four", 2, 4)):
-        main(train, *TINY, "--dtype", "fp32", "--dropout", 0, "--loss", "full", "--no-share-prefix", "--batch-size", size, "--accumulate", accumulate,
+        in_process(train, *TINY, "--dtype", "fp32", "--dropout", 0, "--loss", "full", "--no-share-prefix", "--batch-size", size, "--accumulate", accumulate,
              "--steps", 3, "--learning-rate", 1e-3, "--eval-limit", 8, "--max-new-tokens", 1, "--out", tmp_path / name)
         adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     for key, expected in adapters[0].items():
@@ -136,7 +123,7 @@ def test_the_learning_rate_is_transformers_cosine_after_a_warm_up_without_a_step
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path):
     content = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        main(train, *TINY, "--seed", seed, "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / name)
+        in_process(train, *TINY, "--seed", seed, "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / name)
         content.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
     assert content[0] == content[1] != content[2]
 
@@ -151,7 +138,7 @@ def test_weights_and_biases_is_offline_without_a_login_and_never_asks(tmp_path):
 
 @pytest.mark.parametrize("loss", ["answer", "full"])
 def test_a_step_on_either_loss_and_on_all_layers(tmp_path, loss):
-    main(train, *TINY, "--loss", loss, "--targets", "all-linear", "--quant", "none", "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--eval-every", 1,
+    in_process(train, *TINY, "--loss", loss, "--targets", "all-linear", "--quant", "none", "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--eval-every", 1,
          "--max-new-tokens", 1, "--out", tmp_path / "run")
     assert len(load_file(tmp_path / "run" / "adapter_model.safetensors")) == 2 * 6 * 6
     assert [line["step"] for line in metrics(tmp_path / "run") if "validation_matched_accuracy" in line] == [0, 1, 2]
@@ -167,24 +154,24 @@ def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path):
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0 and "stopped and saved after step" in output.splitlines()[-1] and "Traceback" not in errors
     assert f"python train.py --resume {tmp_path / 'run'}" in output.splitlines()[-1]
-    main(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
+    in_process(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
 
 
 def test_a_run_is_not_written_over(finished):
     with pytest.raises(SystemExit) as stopped:
-        main(train, *TINY, "--out", finished[0])
+        in_process(train, *TINY, "--out", finished[0])
     assert "holds a run already" in stopped.value.code
 
 
 def test_epochs_count_rows(tmp_path, capsys):
-    main(train, *TINY, "--limit", 10, "--batch-size", 4, "--epochs", 1.5, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / "run")
+    in_process(train, *TINY, "--limit", 10, "--batch-size", 4, "--epochs", 1.5, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / "run")
     assert "10 rows, 5 steps of 4" in capsys.readouterr().out
 
 
 # ---- One pair
 
 def test_one_pair_is_answered_with_probabilities(finished, capsys):
-    main(evaluation, "--adapter", finished[0], "--premise", "Anna bought a big red rose.", "--hypothesis", "Anna bought a red rose.")
+    in_process(evaluation, "--adapter", finished[0], "--premise", "Anna bought a big red rose.", "--hypothesis", "Anna bought a red rose.")
     lines = capsys.readouterr().out.splitlines()
     assert "12/12 modules adapted" in lines[0] and lines[1].startswith("completion: ' ")
     probabilities = [float(line.split()[2]) for line in lines[2:5]]
@@ -290,7 +277,7 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(tmp_path, capsys, mistake):
     out.mkdir()
     (out / "adapter_model.safetensors").write_bytes(b"an earlier run's")
     with pytest.raises(SystemExit) as stopped:
-        main(train, *TINY, "--steps", 1, "--eval-limit", 4, "--max-new-tokens", 1, "--out", out, *arguments)
+        in_process(train, *TINY, "--steps", 1, "--eval-limit", 4, "--max-new-tokens", 1, "--out", out, *arguments)
     assert str(stopped.value.code).startswith("error: ") and message in stopped.value.code and "\n" not in stopped.value.code
     assert (out / "adapter_model.safetensors").read_bytes() == b"an earlier run's"
 
@@ -309,7 +296,7 @@ def test_a_mistake_ends_a_process_with_status_1_one_line_and_no_traceback(tmp_pa
                                                 (["--dtype", "fp64"], "invalid choice: 'fp64'"), (["--steps", "5", "--epochs", "1"], "not allowed with")])
 def test_wrong_flags_end_with_status_2_and_say_which(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        main(train, *TINY, *arguments)
+        in_process(train, *TINY, *arguments)
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -318,7 +305,7 @@ def test_an_adapter_of_another_model_is_refused(finished, tmp_path):
     path = tmp_path / "run" / "adapter_config.json"
     path.write_text(json.dumps(read_json(path) | {"target_modules": ["fc1"]}))
     with pytest.raises(SystemExit) as stopped:
-        main(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
+        in_process(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
     assert "lacks 12 tensors, among them base_model.model.model.layers.0.mlp.fc1.lora_A.weight" in stopped.value.code
 
 
