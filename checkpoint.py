@@ -10,8 +10,11 @@ is a function of seed and step.
 import hashlib
 import json
 import os
+import platform
+import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -182,9 +185,23 @@ def load(directory: Path) -> tuple[dict[str, Tensor], dict]:
     if not path.is_file():
         raise ValueError(f"{directory} holds no {NAME}: nothing to go on from")
     tensors, metadata = read_tensors(path)
-    if not {"sha256", "state"} <= metadata.keys():
-        raise ValueError(f"{path} was not written by train.py: it has no checksum or no state")
-    return tensors, json.loads(metadata["state"])
+    try:
+        state = json.loads(metadata["state"])
+        sound = is_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        sound = False
+    if not sound or "sha256" not in metadata:
+        raise ValueError(f"{path} was not written by train.py: it has no checksum, or another state")
+    return tensors, state
+
+
+def is_state(state: dict) -> bool:
+    """Whether train.py can go on from this; or the KeyError, TypeError, ValueError or AttributeError of what it is not."""
+    step, logged, *counts, total = state["loop"]
+    numbers = [total] + [result[key] for result in state["baseline"].values() for key in ("accuracy", "n", "correct", "unparsed")]
+    return (len(counts) == 3 and all(type(count) is int for count in (step, logged, *counts)) and 0 <= logged <= step == state["step"]
+            and all(type(state[key]) is int and state[key] > 0 for key in ("steps", "rows", "size"))
+            and all(type(number) in (int, float) for number in numbers) and isinstance(state["arguments"], dict))
 
 
 def arguments(directory: Path, known: Iterable[str]) -> dict:
@@ -199,7 +216,17 @@ def arguments(directory: Path, known: Iterable[str]) -> dict:
 
 
 def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer, rank: int) -> None:
-    """Puts what `save` wrote back in its place: adapter, optimiser, this rank's random generators."""
+    """Puts what `save` wrote back in its place: adapter, optimiser, this rank's random generators.
+
+    Raises ValueError when the tensors are not those of this adapter.
+    """
+    shapes = {f"adapter.{name}": parameter.shape for name, parameter in parameters.items()}
+    if any(name.startswith("optimizer.") for name in tensors):  # there is none before the first step
+        for number, parameter in enumerate(parameters.values()):
+            shapes |= {f"optimizer.{number}.{key}": parameter.shape for key in ("exp_avg", "exp_avg_sq")} | {f"optimizer.{number}.step": ()}
+    random = tensors.get("random", torch.empty(0))
+    if {name: tensor.shape for name, tensor in tensors.items() if name != "random"} != shapes or random.ndim != 2 or rank >= len(random):
+        raise ValueError(f"{NAME} does not hold the tensors of this adapter and its optimiser")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"adapter.{name}"])
@@ -209,7 +236,10 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer
             _, number, key = name.split(".")
             entries.setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
-    set_random_state(tensors["random"][rank])
+    try:
+        set_random_state(random[rank])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{NAME} holds no state of a random generator: {error}") from None
 
 
 def lines_up_to(path: Path, step: int) -> list[str]:
@@ -222,6 +252,15 @@ def lines_up_to(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):  # cut short, or damaged
             continue
     return kept
+
+
+def environment(device: torch.device) -> dict:
+    """What a result depends on besides its arguments: versions, commit, device."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name}
 
 
 def random_state(device: torch.device) -> Tensor:

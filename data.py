@@ -201,11 +201,30 @@ def collate(encoded: list[tuple[list[int], list[int]]], skip: int, loss: str) ->
 class Parser(argparse.ArgumentParser):
     """argparse with one line for a wrong flag, full words only, and @FILE for flags from a file, one to a line."""
 
+    source = ""  # the file that the arguments are from, for errors
+
     def __init__(self, description: str, **options):
         super().__init__(description=description, fromfile_prefix_chars="@", allow_abbrev=False, **options)
 
     def error(self, message: str):
-        self.exit(2, f"error: {message}; see python {self.prog} --help\n")
+        self.exit(2, f"error: {self.source}{message}; see python {self.prog} --help\n")
+
+
+def set_defaults(parser: Parser, saved: dict, path: Path) -> dict:
+    """Makes the arguments that a file holds the parser's defaults, once they have passed as if they were typed; gives them so."""
+    argv, parser.source = [], f"{path}: "
+    for name, value in saved.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list) and not any(str(item).startswith(("-", "@")) for item in value):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, bool):  # a flag that is off is not typed, unless it is on by default
+            argv += [flag] if value else [flag.replace("--", "--no-", 1)] if parser.get_default(name) else []
+        elif value is not None:
+            argv.append(f"{flag}={value}")
+    found, parser.source = parser.parse_args(argv), ""
+    defaults = {name: getattr(found, name) for name in saved}
+    parser.set_defaults(**defaults)
+    return defaults
 
 
 def parse_arguments(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:

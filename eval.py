@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--hypothesis")
     parser.add_argument("--out", type=Path, help="write results.json and predictions_<split>.jsonl here")
     if adapter := parser.parse_args().adapter:
-        parser.set_defaults(**trained_with(adapter))
+        data.set_defaults(parser, trained_with(adapter), adapter)
     args = data.parse_arguments(parser)
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
@@ -235,8 +235,9 @@ def trained_with(adapter: Path) -> dict:
     if not found["model"]:
         raise ValueError(f"{path} does not name its base model; pass --model")
     if (adapter / "args.json").is_file():
+        names = ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")
         saved = checkpoint.read_json(adapter / "args.json")
-        found |= {key: saved.get(key) for key in ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")}
+        found |= {name: saved[name] for name in names if name in saved}
     return found
 
 

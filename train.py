@@ -15,11 +15,8 @@ import argparse
 import json
 import math
 import os
-import platform
 import signal
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -84,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
         saved = checkpoint.arguments(given.resume, vars(given)) | {"resume": given.resume, "out": given.resume}
         if given.steps or given.epochs:  # one of the two
             saved |= {"steps": None, "epochs": None}
-        parser.set_defaults(**saved)
+        saved = data.set_defaults(parser, saved, given.resume)
     args = data.parse_arguments(parser)
     if other := [f"--{name.replace('_', '-')} {getattr(args, name)} (it has {value})" for name, value in saved.items()
                  if name not in FREE and getattr(args, name) != value]:
@@ -183,7 +180,7 @@ def main() -> None:
         return found
 
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    record = arguments | environment(device)
+    record = arguments | checkpoint.environment(device) | {"ranks": ranks.WORLD}
     if ranks.FIRST:
         args.out.mkdir(parents=True, exist_ok=True)
         for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
@@ -302,15 +299,6 @@ def main() -> None:
         wandb_run.finish()
     print(evaluation.table(results))
     print(f"adapter and results.json in {args.out}; try: python eval.py --adapter {args.out} --premise ... --hypothesis ...")
-
-
-def environment(device: torch.device) -> dict:
-    """What a result depends on besides its arguments: versions, commit, device."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
-    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name, "ranks": ranks.WORLD}
 
 
 if __name__ == "__main__":

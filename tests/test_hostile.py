@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 import data
+import data as data_module  # where hypothesis has another `data`
 import eval as evaluation
 import lora
 import phi2
+import train
 
 CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
 hostile = settings(deadline=None, max_examples=CASES // 4, suppress_health_check=list(HealthCheck))
@@ -186,3 +189,87 @@ def test_a_script_says_one_line_on_a_hostile_adapter(adapter, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
     done = script("eval.py", "--adapter", tmp_path / "adapter")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "is not JSON" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real run of two steps, with what --resume needs."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    done = script("train.py", "--model", "tiny/model", "--dataset", "tiny/data", "--steps", 2, "--batch-size", 2, "--eval-limit", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@given(st.data())
+@hostile
+def test_any_state_of_a_run_is_its_own_or_one_error(run, tmp_path_factory, data):
+    """trainer.safetensors of a stranger, whose checksum fits: other arguments, another state, other tensors."""
+    copy = tmp_path_factory.mktemp("copy")
+    tensors, state = checkpoint.load(run)
+    kind = data.draw(st.sampled_from(["arguments", "state", "loop", "baseline", "tensors"]))
+    if kind == "arguments":
+        state["arguments"] = changed(state["arguments"], data.draw)
+    elif kind == "loop":
+        state["loop"] = data.draw(st.lists(st.integers(-3, 5) | ODD, min_size=5, max_size=7))
+    elif kind == "baseline":
+        state["baseline"]["validation_matched"] = data.draw(st.just(changed(state["baseline"]["validation_matched"], data.draw)) | ODD)
+    elif kind == "state":
+        state = changed(state, data.draw)
+    else:
+        name = data.draw(st.sampled_from(sorted(tensors)))
+        other = data.draw(st.sampled_from([None, torch.zeros(3), torch.zeros(2, 2), tensors["random"], tensors["random"][0], tensors["random"] * 0 + 255]))
+        tensors = {key: other if key == name else tensor for key, tensor in tensors.items() if key != name or other is not None}
+    checkpoint.write_tensors(copy / checkpoint.NAME, tensors, {"state": json.dumps(state)})
+    argv, sys.argv = sys.argv, ["train.py", "--resume", str(copy)]
+    try:
+        args = train.parse_arguments()
+        tensors, state = checkpoint.load(copy)
+        model = ours(ROOT / "tiny" / "model", torch.float32)
+        lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, tuple(args.targets)))
+        adapter = lora.lora_parameters(model)
+        checkpoint.restore(tensors, adapter, torch.optim.AdamW(adapter.values()), 0)
+    except ValueError as error:
+        assert str(error).strip()
+    except SystemExit as error:
+        assert error.code == 2
+    else:
+        step, logged, *_ = state["loop"]
+        assert 0 <= logged <= step and isinstance(args.learning_rate, float) and args.loss in ("answer", "full")
+    finally:
+        sys.argv = argv
+
+
+@given(st.data())
+@hostile
+def test_any_args_json_beside_an_adapter_is_its_arguments_or_one_error(adapter, tmp_path_factory, data):
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copytree(adapter[0], copy, dirs_exist_ok=True)
+    names = {"dataset": "tiny/data", "quant": "nf4", "double_quant": False, "keep_dequantized": False, "dtype": "bf16", "max_length": 512}
+    (copy / "args.json").write_text(json.dumps(changed(names, data.draw)))
+    parser = data_module.Parser("test")
+    evaluation.add_model_arguments(parser)
+    try:
+        data_module.set_defaults(parser, evaluation.trained_with(copy), copy)
+        args = data_module.parse_arguments(parser, [])
+    except ValueError as error:
+        assert str(error).strip()
+    except SystemExit as error:
+        assert error.code == 2
+    else:
+        assert args.quant in ("nf4", "none") and args.dtype in evaluation.DTYPES and isinstance(args.max_length, int) and isinstance(args.dataset, str)
+
+
+def test_no_token_is_in_any_file_that_a_run_writes(tmp_path):
+    """Of W&B and of the Hub, in the environment and in the home that their libraries read; W&B's own files are searched too."""
+    tokens = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "HF_TOKEN": "hf_" + "MarkerOfTheHub" * 2, "HUGGING_FACE_HUB_TOKEN": "hf_" + "AnotherMarker" * 2}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_text("hf_" + "MarkerInTheHome" * 2)
+    done = script("train.py", "--model", "tiny/model", "--dataset", "tiny/data", "--steps", 2, "--batch-size", 2, "--eval-limit", 2, "--wandb",
+                  "--out", tmp_path / "run", env=tokens | {"WANDB_MODE": "offline", "HF_HOME": str(tmp_path / "home")})
+    assert done.returncode == 0, done.stderr
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert len(files) > 8 and any("wandb" in path.parts for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert not any(token.encode() in content for token in (*tokens.values(), "MarkerInTheHome")), path
+    assert not any(token in done.stdout + done.stderr for token in tokens.values())
