@@ -10,11 +10,8 @@ is a function of seed and step.
 import hashlib
 import json
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -42,18 +39,35 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError, in one line, when it holds anything else."""
-    try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
+    return parse_line(Path(path).read_bytes().decode(errors="replace"), str(path))
 
 
 def write_json(path: Path, value) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def write_lines(rows: list[dict], path: Path) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a file of JSON lines. Raises ValueError, in one line, when it is missing or a line is something else."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not there")
+    text = Path(path).read_bytes().decode(errors="replace")
+    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+
+
+def parse_line(line: str, place: str) -> dict:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} holds no JSON object")
+    return found
 
 
 def checksum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -91,6 +105,23 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if {"written_by", "sha256"} & metadata.keys() and metadata.get("sha256") != checksum(tensors, metadata):
         raise ValueError(f"{path} is damaged: its content does not fit its checksum")
     return tensors, metadata
+
+
+def digest(content: bytes | str) -> str:
+    """The first 16 hex digits of its SHA-256: short enough to be read in an error."""
+    return hashlib.sha256(content.encode() if isinstance(content, str) else content).hexdigest()[:16]
+
+
+def sample(tensor: Tensor) -> bytes:
+    """64 values from all over a tensor, as fp32: enough to tell one training's weights from another's, whatever type they are kept in."""
+    return tensor.flatten()[::max(1, tensor.numel() // 64)][:64].float().cpu().numpy().tobytes()
+
+
+def fingerprint(model, tokenizer, prompt: str, args) -> dict[str, str]:
+    """What an adapter is made for, in few letters: prompt, tokenizer, weights of the base, quantisation."""
+    vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.encode("One quick fox isn't 12,345 of them.\n\n").ids])
+    return {"prompt": digest(prompt), "tokenizer": digest(vocabulary), "base_weights": model.fingerprint,
+            "quantization": args.quant + ", double" * (args.quant == "nf4" and args.double_quant)}
 
 
 # ---- A model on disk or on the Hub
@@ -215,6 +246,38 @@ def arguments(directory: Path, known: Iterable[str]) -> dict:
     return {key: found[key] for key in known if key in found}
 
 
+def trained_with(adapter: Path) -> dict:
+    """The arguments an adapter was trained with, as defaults: all that concern evaluation, or the model alone."""
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+    found = {"model": read_json(path).get("base_model_name_or_path")}
+    if not found["model"]:
+        raise ValueError(f"{path} does not name its base model; pass --model")
+    if (adapter / "args.json").is_file():
+        names = ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")
+        saved = read_json(adapter / "args.json")
+        found |= {name: saved[name] for name in names if name in saved}
+    return found
+
+
+def set_defaults(parser, saved: dict, path: Path) -> dict:
+    """Makes the arguments that a file holds the parser's defaults, once they have passed as if they were typed; gives them so."""
+    argv, parser.source = [], f"{path}: "
+    for name, value in saved.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, list) and not any(str(item).startswith(("-", "@")) for item in value):
+            argv += [flag, *map(str, value)]
+        elif isinstance(value, bool):  # a flag that is off is not typed, unless it is on by default
+            argv += [flag] if value else [flag.replace("--", "--no-", 1)] if parser.get_default(name) else []
+        elif value is not None:
+            argv.append(f"{flag}={value}")
+    found, parser.source = parser.parse_args(argv), ""
+    defaults = {name: getattr(found, name) for name in saved}
+    parser.set_defaults(**defaults)
+    return defaults
+
+
 def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer, rank: int) -> None:
     """Puts what `save` wrote back in its place: adapter, optimiser, this rank's random generators.
 
@@ -252,15 +315,6 @@ def lines_up_to(path: Path, step: int) -> list[str]:
         except (ValueError, KeyError, TypeError):  # cut short, or damaged
             continue
     return kept
-
-
-def environment(device: torch.device) -> dict:
-    """What a result depends on besides its arguments: versions, commit, device."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-    packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
-    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name}
 
 
 def random_state(device: torch.device) -> Tensor:

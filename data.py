@@ -210,23 +210,6 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {self.source}{message}; see python {self.prog} --help\n")
 
 
-def set_defaults(parser: Parser, saved: dict, path: Path) -> dict:
-    """Makes the arguments that a file holds the parser's defaults, once they have passed as if they were typed; gives them so."""
-    argv, parser.source = [], f"{path}: "
-    for name, value in saved.items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, list) and not any(str(item).startswith(("-", "@")) for item in value):
-            argv += [flag, *map(str, value)]
-        elif isinstance(value, bool):  # a flag that is off is not typed, unless it is on by default
-            argv += [flag] if value else [flag.replace("--", "--no-", 1)] if parser.get_default(name) else []
-        elif value is not None:
-            argv.append(f"{flag}={value}")
-    found, parser.source = parser.parse_args(argv), ""
-    defaults = {name: getattr(found, name) for name in saved}
-    parser.set_defaults(**defaults)
-    return defaults
-
-
 def parse_arguments(parser: Parser, argv: list[str] | None = None) -> argparse.Namespace:
     """Parses a command line. Where it names no model, that is phi-2, or without a GPU what tiny/args says."""
     args = parser.parse_args(argv)
@@ -263,15 +246,17 @@ def main() -> None:
     parser = Parser("what is in a dataset: rows, labels, token lengths, examples")
     parser.add_argument("--dataset", help="Hub id, or a directory with train.* and validation*.* (default: nyu-mll/glue)")
     parser.add_argument("--model", help="the model whose tokenizer counts (default: microsoft/phi-2)")
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the token lengths of each split here")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the token lengths and the labels of each split here")
     parser.add_argument("--limit", type=int, help="rows of each split to look at")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parse_arguments(parser)
     import numpy
     from tqdm import tqdm
 
+    import report
     from checkpoint import locate
     tokenizer, lengths = load_tokenizer(locate(args.model, ["config.json", "tokenizer.json"])), {}
+    labels = {}
     for split in load_splits(args.dataset):
         try:
             examples = load_examples(args.dataset, split, args.limit)
@@ -280,7 +265,7 @@ def main() -> None:
             continue
         encoded = [encode(example, tokenizer)[0] for example in tqdm(examples, desc=split, leave=False, delay=2, disable=None)]
         lengths[split] = numpy.array([len(ids) for ids in encoded]) + 1
-        counts = numpy.bincount(examples["label"], minlength=3)
+        counts = labels[split] = numpy.bincount(examples["label"], minlength=3)
         print(f"\n{split}: {len(examples):,} rows; " + ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts)))
         low, middle, p95, p99, high = numpy.percentile(lengths[split], [0, 50, 95, 99, 100]).astype(int)
         print(f"  tokens of prompt and label: {low} to {high}, median {middle}, 95% up to {p95}, 99% up to {p99}")
@@ -289,18 +274,8 @@ def main() -> None:
             if first:
                 print(f"  {label} {LABELS[label]}: {first['premise'][:120]} -> {first['hypothesis'][:80]}")
     if args.plot:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(figsize=(8, 4))
-        low, high = min(map(min, lengths.values())), max(map(max, lengths.values()))
-        bins = numpy.arange(low, high + 2 + (high - low) // 60, 1 + (high - low) // 60) - 0.5
-        for (split, values), line in zip(lengths.items(), itertools.cycle(("-", "--", ":", "-."))):
-            axes.hist(values, bins=bins, density=True, histtype="step", linestyle=line, label=f"{split} ({len(values):,} rows)")
-        axes.set(xlabel="tokens of prompt and label", ylabel="share of rows for each token of length", title=args.dataset)
-        axes.legend()
-        figure.savefig(args.plot, dpi=120, bbox_inches="tight")
-        print(f"\nthe lengths are drawn in {args.plot}")
+        report.draw_lengths(lengths, labels, args.dataset, args.plot)
+        print(f"\nlengths and labels are drawn in {args.plot}")
 
 
 if __name__ == "__main__":

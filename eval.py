@@ -10,12 +10,14 @@ answers at the position after "### Label:", one forward pass; it shows what a mo
 """
 import argparse
 import ctypes
+import itertools
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
@@ -24,6 +26,7 @@ import lora
 import phi2
 import quant
 import ranks
+import report
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,9 +49,10 @@ def load_model(directory: Path, quantization: str, dtype: torch.dtype, device: s
 @torch.no_grad()
 def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_new_tokens: int = 32, batch_size: int = 64,
              max_length: int | None = None, desc: str = "evaluating") -> tuple[dict, list[dict]]:
-    """({"accuracy", "n", "correct", "unparsed"}, one prediction per example in their order); dropout is off meanwhile.
+    """(report.statistics of the predictions, one prediction per example in their order); dropout is off meanwhile.
 
-    `unparsed` completions, without a number, count as wrong. Each rank answers its share, and all get all answers.
+    Each rank answers its share, and all get all answers. An answer depends on its prompt alone, in fp32 to the last bits of
+    its scores; in bf16, where a batch of another size is rounded otherwise, it may differ where two answers are all but even.
     """
     was_training = model.training
     model.eval()
@@ -61,28 +65,26 @@ def evaluate(model: phi2.Phi2, tokenizer, examples, mode: str = "generate", max_
         rows = order[start:start + batch_size]
         rest = [prompts[i][len(prefix):] for i in rows]
         answer = score if mode == "score" else complete
-        for i, prediction in zip(rows, answer(model, tokenizer, rest, cache, max_new_tokens)):
-            example = examples[i]
-            row = {"idx": example.get("idx", i), "prompt": data.PROMPT.format(**example), "label": example["label"]}
-            predictions.append((i, row | prediction))
+        for i, found in zip(rows, answer(model, tokenizer, rest, cache, max_new_tokens, [examples[i]["label"] for i in rows])):
+            row = {"idx": i, "tokens": len(prompts[i])} | {key: examples[i][key] for key in ("idx", "genre", "label") if key in examples[i]}
+            predictions.append((i, row | {"prompt": data.PROMPT.format(**examples[i])} | found))
         bar.update(len(rows))
     bar.close()
     model.train(was_training)
     predictions = [row for _, row in sorted(ranks.gather_rows(predictions), key=lambda pair: pair[0])]
-    correct = sum(row["prediction"] == row["label"] for row in predictions)
-    unparsed = sum(row["prediction"] == -1 for row in predictions)
-    return {"accuracy": correct / len(predictions), "n": len(predictions), "correct": correct, "unparsed": unparsed}, predictions
+    return report.statistics(predictions), predictions
 
 
 @torch.no_grad()
 def generate(model: phi2.Phi2, prompts: list[list[int]], max_new_tokens: int, eos: int, vocab_size: int, cache: phi2.KVCache | None = None,
-             settled: Callable[[list[int]], bool] = lambda ids: False, guesses: list[int] = ()) -> list[list[int]]:
-    """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`.
+             settled: Callable[[list[int]], bool] = lambda ids: False, guesses: list[int] = ()) -> tuple[list[list[int]], Tensor]:
+    """Greedy completions of a batch of prompts (lists of ids), each up to and without `eos`; and the logits of the first pass.
 
     `cache` holds a prefix of every prompt. Ids of `vocab_size` (the tokenizer's) and above, which no text ever trained,
     are never chosen. Rows that have ended, or whose completion so far is `settled`, leave the batch. `guesses` at the first
     token stand behind each prompt, side by side at one position, unseen by one another: where one is what the model
-    chooses, the token after it is known from the same pass, and a row that then ends needs no second.
+    chooses, the token after it is known from the same pass, and a row that then ends needs no second. The logits (B, 1 +
+    guesses, vocab) are those after the prompt and after each guess.
     """
     device, completions, rows = model.lm_head.weight.device, [[] for _ in prompts], list(range(len(prompts)))
     start, width = cache.positions.shape[1] if cache else 0, max(map(len, prompts))
@@ -90,10 +92,12 @@ def generate(model: phi2.Phi2, prompts: list[list[int]], max_new_tokens: int, eo
     ends, places = torch.tensor([[len(prompt)] for prompt in prompts], device=device), torch.arange(ids.shape[1], device=device)[None]
     positions = start + torch.where(places < ends, places, phi2.NOWHERE)
     positions[:, width:] = start + ends
-    columns = torch.cat((ends - 1, places[:, width:].expand(len(ids), -1)), dim=1)
+    columns, first_pass = torch.cat((ends - 1, places[:, width:].expand(len(ids), -1)), dim=1), None
     while rows:
         hidden, cache = model.model(ids, cache, positions, columns)
-        chosen, alive = model.lm_head(hidden)[..., :vocab_size].argmax(dim=-1), []
+        logits = model.lm_head(hidden)
+        first_pass = logits if first_pass is None else first_pass
+        chosen, alive = logits[..., :vocab_size].argmax(dim=-1), []
         if guesses:  # the wrong ones must not be seen again
             cache.positions[:, -len(guesses):].masked_fill_(ids[:, width:] != chosen[:, :1], phi2.NOWHERE)
         for i, (row, (first, *second)) in enumerate(zip(rows, chosen.tolist())):
@@ -110,41 +114,46 @@ def generate(model: phi2.Phi2, prompts: list[list[int]], max_new_tokens: int, eo
         ids = torch.tensor([[completions[row][-1]] for row in rows], device=device)
         positions = torch.tensor([[start + len(prompts[row]) + len(completions[row]) - 1] for row in rows], device=device)
         columns, guesses = torch.zeros_like(positions), ()
-    return completions
+    return completions, first_pass
 
 
-def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int) -> list[dict]:
-    """What the model writes after the prompts that the cache begins and `rest` ends, up to the end of its first number."""
+def complete(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int, labels: list[int] = ()) -> list[dict]:
+    """What the model writes after the prompts that the cache begins and `rest` ends, up to the end of its first number.
+
+    With "scores" as `score` has them and, where labels are given, "loss", that of training: the mean over label and end of text.
+    """
     def settled(ids):
         return data.settled(tokenizer.decode(ids, skip_special_tokens=False))
     _, answers, eos = data.fixed_ids(tokenizer)
-    written = generate(model, rest, max_new_tokens, eos, tokenizer.get_vocab_size(), cache, settled, answers)
+    written, logits = generate(model, rest, max_new_tokens, eos, tokenizer.get_vocab_size(), cache, settled, answers)
     texts = tokenizer.decode_batch(written, skip_special_tokens=False)
-    return [{"completion": text, "prediction": data.parse(text)} for text in texts]
+    scores = shares(logits[:, 0], answers)
+    found = [{"completion": text, "prediction": data.parse(text), "scores": row} for text, row in zip(texts, scores)]
+    if not labels:
+        return found
+    rows, labels = torch.arange(len(rest)), torch.tensor(labels)
+    label, end = (logits[rows, column].float().log_softmax(dim=-1) for column in (0 * labels, 1 + labels))
+    losses = -(label[rows, torch.tensor(answers)[labels]] + end[:, eos]) / 2
+    return [row | {"loss": short(loss)} for row, loss in zip(found, losses.tolist())]
 
 
-def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 0) -> list[dict]:
+def score(model, tokenizer, rest: list[list[int]], cache, max_new_tokens: int = 0, labels: list[int] = ()) -> list[dict]:
     """The likeliest of the three answers, and the probability of each among the three."""
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(prompt) for prompt in rest], batch_first=True)
     last = torch.tensor([[len(prompt) - 1] for prompt in rest])
     device = model.lm_head.weight.device
     logits = model(ids.to(device), cache, last.to(device))[:, 0]
-    probabilities = logits.float()[:, data.fixed_ids(tokenizer)[1]].softmax(dim=-1)
-    return [{"prediction": max(range(3), key=row.__getitem__), "scores": row} for row in probabilities.tolist()]
+    return [{"prediction": max(range(3), key=row.__getitem__), "scores": row} for row in shares(logits, data.fixed_ids(tokenizer)[1])]
 
 
-def write_predictions(predictions: list[dict], path: Path) -> None:
-    with checkpoint.replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+def shares(logits: Tensor, answers: list[int]) -> list[list[float]]:
+    """The softmax over the three answers alone of logits (B, vocab)."""
+    return [[short(share) for share in row] for row in logits[:, answers].float().softmax(dim=-1).tolist()]
 
 
-def table(results: dict[str, dict[str, dict]]) -> str:
-    """{"baseline": {split: result}, ...} as text, a line per stage and split."""
-    lines = [f"{'':10}  {'split':24} {'accuracy':>8} {'correct':>8} {'rows':>7} {'unparsed':>8}"]
-    for stage, splits in results.items():
-        for split, r in splits.items():
-            lines.append(f"{stage:10}  {split:24} {r['accuracy']:8.4f} {r['correct']:8,} {r['n']:7,} {r['unparsed']:8,}")
-    return "\n".join(lines)
+def short(number: float) -> float:
+    """Six digits of a number, which is what fp32 knows and a reader of the file wants."""
+    return float(f"{number:.6g}")
 
 
 def fast_dtype() -> str:
@@ -186,11 +195,13 @@ def main() -> None:
     parser.add_argument("--mode", choices=["generate", "score"], default="generate")
     parser.add_argument("--max-new-tokens", type=int, default=32, help="in mode generate (default: 32)")
     parser.add_argument("--batch-size", type=int, default=64, help="default: 64")
+    parser.add_argument("--force", action="store_true", help="take an adapter of another prompt, tokenizer, base or quantisation too")
+    parser.add_argument("--compare", type=Path, metavar="RUN", help="McNemar's test against the predictions of another run or --out")
     parser.add_argument("--premise", help="one pair instead of a dataset; with --hypothesis")
     parser.add_argument("--hypothesis")
     parser.add_argument("--out", type=Path, help="write results.json and predictions_<split>.jsonl here")
     if adapter := parser.parse_args().adapter:
-        data.set_defaults(parser, trained_with(adapter), adapter)
+        checkpoint.set_defaults(parser, checkpoint.trained_with(adapter), adapter)
     args = data.parse_arguments(parser)
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
@@ -198,54 +209,52 @@ def main() -> None:
     device, tokenizer = ranks.start(args.device), data.load_tokenizer(directory)
     model = load_model(directory, args.quant, DTYPES[args.dtype], device, args.double_quant, args.keep_dequantized).eval()
     if args.adapter:
-        config = lora.load_adapter(model, args.adapter)
+        config = lora.load_adapter(model, args.adapter, None if args.force else checkpoint.fingerprint(model, tokenizer, data.PROMPT, args))
         adapted = len(lora.lora_parameters(model)) // 2
-        print(f"{args.adapter}: rank {config.rank}, {adapted}/{adapted} modules adapted")
+        print(f"{args.adapter}: rank {config.rank}, {adapted}/{adapted} modules adapted", file=sys.stderr if args.dataset == "-" else None)
 
     if args.premise is not None:
         pair = {"premise": args.premise, "hypothesis": args.hypothesis, "label": 0}
         prompt, _ = data.encode(pair, tokenizer, args.max_length)
-        written, scored = (answer(model, tokenizer, [prompt], None, args.max_new_tokens)[0] for answer in (complete, score))
-        print(f"completion: {written['completion']!r}")
-        for label, probability in enumerate(scored["scores"]):
-            print(f"{label} {data.LABELS[label]:14} {probability:.4f}" + "  <-" * (label == scored["prediction"]))
+        found = complete(model, tokenizer, [prompt], None, args.max_new_tokens)[0]
+        print(f"completion: {found['completion']!r}")
+        for label, probability in enumerate(found["scores"]):
+            print(f"{label} {data.LABELS[label]:14} {probability:.4f}" + "  <-" * (probability == max(found["scores"])))
         return
+    if args.dataset == "-":
+        return answer_lines(model, tokenizer, args)
 
-    results = {}
+    results, compared = {}, {}
     for split in args.split or data.validation_splits(args.dataset):
         examples = data.load_examples(args.dataset, split, args.limit)
         results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size,
                                                args.max_length, split)
         if args.out and ranks.FIRST:
             args.out.mkdir(parents=True, exist_ok=True)
-            write_predictions(predictions, args.out / f"predictions_{split}.jsonl")
+            checkpoint.write_lines(predictions, args.out / f"predictions_{split}.jsonl")
+        if args.compare:
+            compared[split] = report.mcnemar(report.read_predictions(args.compare / f"predictions_{split}.jsonl"), predictions)
     stage = "finetuned" if args.adapter else "baseline"
-    print(table({stage: results}))
+    found = {"protocol": report.protocol(args.mode, args.max_new_tokens), stage: results, "mcnemar": compared}
+    print(report.table(found), *(f"\n{split}\n{report.details(result)}" for split, result in results.items()), sep="\n")
     if args.out and ranks.FIRST:
-        report = {"protocol": protocol(args.mode, args.max_new_tokens), stage: results}
-        checkpoint.write_json(args.out / "results.json", report)
+        checkpoint.write_json(args.out / "results.json", found)
 
 
-def trained_with(adapter: Path) -> dict:
-    """The arguments an adapter was trained with, as defaults: all that concern evaluation, or the model alone."""
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
-    found = {"model": checkpoint.read_json(path).get("base_model_name_or_path")}
-    if not found["model"]:
-        raise ValueError(f"{path} does not name its base model; pass --model")
-    if (adapter / "args.json").is_file():
-        names = ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")
-        saved = checkpoint.read_json(adapter / "args.json")
-        found |= {name: saved[name] for name in names if name in saved}
-    return found
-
-
-def protocol(mode: str, max_new_tokens: int) -> dict:
-    """What results.json says about how accuracy was measured."""
-    if mode == "score":
-        return {"mode": mode, "prompt": data.PROMPT, "answers": [" 0", " 1", " 2"]}
-    return {"mode": mode, "prompt": data.PROMPT, "decoding": "greedy", "max_new_tokens": max_new_tokens, "parse": data.NUMBER.pattern}
+def answer_lines(model, tokenizer, args) -> None:
+    """JSON lines from standard input, each of a premise and a hypothesis, to standard output, with their answers."""
+    prefix = data.fixed_ids(tokenizer)[0]
+    cache, lines = model.prefill(prefix), enumerate(sys.stdin, 1)
+    while batch := list(itertools.islice(lines, args.batch_size)):
+        rows = []
+        for number, line in batch:
+            row = checkpoint.parse_line(line, f"line {number} of standard input")
+            if not all(isinstance(row.get(key), str) for key in ("premise", "hypothesis")):
+                raise ValueError(f"line {number} of standard input has no text as premise and hypothesis")
+            rows.append(row)
+        rest = [data.encode(row | {"label": 0}, tokenizer, args.max_length)[0][len(prefix):] for row in rows]
+        for row, found in zip(rows, complete(model, tokenizer, rest, cache, args.max_new_tokens)):
+            print(json.dumps(row | found, ensure_ascii=False))
 
 
 if __name__ == "__main__":

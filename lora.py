@@ -165,19 +165,23 @@ def merge(model: nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------------
 # PEFT's files
 
-def save_adapter(model: nn.Module, config: LoRAConfig, path: Path, base_model: str) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, into the directory `path`."""
+def save_adapter(model: nn.Module, config: LoRAConfig, path: Path, base_model: str, fingerprint: dict[str, str] | None = None) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, into the directory `path`.
+
+    `fingerprint` says what it was trained over; it stands in the metadata of the tensors, and `load_adapter` compares it.
+    """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tensors(path / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()})
+    checkpoint.write_tensors(path / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()},
+                             fingerprint)
     checkpoint.write_json(path / "adapter_config.json", config.to_peft(base_model))
 
 
-def load_adapter(model: nn.Module, path: Path) -> LoRAConfig:
+def load_adapter(model: nn.Module, path: Path, fingerprint: dict[str, str] | None = None) -> LoRAConfig:
     """Wraps `model` as the adapter in the directory `path` asks for, and loads its tensors.
 
     Raises ValueError where PEFT would go on with a model that is not the trained one: a tensor missing, unknown or of
-    another shape, every B zero, an option of adapter_config.json that is not implemented here.
+    another shape, every B zero, an option of adapter_config.json that is not implemented here, another `fingerprint`.
     """
     path = Path(path)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -188,7 +192,10 @@ def load_adapter(model: nn.Module, path: Path) -> LoRAConfig:
     except ValueError as error:
         raise ValueError(f"{path / 'adapter_config.json'}: {error}") from None
     file = path / "adapter_model.safetensors"
-    tensors, _ = checkpoint.read_tensors(file)
+    tensors, metadata = checkpoint.read_tensors(file)
+    if other := [f"{name.replace('_', ' ')} ({metadata[name]}, here {here})" for name, here in (fingerprint or {}).items()
+                 if metadata.get(name, here) != here]:
+        raise ValueError(f"{path} was trained with another {' and another '.join(other)}; --force goes on all the same")
     for key, tensor in tensors.items():  # before anything of the size that the configuration says is made
         if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
             raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, adapter_config.json says rank {config.rank}")

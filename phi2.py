@@ -248,13 +248,14 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
     """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
 
     Each goes to its module's own `load_state_dict`, where a quantised layer quantises: the peak is the model plus one
-    tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable.
+    tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable. `model.fingerprint` is
+    then a digest of samples of all tensors, which tells these weights from others.
     """
     from tqdm import tqdm
     directory = checkpoint.locate(name)
     with torch.device("meta"):
         expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
-    missing, total = dict(expected), len(expected)
+    missing, total, samples = dict(expected), len(expected), {}
     tensors = checkpoint.model_tensors(directory)
     for key, tensor in tqdm(tensors, desc="loading", total=total, unit="tensor", leave=False, delay=2, disable=None):
         if key not in expected:
@@ -265,8 +266,10 @@ def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype
         if not tensor.is_floating_point() or not all(end.isfinite() for end in tensor.aminmax()):  # which makes no copy
             raise ValueError(f"{directory}: {key} holds {tensor.dtype}, or numbers that are not finite: download it again")
         path, _, leaf = key.rpartition(".")
+        samples[key] = checkpoint.sample(tensor)
         model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
         missing.pop(key, None)
     if missing:
         raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")
+    model.fingerprint = checkpoint.digest(b"".join(key.encode() + samples[key] for key in sorted(samples)))
     return model

@@ -10,10 +10,14 @@ torchrun ends them, and with --max-restarts starts all anew, to go on from the l
 """
 import json
 import os
+import platform
+import subprocess
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -102,3 +106,12 @@ def gather_rows(rows: list) -> list:
         return rows
     content = torch.frombuffer(bytearray(json.dumps(rows).encode()), dtype=torch.uint8)
     return [row for part in gather(content) for row in json.loads(part.numpy().tobytes())]
+
+
+def environment(device: torch.device) -> dict:
+    """What a result depends on besides its arguments: versions, commit, device."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+    packages = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
+    versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"versions": versions, "commit": git.stdout.strip() or None, "device_name": name, "ranks": WORLD}

@@ -29,6 +29,7 @@ import eval as evaluation
 import lora
 import plan
 import ranks
+import report
 
 LOG_EVERY = 50  # steps between lines
 # What --resume may be given anew; everything else would make another run of it.
@@ -81,7 +82,7 @@ def parse_arguments() -> argparse.Namespace:
         saved = checkpoint.arguments(given.resume, vars(given)) | {"resume": given.resume, "out": given.resume}
         if given.steps or given.epochs:  # one of the two
             saved |= {"steps": None, "epochs": None}
-        saved = data.set_defaults(parser, saved, given.resume)
+        saved = checkpoint.set_defaults(parser, saved, given.resume)
     args = data.parse_arguments(parser)
     if other := [f"--{name.replace('_', '-')} {getattr(args, name)} (it has {value})" for name, value in saved.items()
                  if name not in FREE and getattr(args, name) != value]:
@@ -123,19 +124,6 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
     return total, ids.numel() + skip
 
 
-def start_wandb(args, record: dict):
-    """A W&B run that never asks for a key: without one it is kept offline, in a folder beside the other output."""
-    import wandb
-    try:
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
-    except wandb.Error as error:
-        print(f"W&B: {str(error).splitlines()[0]}")
-        offline = True
-    if offline:
-        print(f"W&B: not logged in, so this run is kept offline in {args.out}/wandb; send it later with `wandb sync`")
-    return wandb.init(project="flora", name=args.out.name, dir=args.out, config=record, mode="offline" if offline else None)
-
-
 def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
@@ -163,6 +151,7 @@ def main() -> None:
     at_rest = plan.peak(device, anew=True)
     model = evaluation.load_model(directory, args.quant, dtype, device, args.double_quant, args.keep_dequantized)
     model.model.checkpointing = args.checkpointing
+    fingerprint = checkpoint.fingerprint(model, tokenizer, data.PROMPT, args)
     if args.residual_dropout is None:
         args.residual_dropout = model.config.resid_pdrop
     for block in model.model.layers:
@@ -175,12 +164,12 @@ def main() -> None:
         for split, examples in splits.items():
             found[split], predictions = evaluation.evaluate(model, tokenizer, examples, max_new_tokens=args.max_new_tokens,
                                                             max_length=args.max_length, desc=f"{stage}, {split}")
-            if stage == "finetuned" and ranks.FIRST:
-                evaluation.write_predictions(predictions, args.out / f"predictions_{split}.jsonl")
+            if name := {"baseline": "baseline", "finetuned": "predictions"}.get(stage) if ranks.FIRST else None:
+                checkpoint.write_lines(predictions, args.out / f"{name}_{split}.jsonl")
         return found
 
     arguments = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    record = arguments | checkpoint.environment(device) | {"ranks": ranks.WORLD}
+    record = arguments | ranks.environment(device)
     if ranks.FIRST:
         args.out.mkdir(parents=True, exist_ok=True)
         for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
@@ -190,7 +179,10 @@ def main() -> None:
         with checkpoint.replacing(args.out / "metrics.jsonl") as temporary:  # without what came after the step it goes on from
             temporary.write_text("".join(known))
     metrics = open(args.out / "metrics.jsonl" if ranks.FIRST else os.devnull, "a", buffering=1)
-    wandb_run = start_wandb(args, record) if args.wandb and ranks.FIRST else None
+    wandb_run = report.start_wandb(args, record) if args.wandb and ranks.FIRST else None
+
+    def figures(found: dict[str, dict]) -> dict:
+        return {f"{split}_{key}": result[key] for split, result in found.items() for key in ("accuracy", "loss")}
 
     def log(step: int, **values) -> None:
         metrics.write(json.dumps({"step": step, **values}) + "\n")
@@ -199,7 +191,7 @@ def main() -> None:
 
     results = {"baseline": state["baseline"] if state else evaluate("baseline")}
     if not state:
-        log(0, **{f"{split}_accuracy": result["accuracy"] for split, result in results["baseline"].items()})
+        log(0, **figures(results["baseline"]))
     print("baseline: " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in results["baseline"].items()))
 
     torch.manual_seed(args.seed)  # A's draws come first, as in PEFT
@@ -228,7 +220,7 @@ def main() -> None:
     def save(step: int) -> None:
         random = torch.stack(ranks.gather(checkpoint.random_state(device)))
         if ranks.FIRST:
-            lora.save_adapter(model, config, args.out, args.model)
+            lora.save_adapter(model, config, args.out, args.model, fingerprint)
             loop = {"step": step, "loop": (step, logged, shortened, seen, rows, total), "steps": steps, "rows": len(train), "size": size}
             checkpoint.save(args.out, adapter, optimizer, random, loop | {"arguments": arguments, "baseline": results["baseline"]})
     if not state:
@@ -281,7 +273,7 @@ def main() -> None:
             print(f"stopped and saved after step {step:,} of {steps:,}; to go on: {ranks.COMMAND} train.py --resume {args.out}")
             return
         if args.eval_every and step % args.eval_every == 0 and step < steps:
-            log(step, **{f"{split}_accuracy": result["accuracy"] for split, result in evaluate(f"step {step}").items()})
+            log(step, **figures(evaluate(f"step {step}")))
             clock = time.perf_counter()
 
     # ---- Everything is saved: nothing that happens in the evaluation can lose it
@@ -290,15 +282,18 @@ def main() -> None:
     if shortened:
         print(f"{shortened:,} prompts were cut to --max-length {args.max_length}, at the end of their premise")
     results["finetuned"] = evaluate("finetuned")
-    log(steps, **{f"{split}_accuracy": result["accuracy"] for split, result in results["finetuned"].items()})
+    log(steps, **figures(results["finetuned"]))
     if ranks.FIRST:
-        report = {"protocol": evaluation.protocol("generate", args.max_new_tokens)} | results
-        report["training_memory_gib"] = {"planned": planned["sum"] / 2**30, "measured": memory}
-        checkpoint.write_json(args.out / "results.json", report)
+        results["mcnemar"] = {split: report.mcnemar(*(report.read_predictions(args.out / f"{name}_{split}.jsonl")
+                                                      for name in ("baseline", "predictions"))) for split in splits}
+        memory = {"planned": planned["sum"] / 2**30, "measured": memory}
+        checkpoint.write_json(args.out / "results.json", {"protocol": report.protocol("generate", args.max_new_tokens)} | results
+                              | {"training_memory_gib": memory})
+        report.write(args.out)
+        print(report.table(results))
     if wandb_run:
-        wandb_run.finish()
-    print(evaluation.table(results))
-    print(f"adapter and results.json in {args.out}; try: python eval.py --adapter {args.out} --premise ... --hypothesis ...")
+        report.finish_wandb(wandb_run, results, args.out)
+    print(f"adapter, results.json and report.html in {args.out}; try: python eval.py --adapter {args.out} --premise ... --hypothesis ...")
 
 
 if __name__ == "__main__":

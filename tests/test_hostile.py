@@ -218,7 +218,7 @@ def test_any_state_of_a_run_is_its_own_or_one_error(run, tmp_path_factory, data)
     else:
         name = data.draw(st.sampled_from(sorted(tensors)))
         other = data.draw(st.sampled_from([None, torch.zeros(3), torch.zeros(2, 2), tensors["random"], tensors["random"][0], tensors["random"] * 0 + 255]))
-        tensors = {key: other if key == name else tensor for key, tensor in tensors.items() if key != name or other is not None}
+        tensors = {key: other.clone() if key == name else tensor for key, tensor in tensors.items() if key != name or other is not None}
     checkpoint.write_tensors(copy / checkpoint.NAME, tensors, {"state": json.dumps(state)})
     argv, sys.argv = sys.argv, ["train.py", "--resume", str(copy)]
     try:
@@ -249,7 +249,7 @@ def test_any_args_json_beside_an_adapter_is_its_arguments_or_one_error(adapter, 
     parser = data_module.Parser("test")
     evaluation.add_model_arguments(parser)
     try:
-        data_module.set_defaults(parser, evaluation.trained_with(copy), copy)
+        data_module.set_defaults(parser, checkpoint.trained_with(copy), copy)
         args = data_module.parse_arguments(parser, [])
     except ValueError as error:
         assert str(error).strip()

@@ -12,6 +12,10 @@ import eval as evaluation
 import phi2
 
 
+def generate(*arguments, **more) -> list[list[int]]:
+    return evaluation.generate(*arguments, **more)[0]
+
+
 @pytest.mark.parametrize("name", ["tiny", "wide"])
 def test_keys_and_shapes_are_those_of_transformers(name, request):
     from transformers import AutoConfig, PhiForCausalLM
@@ -48,7 +52,7 @@ def test_greedy_completions_of_200_prompts_are_those_of_transformers(tiny):
     prompts = [torch.randint(1, tokenizer_size, (int(n),), generator=generator).tolist() for n in torch.randint(2, 50, (100,), generator=generator)]
     tokenizer = data.load_tokenizer(tiny)
     prompts += [data.encode(example, tokenizer)[0] for example in data.load_examples(str(tiny.parent / "data"), "validation_matched", 100)]
-    found = evaluation.generate(mine, prompts, new, eos, tokenizer_size)
+    found = generate(mine, prompts, new, eos, tokenizer_size)
     width = max(map(len, prompts))
     ids, mask = torch.zeros(2, 200, width, dtype=torch.long)
     for row, prompt in enumerate(prompts):  # padded on the left, as transformers wants it
@@ -64,9 +68,9 @@ def test_a_completion_does_not_depend_on_the_batch_or_on_how_the_prompt_is_split
     generator = torch.Generator().manual_seed(1)
     prefix = [5, 6, 7, 8, 9]
     prompts = [torch.randint(1, 1000, (n,), generator=generator).tolist() for n in (3, 17, 9, 30, 1, 4)]
-    whole = [evaluation.generate(mine, [prefix + prompt], 8, 0, 1000)[0] for prompt in prompts]
-    assert evaluation.generate(mine, [prefix + prompt for prompt in prompts], 8, 0, 1000) == whole
-    assert evaluation.generate(mine, prompts, 8, 0, 1000, mine.prefill(prefix)) == whole
+    whole = [generate(mine, [prefix + prompt], 8, 0, 1000)[0] for prompt in prompts]
+    assert generate(mine, [prefix + prompt for prompt in prompts], 8, 0, 1000) == whole
+    assert generate(mine, prompts, 8, 0, 1000, mine.prefill(prefix)) == whole
 
 
 def test_guesses_at_the_first_token_change_no_completion(tiny):
@@ -74,16 +78,16 @@ def test_guesses_at_the_first_token_change_no_completion(tiny):
     mine = ours(tiny, torch.float32)
     prompts = [torch.randint(1, 1000, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 17, 9, 30, 1, 4, 22, 5)]
     never, prefix = 1023, [5, 6, 7]
-    plain = evaluation.generate(mine, prompts, 6, never, 1000)
+    plain = generate(mine, prompts, 6, never, 1000)
     firsts = [row[0] for row in plain]
     assert len(set(firsts)) > 2
     for guesses in (firsts[:1], [999, firsts[1], firsts[2]], sorted(set(firsts)), [998, 999]):
         for eos in (never, firsts[0], plain[0][1]):
             ended = [row[:row.index(eos)] if eos in row else row for row in plain]
-            assert evaluation.generate(mine, prompts, 6, eos, 1000, guesses=guesses) == ended
-        assert evaluation.generate(mine, prompts, 1, never, 1000, guesses=guesses) == [row[:1] for row in plain]
-    whole = evaluation.generate(mine, [prefix + prompt for prompt in prompts], 6, never, 1000)
-    assert evaluation.generate(mine, prompts, 6, never, 1000, mine.prefill(prefix), guesses=[row[0] for row in whole[:3]]) == whole
+            assert generate(mine, prompts, 6, eos, 1000, guesses=guesses) == ended
+        assert generate(mine, prompts, 1, never, 1000, guesses=guesses) == [row[:1] for row in plain]
+    whole = generate(mine, [prefix + prompt for prompt in prompts], 6, never, 1000)
+    assert generate(mine, prompts, 6, never, 1000, mine.prefill(prefix), guesses=[row[0] for row in whole[:3]]) == whole
 
 
 @torch.no_grad()
@@ -91,7 +95,7 @@ def test_ids_beyond_the_tokenizer_are_never_written(tiny):
     mine = ours(tiny, torch.float32)
     mine.lm_head.bias[1000:] = 1e4  # the head's untrained rows would win every time
     assert mine(torch.tensor([[1, 2, 3]])).argmax() >= 1000
-    assert max(evaluation.generate(mine, [[1, 2, 3]], 8, 0, 1000)[0]) < 1000
+    assert max(generate(mine, [[1, 2, 3]], 8, 0, 1000)[0]) < 1000
 
 
 def test_a_shared_prefix_gives_the_same_logits_and_gradients(tiny):

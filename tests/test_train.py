@@ -37,7 +37,8 @@ def test_a_run_learns_and_leaves_what_the_readme_lists(finished):
     out, printed = finished
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors",
-        "predictions_validation_matched.jsonl", "predictions_validation_mismatched.jsonl"}
+        "predictions_validation_matched.jsonl", "predictions_validation_mismatched.jsonl", "baseline_validation_matched.jsonl",
+        "baseline_validation_mismatched.jsonl", "loss.png", "confusion.png", "calibration.png", "report.html"}
     lines = [line for line in metrics(out) if "loss" in line]
     assert [line["step"] for line in lines] == [50, 100]
     assert all(math.isfinite(line["loss"]) and line["examples_per_second"] > 0 for line in lines)
@@ -188,7 +189,7 @@ def test_answers_are_those_of_all_32_tokens_though_most_rows_stop_early(finished
     examples = data.load_examples("tiny/data", "validation_matched", 200)
     _, predictions = evaluation.evaluate(model, tokenizer, examples)
     prompts = [data.encode(example, tokenizer)[0] for example in examples]
-    whole = tokenizer.decode_batch(evaluation.generate(model, prompts, 32, tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size()), skip_special_tokens=False)
+    whole = tokenizer.decode_batch(evaluation.generate(model, prompts, 32, tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size())[0], skip_special_tokens=False)
     assert [row["prediction"] for row in predictions] == [data.parse(text) for text in whole]
     assert all(text.startswith(row["completion"]) for row, text in zip(predictions, whole))
 
