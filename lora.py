@@ -215,3 +215,9 @@ def load_adapter(model: nn.Module, path: Path, fingerprint: dict[str, str] | Non
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
     return config
+
+
+if __name__ == "__main__":
+    import data
+    import publish
+    data.run(publish.main)

@@ -28,12 +28,14 @@ import data
 import eval as evaluation
 import lora
 import plan
+import publish
 import ranks
 import report
 
 LOG_EVERY = 50  # steps between lines
 # What --resume may be given anew; everything else would make another run of it.
-FREE = {"steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing", "wandb", "debug", "resume", "out", "plan"}
+FREE = {"steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing", "wandb", "push", "plan", "debug", "resume",
+        "out"}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its arguments; more --steps may be given")
     group.add_argument("--max-new-tokens", type=int, default=32, help="written to each prompt in evaluation (default: 32)")
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
+    group.add_argument("--push", metavar="OWNER/NAME", help="upload adapter, card and results to the Hub at the end")
     group.add_argument("--plan", action="store_true", help="only print the memory that a step takes; loads no weights")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
     saved, given = {}, parser.parse_args()
@@ -290,9 +293,12 @@ def main() -> None:
         checkpoint.write_json(args.out / "results.json", {"protocol": report.protocol("generate", args.max_new_tokens)} | results
                               | {"training_memory_gib": memory})
         report.write(args.out)
+        publish.write_card(args.out)
         print(report.table(results))
     if wandb_run:
         report.finish_wandb(wandb_run, results, args.out)
+    if args.push and ranks.FIRST:
+        print(f"uploaded to {publish.push(args.out, args.push)}")
     print(f"adapter, results.json and report.html in {args.out}; try: python eval.py --adapter {args.out} --premise ... --hypothesis ...")
 
 
