@@ -266,7 +266,7 @@ def finish_wandb(run, results: dict, directory: Path) -> None:
     columns = ["accuracy", "n", "correct", "unparsed", "macro_f1", "nll", "ece"]
     rows = [[stage, split, *(found.get(key) for key in columns)] for stage, split, found in stages(results)]
     run.log({"results": wandb.Table(columns=["stage", "split", *columns], data=rows)}
-            | {name.removesuffix(".png"): wandb.Image(str(directory / name)) for name in PICTURES if (directory / name).is_file()})
+            | {name.replace(".png", "_picture"): wandb.Image(str(directory / name)) for name in PICTURES if (directory / name).is_file()})
     run.finish()
 
 

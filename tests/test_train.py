@@ -130,11 +130,37 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path)
 
 
 def test_weights_and_biases_is_offline_without_a_login_and_never_asks(tmp_path):
-    done = script("train.py", *TINY, "--steps", 1, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--wandb", "--out", tmp_path / "run",
+    done = script("train.py", *TINY, "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--eval-every", 1, "--wandb", "--out", tmp_path / "run",
                   env={"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": "", "WANDB_SILENT": "true"})
     assert done.returncode == 0, done.stderr
     assert "W&B: not logged in, so this run is kept offline" in done.stdout
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+    file, = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
+    rows = wandb_history(file)
+    wanted = {}
+    for line in metrics(tmp_path / "run"):  # W&B joins what is logged for one step
+        wanted.setdefault(line.pop("step"), {}).update(line)
+    assert [row["_step"] for row in rows] == list(wanted) == [0, 1, 2]
+    for row, line in zip(rows, wanted.values()):
+        assert {key: row.get(key) for key in line} == line and {key for key in row if not key.startswith(("_", "results.")) and "_picture." not in key} == line.keys()
+    assert rows[2]["results._type"] == "table-file" and rows[2]["results.nrows"] == 4
+    assert all(rows[2][f"{name}_picture._type"] == "image-file" for name in ("loss", "confusion", "calibration"))
+
+
+def wandb_history(path: Path) -> list[dict]:
+    """What an offline run holds to be sent: records of protobuf in LevelDB's log format, in blocks of 32 KiB after a head of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    content, place, parts, rows = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        if 32768 - place % 32768 < 7:  # no room for another head: the rest of the block is empty
+            place += 32768 - place % 32768
+            continue
+        length, kind = int.from_bytes(content[place + 4:place + 6], "little"), content[place + 6]
+        parts, place = parts + content[place + 7:place + 7 + length], place + 7 + length
+        if kind in (1, 4):  # whole, or the last of its parts
+            record, parts = Record.FromString(parts), b""
+            if record.HasField("history"):
+                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
+    return rows
 
 
 @pytest.mark.parametrize("loss", ["answer", "full"])
