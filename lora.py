@@ -218,6 +218,5 @@ def load_adapter(model: nn.Module, path: Path, fingerprint: dict[str, str] | Non
 
 
 if __name__ == "__main__":
-    import data
     import publish
-    data.run(publish.main)
+    publish.data.run(publish.main)
