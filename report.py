@@ -214,7 +214,8 @@ def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
             right.bar(places, counts / counts.sum(), 0.8 / len(labels), color="white" if number else "0.6", edgecolor="black", hatch=hatch,
                       label=split)
         right.set(xticks=numpy.arange(3) + 0.4 - 0.4 / len(labels), xticklabels=data.LABELS, ylabel="share of the rows", title="labels")
-        right.legend(loc="lower right")
+        right.margins(y=0.4)  # room for the legend
+        right.legend(loc="upper right")
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@
     torchrun --nproc-per-node 8 train.py --rank 8                                  # eight GPUs, 16 examples on each
     python eval.py --adapter out/wide
 
-Leaves in --out: the adapter in PEFT's format, args.json, metrics.jsonl, trainer.safetensors to go on from, predictions and
-results.json. Of several ranks (ranks.py) each takes its part of every step, and the first alone writes.
+Leaves in --out: the adapter in PEFT's format with its model card, args.json, metrics.jsonl, trainer.safetensors to go on from,
+predictions, results.json and report.html. Of several ranks (ranks.py) each takes its part of every step, and the first alone writes.
 """
 import argparse
 import json
@@ -287,8 +287,8 @@ def main() -> None:
     results["finetuned"] = evaluate("finetuned")
     log(steps, **figures(results["finetuned"]))
     if ranks.FIRST:
-        results["mcnemar"] = {split: report.mcnemar(*(report.read_predictions(args.out / f"{name}_{split}.jsonl")
-                                                      for name in ("baseline", "predictions"))) for split in splits}
+        files = {split: [args.out / f"{name}_{split}.jsonl" for name in ("baseline", "predictions")] for split in splits}
+        results["mcnemar"] = {split: report.mcnemar(*map(report.read_predictions, pair)) for split, pair in files.items()}
         memory = {"planned": planned["sum"] / 2**30, "measured": memory}
         checkpoint.write_json(args.out / "results.json", {"protocol": report.protocol("generate", args.max_new_tokens)} | results
                               | {"training_memory_gib": memory})

@@ -249,7 +249,7 @@ def test_any_args_json_beside_an_adapter_is_its_arguments_or_one_error(adapter, 
     parser = data_module.Parser("test")
     evaluation.add_model_arguments(parser)
     try:
-        data_module.set_defaults(parser, checkpoint.trained_with(copy), copy)
+        checkpoint.set_defaults(parser, checkpoint.trained_with(copy), copy)
         args = data_module.parse_arguments(parser, [])
     except ValueError as error:
         assert str(error).strip()

@@ -67,7 +67,7 @@ def test_the_tests_that_the_readme_names_exist():
     assert len(named) > 10 and named <= defined, named - defined
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py", "data.py", "bench.py"])
+@pytest.mark.parametrize("name", ["train.py", "eval.py", "data.py", "bench.py", "lora.py"])
 def test_every_flag_in_the_readme_is_one_of_the_scripts(name):
     help_text = script(name, "--help").stdout
     commands = re.findall(rf"^python {re.escape(name)} .*", README, re.MULTILINE)
@@ -79,8 +79,8 @@ def test_every_flag_in_the_readme_is_one_of_the_scripts(name):
 
 
 def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
-    left = {"adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors", "predictions_SPLIT.jsonl", "lengths.png", "bench.json",
-            "config.json", "tokenizer.json"}
+    left = {"adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors", "predictions_SPLIT.jsonl", "baseline_SPLIT.jsonl", "lengths.png", "bench.json",
+            "loss.png", "confusion.png", "calibration.png", "config.json", "tokenizer.json"}
     named = set(re.findall(r"[\w./-]+\.(?:py|txt|json|jsonl|safetensors|md|png)\b", README)) - left
     assert named and all((ROOT / name).is_file() for name in named), [name for name in named if not (ROOT / name).is_file()]
 

@@ -82,7 +82,7 @@ def test_eval_on_two_ranks_counts_every_row_once(pair, tmp_path):
     alone = script("eval.py", "--adapter", one, "--limit", 25, "--out", tmp_path / "one", env=ONE_THREAD)
     done = torchrun("eval.py", "--adapter", one, "--limit", 25, "--out", tmp_path / "two")
     assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
-    assert done.stdout.count("validation_matched") == 1
+    assert done.stdout.count("modules adapted") == 1
     found = [read_json(tmp_path / name / "results.json")["finetuned"]["validation_matched"] for name in ("one", "two")]
     assert [found[1][key] for key in ("n", "correct", "unparsed")] == [found[0][key] for key in ("n", "correct", "unparsed")] and found[0]["n"] == 25
 

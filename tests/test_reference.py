@@ -82,8 +82,8 @@ def test_gradients_of_the_adapters_equal_pefts(both):
     assert all(parameter.grad is None for name, parameter in both.mine.named_parameters() if "lora_" not in name)
 
 
-# In fp32. Not over the wide model in NF4: dequantising it a hundred times takes two minutes, and its gradients are held above
-@pytest.mark.parametrize("both", [("tiny", "none", torch.float32), ("tiny", "nf4", torch.float32), ("wide", "none", torch.float32)], indirect=True, ids=name_of)
+# In fp32, on the embedded model: on the wide one it takes minutes, and the gradients there are held above
+@pytest.mark.parametrize("both", [("tiny", "none", torch.float32), ("tiny", "nf4", torch.float32)], indirect=True, ids=name_of)
 def test_fifty_steps_of_adamw_end_where_pefts_end(both):
     parameters, expected = lora.lora_parameters(both.mine), peft_tensors(both.theirs)
     start = {name: parameter.detach().clone() for name, parameter in parameters.items()}

@@ -38,7 +38,7 @@ def test_a_run_learns_and_leaves_what_the_readme_lists(finished):
     assert {path.name for path in out.iterdir()} == {
         "adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors",
         "predictions_validation_matched.jsonl", "predictions_validation_mismatched.jsonl", "baseline_validation_matched.jsonl",
-        "baseline_validation_mismatched.jsonl", "loss.png", "confusion.png", "calibration.png", "report.html"}
+        "baseline_validation_mismatched.jsonl", "loss.png", "confusion.png", "calibration.png", "report.html", "README.md"}
     lines = [line for line in metrics(out) if "loss" in line]
     assert [line["step"] for line in lines] == [50, 100]
     assert all(math.isfinite(line["loss"]) and line["examples_per_second"] > 0 for line in lines)
