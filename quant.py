@@ -26,7 +26,10 @@ NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisat
 def functional():
     """bitsandbytes' functional module, imported here and without its remark on an optional CPU kernel."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # It compiles two functions for devices without kernels of their own, and loading the compiler takes four seconds
+    compiler, torch.compile = torch.compile, lambda function, **_: function
     import bitsandbytes.functional
+    torch.compile = compiler
     return bitsandbytes.functional
 
 
