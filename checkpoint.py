@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ValueError, in one line, when it holds anything else."""
-    return parse_line(Path(path).read_bytes().decode(errors="replace"), str(path))
+    return parse_line(Path(path).read_bytes(), str(path))
 
 
 def write_json(path: Path, value) -> None:
@@ -56,11 +56,11 @@ def read_lines(path: Path) -> list[dict]:
     """The objects of a file of JSON lines. Raises ValueError, in one line, when it is missing or a line is something else."""
     if not Path(path).is_file():
         raise ValueError(f"{path} is not there")
-    text = Path(path).read_bytes().decode(errors="replace")
-    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = Path(path).read_bytes().split(b"\n")
+    return [parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def parse_line(line: str, place: str) -> dict:
+def parse_line(line: bytes | str, place: str) -> dict:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:

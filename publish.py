@@ -69,10 +69,10 @@ def merge(model: phi2.Phi2, prompts: list[list[int]], dtype: torch.dtype, requan
     for hook in hooks:
         hook.remove()
     quant.dequantize_linears(model, dtype)
-    lora.merge(model)
-    model.to(dtype)
     for path, weight in merged.items():
-        model.get_submodule(path).weight.copy_(weight)
+        model.get_submodule(path).base_layer.weight.data = weight
+    quant.replace(model, lora.LoRALinear, lambda layer: layer.base_layer)
+    model.to(dtype)
     return {path: {"output": float((error / output).sqrt()), "update": float((error / update).sqrt())}
             for path, (error, output, update) in sums.items()}
 
@@ -102,7 +102,8 @@ def run_merge(args) -> None:
         raise ValueError(ERASED)
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
-    directory, tokenizer = checkpoint.locate(args.model), data.load_tokenizer(checkpoint.locate(args.model))
+    directory = checkpoint.locate(args.model)
+    tokenizer = data.load_tokenizer(directory)
     dtype = evaluation.DTYPES[args.dtype if args.into in (None, "nf4") else args.into]
     model = evaluation.load_model(directory, args.quant, evaluation.DTYPES[args.dtype], args.device, args.double_quant).eval()
     lora.load_adapter(model, args.adapter, None if args.force else checkpoint.fingerprint(model, tokenizer, data.PROMPT, args))
@@ -268,4 +269,7 @@ def main() -> None:
     checkpoint.set_defaults(parser, checkpoint.trained_with(given.adapter), given.adapter)
     args = data.parse_arguments(parser)
     args.measure = given.dataset is not None
-    run_merge(args) if args.what == "merge" else print(push(args.adapter, args.repo, args.private))
+    if args.what == "merge":
+        run_merge(args)
+    else:
+        print(push(args.adapter, args.repo, args.private))

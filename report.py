@@ -9,6 +9,7 @@ a line of predictions_<split>.jsonl, with prompt, label, tokens, prediction (-1:
 import base64
 import itertools
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import checkpoint
@@ -132,24 +133,19 @@ def details(found: dict) -> str:
 # ---------------------------------------------------------------------------------------------------------
 # Pictures, told apart by the style of their lines, so that they can be printed in black and white
 
+@contextmanager
 def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)):
-    """Gives the axes of a picture, in a list, and at the end writes it, whole or not at all."""
-    from contextlib import contextmanager
-
+    """Gives the axes of a picture, in an array, and at the end writes it, whole or not at all."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot
-
-    @contextmanager
-    def drawing():
-        figure, axes = pyplot.subplots(1, columns, figsize=(size[0] * columns, size[1]), squeeze=False, layout="constrained")
-        try:
-            yield axes[0]
-            with checkpoint.replacing(path) as temporary:
-                figure.savefig(temporary, format="png", dpi=120)
-        finally:
-            pyplot.close(figure)
-    return drawing()
+    figure, axes = pyplot.subplots(1, columns, figsize=(size[0] * columns, size[1]), squeeze=False, layout="constrained")
+    try:
+        yield axes[0]
+        with checkpoint.replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
 
 
 def draw_loss(metrics: list[dict], path: Path) -> None:
