@@ -73,7 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run, with its arguments; more --steps may be given")
     group.add_argument("--max-new-tokens", type=int, default=32, help="written to each prompt in evaluation (default: 32)")
     group.add_argument("--out", type=Path, help="default: out/ and a name made of model, dataset, rank and time")
-    group.add_argument("--push", metavar="OWNER/NAME", help="upload adapter, card and results to the Hub at the end")
+    group.add_argument("--push", metavar="OWNER/NAME", type=publish.repository, help="upload adapter, card, results to the Hub at the end")
     group.add_argument("--plan", action="store_true", help="only print the memory that a step takes; loads no weights")
     group.add_argument("--wandb", action="store_true", help="log to Weights & Biases; into a local folder when not logged in")
     saved, given = {}, parser.parse_args()
