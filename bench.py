@@ -29,6 +29,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+import ranks
 import train
 
 # task: (what the table calls it, whether the adapter is on)
@@ -324,7 +325,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="a run of train.py (default: one is trained, 150 steps)")
     parser.add_argument("--rows", type=int, default=256, help="validation rows; with less than 128 no steps of 128 (default: 256)")
     parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--dtype", choices=evaluation.DTYPES, default=evaluation.fast_dtype(), help="default: bf16, or fp32 as in train.py")
+    parser.add_argument("--dtype", choices=evaluation.DTYPES, default=ranks.fast_dtype(), help="default: bf16, or fp32 as in train.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--keep-dequantized", action=argparse.BooleanOptionalAction, default=True,
                         help="ours keeps NF4's values beside the codes, but for the row on memory (default: it does)")

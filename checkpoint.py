@@ -250,7 +250,8 @@ def trained_with(adapter: Path) -> dict:
     """The arguments an adapter was trained with, as defaults: all that concern evaluation, or the model alone."""
     path = adapter / "adapter_config.json"
     if not path.is_file():
-        raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json")
+        why = "it has no adapter_config.json" if adapter.is_dir() else "there is no such folder"
+        raise ValueError(f"{adapter} is not an adapter: {why}")
     found = {"model": read_json(path).get("base_model_name_or_path")}
     if not found["model"]:
         raise ValueError(f"{path} does not name its base model; pass --model")
@@ -258,7 +259,15 @@ def trained_with(adapter: Path) -> dict:
         names = ("dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length")
         saved = read_json(adapter / "args.json")
         found |= {name: saved[name] for name in names if name in saved}
-    return found
+    return found | {name: above(found[name], adapter) for name in ("model", "dataset") if name in found}
+
+
+def above(name, run: Path):
+    """A path that a run was started with, from here too: as it is, or below a folder that the run lies in; any other name unchanged."""
+    for folder in (Path(), *Path(run).resolve().parents) if isinstance(name, str) else ():
+        if (folder / name).is_dir():
+            return str(folder / name)
+    return name
 
 
 def set_defaults(parser, saved: dict, path: Path) -> dict:
@@ -305,12 +314,13 @@ def restore(tensors: dict[str, Tensor], parameters: dict[str, Tensor], optimizer
         raise ValueError(f"{NAME} holds no state of a random generator: {error}") from None
 
 
-def lines_up_to(path: Path, step: int) -> list[str]:
-    """The whole lines of a metrics.jsonl that belong to no later step."""
+def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
+    """The whole lines of a metrics.jsonl that belong to no later step; not the evaluation of the last of `steps`, which is done again."""
     kept = []
     for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
         try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            if line.endswith("\n") and found["step"] <= step and ("loss" in found or found["step"] < steps):
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # cut short, or damaged
             continue

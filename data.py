@@ -255,8 +255,7 @@ def main() -> None:
 
     import report
     from checkpoint import locate
-    tokenizer, lengths = load_tokenizer(locate(args.model, ["config.json", "tokenizer.json"])), {}
-    labels = {}
+    tokenizer, lengths, labels = load_tokenizer(locate(args.model, ["config.json", "tokenizer.json"])), {}, {}
     for split in load_splits(args.dataset):
         try:
             examples = load_examples(args.dataset, split, args.limit)

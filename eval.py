@@ -156,12 +156,6 @@ def short(number: float) -> float:
     return float(f"{number:.6g}")
 
 
-def fast_dtype() -> str:
-    """"bf16" on a GPU and on CPUs with AVX-512 or better; on others PyTorch multiplies in bf16 some ten times slower than in fp32."""
-    fast = torch.cuda.is_available() or torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if fast else "fp32"
-
-
 def dtype_name(name: str) -> str:
     """What --dtype says, with a reason why it cannot be fp16."""
     if name in ("fp16", "float16", "half"):
@@ -178,7 +172,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--double-quant", action="store_true", help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
     group.add_argument("--keep-dequantized", action="store_true",
                        help="hold NF4's values in --dtype beside the codes: the same bits, faster, more memory (phi-2: 5 GB)")
-    group.add_argument("--dtype", type=dtype_name, choices=DTYPES, default=fast_dtype(),
+    group.add_argument("--dtype", type=dtype_name, choices=DTYPES, default=ranks.fast_dtype(),
                        help="of weights and activations (default: bf16; on a CPU without instructions for it, fp32)")
     group.add_argument("--max-length", type=int, default=512,
                        help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)")
@@ -205,6 +199,13 @@ def main() -> None:
     args = data.parse_arguments(parser)
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
+    if args.dataset == "-" and (args.out or args.compare or args.split or args.limit or args.premise):
+        parser.error("with --dataset - rows come from standard input: no --out, --compare, --split, --limit or --premise")
+    if args.out and (args.out / "args.json").exists():
+        raise ValueError(f"{args.out} holds a run of train.py, whose results this would replace: choose another --out")
+    splits = [] if args.premise is not None or args.dataset == "-" else args.split or data.validation_splits(args.dataset)
+    splits = {split: data.load_examples(args.dataset, split, args.limit) for split in splits}
+    others = {split: report.read_predictions(args.compare / f"predictions_{split}.jsonl") for split in splits if args.compare}
     directory = checkpoint.locate(args.model)
     device, tokenizer = ranks.start(args.device), data.load_tokenizer(directory)
     model = load_model(directory, args.quant, DTYPES[args.dtype], device, args.double_quant, args.keep_dequantized).eval()
@@ -214,8 +215,7 @@ def main() -> None:
         print(f"{args.adapter}: rank {config.rank}, {adapted}/{adapted} modules adapted", file=sys.stderr if args.dataset == "-" else None)
 
     if args.premise is not None:
-        pair = {"premise": args.premise, "hypothesis": args.hypothesis, "label": 0}
-        prompt, _ = data.encode(pair, tokenizer, args.max_length)
+        prompt, _ = data.encode({"premise": args.premise, "hypothesis": args.hypothesis, "label": 0}, tokenizer, args.max_length)
         found = complete(model, tokenizer, [prompt], None, args.max_new_tokens)[0]
         print(f"completion: {found['completion']!r}")
         for label, probability in enumerate(found["scores"]):
@@ -225,17 +225,15 @@ def main() -> None:
         return answer_lines(model, tokenizer, args)
 
     results, compared = {}, {}
-    for split in args.split or data.validation_splits(args.dataset):
-        examples = data.load_examples(args.dataset, split, args.limit)
+    for split, examples in splits.items():
         results[split], predictions = evaluate(model, tokenizer, examples, args.mode, args.max_new_tokens, args.batch_size,
                                                args.max_length, split)
         if args.out and ranks.FIRST:
             args.out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_lines(predictions, args.out / f"predictions_{split}.jsonl")
-        if args.compare:
-            compared[split] = report.mcnemar(report.read_predictions(args.compare / f"predictions_{split}.jsonl"), predictions)
-    stage = "finetuned" if args.adapter else "baseline"
-    found = {"protocol": report.protocol(args.mode, args.max_new_tokens), stage: results, "mcnemar": compared}
+        compared |= {split: report.mcnemar(others[split], predictions)} if others else {}
+    found = {"protocol": report.protocol(args.mode, args.max_new_tokens)}
+    found |= {"finetuned" if args.adapter else "baseline": results, "mcnemar": compared}
     print(report.table(found), *(f"\n{split}\n{report.details(result)}" for split, result in results.items()), sep="\n")
     if args.out and ranks.FIRST:
         checkpoint.write_json(args.out / "results.json", found)

@@ -120,7 +120,7 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
     try:
         for target, test in tests.items():
             if not any(map(test, linears)):
-                near = difflib.get_close_matches(target, names, n=1, cutoff=0)
+                near = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
                 raise ValueError(f"target {target!r} matches no linear layer; there are {', '.join(names)}; nearest: {near[0]}")
     except re.error as error:
         raise ValueError(f"target {targets!r} is not a regular expression: {error}") from None

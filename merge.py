@@ -22,6 +22,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
+import ranks
 
 PROMPTS, BATCH = 32, 8  # on which the error is measured, and how many at once
 BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
@@ -118,7 +119,7 @@ def run(args) -> None:
     names = data.validation_splits(args.dataset)
     splits = {split: data.load_examples(args.dataset, split, args.limit) for split in names if args.measure}
     prompts = [data.encode(example, tokenizer, args.max_length)[0] for example in data.load_examples(args.dataset, names[0], PROMPTS)]
-    model = evaluation.load_model(directory, args.quant, evaluation.DTYPES[args.dtype], args.device, args.double_quant).eval()
+    model = evaluation.load_model(directory, args.quant, evaluation.DTYPES[args.dtype], ranks.start(args.device), args.double_quant).eval()
     lora.load_adapter(model, args.adapter, None if args.force else checkpoint.fingerprint(model, tokenizer, data.PROMPT, args))
 
     def accuracies(stage: str) -> dict[str, float]:
@@ -141,4 +142,4 @@ def run(args) -> None:
         print(f"  {split:22} {found['adapter']:.4f} with the adapter, {found['merged']:.4f} merged, {found['n']:,} rows")
     if args.requantize:
         print("what has changed of the adapter's part is what requantising has erased of it")
-    print(f"the merged model is in {args.out}")
+    print(f"the merged model is in {args.out}; try: python eval.py --quant none --model {args.out} --dataset {args.dataset}")

@@ -75,8 +75,8 @@ def repository(name: str) -> str:
 
 
 def on_hub(name, directory: Path) -> bool:
-    """Whether a model or a dataset of the run in `directory` is one of the Hub: no path from here, nor from a folder above the run."""
-    return is_name(name) and not any((folder / name).exists() for folder in (Path(), *directory.resolve().parents))
+    """Whether a model or a dataset of the run in `directory` is one of the Hub, and no path."""
+    return is_name(name) and not Path(checkpoint.above(name, directory)).is_dir()
 
 
 def public(name, directory: Path) -> str:
@@ -94,8 +94,10 @@ def published(directory: Path) -> tuple[dict, dict, dict]:
     args, config, results = (checkpoint.read_json(directory / name) if (directory / name).is_file() else {}
                              for name in ("args.json", "adapter_config.json", "results.json"))
     config["base_model_name_or_path"] = public(config["base_model_name_or_path"], directory)
-    kept = {key: args[key] for key in (*TOLD, "versions") if key in args}
-    return kept | {"dataset": public(args["dataset"], directory)} if "dataset" in args else kept, config, results
+    args = {key: args[key] for key in (*TOLD, "versions", "dataset") if key in args}
+    if "dataset" in args:
+        args["dataset"] = public(args["dataset"], directory)
+    return args, config, results
 
 
 def card(directory: Path, repo: str | None = None) -> str:
@@ -183,12 +185,13 @@ def push(directory: Path, repo: str, private: bool = False) -> str:
 
 def main() -> None:
     parser = data.Parser("python lora.py merge, or python lora.py push: a run for others", usage="python lora.py {merge,push} ...")
-    parser.add_argument("what", nargs="?", choices=["merge", "push"])
+    parser.add_argument("what", nargs="?", choices=["merge", "push"], metavar="merge or push")
     evaluation.add_model_arguments(parser)
     parser.add_argument("--adapter", type=Path, help="the folder of a run, or any PEFT LoRA adapter")
     group = parser.add_argument_group("merge")
     group.add_argument("--out", type=Path, help="a new folder for the merged model")
-    group.add_argument("--into", choices=["bf16", "fp32", "nf4"], help="how the merged weights are kept (default: as the run's --dtype)")
+    group.add_argument("--into", choices=["bf16", "fp32", "nf4"],
+                       help="what the merged weights are rounded to (default: the run's --dtype; nf4: its 16 levels, written as --dtype)")
     group.add_argument("--requantize", action="store_true", help="with --into nf4: round to NF4 again, and show how much that erases")
     group.add_argument("--limit", type=int, help="first rows of each validation split only")
     group.add_argument("--force", action="store_true", help="take an adapter of another base too")
@@ -196,11 +199,11 @@ def main() -> None:
     group.add_argument("--repo", type=repository, help="owner/name on the Hub; it is made if it is not there")
     group.add_argument("--private", action="store_true", help="make it a private one")
     given = parser.parse_args()
-    if given.what is None or given.adapter is None:
-        parser.error("say merge or push, and --adapter RUN")
-    for what, flag in (("merge", "out"), ("push", "repo")):
-        if given.what == what and getattr(given, flag) is None:
-            parser.error(f"{what} needs --{flag}")
+    if given.what is None:
+        parser.error("say merge or push")
+    for flag in ("adapter", "out" if given.what == "merge" else "repo"):
+        if getattr(given, flag) is None:
+            parser.error(f"{given.what} needs --{flag}")
     if given.requantize and given.into != "nf4":
         parser.error("--requantize goes with --into nf4")
     saved = checkpoint.trained_with(given.adapter)

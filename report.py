@@ -76,7 +76,7 @@ def mcnemar(first: list[dict], second: list[dict]) -> dict:
     one, two = ({(row["idx"], row["prompt"], row["label"]): row["prediction"] == row["label"] for row in rows} for rows in (first, second))
     if one.keys() != two.keys():
         raise ValueError(f"the two sets of predictions are not of the same rows: {len(one):,} and {len(two):,} rows, "
-                         f"{len(one.keys() & two.keys()):,} of them in both")
+                         f"{len(one.keys() & two.keys()):,} of them in both; the same --dataset and --limit?")
     only_first, only_second = sum(one[key] > two[key] for key in one), sum(two[key] > one[key] for key in one)
     p = binomtest(only_first, only_first + only_second).pvalue if only_first + only_second else 1.0
     return {"n": len(one), "only_first": only_first, "only_second": only_second, "p": float(p)}
@@ -113,7 +113,7 @@ def table(results: dict) -> str:
         counts = f"{found['n']:6,} {found['unparsed']:8,}"
         lines.append(f"{stage:9} {split[:21]:21} {found['accuracy']:8.4f} {interval:>15} {counts} {scored:>6}")
     for split, test in results.get("mcnemar", {}).items():
-        lines.append(f"{split[:21]:21} McNemar p = {test['p']:.2g}: right here alone {test['only_second']:,}, there {test['only_first']:,}")
+        lines.append(f"{split[:21]:21} McNemar p = {test['p']:.2g}: {test['only_second']:,} rows gained, {test['only_first']:,} lost")
     return "\n".join(lines)
 
 

@@ -1,7 +1,6 @@
 """LoRA fine-tuning on MNLI, from top to bottom. Last in the reading order.
 
     python train.py --rank 8                                                       # phi-2 on MNLI with a GPU, else tiny/
-    python train.py --rank 8 --model microsoft/phi-2 --dataset nyu-mll/glue        # the same, said in full
     python train.py --rank 16 --targets q_proj k_proj v_proj dense --steps 2000 --out out/wide
     python train.py --model ~/phi-2 --dataset ~/mnli --limit 2000 --eval-limit 500 # a first look, from directories
     python train.py --resume out/wide                                              # goes on after Ctrl-C or a crash
@@ -178,7 +177,7 @@ def main() -> None:
         for unfinished in args.out.glob(".*.*.[0-9]*"):  # what a save that was killed has left
             unfinished.unlink()
         checkpoint.write_json(args.out / "args.json", record)
-        known = checkpoint.lines_up_to(args.out / "metrics.jsonl", state["step"]) if state else []
+        known = checkpoint.lines_up_to(args.out / "metrics.jsonl", state["step"], steps) if state else []
         with checkpoint.replacing(args.out / "metrics.jsonl") as temporary:  # without what came after the step it goes on from
             temporary.write_text("".join(known))
     metrics = open(args.out / "metrics.jsonl" if ranks.FIRST else os.devnull, "a", buffering=1)
@@ -215,6 +214,8 @@ def main() -> None:
             raise ValueError(f"{args.resume} was trained with {state['size']:,} rows a step, on {ranks.WORLD} processes there are {size:,}")
         if state["steps"] != steps:
             print(f"{steps:,} steps instead of {state['steps']:,}: from here on the learning rate follows the new schedule")
+        if state["step"] > steps:
+            raise ValueError(f"{args.resume} has taken {state['step']:,} steps already, more than {steps:,}")
         done, logged, shortened, seen, rows, total = state["loop"]
         checkpoint.restore(tensors, adapter, optimizer, ranks.RANK)
         print(f"going on after step {done:,} of {steps:,}")
@@ -276,7 +277,9 @@ def main() -> None:
             print(f"stopped and saved after step {step:,} of {steps:,}; to go on: {ranks.COMMAND} train.py --resume {args.out}")
             return
         if args.eval_every and step % args.eval_every == 0 and step < steps:
-            log(step, **figures(evaluate(f"step {step}")))
+            found = evaluate(f"step {step}")
+            log(step, **figures(found))
+            bar.write(f"step {step:6,}  " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in found.items()))
             clock = time.perf_counter()
 
     # ---- Everything is saved: nothing that happens in the evaluation can lose it

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import in_process, ours, read_json, script
+from conftest import ROOT, in_process, ours, read_json, script
 
 import checkpoint
 import data
@@ -123,6 +123,39 @@ def test_a_bad_line_is_named(monkeypatch, capsys, line, message):
     with pytest.raises(SystemExit) as error:
         in_process(evaluation, "--model", "tiny/model", "--dataset", "-", "--batch-size", 1, "--max-new-tokens", 1)
     assert message in str(error.value) and len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize("more, message", [(("--split", "validation"), "has no split 'validation'"), (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl is not there"),
+                                           (("--dataset", "-", "--limit", 3), "rows come from standard input")])
+def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, more, message):
+    monkeypatch.setattr(evaluation, "load_model", None)
+    with pytest.raises(SystemExit) as stopped:
+        in_process(evaluation, *TINY, *more)
+    assert message in str(stopped.value) + capsys.readouterr().err
+
+
+def test_an_evaluation_does_not_write_over_a_run(run):
+    before = (run / "results.json").read_bytes()
+    with pytest.raises(SystemExit, match="holds a run of train.py, whose results this would replace"):
+        in_process(evaluation, "--adapter", run, "--limit", 2, "--out", run)
+    assert (run / "results.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps:7"] + ["cuda"] * (not torch.cuda.is_available()))
+def test_a_device_that_is_not_there_is_one_line(device):
+    with pytest.raises(SystemExit, match=f"error: --device {device}: ") as stopped:
+        in_process(evaluation, *TINY, "--device", device)
+    assert "\n" not in stopped.value.code
+
+
+def test_a_run_finds_its_model_and_its_data_from_any_folder(run, tmp_path, capsys):
+    in_process(evaluation, "--adapter", run, "--limit", 2)
+    here = capsys.readouterr().out
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")  # the run was started with tiny/model, in a folder above it
+    shutil.copytree(run, tmp_path / "out" / run.name)
+    (tmp_path / "elsewhere").mkdir()
+    in_process(evaluation, "--adapter", tmp_path / "out" / run.name, "--limit", 2, cwd=tmp_path / "elsewhere")
+    assert capsys.readouterr().out.splitlines()[1:] == here.splitlines()[1:]
 
 
 def test_compare_tests_two_runs_on_the_same_rows(run, tmp_path, capsys):

@@ -156,7 +156,7 @@ def test_a_merge_that_ends_early_leaves_nothing(run, tiny, tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments, message", [([], "say merge or push"), (["merge", "--adapter", "x"], "merge needs --out"),
+@pytest.mark.parametrize("arguments, message", [([], "say merge or push"), (["merge"], "merge needs --adapter"), (["merge", "--adapter", "x", "--out", "y"], "there is no such folder"), (["merge", "--adapter", "x"], "merge needs --out"),
                                                 (["push", "--adapter", "x"], "push needs --repo"), (["push", "--adapter", "x", "--repo", "me"], "is no repository on the Hub"), (["merge", "--adapter", "x", "--out", "y", "--requantize"], "goes with --into nf4"),
                                                 (["merge", "--adapter", "tiny", "--out", "y"], "is not an adapter")])
 def test_a_mistake_is_one_line(arguments, message):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import distance, pair, peft_tensors, random_ids
 
-import eval as evaluation
 import lora
 import quant
+import ranks
 
 # Relative to the norm of the logits. fp32: two orders of summation; bf16: 8 bits of mantissa through the layers.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -70,7 +70,7 @@ def test_codes_and_absmax_are_bit_equal_to_those_transformers_loads(both):
 
 
 def test_gradients_of_the_adapters_equal_pefts(both):
-    if both.name == "wide" and both.dtype == torch.bfloat16 and evaluation.fast_dtype() == "fp32":
+    if both.name == "wide" and both.dtype == torch.bfloat16 and ranks.fast_dtype() == "fp32":
         pytest.skip("ten minutes on a CPU without instructions for bf16")
     answer_loss(both.mine(both.ids), both.ids).backward()
     answer_loss(both.theirs(both.ids).logits, both.ids).backward()

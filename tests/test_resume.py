@@ -93,6 +93,7 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
     for _ in range(2):  # the second: a run that has ended says so again, and changes nothing
         done = start(out, "--save-every", 7)
         assert done.wait(120) == 0, done.communicate()[1]
+    assert metrics(out) == metrics(whole), "the last evaluation is told once"
     assert not list(out.glob(".*")), "what a killed save left behind is cleared away"
     assert checkpoint.load(out)[1]["step"] == 40
     assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
@@ -122,6 +123,8 @@ def test_more_steps_may_be_asked_for_and_the_new_schedule_is_named(whole, tmp_pa
     shutil.copytree(whole, out)
     done = script("train.py", "--resume", out, "--steps", 45)
     assert done.returncode == 0 and "45 steps instead of 40" in done.stdout and step_of(out) == 45
+    done = script("train.py", "--resume", out, "--steps", 44)
+    assert done.returncode == 1 and done.stderr.endswith("has taken 45 steps already, more than 44\n") and step_of(out) == 45
 
 
 def test_a_run_that_ended_before_its_first_step_starts_anew(whole, tmp_path):
