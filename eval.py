@@ -242,7 +242,7 @@ def main() -> None:
 def answer_lines(model, tokenizer, args) -> None:
     """JSON lines from standard input, each of a premise and a hypothesis, to standard output, with their answers."""
     prefix = data.fixed_ids(tokenizer)[0]
-    cache, lines = model.prefill(prefix), enumerate(sys.stdin, 1)
+    cache, lines = model.prefill(prefix), ((number, line) for number, line in enumerate(sys.stdin, 1) if line.strip())
     while batch := list(itertools.islice(lines, args.batch_size)):
         rows = []
         for number, line in batch:

@@ -218,7 +218,7 @@ def main() -> None:
             raise ValueError(f"{args.resume} has taken {state['step']:,} steps already, more than {steps:,}")
         done, logged, shortened, seen, rows, total = state["loop"]
         checkpoint.restore(tensors, adapter, optimizer, ranks.RANK)
-        print(f"going on after step {done:,} of {steps:,}")
+        print(f"going on after step {done:,} of {steps:,}" + ": only the evaluation is left to do" * (done == steps))
     stream = data.batches(train, size, args.seed, done)
 
     def save(step: int) -> None:

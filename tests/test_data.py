@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import ROOT, ours, script
+from conftest import ROOT, in_process, ours, script
 from hypothesis import given, strategies
 from tokenizers import Tokenizer
 
@@ -244,6 +244,17 @@ def test_describing_a_dataset(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "validation_mismatched: 300 rows" in done.stdout and "tokens of prompt and label" in done.stdout
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_describing_leaves_out_hidden_labels_and_stops_at_wrong_ones(tmp_path, capsys):
+    for split, label in (("train", 0), ("validation", 2), ("test", -1)):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"premise": "A.", "hypothesis": "B.", "label": label}) + "\n")
+    in_process(data, "--model", "tiny/model", "--dataset", tmp_path)
+    assert "validation: 1 rows" in (printed := capsys.readouterr().out) and "test" not in printed.replace(str(tmp_path), "")
+    (tmp_path / "wrong").mkdir()
+    (tmp_path / "wrong" / "train.jsonl").write_text('{"premise": "A.", "hypothesis": "B.", "label": 7}\n')
+    with pytest.raises(SystemExit, match="error: .*train, row 0: label 7 is not 0, 1, 2"):
+        in_process(data, "--model", "tiny/model", "--dataset", tmp_path / "wrong")
 
 
 def test_a_tokenizer_that_cuts_answers_is_refused(tmp_path):

@@ -106,7 +106,7 @@ def test_another_base_tokenizer_quantisation_or_prompt_is_named_and_force_goes_o
 
 def test_json_lines_go_in_and_come_out_with_their_answers(run, examples, monkeypatch, capsys, tiny):
     given = [{"premise": row["premise"], "hypothesis": row["hypothesis"], "id": f"r{i}"} for i, row in enumerate(examples.select(range(10)))]
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(json.dumps(row) + "\n" for row in given)))
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(json.dumps(row) + "\n" for row in given)))
     in_process(evaluation, "--adapter", run, "--dataset", "-", "--batch-size", 4)
     captured = capsys.readouterr()
     found = [json.loads(line) for line in captured.out.splitlines()]
