@@ -30,10 +30,13 @@ COMMAND = "python" if WORLD == 1 else f"torchrun --nproc-per-node {os.environ['L
 MAX_RESTARTS, RESTARTS = (int(os.environ.get(f"TORCHELASTIC_{name}", 0)) for name in ("MAX_RESTARTS", "RESTART_COUNT"))
 
 
-def start(device: str) -> torch.device:
-    """The device of this rank, after all have met: NCCL joins GPUs, gloo CPUs. From here on the first alone prints."""
+def start(device: str, used: bool = True) -> torch.device:
+    """The device of this rank, after all have met: NCCL joins GPUs, gloo CPUs. From here on the first alone prints.
+
+    Raises ValueError for a device that is not there, or, where it will not be `used`, for what is no device at all.
+    """
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=device if used else torch.device(device) and "meta")
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it does not know, or was not built for
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
     if "RANK" not in os.environ:

@@ -129,7 +129,7 @@ def batch_loss(model, encoded, skip: int, loss: str) -> tuple[torch.Tensor, int]
 def main() -> None:
     args = parse_arguments()
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, "all-linear" if args.targets == ["all-linear"] else tuple(args.targets))
-    device, dtype = ranks.start(args.device), evaluation.DTYPES[args.dtype]
+    device, dtype = ranks.start(args.device, not args.plan), evaluation.DTYPES[args.dtype]
     if ranks.FIRST and (args.out / "args.json").exists() and not args.resume and not args.plan:
         raise ValueError(f"{args.out} holds a run already: --resume {args.out}, or choose another --out, or remove it")
     begun = args.resume and (args.resume / checkpoint.NAME).is_file()  # it is not when the run ended within its baseline
