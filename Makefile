@@ -14,10 +14,10 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: .venv/dev
-	KILLS=25 CASES=2000 $(BIN)/python -m pytest tests/test_resume.py tests/test_hostile.py
+	KILLS=25 CASES=2000 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_resume.py tests/test_hostile.py
 
 bench: .venv/dev
 	$(BIN)/python bench.py
