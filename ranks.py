@@ -35,22 +35,26 @@ def start(device: str, used: bool = True) -> torch.device:
 
     Raises ValueError for a device that is not there, or, where it will not be `used`, for what is no device at all.
     """
+    several = "RANK" in os.environ
+    if several and device == "cuda":  # before it is touched: every rank would make a context on the first GPU
+        device = f"cuda:{LOCAL_RANK}"
     try:
-        torch.empty(0, device=device if used else torch.device(device) and "meta")
+        place = torch.device(device)
+        if used:
+            torch.empty(0, device=place)
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it does not know, or was not built for
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if "RANK" not in os.environ:
-        return torch.device(device)
+    if not several:
+        return place
     if not FIRST:
         sys.stdout = open(os.devnull, "w")
-    if device == "cuda":
-        device = f"cuda:{LOCAL_RANK}"
-        torch.cuda.set_device(device)
-    backend, store = "nccl" if device.startswith("cuda") else "gloo", None
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend, store = "nccl" if place.type == "cuda" else "gloo", None
     if RESTARTS and os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun's store still holds the addresses of the ranks that died
         store = dist.PrefixStore(f"restart {RESTARTS}", next(dist.rendezvous("env://"))[0])
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10))
-    return torch.device(device)
+    return place
 
 
 def fast_dtype() -> str:
