@@ -203,8 +203,8 @@ def main() -> None:
         parser.error("with --dataset - rows come from standard input: no --out, --compare, --split, --limit or --premise")
     if args.out and (args.out / "args.json").exists():
         raise ValueError(f"{args.out} holds a run of train.py, whose results this would replace: choose another --out")
-    names = [] if args.premise is not None or args.dataset == "-" else args.split or data.validation_splits(args.dataset)
-    splits = {split: data.load_examples(args.dataset, split, args.limit) for split in names}
+    splits = [] if args.premise is not None or args.dataset == "-" else args.split or data.validation_splits(args.dataset)
+    splits = {split: data.load_examples(args.dataset, split, args.limit) for split in splits}
     others = {split: report.read_predictions(args.compare / f"predictions_{split}.jsonl") for split in splits if args.compare}
     directory = checkpoint.locate(args.model)
     device, tokenizer = ranks.start(args.device), data.load_tokenizer(directory)
@@ -232,8 +232,8 @@ def main() -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_lines(predictions, args.out / f"predictions_{split}.jsonl")
         compared |= {split: report.mcnemar(others[split], predictions)} if others else {}
-    stage = "finetuned" if args.adapter else "baseline"
-    found = {"protocol": report.protocol(args.mode, args.max_new_tokens), stage: results, "mcnemar": compared}
+    found = {"protocol": report.protocol(args.mode, args.max_new_tokens)}
+    found |= {"finetuned" if args.adapter else "baseline": results, "mcnemar": compared}
     print(report.table(found), *(f"\n{split}\n{report.details(result)}" for split, result in results.items()), sep="\n")
     if args.out and ranks.FIRST:
         checkpoint.write_json(args.out / "results.json", found)

@@ -35,26 +35,22 @@ def start(device: str, used: bool = True) -> torch.device:
 
     Raises ValueError for a device that is not there, or, where it will not be `used`, for what is no device at all.
     """
-    several = "RANK" in os.environ
-    if several and device == "cuda":  # before it is touched: every rank would make a context on the first GPU
-        device = f"cuda:{LOCAL_RANK}"
     try:
-        place = torch.device(device)
-        if used:
-            torch.empty(0, device=place)
+        torch.empty(0, device=device if used else torch.device(device) and "meta")
     except (RuntimeError, AssertionError) as error:  # what torch raises for a device that it does not know, or was not built for
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    if not several:
-        return place
+    if "RANK" not in os.environ:
+        return torch.device(device)
     if not FIRST:
         sys.stdout = open(os.devnull, "w")
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-    backend, store = "nccl" if place.type == "cuda" else "gloo", None
+    if device == "cuda":
+        device = f"cuda:{LOCAL_RANK}"
+        torch.cuda.set_device(device)
+    backend, store = "nccl" if device.startswith("cuda") else "gloo", None
     if RESTARTS and os.environ["GROUP_WORLD_SIZE"] == "1":  # torchrun's store still holds the addresses of the ranks that died
         store = dist.PrefixStore(f"restart {RESTARTS}", next(dist.rendezvous("env://"))[0])
     dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=timedelta(minutes=10))
-    return place
+    return torch.device(device)
 
 
 def fast_dtype() -> str:

@@ -142,13 +142,6 @@ def main() -> None:
     splits = {split: data.load_examples(args.dataset, split, args.eval_limit) for split in data.validation_splits(args.dataset)}
     size = args.batch_size * args.accumulate * ranks.WORLD
     steps = math.ceil(args.epochs * math.ceil(len(train) / size)) if args.epochs else args.steps or 40_000
-    if state:  # before anything is loaded or written
-        if state["rows"] != len(train):
-            raise ValueError(f"{args.resume} was trained on {state['rows']:,} rows, {args.dataset} has {len(train):,}")
-        if state["size"] != size:
-            raise ValueError(f"{args.resume} was trained with {state['size']:,} rows a step, on {ranks.WORLD} processes there are {size:,}")
-        if state["step"] > steps:
-            raise ValueError(f"{args.resume} has taken {state['step']:,} steps already, more than {steps:,}")
     warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
     skip = len(data.fixed_ids(tokenizer)[0]) if args.share_prefix else 0
     longest = plan.longest_rows(train, tokenizer, args.batch_size, args.max_length)
@@ -193,9 +186,6 @@ def main() -> None:
     def figures(found: dict[str, dict]) -> dict:
         return {f"{split}_{key}": result[key] for split, result in found.items() for key in ("accuracy", "loss")}
 
-    def accuracies(found: dict[str, dict]) -> str:
-        return ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in found.items())
-
     def log(step: int, **values) -> None:
         metrics.write(json.dumps({"step": step, **values}) + "\n")
         if wandb_run:
@@ -204,7 +194,7 @@ def main() -> None:
     results = {"baseline": state["baseline"] if state else evaluate("baseline")}
     if not state:
         log(0, **figures(results["baseline"]))
-    print(f"baseline: {accuracies(results['baseline'])}")
+    print("baseline: " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in results["baseline"].items()))
 
     torch.manual_seed(args.seed)  # A's draws come first, as in PEFT
     adapted = lora.inject(model, config)
@@ -218,8 +208,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     done, logged, shortened, seen, rows, total, memory = 0, 0, 0, 0, 0, 0.0, None
     if state:
+        if state["rows"] != len(train):
+            raise ValueError(f"{args.resume} was trained on {state['rows']:,} rows, {args.dataset} has {len(train):,}")
+        if state["size"] != size:
+            raise ValueError(f"{args.resume} was trained with {state['size']:,} rows a step, on {ranks.WORLD} processes there are {size:,}")
         if state["steps"] != steps:
             print(f"{steps:,} steps instead of {state['steps']:,}: from here on the learning rate follows the new schedule")
+        if state["step"] > steps:
+            raise ValueError(f"{args.resume} has taken {state['step']:,} steps already, more than {steps:,}")
         done, logged, shortened, seen, rows, total = state["loop"]
         checkpoint.restore(tensors, adapter, optimizer, ranks.RANK)
         print(f"going on after step {done:,} of {steps:,}" + ": only the evaluation is left to do" * (done == steps))
@@ -283,7 +279,7 @@ def main() -> None:
         if args.eval_every and step % args.eval_every == 0 and step < steps:
             found = evaluate(f"step {step}")
             log(step, **figures(found))
-            bar.write(f"step {step:6,}  {accuracies(found)}")
+            bar.write(f"step {step:6,}  " + ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in found.items()))
             clock = time.perf_counter()
 
     # ---- Everything is saved: nothing that happens in the evaluation can lose it
