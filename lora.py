@@ -1,222 +1,417 @@
-"""LoRA in one file: low-rank adapters (arXiv:2106.09685) on the linear layers of a frozen model, and PEFT's files.
+"""LoRA in one file: low-rank adapters on the linear layers of a frozen model, and PEFT's files.
 
-First in the reading order. Training all of W (out, in) costs its size three times over in gradients and optimiser
-state. LoRA freezes W and learns a correction of low rank beside it:
+First in the reading order. The paper is arXiv:2106.09685.
 
-    W x  ->  W x + (alpha / rank) B A x            A (rank, in) random, B (out, rank) zero
+Full fine-tuning of a weight W (out, in) needs a gradient as large as W, and optimiser state twice
+as large. LoRA freezes W and learns a correction of low rank beside it:
 
-B = 0 makes the first step start from the base model exactly. `base_layer` may be any linear layer, a quantised one
-too: QLoRA is this file over quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of
-`state_dict()`. Left out: DoRA, rsLoRA, trained biases, adapters on embeddings; a file that uses them is refused.
+                        W x  +  (alpha / rank) B A x
+
+                 +--------------+          +-----+
+                 |              |          |  B  |  (out, rank), starts at zero
+            x -> |      W       |     x -> +-----+
+                 |  (out, in)   |          |  A  |  (rank, in), starts random
+                 +--------------+          +-----+
+                      frozen               trained
+
+B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on q_proj and
+v_proj, 2.6 million of 2.8 billion parameters are trained.
+
+`base_layer` may be any linear layer, a quantised one too: QLoRA is this file over quant.py.
+Modules and tensors carry PEFT's names, so the adapter file is a part of `state_dict()`.
+Left out: DoRA, rsLoRA, trained biases, adapters on embeddings. A file that uses them is refused.
 
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
 """
+
 import difflib
+import json
 import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import checkpoint
-
-PREFIX = "base_model.model."  # what PEFT puts before a module's path in its files
+PREFIX = "base_model.model."  # PEFT puts this before each module's path in its files
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """What adapter_config.json says. `targets`: names of linear layers, "all-linear", or a regular expression."""
+    """The four choices of LoRA.
+
+    rank: the width of the bottleneck, and the rank of the learned correction. The paper's section
+        7.2 finds that 1 to 8 is enough on q and v; parameters grow in proportion to it.
+    alpha: the correction is multiplied by alpha / rank (section 4.1), so that another rank does
+        not need another learning rate. Doubling alpha doubles the correction.
+    dropout: the share of the adapter's inputs that is set to zero in training. The base always
+        sees all of its input.
+    targets: which linear layers get an adapter: their names, the word "all-linear" (all but the
+        head), or a regular expression for the whole path. The paper adapts q and v (section 7.1);
+        QLoRA (arXiv:2305.14314, section 4) finds that all layers matter more than rank.
+    """
+
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.05
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
 
     def __post_init__(self):
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank}")
-        if any(isinstance(value, bool) or not isinstance(value, (int, float)) for value in (self.alpha, self.dropout)):
-            raise ValueError(f"alpha and dropout must be numbers, not {self.alpha!r} and {self.dropout!r}")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
+        for name in ("alpha", "dropout"):
+            value = getattr(self, name)
+            if type(value) not in (int, float):  # a bool is an int to isinstance
+                raise ValueError(f"{name} must be a number, not {value!r}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(
+                f"alpha must be above 0, not {self.alpha}: at 0 the adapter has no effect"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha must be above 0, not {self.alpha}: at 0 the adapter has no effect")
-        if not isinstance(self.targets, str) and not all(isinstance(target, str) for target in self.targets):
+        names = (self.targets,) if isinstance(self.targets, str) else self.targets
+        if not all(isinstance(name, str) for name in names):
             raise ValueError(f"targets must be names, not {self.targets!r}")
 
     def to_peft(self, base_model: str) -> dict:
-        """The content of adapter_config.json: few keys, since older versions of PEFT refuse those they do not know."""
+        """Returns the content of adapter_config.json.
+
+        Few keys are written, because older versions of PEFT refuse keys that they do not know.
+        """
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
-        return {"base_model_name_or_path": base_model, "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.rank,
-                "lora_alpha": self.alpha, "lora_dropout": self.dropout, "target_modules": targets, "bias": "none",
-                "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
-                "use_dora": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+        return {
+            "base_model_name_or_path": base_model,
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "target_modules": targets,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "use_rslora": False,
+            "use_dora": False,
+            "modules_to_save": None,
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
 
     @classmethod
     def from_peft(cls, raw: dict) -> "LoRAConfig":
-        """Raises ValueError for whatever would make another model of it than the one that was trained."""
+        """Reads the content of adapter_config.json.
+
+        Raises ValueError for any option that would make another model of the adapter than the
+        one that was trained.
+        """
         if raw.get("peft_type") != "LORA":
             raise ValueError(f"peft_type {raw.get('peft_type')!r} is not supported, only 'LORA'")
-        needed = {"r": "rank", "lora_alpha": "alpha", "target_modules": "targets"}
-        if absent := [key for key in needed if raw.get(key) is None]:
-            raise ValueError(f"it lacks {', '.join(absent)}")
-        if raw.get("init_lora_weights", True) not in (True, False, "gaussian"):  # the others change the base's weights
-            raise ValueError(f"init_lora_weights {raw['init_lora_weights']!r} is not supported")
+        for key in REQUIRED:
+            if raw.get(key) is None:
+                raise ValueError(f"it lacks {key}")
+        # The other ways to initialise change the weights of the base.
+        initialisation = raw.get("init_lora_weights", True)
+        if initialisation not in (True, False, "gaussian"):
+            raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
         for key, value in raw.items():
-            if key not in HARMLESS and key not in needed and value not in (None, False, "none") and value != {} and value != []:
+            is_off = value in (None, False, "none") or value in ({}, [])
+            if key not in REQUIRED and key not in HARMLESS and not is_off:
                 raise ValueError(f"{key} = {value!r} is not supported")
+
         targets = raw["target_modules"]
-        if not isinstance(targets, (str, list)) or not all(isinstance(target, str) for target in targets):
-            raise ValueError(f"target_modules = {targets!r} is neither a list of names nor a regular expression")
-        targets = targets if isinstance(targets, str) else tuple(sorted(targets))
+        if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+            targets = tuple(sorted(targets))
+        elif not isinstance(targets, str):
+            raise ValueError(
+                f"target_modules = {targets!r} is neither a list of names nor a regular expression"
+            )
         return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
-# Keys of adapter_config.json that change nothing in what the adapter computes.
-HARMLESS = {"peft_type", "task_type", "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode",
-            "lora_dropout", "init_lora_weights", "megatron_core", "qalora_group_size", "loftq_config", "corda_config", "eva_config"}
+# Keys of adapter_config.json that LoRAConfig is made of, and keys that change nothing in what
+# the adapter computes.
+REQUIRED = ("r", "lora_alpha", "target_modules")
+HARMLESS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "corda_config",
+    "eva_config",
+    "inference_mode",
+    "init_lora_weights",
+    "loftq_config",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+}
 
 
 class LoRALinear(nn.Module):
-    """base_layer(x) + (alpha / rank) B A dropout(x). A and B are fp32 whatever the base is, as PEFT keeps them."""
+    """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (..., in): (..., out).
+
+    A and B are fp32 whatever the base is, as in PEFT: a step of AdamW at 2e-4 is smaller than
+    what bf16 can add to a weight.
+
+    Backward: with u = A x and the gradient g (..., out) of the output, B's gradient is
+    scale g^T u, A's is scale (g B)^T x, and the gradient of x is g W + scale g B A. W itself
+    needs none, so nothing but x (for A) and u (for B) is stored for the backward pass.
+    """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
         super().__init__()
-        self.base_layer, self.scale = base_layer, alpha / rank
-        # These three draws from the random generator, in this order and on the CPU, are PEFT's.
-        self.lora_A = nn.Linear(base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32)
-        self.lora_B = nn.Linear(rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
-        nn.init.zeros_(self.lora_B.weight)
+        self.base_layer = base_layer
+        self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        for part in (self.lora_A, self.lora_B):
-            part.to(base_layer.weight.device)
-        self.train(base_layer.training)  # an adapter put on a model in eval mode must not drop anything
+        # PEFT draws from the random generator in the same order and on the CPU: twice in the
+        # constructors, then once more for A. So one seed gives the same adapter in both.
+        self.lora_A = nn.Linear(
+            base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
+        )
+        self.lora_B = nn.Linear(
+            rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
+        )
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # within 1 / sqrt(in)
+        nn.init.zeros_(self.lora_B.weight)
+
+        device = base_layer.weight.device
+        self.lora_A.to(device)
+        self.lora_B.to(device)
+        self.train(base_layer.training)  # in a model in eval mode, dropout must stay off
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        update = self.lora_B(self.lora_A(self.lora_dropout(x.float())) * self.scale)
+        down = self.lora_A(self.lora_dropout(x.float()))
+        update = self.lora_B(down * self.scale)  # scaled where it is narrow, rank numbers a token
         return result + update.to(result.dtype)
 
 
-def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
-    """Paths of the linear layers that `targets` names, by PEFT's rules, in module order.
-
-    Raises ValueError when a target matches nothing, with the names there are and the nearest of them.
-    """
-    linears = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    if targets == "all-linear":
-        return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
-    if isinstance(targets, str):
-        if re.search(r"\)[*+{]", targets) or len(re.findall(r"[*+{]", targets)) > 3:  # such can take for ever to match
-            raise ValueError(f"target {targets!r}: a repeated group, or more than three repetitions, are not supported")
-        tests = {targets: lambda path: re.fullmatch(targets, path)}
-    else:
-        tests = {target: lambda path, end=target: path == end or path.endswith("." + end) for target in targets}
-    if not tests:
-        raise ValueError(f"no target given; linear layers: {', '.join(names)}")
-    try:
-        for target, test in tests.items():
-            if not any(map(test, linears)):
-                near = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
-                raise ValueError(f"target {target!r} matches no linear layer; there are {', '.join(names)}; nearest: {near[0]}")
-    except re.error as error:
-        raise ValueError(f"target {targets!r} is not a regular expression: {error}") from None
-    return [path for path in linears if any(test(path) for test in tests.values())]
+# -----------------------------------------------------------------------------
+# Putting adapters into a model
 
 
 def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
-    """Freezes `model` and wraps the linear layers that config.targets names, in place. Returns their paths."""
+    """Freezes `model` and wraps the linear layers that config.targets names, in place.
+
+    Returns the paths of the wrapped layers. Raises ValueError when a target matches nothing, and
+    when the model has adapters already.
+    """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
     paths = match_targets(model, config.targets)
     model.requires_grad_(False)
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        wrapped = LoRALinear(model.get_submodule(path), config.rank, config.alpha, config.dropout)
-        setattr(model.get_submodule(parent), name, wrapped)
+        layer = model.get_submodule(path)
+        replace(model, path, LoRALinear(layer, config.rank, config.alpha, config.dropout))
     return paths
 
 
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the submodule at `path`."""
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
+    """Returns the paths of the linear layers that `targets` names, in module order.
+
+    The rules are PEFT's: a name matches the end of a path at a dot, a string must match a whole
+    path as a regular expression. Raises ValueError when a target matches no layer.
+    """
+    linears = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+    if targets == "all-linear":
+        return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
+
+    if isinstance(targets, str):
+        targets = (targets,)
+        matches = matches_pattern
+    else:
+        matches = matches_name
+    for target in targets:
+        if not any(matches(path, target) for path in linears):
+            raise ValueError(describe_missing_target(target, linears))
+    if not targets:
+        raise ValueError("no target given: name at least one linear layer")
+    return [path for path in linears if any(matches(path, target) for target in targets)]
+
+
+def matches_name(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def matches_pattern(path: str, pattern: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as error:
+        raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
+
+
+def describe_missing_target(target: str, linears: list[str]) -> str:
+    names = sorted({path.rpartition(".")[2] for path in linears})
+    (nearest,) = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
+    return (
+        f"target {target!r} matches no linear layer; there are {', '.join(names)}; "
+        f"nearest: {nearest}"
+    )
+
+
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained tensors by path: `...q_proj.lora_A.weight` (rank, in) and `...lora_B.weight` (out, rank)."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    """Returns all that is trained, by path.
+
+    `...q_proj.lora_A.weight` is (rank, in), `...q_proj.lora_B.weight` is (out, rank).
+    """
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if ".lora_A." in name or ".lora_B." in name
+    }
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
-    """Adds each adapter into its base weight, W + scale B A, in place, and takes the wrappers off.
+    """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    Raises ValueError over a quantised base: rounding back to 4 bits erases most of a small update.
+    The sum is made in fp32 and rounded once to the dtype of W. Raises ValueError over a quantised
+    base, because rounding the sum to 4 bits again erases most of a small update.
     """
-    wrapped = [(path, module) for path, module in model.named_modules() if isinstance(module, LoRALinear)]
-    for path, module in wrapped:
+    adapted = {
+        path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
+    }
+    for path, module in adapted.items():
         if not isinstance(module.base_layer, nn.Linear):
-            raise ValueError(f"{path}: cannot merge into {type(module.base_layer).__name__}; call quant.dequantize_linears first")
-    for path, module in wrapped:
+            kind = type(module.base_layer).__name__
+            raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
+    for path, module in adapted.items():
         weight = module.base_layer.weight
-        weight.copy_(weight.float() + module.scale * module.lora_B.weight @ module.lora_A.weight)
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, module.base_layer)
+        update = module.scale * module.lora_B.weight @ module.lora_A.weight
+        weight.copy_(weight.float() + update)
+        replace(model, path, module.base_layer)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------
 # PEFT's files
 
-def save_adapter(model: nn.Module, config: LoRAConfig, path: Path, base_model: str, fingerprint: dict[str, str] | None = None) -> None:
-    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads, into the directory `path`.
 
-    `fingerprint` says what it was trained over; it stands in the metadata of the tensors, and `load_adapter` compares it.
+def save_adapter(
+    model: nn.Module,
+    config: LoRAConfig,
+    directory: Path,
+    base_model: str,
+    fingerprint: dict[str, str] | None = None,
+) -> None:
+    """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
+
+    `fingerprint` says what the adapter was trained over. It is stored in the metadata of the
+    tensors, and `load_adapter` compares it.
     """
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tensors(path / "adapter_model.safetensors", {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()},
-                             fingerprint)
-    checkpoint.write_json(path / "adapter_config.json", config.to_peft(base_model))
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        PREFIX + name: parameter.detach().cpu().contiguous()
+        for name, parameter in lora_parameters(model).items()
+    }
+    metadata = {"format": "pt", **(fingerprint or {})}
+    save_file(tensors, directory / "adapter_model.safetensors", metadata)
+    text = json.dumps(config.to_peft(base_model), indent=2)
+    (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def load_adapter(model: nn.Module, path: Path, fingerprint: dict[str, str] | None = None) -> LoRAConfig:
-    """Wraps `model` as the adapter in the directory `path` asks for, and loads its tensors.
+def load_adapter(
+    model: nn.Module, directory: Path, fingerprint: dict[str, str] | None = None
+) -> LoRAConfig:
+    """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
 
-    Raises ValueError where PEFT would go on with a model that is not the trained one: a tensor missing, unknown or of
-    another shape, every B zero, an option of adapter_config.json that is not implemented here, another `fingerprint`.
+    Raises ValueError where PEFT would continue with a model that is not the trained one: a tensor
+    is missing, unknown or of another shape; every B is zero; adapter_config.json has an option
+    that is not implemented here; the adapter was saved with another `fingerprint`.
     """
-    path = Path(path)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (path / name).is_file():
-            raise ValueError(f"{path} is not an adapter: it has no {name}")
-    try:
-        config = LoRAConfig.from_peft(checkpoint.read_json(path / "adapter_config.json"))
-    except ValueError as error:
-        raise ValueError(f"{path / 'adapter_config.json'}: {error}") from None
-    file = path / "adapter_model.safetensors"
-    tensors, metadata = checkpoint.read_tensors(file)
-    if other := [f"{name.replace('_', ' ')} ({metadata[name]}, here {here})" for name, here in (fingerprint or {}).items()
-                 if metadata.get(name, here) != here]:
-        raise ValueError(f"{path} was trained with another {' and another '.join(other)}; --force goes on all the same")
-    for key, tensor in tensors.items():  # before anything of the size that the configuration says is made
-        if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
-            raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, adapter_config.json says rank {config.rank}")
+    directory = Path(directory)
+    config = read_adapter_config(directory)
+    file = directory / "adapter_model.safetensors"
+    tensors, metadata = read_adapter_tensors(file)
+    for name, here in (fingerprint or {}).items():
+        there = metadata.get(name, here)
+        if there != here:
+            raise ValueError(
+                f"{directory} was trained with another {name.replace('_', ' ')} "
+                f"({there}, here {here}); --force uses it all the same"
+            )
+    check_ranks(tensors, config, file)  # before anything of that size is allocated
+
     inject(model, config)
-    parameters = {PREFIX + name: parameter for name, parameter in lora_parameters(model).items()}
-    for problem, keys in (("lacks", parameters.keys() - tensors.keys()), ("holds unknown", tensors.keys() - parameters.keys())):
-        if keys:
-            raise ValueError(f"{file} {problem} {len(keys)} tensors, among them {min(keys)}")
-    for key, parameter in parameters.items():
-        if tensors[key].shape != parameter.shape:
-            raise ValueError(f"{file}: {key} has shape {tuple(tensors[key].shape)}, this model needs {tuple(parameter.shape)}")
-    if not all(tensor.isfinite().all() for tensor in tensors.values()):
-        raise ValueError(f"{file} holds numbers that are not finite")
-    if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
-        raise ValueError(f"{file}: every B is zero, so the adapter changes nothing; it was saved before it was trained")
+    parameters = {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()}
+    check_tensors(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():
             parameter.copy_(tensors[key])
     return config
 
 
-if __name__ == "__main__":
-    import publish
-    publish.data.run(publish.main)
+def read_adapter_config(directory: Path) -> LoRAConfig:
+    path = directory / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not an adapter: it has no {path.name}")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    try:
+        return LoRAConfig.from_peft(raw)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_adapter_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors and the metadata of a safetensors file."""
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is not an adapter: it has no {file.name}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            return tensors, opened.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is damaged or cut short ({error})") from None
+
+
+def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> None:
+    for key, tensor in tensors.items():
+        if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
+            raise ValueError(
+                f"{file}: {key} has shape {tuple(tensor.shape)}, "
+                f"adapter_config.json says rank {config.rank}"
+            )
+
+
+def check_tensors(
+    tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
+) -> None:
+    """Raises ValueError unless the file's tensors are trained ones for exactly these parameters."""
+    check_keys("lacks", parameters.keys() - tensors.keys(), file)
+    check_keys("holds unknown", tensors.keys() - parameters.keys(), file)
+    for key, parameter in parameters.items():
+        tensor = tensors[key]
+        if tensor.shape != parameter.shape:
+            raise ValueError(
+                f"{file}: {key} has shape {tuple(tensor.shape)}, "
+                f"this model needs {tuple(parameter.shape)}"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{file}: {key} holds numbers that are not finite")
+    if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
+        raise ValueError(
+            f"{file}: every B is zero, so the adapter changes nothing; "
+            "it was saved before it was trained"
+        )
+
+
+def check_keys(problem: str, keys: set[str], file: Path) -> None:
+    if keys:
+        raise ValueError(f"{file} {problem} {len(keys)} tensors, among them {min(keys)}")

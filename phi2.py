@@ -1,275 +1,648 @@
-"""phi-2 in one file: the model, its KV cache, and loading.
+"""phi-2 in one file: the model, what makes it fast, and loading.
 
-Second in the reading order, after lora.py. The module names are those of transformers' `PhiForCausalLM`
-(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and phi-1.5
-differ only in config.json. Left out: long-context rotary scaling, grouped-query attention (no phi has it).
+Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
+(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and
+phi-1.5 differ only in config.json. Left out: long-context rotary scaling, grouped-query attention
+(no phi has it), and the checkpoint layouts of 2023.
+
+A transformer works token by token; in attention alone do tokens look at one another. So the model
+runs on flat tokens, (N, width), and everything about rows lies in one object, `PackedRows`, which
+knows where each token stands and which tokens it sees. The first half of this file can be read
+without it: think of one row, for which `rows.attend` is softmax(q k^T / sqrt(D)) v under a causal
+mask, and `rows.asking(x)` is x.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
+    logits = model(torch.tensor(ids))                   # one row; (N, vocabulary)
 """
+
+import copy
+import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from functools import partial, reduce
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
-
-import checkpoint
-
-NOWHERE = 2 ** 30  # the position of padding: after every query, so that no query sees it
+from tqdm import tqdm
 
 
 @dataclass
 class Phi2Config:
-    """The fields of config.json that matter, under Hugging Face's names; the defaults are phi-2's."""
+    """The fields of config.json that matter, under Hugging Face's names, with phi-2's values."""
+
     vocab_size: int = 51200
     hidden_size: int = 2560
     intermediate_size: int = 10240
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
-    partial_rotary_factor: float = 0.4  # the part of each head's dimensions that is rotated
+    partial_rotary_factor: float = 0.4  # 32 of each head's 80 dimensions carry the position
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
 
 
-# The names in the first upload of phi-2, model type "phi-msft".
-MSFT_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_inner": "intermediate_size",
-              "layer_norm_epsilon": "layer_norm_eps"}
-# Options of config.json that would change the result and are not implemented: the only value accepted.
-FIXED = {"hidden_act": "gelu_new", "activation_function": "gelu_new", "qk_layernorm": False, "embd_pdrop": 0.0,
-         "attention_dropout": 0.0, "attn_pdrop": 0.0, "tie_word_embeddings": False, "rope_scaling": None, "rope_type": "default"}
+# -----------------------------------------------------------------------------
+# The model. N tokens, width C, H heads of D = C / H dimensions
 
 
-def read_config(directory: Path) -> Phi2Config:
-    """config.json of a model directory. Raises ValueError for an architecture that is not a phi, and for numbers that cannot be."""
-    path = Path(directory) / "config.json"
-    raw = checkpoint.read_json(path)
-    if raw.get("model_type") not in ("phi", "phi-msft"):
-        raise ValueError(f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' (phi-1, phi-1.5, phi-2)")
-    raw |= {ours: raw[theirs] for theirs, ours in MSFT_NAMES.items() if raw.get(theirs) is not None}
-    raw |= raw["rope_parameters"] if isinstance(raw.get("rope_parameters"), dict) else {}
-    for name, kind in [(field.name, type(field.default)) for field in fields(Phi2Config)] + [("rotary_dim", int)]:
-        low, high = (0, 1e12) if kind is float else (1, 1024 if name.startswith("num_") else 2 ** 20)  # nothing huge is ever made
-        value = raw.get(name, low)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, (kind, int)) or not low <= value <= high):
-            raise ValueError(f"{path}: {name} = {value!r} cannot be")
-    needed = [field.name for field in fields(Phi2Config)[:5]]
-    if raw["model_type"] == "phi-msft":
-        needed = [name for name in needed if name != "intermediate_size"] + ["rotary_dim"]
-    if missing := [name for name in needed if raw.get(name) is None]:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    if raw["model_type"] == "phi-msft":
-        raw["intermediate_size"] = raw.get("intermediate_size") or 4 * raw["hidden_size"]
-        raw["partial_rotary_factor"] = raw["rotary_dim"] * raw["num_attention_heads"] / raw["hidden_size"]
-    for key, value in (FIXED | {"num_key_value_heads": raw["num_attention_heads"]}).items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-    config = Phi2Config(**{field.name: raw[field.name] for field in fields(Phi2Config) if raw.get(field.name) is not None})
-    head, rest = divmod(config.hidden_size, config.num_attention_heads)
-    if rest:
-        raise ValueError(f"{path}: hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}")
-    if (rotated := int(head * config.partial_rotary_factor)) % 2 or rotated > head or config.resid_pdrop >= 1:
-        raise ValueError(f"{path}: {rotated} of {head} dimensions rotated, or a dropout of {config.resid_pdrop}, cannot be")
-    return config
+def rotary_tables(
+    config: Phi2Config, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Returns cos and sin (N, 1, R / 2) of RoPE (arXiv:2104.09864) for tokens at `positions` (N,).
 
-
-# ---- The model. Shapes: B rows, T tokens of this call, S tokens with those in the cache, H heads of D dimensions
-
-@dataclass
-class KVCache:
-    """What attention remembers: `positions` (B, S) and, for every layer, segments of keys and values (B or 1, H, S', D).
-
-    Each call of the model returns a longer one and leaves this as it is, autograd graph included: so the cache of a
-    common prefix (B = 1) can stand before any number of batches, which share its segment, and gradients reach the prefix.
+    R is the number of rotated dimensions of a head. The angles are computed in fp32.
     """
-    positions: Tensor
-    layers: list[list[tuple[Tensor, Tensor]]]
-
-    def select(self, rows: Tensor) -> "KVCache":
-        """The cache of some rows only, `rows` holding their indices; a segment that all rows share stays one."""
-        pick = [[(k, v) if len(k) < len(self.positions) else (k[rows], v[rows]) for k, v in layer] for layer in self.layers]
-        return KVCache(self.positions[rows], pick)
-
-
-def rotary_tables(config: Phi2Config, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin (B, 1, T, half of the rotated dimensions) of RoPE (arXiv:2104.09864), computed in fp32."""
-    rotated = int(config.hidden_size // config.num_attention_heads * config.partial_rotary_factor)
-    exponents = torch.arange(0, rotated, 2, device=positions.device).float() / rotated
-    angles = positions[:, None, :, None].float() * config.rope_theta ** -exponents
+    head_dim = config.hidden_size // config.num_attention_heads
+    rotary_dim = int(head_dim * config.partial_rotary_factor)
+    exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
+    angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first dimensions of x (B, H, T, D), pairing i with i + half; the rest pass through."""
+    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
+
+    The dimensions after the first R pass through.
+    """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
-    return torch.cat((torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin), rest), dim=-1)
-
-
-def attend(q: Tensor, segments: list[tuple[Tensor, Tensor]], mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D) + mask) v, (B, H, T, D), over keys and values in segments of B rows, or of one for all rows.
-
-    mask (B or 1, 1, T, S) is 0 or -inf; None on a GPU means causal. On a CPU it is written out, scores in fp32: torch's fused
-    kernel is slower there in bf16, most of all backward, and a shared segment need not be copied for each row.
-    """
-    if q.is_cuda and q.shape[2]:
-        k, v = (torch.cat([part.expand(len(q), -1, -1, -1) for part in parts], dim=2) for parts in zip(*segments))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-    def product(x, y):  # (B, H, T, a) by (B or 1, H, a, b)
-        return torch.einsum("bhta,hac->bhtc", x, y[0]) if len(y) < len(x) else x @ y
-    queries = q.float() * q.shape[-1] ** -0.5
-    scores = torch.cat([product(queries, k.float().transpose(-1, -2)) for k, _ in segments], dim=-1).add_(mask)
-    weights = scores.softmax(dim=-1).to(q.dtype).split([k.shape[2] for k, _ in segments], dim=-1)
-    return reduce(torch.add, (product(weight, v) for weight, (_, v) in zip(weights, segments)))
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Phi2Config):
-        super().__init__()
-        self.heads, width = config.num_attention_heads, config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.dense = (nn.Linear(width, width) for _ in range(4))
+    """Causal self-attention with biases everywhere and rotary positions on a part of each head."""
 
-    def forward(self, h, cos, sin, mask, past, at, rows):
-        inputs = ((self.q_proj, h if at is None else h[at]), (self.k_proj, h), (self.v_proj, h))
-        q, k, v = (proj(x).view(rows, -1, self.heads, x.shape[-1] // self.heads).transpose(1, 2) for proj, x in inputs)
-        if at is None:
-            q, k = rotate(torch.cat((q, k), dim=1), cos, sin).chunk(2, dim=1)
-        else:
-            k = rotate(k, cos, sin)
-            cos, sin, mask = (t.expand(rows, -1, -1, -1).flatten(0, 2)[at].unflatten(0, (rows, 1, -1)) for t in (cos, sin, mask))
-            q = rotate(q, cos, sin)
-        if past and len(past[-1][0]) == rows:  # a segment of one row serves all rows, and stays apart
-            k, v = (torch.cat(parts, dim=2) for parts in zip(past[-1], (k, v)))
-            past = past[:-1]
-        segments = [*past, (k, v)]
-        return self.dense(attend(q, segments, mask).transpose(1, 2).reshape(-1, h.shape[-1])), segments
+    def __init__(self, config: Phi2Config, layer: int):
+        super().__init__()
+        width = config.hidden_size
+        self.layer = layer
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.dense = nn.Linear(width, width)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
+
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, rows: "PackedRows") -> Tensor:
+        q = self.split_heads(self.q_proj(rows.asking(h)))
+        k = self.split_heads(self.k_proj(h))
+        v = self.split_heads(self.v_proj(h))
+        q = rotate(q, rows.asking(cos), rows.asking(sin))
+        k = rotate(k, cos, sin)
+        attended = rows.attend(self.layer, q, k, v)
+        return self.dense(attended.flatten(1))  # (N, H, D) -> (N, C)
 
 
 class MLP(nn.Module):
+    """Two linear layers with GELU (the tanh form) between them."""
+
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """phi's parallel block: attention and MLP read the same LayerNorm, and both are added to x, (B T, width)."""
+    """phi's parallel block, x + attention(h) + mlp(h): both branches read the same LayerNorm."""
 
-    def __init__(self, config: Phi2Config):
+    def __init__(self, config: Phi2Config, layer: int):
         super().__init__()
-        self.self_attn = Attention(config)
-        self.mlp = MLP(config)
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x, cos, sin, mask, past, at, rows):
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, rows: "PackedRows") -> Tensor:
         h = self.input_layernorm(x)
-        attended, present = self.self_attn(h, cos, sin, mask, past, at, rows)
-        if at is not None:
-            x, h = x[at], h[at]
-        # transformers adds in this order, which matters to the last bit of bf16
-        return self.resid_dropout(attended) + self.resid_dropout(self.mlp(h)) + x, present
+        attended = self.resid_dropout(self.self_attn(h, cos, sin, rows))
+        x = rows.asking(x)
+        h = rows.asking(h)
+        # In bf16 the last bit depends on the order of this sum. It is transformers'.
+        return attended + self.resid_dropout(self.mlp(h)) + x
 
 
-class Trunk(nn.Module):
+class PhiModel(nn.Module):
     """Everything but the head; `model.` in the checkpoint's keys."""
 
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.checkpointing = False  # keep a block's input alone for the backward pass, and compute the rest there again
+        # With checkpointing the backward pass stores each block's input alone, and computes the
+        # block a second time.
+        self.checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, layer) for layer in range(config.num_hidden_layers)
+        )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, positions: Tensor | None = None,
-                columns: Tensor | None = None) -> tuple[Tensor, KVCache]:
-        """Hidden states (B, T, width) of ids (B, T), and the cache with these tokens added.
-
-        `positions` (B, T), if not simply the next ones; a token sees itself and what stands at positions before its own.
-        Only the states at `columns` (B, A), if given: the last block then computes just keys and values elsewhere.
-        """
-        causal = ids.is_cuda and cache is positions is columns is None  # the fused kernels need no mask for that
-        if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device)[None] + (cache.positions.shape[1] if cache else 0)
-        x, keys, mask = self.embed_tokens(ids.flatten()), positions, None
-        cos, sin = rotary_tables(self.config, positions, x.dtype)
-        if cache is not None:
-            keys = torch.cat([known.expand(len(ids), -1) for known in (cache.positions, positions)], dim=1)
-        if not causal:
-            places = torch.arange(keys.shape[1], device=ids.device)
-            hidden = (keys[:, None, None, :] >= positions[:, None, :, None]) & (places != places[-ids.shape[1]:, None])
-            mask = torch.zeros_like(hidden, dtype=x.dtype if x.is_cuda else torch.float32).masked_fill(hidden, float("-inf"))
-        layers, at, rows = [], None, len(ids)
-        if columns is not None:
-            at = (torch.arange(rows, device=ids.device)[:, None] * ids.shape[1] + columns).flatten()
-        for block, past in zip(self.layers, cache.layers if cache is not None else [[]] * len(self.layers)):
-            run = partial(recompute, block, use_reentrant=False) if self.checkpointing and torch.is_grad_enabled() else block
-            x, present = run(x, cos, sin, mask, past, at if block is self.layers[-1] else None, rows)
-            layers.append(present)
-        return self.final_layernorm(x).unflatten(0, (rows, -1)), KVCache(keys.expand(rows, -1), layers)
+    def forward(self, ids: Tensor, rows: "PackedRows", last: int | None = None) -> Tensor:
+        """Returns the hidden states (N, C) of ids (N,), or those of each row's `last` tokens."""
+        x = self.embed_tokens(ids)
+        cos, sin = rotary_tables(self.config, rows.positions, x.dtype)
+        for block in self.layers:
+            # In the last block only some tokens are wanted. The others give keys and values.
+            if last is not None and block is self.layers[-1]:
+                rows = rows.only_last(last)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = recompute(block, x, cos, sin, rows, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, rows)
+        return self.final_layernorm(x)
 
 
 class Phi2(nn.Module):
+    """phi-2 with its head."""
+
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.model = Trunk(config)
+        self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None, columns: Tensor | None = None) -> Tensor:
-        """Logits (B, T, vocab) of ids (B, T), or (B, A, vocab) at `columns` (B, A) alone, which saves most of their memory.
+    def forward(
+        self, ids: Tensor, rows: "PackedRows | None" = None, last: int | None = None
+    ) -> Tensor:
+        """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
-        Padding stands on the right, where the causal mask hides it.
+        Without `rows` the ids are one row. With `last` only the last tokens of each row have
+        logits, `last` for each row: (rows * last, vocabulary).
         """
-        return self.lm_head(self.model(ids, cache, columns=columns)[0])
-
-    def prefill(self, prefix: list[int]) -> KVCache:
-        """The cache of a prefix that all rows share (one row, with its graph where gradients are on)."""
-        return self.model(torch.tensor([prefix], device=self.lm_head.weight.device))[1]
+        if rows is None:
+            rows = PackedRows([len(ids)], device=ids.device)
+        return self.lm_head(self.model(ids, rows, last))
 
 
-# ---- Loading
+# -----------------------------------------------------------------------------
+# What makes it fast: rows without padding, a shared prefix, a cache for generation
 
-def build(name: str) -> Phi2:
-    """The model of `name` (a directory or a Hub id) without its weights, on the meta device."""
+
+class Grid:
+    """Places for rows of different lengths side by side: (N, ...) <-> (B, width, ...).
+
+    Row b fills the first lengths[b] places of line b. The places behind it hold zeros.
+    """
+
+    def __init__(self, lengths: list[int], width: int, device: torch.device):
+        self.shape = (len(lengths), width)
+        self.is_full = all(length == width for length in lengths)
+        held = torch.arange(width) < torch.tensor(lengths)[:, None]
+        self.places = held.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """(N, H, D) -> (B, H, width, D)."""
+        if not self.is_full:
+            empty = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
+            x = empty.index_copy(0, self.places, x)
+        return x.unflatten(0, self.shape).transpose(1, 2)
+
+    def collect(self, x: Tensor) -> Tensor:
+        """(B, H, width, D) -> (N, H, D)."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x if self.is_full else x.index_select(0, self.places)
+
+
+class PackedRows:
+    """Where the tokens of a flat batch stand, and which tokens each of them sees.
+
+    The N tokens of a call are a prefix that all rows share (it may be empty), then row after row,
+    `lengths` tokens each, without padding:
+
+        prefix prefix prefix | row 0 row 0 | row 1 row 1 row 1 | row 2
+
+    A token sees the prefix, and its own row up to itself. A token of the prefix sees the prefix up
+    to itself. So the prefix runs through the model once for all rows, and gradients flow into it
+    from every row.
+
+    Only for attention are the rows spread into a grid (B, longest). Nobody sees the empty places
+    behind a short row, because they come after all of its tokens.
+
+    For generation, `room` is the number of tokens that may be added to each row. The keys and
+    values of all layers are then kept, and `advance` goes on to the next token.
+    """
+
+    def __init__(
+        self, lengths: list[int], prefix: int = 0, device: str | torch.device = "cpu", room: int = 0
+    ):
+        device = torch.device(device)
+        longest = max(lengths)
+        columns = torch.cat([torch.arange(length) for length in lengths])
+        positions = torch.cat((torch.arange(prefix), prefix + columns))
+
+        self.prefix = prefix
+        self.room = room
+        self.lengths = lengths
+        self.filled = lengths  # tokens of each row so far, in this call and earlier ones
+        self.width = longest + room  # places for keys and values in each row
+        self.positions = positions.to(device, non_blocking=True)  # (N,)
+        self.keys = Grid(lengths, self.width, device)
+        self.queries = Grid(lengths, longest, device)
+        self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
+        self.prefix_is_new = prefix > 0  # the prefix is among the N tokens of this call
+        self.prefix_asks = prefix > 0
+        self.asking_tokens = None  # (A,) indices into the N tokens; None: all
+        self.cache = {}  # layer: KeysAndValues, where there is room
+
+    def causal_mask(self, columns: Tensor) -> Tensor:
+        """Returns the mask of queries at these columns (B or 1, A) of their rows.
+
+        It is (B or 1, 1, A, prefix + width), 0 where a query sees a key and -inf where not.
+        """
+        key_columns = torch.arange(self.width, device=columns.device)
+        is_later = key_columns > columns[:, None, :, None]
+        mask = torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
+        return F.pad(mask, (self.prefix, 0))  # everybody sees the whole prefix
+
+    def asking(self, x: Tensor) -> Tensor:
+        """Returns x (N, ...) for the tokens whose output is wanted: all, but in the last block."""
+        if self.asking_tokens is None:
+            return x
+        return x.index_select(0, self.asking_tokens)
+
+    def only_last(self, count: int) -> "PackedRows":
+        """Returns the same rows, of which only the last `count` tokens each ask."""
+        if min(self.lengths) < count:
+            raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
+        device = self.positions.device
+        ends = torch.tensor(self.lengths).cumsum(0)
+        if self.prefix_is_new:
+            ends += self.prefix
+        steps_back = torch.arange(-count, 0)
+        columns = torch.tensor(self.lengths)[:, None] + steps_back  # (B, count)
+
+        last = copy.copy(self)
+        last.asking_tokens = (ends[:, None] + steps_back).flatten().to(device, non_blocking=True)
+        last.queries = Grid([count] * len(self.lengths), count, device)
+        last.mask = self.causal_mask(columns.to(device, non_blocking=True))
+        last.prefix_asks = False
+        return last
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns softmax(q k^T / sqrt(D)) v over the tokens that each asking token sees.
+
+        k and v are (N, H, D); q and the result are (A, H, D), for the A tokens that ask.
+        """
+        prefix_q, q = self.cut(q, self.prefix_asks)
+        prefix_k, k = self.cut(k, self.prefix_is_new)
+        prefix_v, v = self.cut(v, self.prefix_is_new)
+        known = self.remember(layer, prefix_k, prefix_v, k, v)
+
+        y = attention(self.queries.spread(q), known, self.mask)
+        y = self.queries.collect(y)
+        if self.prefix_asks:
+            y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
+        return y
+
+    def cut(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
+        """Cuts x (N, H, D) into that of the prefix and that of the rows."""
+        if not has_prefix:
+            return None, x
+        return x.split((self.prefix, len(x) - self.prefix))
+
+    # ---- Generation
+
+    def remember(
+        self, layer: int, prefix_k: Tensor | None, prefix_v: Tensor | None, k: Tensor, v: Tensor
+    ) -> "KeysAndValues":
+        """Returns the keys and values that the tokens of this call may see in a layer.
+
+        Where there is room they are kept, and later calls write theirs into the empty places.
+        """
+        if layer in self.cache:
+            known = self.cache[layer]
+            known.k[self.lines, :, self.columns] = k
+            known.v[self.lines, :, self.columns] = v
+            return known
+        known = KeysAndValues(self.keys.spread(k), self.keys.spread(v), prefix_k, prefix_v)
+        if self.room:
+            self.cache[layer] = known
+        return known
+
+    def advance(self, going_on: list[int]) -> "PackedRows":
+        """Returns the rows at the indices `going_on` for the model's next call.
+
+        That call takes one new token for each of them, and not the prefix. It writes into the
+        cache, so this object must not be used again.
+        """
+        device = self.positions.device
+        columns = [self.filled[row] for row in going_on]
+        following = PackedRows([1] * len(going_on), device=device)
+        following.prefix = self.prefix
+        following.width = self.width
+        following.filled = [column + 1 for column in columns]
+        following.lines = torch.arange(len(going_on), device=device)
+        following.columns = torch.tensor(columns, device=device)
+        following.positions = self.prefix + following.columns
+        following.mask = following.causal_mask(following.columns[:, None])
+        following.cache = self.cache
+        if len(going_on) < len(self.filled):
+            kept = torch.tensor(going_on, device=device)
+            following.cache = {layer: known.select(kept) for layer, known in self.cache.items()}
+        return following
+
+
+@dataclass
+class KeysAndValues:
+    """What the tokens of B rows may see in one layer.
+
+    k and v (B, H, S, D) are the rows' own; prefix_k and prefix_v (P, H, D) stand before each row's
+    own, and are None where there is no prefix.
+    """
+
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor | None
+    prefix_v: Tensor | None
+
+    def select(self, rows: Tensor) -> "KeysAndValues":
+        return KeysAndValues(self.k[rows], self.v[rows], self.prefix_k, self.prefix_v)
+
+
+def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D) + mask) v, (B, H, A, D).
+
+    q is (B, H, A, D), for A tokens that ask in each row. mask is (B or 1, 1, A, P + S).
+    """
+    k = known.k
+    v = known.v
+    has_prefix = known.prefix_k is not None
+    if q.device.type != "cpu":
+        if has_prefix:
+            k = torch.cat((for_each_row(known.prefix_k, len(q)), k), dim=2)
+            v = torch.cat((for_each_row(known.prefix_v, len(q)), v), dim=2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+
+    # On a CPU it is written out, with the scores in fp32. torch's fused kernel is slower there in
+    # bf16, most of all backward, and it would need a copy of the shared keys for each row.
+    q = q.float() * q.shape[-1] ** -0.5
+    scores = q @ k.float().transpose(2, 3)
+    if has_prefix:
+        prefix_scores = torch.einsum("bhad,phd->bhap", q, known.prefix_k.float())
+        scores = torch.cat((prefix_scores, scores), dim=-1)
+    weights = (scores + mask).softmax(dim=-1).to(v.dtype)
+    if not has_prefix:
+        return weights @ v
+    prefix_weights, weights = weights.split((len(known.prefix_v), v.shape[2]), dim=-1)
+    return torch.einsum("bhap,phd->bhad", prefix_weights, known.prefix_v) + weights @ v
+
+
+def for_each_row(x: Tensor, rows: int) -> Tensor:
+    return x.transpose(0, 1).expand(rows, -1, -1, -1)  # (P, H, D) -> (B, H, P, D), not copied
+
+
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Returns causal attention of the prefix on itself, (P, H, D)."""
+    q = q.transpose(0, 1)[None]  # (1, H, P, D)
+    k = k.transpose(0, 1)[None]
+    v = v.transpose(0, 1)[None]
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
+
+
+# -----------------------------------------------------------------------------
+# Loading: a model directory, or a model on the Hub
+
+FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
+
+# Options of config.json that change the result and are not implemented, with the one value that
+# is accepted.
+FIXED = {
+    "attention_dropout": 0.0,
+    "embd_pdrop": 0.0,
+    "hidden_act": "gelu_new",
+    "qk_layernorm": False,
+    "rope_scaling": None,
+    "rope_type": "default",
+    "tie_word_embeddings": False,
+}
+# What transformers' PhiConfig takes where config.json is silent. phi-2's says both.
+ABSENT = {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}
+
+
+def build(name: str | Path) -> Phi2:
+    """Returns the model of a directory or a Hub id without its weights, on the meta device."""
+    config = read_config(locate(name))
     with torch.device("meta"):
-        return Phi2(read_config(checkpoint.locate(name)))
+        return Phi2(config)
 
 
-def load_weights(model: Phi2, name: str, device: str = "cpu", dtype: torch.dtype = torch.bfloat16) -> Phi2:
+def load_weights(
+    model: Phi2,
+    name: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> Phi2:
     """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
 
-    Each goes to its module's own `load_state_dict`, where a quantised layer quantises: the peak is the model plus one
-    tensor. Raises ValueError for missing, unknown or misshapen tensors; `model` is then unusable. `model.fingerprint` is
-    then a digest of samples of all tensors, which tells these weights from others.
+    Each tensor goes to its module's own `load_state_dict`, where a quantised layer quantises it:
+    at the peak the memory holds the model and one tensor. Raises ValueError for missing, unknown,
+    misshapen or damaged tensors; the model is then unusable.
     """
-    from tqdm import tqdm
-    directory = checkpoint.locate(name)
+    directory = locate(name)
     with torch.device("meta"):
-        expected = {key: tensor.shape for key, tensor in Phi2(model.config).state_dict().items()}
-    missing, total, samples = dict(expected), len(expected), {}
-    tensors = checkpoint.model_tensors(directory)
-    for key, tensor in tqdm(tensors, desc="loading", total=total, unit="tensor", leave=False, delay=2, disable=None):
+        expected = Phi2(model.config).state_dict()
+    missing = set(expected)
+    tensors = stream_tensors(directory)
+    bar = tqdm(tensors, "loading", len(expected), unit="tensor", leave=False, delay=2, disable=None)
+    for key, tensor in bar:
         if key not in expected:
-            raise ValueError(f"{directory}: unknown tensor {key}; a phi of {model.config.num_hidden_layers} layers has none of that name")
-        if tensor.shape != expected[key]:
-            raise ValueError(f"{directory}: {key} has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[key])}")
-        tensor = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
-        if not tensor.is_floating_point() or not all(end.isfinite() for end in tensor.aminmax()):  # which makes no copy
-            raise ValueError(f"{directory}: {key} holds {tensor.dtype}, or numbers that are not finite: download it again")
+            raise ValueError(unknown_key(key, directory, model.config))
+        if tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{directory}: {key} has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(expected[key].shape)}"
+            )
+        tensor = tensor.to(device).to(dtype)  # in this order, so that a GPU converts
+        low, high = tensor.aminmax()  # NaN is both; unlike isfinite, this makes no copy
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         path, _, leaf = key.rpartition(".")
-        samples[key] = checkpoint.sample(tensor)
-        model.get_submodule(path).load_state_dict({leaf: tensor}, strict=False, assign=True)
-        missing.pop(key, None)
+        module = model.get_submodule(path)
+        module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        missing.discard(key)
     if missing:
-        raise ValueError(f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them {next(iter(missing))}")
-    model.fingerprint = checkpoint.digest(b"".join(key.encode() + samples[key] for key in sorted(samples)))
+        raise ValueError(
+            f"{directory} lacks {len(missing)} of {len(expected)} tensors, "
+            f"among them {min(missing)}"
+        )
     return model
+
+
+def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
+    if ".query_key_value." in key or ".Wqkv." in key:
+        return (
+            f"{directory}: {key} belongs to a checkpoint layout of 2023; download the model "
+            "again: the Hub's current one has q_proj, k_proj and v_proj"
+        )
+    return (
+        f"{directory}: unknown tensor {key}; a phi of {config.num_hidden_layers} layers "
+        "has none of that name"
+    )
+
+
+def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yields (key, tensor) of all tensors of a checkpoint.
+
+    A file is opened again for each of its tensors, so that what was read leaves the memory.
+    """
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = list(file.keys())
+            for key in keys:
+                # Some fine-tuned uploads store the rotary tables, which are computed here.
+                if key.endswith("inv_freq"):
+                    continue
+                with safe_open(path, framework="pt") as file:
+                    tensor = file.get_tensor(key)
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
+                yield key, tensor
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or cut short ({error}): download it again"
+            ) from None
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the safetensors files of a model directory.
+
+    As in transformers, model.safetensors comes before an index, which may be that of an earlier
+    save.
+    """
+    single = directory / "model.safetensors"
+    index = directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        raise ValueError(f"{directory} holds no {single.name} and no {index.name}")
+    weight_map = read_json(index).get("weight_map")
+    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    if not names:
+        raise ValueError(f"{index} has no weight_map")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ValueError(f"{index}: {name!r} in its weight_map is no plain file name")
+        if not (directory / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is not there: download it again")
+    return [directory / name for name in names]
+
+
+def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
+    """Returns the directory of a model: `name` itself, or its download from the Hub.
+
+    Files that are in the Hub's local cache are not downloaded again. Raises ValueError when there
+    is neither a directory nor a model on the Hub.
+    """
+    directory = Path(name)
+    if directory.is_dir():
+        if not (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is not a model directory: it has no config.json")
+        return directory
+    name = str(name)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
+
+    cure = (
+        "without a network, pass a directory instead: --model tiny/model, or one that holds "
+        + ", ".join(FILES[:3])
+    )
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (RepositoryNotFoundError, HFValidationError):
+        raise ValueError(
+            f"no model {name!r}: neither a directory nor a public repository on the Hub; {cure}"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"cannot reach the Hub for {name!r}, which is no directory here "
+            f"({type(error).__name__}); {cure}"
+        ) from None
+
+
+def read_config(directory: Path) -> Phi2Config:
+    """Reads config.json of a model directory.
+
+    Raises ValueError for an architecture that is not a phi, for an option that is not implemented,
+    and for impossible sizes.
+    """
+    path = Path(directory) / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "phi":
+        raise ValueError(
+            f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' "
+            "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
+        )
+    if isinstance(raw.get("rope_parameters"), dict):  # where transformers 5 keeps them
+        raw = raw | raw["rope_parameters"]
+    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
+    for key, value in accepted.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
+
+    values = {}
+    for field in fields(Phi2Config):
+        value = raw.get(field.name)
+        if value is None:
+            value = ABSENT.get(field.name)
+        if value is not None:
+            values[field.name] = number(value, type(field.default), f"{path}: {field.name}")
+        elif type(field.default) is int:
+            raise ValueError(f"{path} lacks {field.name}")
+    config = Phi2Config(**values)
+    check_sizes(config, path)
+    return config
+
+
+def number(value: object, kind: type, place: str) -> int | float:
+    """Returns `value` if it is a number of this kind that a model can have."""
+    if kind is int and type(value) is int and value > 0:
+        return value
+    if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
+        return float(value)
+    raise ValueError(f"{place} = {value!r} cannot be")
+
+
+def check_sizes(config: Phi2Config, path: Path) -> None:
+    if config.hidden_size % config.num_attention_heads:
+        raise ValueError(
+            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    head_dim = config.hidden_size // config.num_attention_heads
+    rotary_dim = int(head_dim * config.partial_rotary_factor)
+    if rotary_dim % 2 or rotary_dim > head_dim:
+        raise ValueError(
+            f"{path}: {rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
+            "it must be an even number of them"
+        )
+    if config.resid_pdrop >= 1:
+        raise ValueError(f"{path}: resid_pdrop must be below 1, not {config.resid_pdrop}")
+
+
+def read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return content

@@ -1,151 +1,271 @@
-"""NF4: the frozen weights in 4 bits (QLoRA, arXiv:2305.14314), over bitsandbytes' functional calls.
+"""NF4 in one file: frozen weights in 4 bits, and linear layers over them.
 
-Third in the reading order. A weight is cut into blocks of 64 consecutive values; each block keeps its largest
-magnitude (absmax, fp32), and each value the index of the nearest of 16 levels, which are quantiles of a normal
-distribution scaled to [-1, 1]:
+Second in the reading order. The paper is QLoRA, arXiv:2305.14314, section 3.
 
-    w = code[index] * absmax[block]         4 bits + 32/64 bits = 4.5 bits per weight (4.13 with double quantisation)
+A weight is cut into blocks of 64 consecutive values. Each block keeps its largest magnitude
+(absmax, fp32), and each value keeps the index of the nearest of 16 levels:
 
-Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode, 8-bit weights, fp4.
+    w  =  LEVELS[index] * absmax[block]         4 bits + 32 / 64 bits = 4.5 bits a weight
 
-    quant.quantize_linears(model)           # before phi2.load_weights: each weight is quantised as it arrives
+Weights of a trained network are roughly normal, so the levels are quantiles of a normal
+distribution: each of the 16 is used about equally often. Double quantisation stores absmax itself
+in 8 bits, which makes it 4.13 bits a weight.
+
+`quantize` and `dequantize` below are all of NF4 in plain torch. The layers use bitsandbytes'
+kernels, which give the same bits and are faster.
+Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode;
+8-bit weights; fp4.
+
+    quant.quantize_linears(model)           # before phi2.load_weights: weights quantise on arrival
 """
+
 import functools
 import logging
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (appendix E).
+LEVELS = torch.tensor(
+    [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
+    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)
 BLOCK = 64  # weights that share one absmax
-PIECE = 2 ** 20  # weights that are quantised at once: bitsandbytes needs some 20 bytes for each meanwhile on a CPU
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
+PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
+
+
+# -----------------------------------------------------------------------------
+# NF4, written out
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantises a weight whose number of values is a multiple of 64.
+
+    Returns the packed indices (numel / 2, 1) uint8 and absmax (numel / 64,) fp32.
+    """
+    blocks = weight.float().reshape(-1, BLOCK)
+    absmax = blocks.abs().amax(dim=1)
+    nonzero = absmax.clamp_min(1e-30)  # a block of zeros stays zero
+    scaled = blocks / nonzero[:, None]  # now within [-1, 1]
+
+    # The nearest level is found by the borders between levels: there are 15.
+    borders = (LEVELS[1:] + LEVELS[:-1]) / 2
+    indices = torch.bucketize(scaled, borders.to(weight.device))
+
+    # Two indices go into a byte, the first into its high half.
+    pairs = indices.to(torch.uint8).reshape(-1, 2)
+    packed = pairs[:, 0] << 4 | pairs[:, 1]
+    return packed[:, None], absmax
+
+
+def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Returns the weight of this shape that the packed indices stand for."""
+    bytes_ = packed.flatten()
+    indices = torch.stack((bytes_ >> 4, bytes_ & 15), dim=1)
+    levels = LEVELS.to(packed.device)[indices.long()]
+    values = levels.reshape(-1, BLOCK) * absmax[:, None]
+    return values.reshape(shape).to(dtype)
 
 
 @functools.cache
-def functional():
-    """bitsandbytes' functional module, imported here and without its remark on an optional CPU kernel."""
+def kernels():
+    """Returns bitsandbytes' operators. They are imported at their first use: that takes seconds."""
+    # bitsandbytes remarks on an optional kernel that is not installed, at each start.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    # It compiles two functions for devices without kernels of their own, and loading the compiler takes four seconds
-    compiler, torch.compile = torch.compile, lambda function, **_: function
-    import bitsandbytes.functional
-    torch.compile = compiler
-    return bitsandbytes.functional
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    return torch.ops.bitsandbytes
 
 
-class _DequantizedLinear(torch.autograd.Function):
-    """x W^T + b that keeps only the packed weight for the backward pass, and unpacks it there once more."""
+@functools.cache
+def nested_code(device: torch.device) -> Tensor:
+    """Returns the 256 levels (fp32) that absmax is rounded to under double quantisation."""
+    kernels()
+    from bitsandbytes.functional import create_dynamic_map
 
-    @staticmethod
-    def forward(ctx, x, layer):
-        ctx.layer = layer
-        return F.linear(x, layer.dequantize(), layer.bias)
+    return create_dynamic_map().to(device)
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(), None
+
+# -----------------------------------------------------------------------------
+# The layer
 
 
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight (out_features, in_features) is held in NF4.
 
-    Buffers: `weight` (numel / 2, 1) uint8, two indices to a byte, the first in the high half; `absmax` (numel / 64,)
-    fp32. With `double_quant`, absmax is itself uint8 and `nested_absmax` (one for 256) and `offset` restore it.
-    Loading a floating-point `weight` through `load_state_dict` quantises it, in the dtype it arrives in; `bias`
-    stays as it is, and neither gets a gradient. Inputs must have that dtype too.
+    Buffers:
+        weight: (numel / 2, 1) uint8, two indices to a byte.
+        absmax: (numel / 64,) fp32; uint8 with `double_quant`.
+        nested_absmax, offset: with `double_quant` alone. They restore absmax.
+
+    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer computes
+    in the dtype in which that weight arrives, and its inputs must have this dtype too.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, double_quant: bool = False):
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, double_quant: bool = False
+    ):
         super().__init__()
-        self.in_features, self.out_features, self.double_quant = in_features, out_features, double_quant
-        self.kept = None  # the dequantised weight, where keep_dequantized has put it
-        self.dtype = torch.get_default_dtype()  # of the dequantised weight: that of the weight that was loaded
+        self.in_features = in_features
+        self.out_features = out_features
+        self.double_quant = double_quant
+        self.dtype = torch.get_default_dtype()  # of the dequantised weight
+        self.kept = None  # the dequantised weight, once keep_dequantized has put it here
+
         numel = in_features * out_features
-        blocks = -(-numel // BLOCK)
+        blocks = -(-numel // BLOCK)  # rounded up
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
         self.register_buffer("weight", torch.empty((numel + 1) // 2, 1, dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=torch.uint8 if double_quant else torch.float32))
-        self.register_buffer("code", torch.empty(16), persistent=False)
+        self.register_buffer("absmax", torch.empty(blocks, dtype=absmax_dtype))
         if double_quant:
-            self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK)))
-            self.register_buffer("nested_code", torch.empty(256), persistent=False)
+            nested_blocks = -(-blocks // NESTED_BLOCK)
+            self.register_buffer("nested_absmax", torch.empty(nested_blocks))
             self.register_buffer("offset", torch.empty(()))
-        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.bias = None
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is not None:
+            return F.linear(x, self.kept, self.bias)
+        return DequantizedLinear.apply(x, self)
+
+    def dequantize(self) -> Tensor:
+        """Returns the weight (out_features, in_features) that the indices stand for."""
+        if self.kept is not None:
+            return self.kept
+        absmax = self.absmax
+        if self.double_quant:
+            code = nested_code(absmax.device)
+            absmax = kernels().dequantize_blockwise(
+                absmax, self.nested_absmax, code, NESTED_BLOCK, torch.float32
+            )
+            absmax = absmax + self.offset
+        shape = (self.out_features, self.in_features)
+        return kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", shape, self.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
         if weight is not None and weight.is_floating_point():
-            if weight.shape != (self.out_features, self.in_features):
-                raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {(self.out_features, self.in_features)}")
-            pieces = weight.flatten().split(weight.numel() if self.double_quant else PIECE)
-            parts = [functional().quantize_4bit(piece, blocksize=BLOCK, quant_type="nf4", compress_statistics=self.double_quant)
-                     for piece in pieces]
-            state = parts[0][1]
-            self.dtype, self.code = weight.dtype, state.code
-            state_dict[prefix + "weight"] = torch.cat([packed for packed, _ in parts])
-            state_dict[prefix + "absmax"] = torch.cat([state.absmax for _, state in parts])
-            if self.double_quant:
-                self.nested_code = state.state2.code
-                state_dict |= {prefix + "nested_absmax": state.state2.absmax, prefix + "offset": state.offset}
+            shape = (self.out_features, self.in_features)
+            if weight.shape != shape:
+                raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
+            self.dtype = weight.dtype
+            for name, tensor in self.quantize(weight).items():
+                state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def dequantize(self) -> Tensor:
-        """The weight (out_features, in_features) that the codes stand for, in the dtype it was quantised from."""
-        if self.kept is not None:
-            return self.kept
-        bnb, nested = functional(), {}
+    def quantize(self, weight: Tensor) -> dict[str, Tensor]:
+        """Returns the buffers that hold this weight."""
+        size = PIECE if weight.device.type == "cpu" else weight.numel()
+        pieces = [
+            kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
+            for piece in weight.flatten().split(size)  # blocks never cross pieces
+        ]
+        buffers = {
+            "weight": torch.cat([packed for packed, _ in pieces]),
+            "absmax": torch.cat([absmax for _, absmax in pieces]),
+        }
         if self.double_quant:
-            state2 = bnb.QuantState(absmax=self.nested_absmax, code=self.nested_code, blocksize=NESTED_BLOCK, dtype=torch.float32)
-            nested = {"offset": self.offset, "state2": state2}
-        shape = torch.Size((self.out_features, self.in_features))
-        state = bnb.QuantState(absmax=self.absmax, shape=shape, code=self.code, blocksize=BLOCK, quant_type="nf4",
-                               dtype=self.dtype, **nested)
-        return bnb.dequantize_4bit(self.weight, state)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _DequantizedLinear.apply(x, self) if self.kept is None else F.linear(x, self.kept, self.bias)
+            absmax = buffers["absmax"]
+            code = nested_code(absmax.device)
+            buffers["offset"] = absmax.mean()  # absmax is positive; around its mean it is not
+            buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
+                absmax - buffers["offset"], code, NESTED_BLOCK
+            )
+        return buffers
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, double_quant={self.double_quant}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"double_quant={self.double_quant}"
+        )
 
 
-def replace(model: nn.Module, kind: type, make, skip: tuple[str, ...] = ()) -> list[str]:
-    """Puts make(module) in the place of every module of exactly this kind, but for names in `skip`; returns the paths."""
-    paths = [path for path, module in model.named_modules() if type(module) is kind and path.rpartition(".")[2] not in skip]
-    for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
-    return paths
+class DequantizedLinear(torch.autograd.Function):
+    """Computes x W^T + b for x (..., in), with W in full only while it is used.
 
-
-def quantize_linears(model: nn.Module, skip: tuple[str, ...] = ("lm_head",), double_quant: bool = False) -> list[str]:
-    """Replaces every nn.Linear by an NF4Linear, in place; a layer with weights is quantised, an empty one stays empty.
-
-    The head is skipped, as transformers does: it decides between tokens, and there is one of it. Returns the paths.
+    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. W is frozen, so
+    it has no gradient, which is why x itself need not be stored. W is dequantised a second time
+    rather than stored: in bf16 it is three and a half times as large as in NF4.
     """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: NF4Linear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(), layer.bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantize(), None  # None: `layer` is no tensor
+
+
+# -----------------------------------------------------------------------------
+# Whole models
+
+
+def quantize_linears(
+    model: nn.Module, skip: tuple[str, ...] = ("lm_head",), double_quant: bool = False
+) -> list[str]:
+    """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
+
+    A layer with weights is quantised; an empty one (on the meta device) stays empty until its
+    weight is loaded. The head is skipped, as transformers does: it is one layer, and it decides
+    between tokens.
+    """
+
     def make(linear: nn.Linear) -> NF4Linear:
+        has_bias = linear.bias is not None
         with linear.weight.device:
-            quantized = NF4Linear(linear.in_features, linear.out_features, linear.bias is not None, double_quant)
+            layer = NF4Linear(linear.in_features, linear.out_features, has_bias, double_quant)
         if not linear.weight.is_meta:
-            quantized.load_state_dict(linear.state_dict(), strict=False, assign=True)
-        return quantized
+            layer.load_state_dict(linear.state_dict(), strict=False, assign=True)
+        return layer
+
     return replace(model, nn.Linear, make, skip)
 
 
+def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
+    """Replaces every NF4Linear by an nn.Linear with the weights that its indices stand for."""
+
+    def make(layer: NF4Linear) -> nn.Linear:
+        has_bias = layer.bias is not None
+        linear = nn.Linear(layer.in_features, layer.out_features, has_bias, device="meta")
+        linear.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+        if has_bias:
+            linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        return linear
+
+    return replace(model, NF4Linear, make)
+
+
 def keep_dequantized(model: nn.Module) -> None:
-    """Holds the dequantised weights beside the codes: the same bits without the work, for 16 more bits a weight in bf16."""
+    """Stores the dequantised weights beside the indices.
+
+    The results are the same to the bit and faster, for 16 more bits a weight in bf16.
+    """
     for module in model.modules():
         if isinstance(module, NF4Linear):
             module.kept = module.dequantize()
 
 
-def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Replaces every NF4Linear by an nn.Linear with the weights its codes stand for, in place; returns the paths."""
-    def make(quantized: NF4Linear) -> nn.Linear:
-        with torch.device("meta"):
-            linear = nn.Linear(quantized.in_features, quantized.out_features, quantized.bias is not None)
-        linear.weight = nn.Parameter(quantized.dequantize().to(dtype), requires_grad=False)
-        if quantized.bias is not None:
-            linear.bias = nn.Parameter(quantized.bias.to(dtype), requires_grad=False)
-        return linear
-    return replace(model, NF4Linear, make)
+def replace(
+    model: nn.Module,
+    kind: type[nn.Module],
+    make: Callable[[nn.Module], nn.Module],
+    skip: tuple[str, ...] = (),
+) -> list[str]:
+    """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
+
+    Modules whose name is in `skip` stay.
+    """
+    paths = [path for path, module in model.named_modules() if type(module) is kind]
+    paths = [path for path in paths if path.rpartition(".")[2] not in skip]
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
+    return paths

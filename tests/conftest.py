@@ -1,19 +1,34 @@
-"""What the tests share: the embedded model, a random model of phi-2's widths, and the reference libraries on both."""
+"""What the tests share: the embedded model, a random model of phi-2's widths, and the references."""
+
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: with two processes on one core, threads that spin wait for ever
-import pytest
-import torch
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the tests need no network; the Hub's own test sets what it needs
 SHARED = ROOT.parent / "shared"  # real MNLI and phi-2's tokenizer, where they are
+
+# Before torch is imported: with two test processes on one core, threads that spin wait for ever.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The tests need no network. Those of the Hub set what they need.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from zygote import script, start_script  # noqa: E402, F401  (the tests import them from here)
+
+import lora  # noqa: E402
+import phi2  # noqa: E402
+import quant  # noqa: E402
+
 torch.set_num_threads(os.cpu_count() or 1)
+
+
+# -----------------------------------------------------------------------------
+# Models
 
 
 @pytest.fixture(scope="session")
@@ -23,94 +38,163 @@ def tiny() -> Path:
 
 @pytest.fixture(scope="session")
 def wide(tmp_path_factory) -> Path:
-    """Four layers of phi-2's widths with random weights, saved in fp16 in two shards, as phi-2 is on the Hub."""
+    """A random model of phi-2's widths, saved in fp16 in two shards, as phi-2 is on the Hub.
+
+    It has two layers: all widths, the vocabulary and the 32 heads are phi-2's, and a second layer
+    shows what goes from one to the next. A third would compute the same once more.
+    """
     from transformers import PhiConfig, PhiForCausalLM
+
     torch.manual_seed(0)
-    config = PhiConfig(vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=4, num_attention_heads=32,
-                       partial_rotary_factor=0.4, resid_pdrop=0.0, bos_token_id=50256, eos_token_id=50256, dtype=torch.float16)
+    config = PhiConfig(
+        vocab_size=51200,
+        hidden_size=2560,
+        intermediate_size=10240,
+        num_hidden_layers=2,
+        num_attention_heads=32,
+        partial_rotary_factor=0.4,
+        resid_pdrop=0.0,
+        bos_token_id=50256,
+        eos_token_id=50256,
+        dtype=torch.float16,
+    )
     with torch.device("meta"):
         model = PhiForCausalLM(config)
     model = model.to_empty(device="cpu")
-    for parameter in model.parameters():  # larger than usual, so that a mistake shows; LayerNorms vary around 1
-        parameter.data.uniform_(-0.04, 0.04)
+    # Larger than usual, so that a mistake shows. LayerNorms vary around 1.
     for name, parameter in model.named_parameters():
+        parameter.data.uniform_(-0.04, 0.04)
         if "layernorm.weight" in name:
             parameter.data.add_(1)
     directory = tmp_path_factory.mktemp("wide")
-    model.to(torch.float16).save_pretrained(directory, max_shard_size="700MB")
+    model.to(torch.float16).save_pretrained(directory, max_shard_size="500MB")
     return directory
 
 
-def ours(directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False):
-    import eval as evaluation
-    return evaluation.load_model(directory, quantization, dtype, "cpu", double_quant).eval()
+def ours(
+    directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False
+) -> phi2.Phi2:
+    """Our model on the CPU, in eval mode."""
+    model = phi2.build(str(directory))
+    if quantization == "nf4":
+        quant.quantize_linears(model, double_quant=double_quant)
+    phi2.load_weights(model, str(directory), "cpu", dtype)
+    return model.eval()
 
 
-def reference(directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False):
-    """transformers' model. In train mode: bitsandbytes' 4-bit layers change their weights in eval mode on some CPUs."""
+def reference(
+    directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False
+):
+    """transformers' model on the CPU, without dropout.
+
+    It stays in train mode: on some CPUs bitsandbytes' 4-bit layers change their weights in eval
+    mode.
+    """
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     options = {}
     if quantization == "nf4":
-        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
-                                                            bnb_4bit_use_double_quant=double_quant)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa", **options).train()
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_use_double_quant=double_quant,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation="sdpa", **options
+    )
+    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model
 
 
-def peft_model(base, targets=("q_proj", "v_proj"), dropout=0.0, **options):
+def peft_model(base, targets=("q_proj", "v_proj"), dropout: float = 0.0, **options):
+    """PEFT's adapters of rank 8 and alpha 16 around transformers' model."""
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, lora_dropout=dropout, target_modules=list(targets), task_type="CAUSAL_LM", **options))
+
+    config = LoraConfig(
+        r=8,
+        lora_alpha=16,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        task_type="CAUSAL_LM",
+        **options,
+    )
+    return get_peft_model(base, config)
 
 
-def peft_tensors(model) -> dict[str, torch.Tensor]:
-    """PEFT's adapter tensors under our names."""
-    import lora
-    return {name.removeprefix(lora.PREFIX).replace(".default", ""): parameter for name, parameter in model.named_parameters() if "lora_" in name}
+def peft_tensors(model) -> dict[str, Tensor]:
+    """PEFT's adapter tensors, under our names."""
+    return {
+        name.removeprefix(lora.PREFIX).replace(".default", ""): parameter
+        for name, parameter in model.named_parameters()
+        if "lora_" in name
+    }
 
 
-def pair(directory, dtype=torch.float32, quantization="none", targets=("q_proj", "v_proj"), seed=1):
-    """Our model and PEFT's with the same random A and B."""
-    import lora
-    mine, theirs = ours(directory, dtype, quantization), reference(directory, dtype, quantization)
+def pair(
+    directory: Path,
+    dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
+    targets=("q_proj", "v_proj"),
+    seed: int = 1,
+) -> tuple:
+    """Our model and PEFT's, with the same random A and B."""
+    mine = ours(directory, dtype, quantization)
     lora.inject(mine, lora.LoRAConfig(dropout=0.0, targets=targets))
-    theirs = peft_model(theirs, targets)
+    theirs = peft_model(reference(directory, dtype, quantization), targets)
+    their_tensors = peft_tensors(theirs)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in lora.lora_parameters(mine).items():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[1] ** -0.5)
-            peft_tensors(theirs)[name].copy_(parameter)
+            values = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(values * parameter.shape[1] ** -0.5)
+            their_tensors[name].copy_(parameter)
     return mine, theirs
 
 
-def random_ids(model, rows: int = 3, length: int = 24, seed: int = 0) -> torch.Tensor:
-    return torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+# -----------------------------------------------------------------------------
+# Numbers
 
 
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+def random_ids(model, rows: int = 3, length: int = 24, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (rows, length), generator=generator)
+
+
+def logits(model: phi2.Phi2, ids: Tensor) -> Tensor:
+    """Runs our model on rows of one length, ids (B, T). Returns (B, T, vocab), as transformers."""
+    rows, length = ids.shape
+    flat = model(ids.flatten(), phi2.PackedRows([length] * rows, device=ids.device))
+    return flat.unflatten(0, (rows, length))
+
+
+def distance(a: Tensor, b: Tensor) -> float:
     """The norm of the difference, relative to the norm of b."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+    a = a.double()
+    b = b.double()
+    return ((a - b).norm() / b.norm()).item()
 
 
-def script(*arguments, timeout: int = 300, env: dict | None = None, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Runs one of the project's scripts as a user would."""
-    return subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | (env or {}))
+# -----------------------------------------------------------------------------
+# Scripts and files
 
 
-def in_process(module, *arguments, cwd=ROOT) -> None:
-    """A script's main in this process, which saves the seconds of its imports."""
-    import data
-    before, argv = os.getcwd(), sys.argv
-    sys.argv = [f"{module.__name__}.py", *map(str, arguments)]
+def in_process(module: ModuleType, *arguments, cwd: Path = ROOT) -> None:
+    """Runs a script's main in this process, for tests that look into it or replace a part of it."""
+    from support import cli
+
+    folder_before = os.getcwd()
+    argv_before = sys.argv
+    sys.argv = [module.__file__, *(str(argument) for argument in arguments)]
     os.chdir(cwd)
     try:
-        data.run(module.main)
+        cli.run(module.main)
     finally:
-        os.chdir(before)
-        sys.argv = argv
+        os.chdir(folder_before)
+        sys.argv = argv_before
 
 
 def read_json(path: Path) -> dict:

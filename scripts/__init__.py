@@ -1,0 +1,1 @@
+"""One job each: python -m scripts.NAME --help."""

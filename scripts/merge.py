@@ -1,0 +1,271 @@
+"""Merges an adapter into its base: a checkpoint without adapters, and what the rounding costs.
+
+    python -m scripts.merge --adapter out/demo --out out/merged --dataset tiny/data
+    python eval.py --quant none --model out/merged --dataset tiny/data
+
+An adapter that was trained over NF4 is merged into the values that the indices stand for, not into
+the 16-bit weights that they were made from: it has learned beside the former, and the latter differ
+from them by more than the adapter does.
+
+The sum W + B A is then rounded to the type that it is stored in. What that loses of an adapter is
+small in 16 bits and most of it in NF4. It is measured for each layer, on the weights alone: the
+norm of what rounding changes, over the norm of B A. With --dataset the accuracy before and after is
+measured too. Both are printed, and stored in merge.json beside the merged model.
+"""
+
+import argparse
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+import data
+import eval as evaluation
+import lora
+import phi2
+import quant
+from support import cli, examples, files, ranks
+
+# Copied from the base, where they are there: its tokenizer, and how transformers generates.
+COPIED = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+)
+ERASED = (
+    "merging into NF4 rounds W + B A to the 16 levels of its block again, which erases most of a "
+    "small update: merge into bf16, or add --requantize to do it all the same and to see how much "
+    "is lost"
+)
+
+
+# -----------------------------------------------------------------------------
+# Merging
+
+
+def merge(
+    model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
+) -> dict[str, float]:
+    """Merges all adapters of a model, in place; all weights are then of `dtype`.
+
+    Returns by layer what rounding W + B A changes, as a share of B A. With `requantize` the merged
+    weights are rounded to NF4 first. One block after the other is held in fp32, not the model.
+    """
+    parts = {f"model.layers.{number}.": block for number, block in enumerate(model.model.layers)}
+    parts[""] = model  # what is left: embeddings, and a head that may have an adapter
+    costs = {}
+    for prefix, part in parts.items():
+        part_costs = merge_part(part, dtype, requantize, double_quant)
+        costs |= {prefix + path: cost for path, cost in part_costs.items()}
+    return costs
+
+
+@torch.no_grad()
+def merge_part(
+    part: nn.Module, dtype: torch.dtype, requantize: bool, double_quant: bool
+) -> dict[str, float]:
+    """Merges the adapters within one module, as `merge` does."""
+    # In fp32, so that W + B A is rounded once, at the end.
+    quant.dequantize_linears(part, torch.float32)
+    bases = {}
+    updates = {}
+    for path, layer in part.named_modules():
+        if isinstance(layer, lora.LoRALinear):
+            layer.float()
+            bases[path] = layer.base_layer.weight.clone()
+            updates[path] = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+    lora.merge(part)
+    part.to(dtype)
+
+    costs = {}
+    for path, update in updates.items():
+        linear = part.get_submodule(path)
+        if requantize:
+            linear.weight.copy_(requantized(linear.weight, double_quant))
+        change = linear.weight.float() - bases[path] - update
+        # An adapter whose B is zero has nothing to lose.
+        costs[path] = (change.norm() / update.norm()).item() if update.any() else 0.0
+    return costs
+
+
+def requantized(weight: Tensor, double_quant: bool) -> Tensor:
+    """Returns the values that NF4 indices made of a weight (out, in) stand for."""
+    out_features, in_features = weight.shape
+    layer = quant.NF4Linear(in_features, out_features, bias=False, double_quant=double_quant)
+    layer.load_state_dict({"weight": weight}, strict=False, assign=True)
+    return layer.to(weight.device).dequantize()
+
+
+def write_model(
+    model: phi2.Phi2, base: Path, out: Path, cost: dict, shard_size: str = "5GB"
+) -> None:
+    """Writes a checkpoint in phi-2's layout, which transformers loads, and `cost` as merge.json.
+
+    `out` is there in full or not at all. It may be an empty directory before.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    temporary = files.temporary_path(out)
+    try:
+        temporary.mkdir(parents=True)
+        save_torch_state_dict(model.state_dict(), temporary, max_shard_size=shard_size)
+        # The library lets only the owner read its files; here the umask decides, as elsewhere.
+        for path in temporary.iterdir():
+            path.chmod(temporary.stat().st_mode & 0o666)
+        for name in COPIED:
+            if (base / name).is_file():
+                shutil.copy(base / name, temporary)
+        files.write_json(temporary / "config.json", merged_config(model, base))
+        files.write_json(temporary / "merge.json", cost)
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def merged_config(model: phi2.Phi2, base: Path) -> dict:
+    """Returns the base's config.json, changed to what the merged model is."""
+    config = files.read_json(base / "config.json")
+    for key in ("dtype", "torch_dtype"):  # the newer and the older name for the same
+        config.pop(key, None)
+    config |= asdict(model.config)
+    config["architectures"] = ["PhiForCausalLM"]
+    config["torch_dtype"] = str(model.lm_head.weight.dtype).removeprefix("torch.")
+    return config
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments. `measure` says whether the accuracy is to be measured."""
+    parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
+    cli.add_model_arguments(parser)
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        required=True,
+        help="the directory of a run, or any PEFT LoRA adapter",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a new directory for the merged model"
+    )
+    parser.add_argument(
+        "--into",
+        choices=["bf16", "fp32", "nf4"],
+        help="what the merged weights are rounded to "
+        "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)",
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="with --into nf4: round to NF4 again, and show how much that erases",
+    )
+    parser.add_argument(
+        "--limit", type=cli.count, help="with --dataset: first rows of each validation split only"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="take an adapter of another prompt, tokenizer, base or quantisation too",
+    )
+    args = cli.parse_arguments(parser, check=check_arguments)
+    # A run names a dataset too, but only one that is typed is worth the minutes.
+    args.measure = "dataset" in parser.typed()
+    return args
+
+
+def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
+    if args.requantize and args.into != "nf4":
+        parser.error("--requantize goes with --into nf4")
+    if args.into == "nf4" and not args.requantize:
+        raise ValueError(ERASED)
+    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
+        raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
+
+
+def accuracies(
+    model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, max_length: int, stage: str
+) -> dict[str, float]:
+    """Returns the accuracy on each split."""
+    protocol = evaluation.Protocol(max_length=max_length)
+    shares = {}
+    for split, rows in splits.items():
+        title = f"{stage}, {split}"
+        statistics, _ = evaluation.evaluate(model, tokenizer, rows, protocol, title)
+        shares[split] = statistics["accuracy"]
+    return shares
+
+
+def main() -> None:
+    args = parse_arguments()
+    directory = phi2.locate(args.model, [*phi2.FILES, *COPIED])
+    tokenizer = data.load_tokenizer(directory)
+    splits = {}
+    if args.measure:
+        for split in examples.validation_splits(args.dataset):
+            splits[split] = examples.load_examples(args.dataset, split, args.limit)
+
+    device = ranks.start(args.device)
+    model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
+    here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
+    lora.load_adapter(model, args.adapter, here)
+    model.eval()
+    # NF4's 16 levels cannot be stored as a checkpoint that others load, so they are written out.
+    stored_as = args.dtype if args.into in (None, "nf4") else args.into
+    print(describe_sum(args, stored_as))
+
+    before = accuracies(model, tokenizer, splits, args.max_length, "adapter")
+    dtype = evaluation.DTYPES[stored_as]
+    layers = merge(model, dtype, args.requantize, args.double_quant)
+    after = accuracies(model, tokenizer, splits, args.max_length, "merged")
+    cost = {
+        "into": args.into or args.dtype,
+        "requantized": args.requantize,
+        "mean": sum(layers.values()) / len(layers),
+        "worst": max(layers.values()),
+        "layers": layers,
+        "accuracy": {
+            split: {"adapter": before[split], "merged": after[split], "n": len(rows)}
+            for split, rows in splits.items()
+        },
+    }
+    write_model(model, directory, args.out, cost)
+    print(describe_cost(cost))
+    print(
+        f"the merged model is in {args.out}; "
+        f"try: python eval.py --quant none --model {args.out} --dataset {args.dataset}"
+    )
+
+
+def describe_sum(args: argparse.Namespace, stored_as: str) -> str:
+    weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"
+    rounding = ", rounded to NF4 again" if args.requantize else ""
+    return f"W + B A, with W {weights}, stored in {stored_as}{rounding}"
+
+
+def describe_cost(cost: dict) -> str:
+    """Returns what merge.json says, as lines."""
+    lines = ["what rounding changes, as a share of B A, by norm"]
+    shares = cost["layers"] | {"mean": cost["mean"], "worst": cost["worst"]}
+    for path, share in shares.items():
+        lines.append(f"  {path.removeprefix('model.'):40} {share:9.4%}")
+    if cost["requantized"]:
+        lines.append("requantising has erased that much of the adapter")
+    for split, accuracy in cost["accuracy"].items():
+        lines.append(
+            f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "
+            f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,210 @@
+"""Counts the memory of one training step before a weight is loaded, for the flags of train.py.
+
+    python -m scripts.plan --model microsoft/phi-2 --dataset nyu-mll/glue --batch-size 64
+
+One step, forward and backward, runs on the longest rows of the data with tensors that have shapes
+and no content. Whatever operation makes a tensor, its bytes are counted until it is freed. So the
+peak is what an allocator has to give out. Not counted are memory outside of the allocator (a CUDA
+context, the libraries), what the allocator loses between tensors, and scratch memory within a
+kernel.
+
+Attention differs by device. For --device cpu the step runs on fake CPU tensors, through the code
+that a CPU takes. For other devices it runs on the meta device, and scaled_dot_product_attention is
+replaced by one of its fused kernels, since the meta device would count the unfused form. The device
+need not be there.
+"""
+
+import argparse
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import data
+import eval as evaluation
+import lora
+import phi2
+import quant
+import train
+from support import cli, examples
+
+CANDIDATES = 1000  # rows with the most characters; those with the most tokens are among them
+ROUNDING = 512  # bytes: PyTorch's allocator on a GPU gives out multiples of it
+
+
+class Count(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made on one kind of device while it is on.
+
+    now: bytes that are alive; most: the largest that `now` has been. Views of tensors in `known`
+    are not counted.
+    """
+
+    def __init__(self, device_type: str, known: list[Tensor]):
+        super().__init__()
+        self.device_type = device_type
+        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
+        self.now = 0
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:  # the result is a view, or was changed in place
+            return
+        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        self.alive.add(key)
+        weakref.finalize(storage, self.free, key, size)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+class FusedAttention(TorchFunctionMode):
+    """Runs scaled_dot_product_attention as the kernel that PyTorch takes for a mask on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        q, k, v = args
+        mask = kwargs.get("attn_mask")
+        if isinstance(mask, Tensor):
+            mask = mask.expand(*q.shape[:3], k.shape[2])
+        else:
+            mask = None  # causal, which the kernel knows without one
+        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+        output, *_ = kernel(q, k, v, mask, True, is_causal=mask is None)
+        return output
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def longest_rows(
+    rows, tokenizer: Tokenizer, count: int, max_length: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """Returns the `count` encoded rows with the most tokens: no batch of an epoch holds more."""
+    characters = [
+        len(premise) + len(hypothesis)
+        for premise, hypothesis in zip(rows["premise"], rows["hypothesis"])
+    ]
+    by_characters = sorted(range(len(characters)), key=characters.__getitem__)
+    candidates = by_characters[-(CANDIDATES + count) :]
+    encoded = [data.encode(rows[number], tokenizer, max_length) for number in candidates]
+    encoded.sort(key=lambda row: len(row[0]), reverse=True)
+    return encoded[:count]
+
+
+# -----------------------------------------------------------------------------
+# The step
+
+
+def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
+    """Returns train.py's frozen model without content: fake for a CPU, else on meta."""
+    with torch.device("meta"):
+        model = phi2.Phi2(phi2.read_config(directory))
+    if args.quant == "nf4":
+        quant.quantize_linears(model, double_quant=args.double_quant)
+    dtype = evaluation.DTYPES[args.dtype]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, quant.NF4Linear):
+            module.dtype = dtype
+    to_device(model, args)
+    if args.keep_dequantized:
+        quant.keep_dequantized(model)
+
+    model.model.checkpointing = args.checkpointing
+    for block in model.model.layers:
+        if args.residual_dropout is not None:
+            block.resid_dropout.p = args.residual_dropout
+    return model
+
+
+def to_device(model: nn.Module, args: argparse.Namespace) -> None:
+    """Turns meta tensors into fake ones of a CPU, where the step is counted for a CPU."""
+    if args.device == "cpu":
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
+
+
+def memory(
+    directory: Path, args: argparse.Namespace, encoded: list, prefix: int
+) -> dict[str, int]:
+    """Returns bytes by name for a step on encoded rows that share `prefix` ids.
+
+    "sum" is the peak within the step.
+    """
+    model = build_base(directory, args)
+    base = [*model.parameters(), *model.buffers()]
+    kept = [
+        module.kept
+        for module in model.modules()
+        if isinstance(module, quant.NF4Linear) and module.kept is not None
+    ]
+    lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
+    adapter = list(lora.lora_parameters(model).values())
+    bytes_of = {
+        "base weights": size(base),
+        "base weights, dequantised": size(kept),
+        "adapter": size(adapter),
+        "its optimiser": 2 * size(adapter),  # AdamW's two averages
+    }
+    if args.accumulate > 1:
+        bytes_of["its gradient, of earlier batches"] = size(adapter)
+        for parameter in adapter:
+            parameter.grad = torch.zeros_like(parameter)
+
+    device_type = base[0].device.type
+    attention = nullcontext() if device_type == "cpu" else FusedAttention()
+    with Count(device_type, base + kept + adapter) as count, attention:
+        loss = train.batch_loss(model.train(), data.collate(encoded, prefix, args.loss))
+        after_forward = count.now
+        loss.backward()
+    # The loss is computed in fp32.
+    logits = 4 * train.count_targets(encoded, args.loss) * model.config.vocab_size
+    bytes_of["logits"] = logits
+    bytes_of["activations"] = after_forward - logits
+    bytes_of["passing, at the peak"] = count.most - after_forward
+    return bytes_of | {"sum": sum(bytes_of.values())}
+
+
+def main() -> None:
+    args = cli.train_arguments()
+    directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])  # no weights
+    tokenizer = data.load_tokenizer(directory)
+    rows = examples.load_examples(args.dataset, "train", args.limit)
+    encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)
+    bytes_of = memory(directory, args, encoded, train.prefix_to_share(tokenizer, args))
+
+    tokens = sum(len(prompt) + len(answer) for prompt, answer in encoded)
+    print(
+        f"{args.model}, {args.quant}, {args.dtype}, on {args.device}: "
+        f"a batch of the {len(encoded)} longest rows, {tokens:,} tokens"
+    )
+    for name, count in bytes_of.items():
+        if count:
+            print(f"{name:32} {count / 2**20:10,.1f} MiB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

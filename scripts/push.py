@@ -1,0 +1,31 @@
+"""Uploads a run to the Hugging Face Hub, with its model card.
+
+    hf auth login
+    python -m scripts.push --adapter out/demo --repo me/phi-2-mnli
+
+No row of the data and no path of this machine is uploaded: see support/hub.py.
+"""
+
+from pathlib import Path
+
+from data import PROMPT
+from support import cli, hub
+
+
+def main() -> None:
+    parser = cli.Parser("uploads the adapter, the card and the results of a run to the Hub")
+    parser.add_argument("--adapter", type=Path, required=True, help="the directory of a run")
+    parser.add_argument(
+        "--repo",
+        type=hub.repository,
+        required=True,
+        metavar="OWNER/NAME",
+        help="the repository; it is created if it does not exist",
+    )
+    parser.add_argument("--private", action="store_true", help="create it as a private one")
+    args = parser.parse_args()
+    print(hub.push(args.adapter, args.repo, PROMPT, args.private))
+
+
+if __name__ == "__main__":
+    cli.run(main)

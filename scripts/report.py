@@ -1,0 +1,24 @@
+"""Draws the pictures of a finished run and writes its report.html once more.
+
+    python -m scripts.report out/demo
+
+train.py does this at the end of a run. Repeat it when the template or a picture has changed.
+"""
+
+from pathlib import Path
+
+from support import cli, page
+
+
+def main() -> None:
+    parser = cli.Parser("draws the pictures and writes report.html of a run again")
+    parser.add_argument("run", type=Path, help="the directory of a finished run")
+    args = parser.parse_args()
+    if not (args.run / "results.json").is_file():
+        raise ValueError(f"{args.run} is not a finished run of train.py: it has no results.json")
+    page.write(args.run)
+    print(args.run / "report.html")
+
+
+if __name__ == "__main__":
+    cli.run(main)

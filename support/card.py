@@ -1,0 +1,197 @@
+"""The model card of a run: a README.md as the Hub shows it, from the template card.md.jinja.
+
+A card is for others, so it holds no path of this machine: a model or a dataset that is a directory
+is named by the last part of its path alone.
+"""
+
+from pathlib import Path, PureWindowsPath
+
+from support import files, metrics
+
+# What others may read of args.json. Everything else stays here: paths, devices, the commit.
+SETTINGS = (
+    "rank", "alpha", "dropout", "quant", "double_quant", "dtype",
+    "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
+    "warmup_steps", "max_length", "loss", "limit", "seed", "ranks",
+)  # fmt: skip
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def card(directory: Path, prompt: str, repo: str | None = None) -> str:
+    """Returns the text of a run's README.md.
+
+    Args:
+        directory: the run, of which args.json, adapter_config.json and results.json are read
+        prompt: the template that the adapter was trained with, for the example on the card
+        repo: owner/name on the Hub; without it the example loads "path/to/this/folder"
+
+    Raises ValueError when one of the files lacks what train.py writes.
+    """
+    import jinja2
+
+    directory = Path(directory)
+    args = public_args(directory)
+    config = public_config(directory)
+    results = read_results(directory)
+    base = config["base_model_name_or_path"]
+    targets = config["target_modules"]  # a list of names, or one text such as "all-linear"
+    if not isinstance(targets, str):
+        targets = " ".join(targets)
+    settings = {name: args[name] for name in SETTINGS if is_set(args.get(name))}
+    name = repo or directory.resolve().name
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
+    # HTML's escapes would be wrong in Markdown, so each value passes this filter in the template.
+    environment.filters["plain"] = plain
+    return environment.get_template("card.md.jinja").render(
+        metadata=metadata(directory, args, config, results, name),
+        name=name,
+        config=config,
+        targets=targets,
+        base=base,
+        base_path=base if is_on_hub(base, directory) else f"path/to/{base}",
+        adapter_path=repo or "path/to/this/folder",
+        dataset=args["dataset"],
+        quantized=args["quant"] == "nf4",
+        double_quantized=bool(args.get("double_quant")),
+        dtype=DTYPES[args["dtype"]],
+        prompt=prompt,
+        stages=list(metrics.stages(results)),
+        settings=settings | {"targets": targets},
+        versions=args["versions"],
+    )
+
+
+def write_card(directory: Path, prompt: str) -> None:
+    with files.replacing(Path(directory) / "README.md") as temporary:
+        temporary.write_text(card(directory, prompt), encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# What others may see of a run
+
+
+def public_args(directory: Path) -> dict:
+    """Returns args.json with the settings, the dataset's public name and the versions alone."""
+    args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
+    public = {name: args[name] for name in SETTINGS if name in args}
+    return public | {
+        "dataset": public_name(args["dataset"], directory),
+        "versions": args["versions"],
+    }
+
+
+def public_config(directory: Path) -> dict:
+    """Returns adapter_config.json with the base model's public name."""
+    needed = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
+    config = read_run_file(directory / "adapter_config.json", needed)
+    base = public_name(config["base_model_name_or_path"], directory)
+    return config | {"base_model_name_or_path": base}
+
+
+def read_results(directory: Path) -> dict:
+    """Returns results.json, or nothing for a run that has not come to its evaluation."""
+    path = directory / "results.json"
+    return files.read_json(path) if path.is_file() else {}
+
+
+def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
+    """Reads a JSON file. Raises ValueError when a key of `needed` is missing."""
+    contents = files.read_json(path)
+    for key in needed:
+        if key not in contents:
+            raise ValueError(f"{path} is not as train.py writes it: it has no {key!r}")
+    return contents
+
+
+def public_name(name: str, directory: Path) -> str:
+    """Returns a name on the Hub as it is, and the last part of a path."""
+    if is_on_hub(name, directory):
+        return name
+    # A Windows path may be separated by / as well as by \, so this reads the paths of any system.
+    return PureWindowsPath(name).name or "unnamed"
+
+
+def is_on_hub(name: str, directory: Path) -> bool:
+    """Returns whether a model or dataset is on the Hub: owner/name, and no directory is called so.
+
+    "tiny/data" could be either. A run's files hold paths as they were typed, in most cases from a
+    directory above the run, so a directory of that name is looked for there too.
+    """
+    if not is_repository(name):
+        return False
+    return not any((folder / name).is_dir() for folder in (Path(), *directory.resolve().parents))
+
+
+def is_repository(name: str) -> bool:
+    """Returns whether a name has the form of a repository on the Hub, owner/name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1
+
+
+def is_set(value) -> bool:
+    """Returns whether a setting is worth a line: flags that are off are not, a seed of 0 is."""
+    return value is not None and value is not False
+
+
+def plain(value) -> str:
+    """Returns a value as one line of Markdown, with ? for every character that could be markup."""
+    return "".join(
+        character if character.isalnum() or character in " ._-/+" else "?"
+        for character in str(value)
+    )
+
+
+# -----------------------------------------------------------------------------
+# What the Hub reads
+
+
+def metadata(directory: Path, args: dict, config: dict, results: dict, name: str) -> str:
+    """Returns the YAML at the head of a card, by which the Hub finds and lists the model."""
+    from huggingface_hub import ModelCardData
+
+    base = config["base_model_name_or_path"]
+    dataset = args["dataset"]
+    tags = ["lora", "nli"]
+    if args["quant"] == "nf4":
+        tags.append("qlora")
+    data = ModelCardData(
+        language="en",
+        base_model=base if is_on_hub(base, directory) else None,
+        library_name="peft",
+        datasets=[dataset] if is_on_hub(dataset, directory) else None,
+        metrics=["accuracy"],
+        pipeline_tag="text-generation",
+        tags=tags,
+        model_name=plain(name),
+        eval_results=evaluations(dataset, results, is_on_hub(dataset, directory)) or None,
+    )
+    return data.to_yaml()
+
+
+def evaluations(dataset: str, results: dict, on_hub: bool) -> list:
+    """Returns the accuracy of each split after fine-tuning, in the Hub's form."""
+    from huggingface_hub import EvalResult
+
+    return [
+        EvalResult(
+            task_type="text-classification",
+            task_name="Natural language inference",
+            dataset_type=dataset if on_hub else plain(dataset),
+            dataset_name=plain(dataset),
+            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,  # GLUE is ten datasets
+            dataset_split=plain(split),
+            metric_type="accuracy",
+            metric_value=result["accuracy"],
+        )
+        for split, result in results.get("finetuned", {}).items()
+    ]

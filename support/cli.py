@@ -1,0 +1,407 @@
+"""Command lines: the flags of the scripts, what they may hold, and their defaults.
+
+A value that is not typed comes from the first of these that has it: the run that --resume names,
+the adapter that --adapter names, tiny/args (where there is no GPU and no --model), the parser.
+
+torch takes seconds to import, so it is imported where a default depends on the machine: neither
+--help nor a mistake has to wait for it.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from support import files, machine, ranks, resume
+from support.flags import (
+    add_adapter_arguments,
+    add_eval_arguments,
+    add_forward_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_training_arguments,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = "microsoft/phi-2"
+DATASET = "nyu-mll/glue"
+STEPS = 40_000
+
+NOTICE = """\
+no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
+data, learning rate and steps) for what is not given.
+For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
+
+# Those arguments of a training that concern the model or its evaluation.
+OF_AN_ADAPTER = (
+    "dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length",
+)
+
+# What may be typed beside --resume. Anything else would make another run of it.
+FREE = (
+    "steps", "epochs", "eval_every", "save_every", "keep_dequantized", "checkpointing",
+    "wandb", "push", "debug", "resume", "out",
+)
+
+
+# -----------------------------------------------------------------------------
+# The parser
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
+
+    @FILE holds one flag a line. A mistake is one line on stderr and exit status 2.
+    """
+
+    def __init__(self, description: str, **options):
+        super().__init__(
+            prog=command_name(),
+            description=description,
+            fromfile_prefix_chars="@",
+            allow_abbrev=False,
+            **options,
+        )
+        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def typed(self, argv: list[str] | None = None) -> dict:
+        """Returns what is typed, without any default."""
+        return not_none(self.parse_args(argv, self.nothing()))
+
+    def known_flags(self, path: Path) -> dict:
+        """Returns those flags of an @FILE that this parser knows."""
+        known, _ = self.parse_known_args([f"@{path}"], self.nothing())
+        return not_none(known)
+
+    def nothing(self) -> argparse.Namespace:
+        """Returns a namespace in which no default is filled in."""
+        return argparse.Namespace(**{action.dest: None for action in self._actions})
+
+    def set_saved_defaults(self, values: dict, source: Path) -> dict:
+        """Makes values from a JSON file the defaults, and returns them as if they were typed.
+
+        Names that are no argument here are ignored. Raises ValueError, which names `source`, for a
+        value that could not be typed.
+        """
+        saved = {}
+        for action in self._actions:
+            if action.dest not in values:
+                continue
+            try:
+                saved[action.dest] = as_typed(action, values[action.dest])
+            except (argparse.ArgumentTypeError, ValueError) as error:
+                flag = action.option_strings[0]
+                raise ValueError(f"the arguments in {source}: {flag} {error}") from None
+        self.set_defaults(**saved)
+        return saved
+
+
+def command_name() -> str:
+    """Returns how this script is started: "python train.py" or "python -m scripts.merge"."""
+    path = Path(sys.argv[0])
+    if path.parent.name == "scripts":
+        return f"python -m scripts.{path.stem}"
+    return f"python {path.name}"
+
+
+def not_none(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if value is not None}
+
+
+def as_typed(action: argparse.Action, value):
+    """Returns a value from JSON as `action` reads it from a command line, or says why it cannot."""
+    if value is None and action.default is None:  # it was not given
+        return None
+    if action.nargs == 0:  # a flag that is on or off
+        return require(value, bool, "true or false")
+    if action.nargs == "+":
+        if isinstance(value, str):
+            return [value]
+        return [require(item, str, "text") for item in require(value, list, "a list")]
+    if action.type is None:
+        value = require(value, str, "text")
+    else:
+        value = action.type(str(value))
+    if action.choices and value not in action.choices:
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not {value}")
+    return value
+
+
+def require(value, kind: type, name: str):
+    if not isinstance(value, kind):
+        raise ValueError(f"must be {name}, not {value!r}")
+    return value
+
+
+def parse_arguments(
+    parser: Parser,
+    argv: list[str] | None = None,
+    check: Callable[[Parser, argparse.Namespace], None] | None = None,
+) -> argparse.Namespace:
+    """Parses a command line with --model and --dataset, and fills in every default.
+
+    Where the parser has --adapter, the adapter's own arguments are defaults. `check` may refuse
+    arguments that do not go together; what it raises comes before any notice.
+    """
+    typed = parser.typed(argv)
+    if "adapter" in typed:
+        saved = adapter_defaults(typed["adapter"])
+        if "model" not in typed | saved:
+            raise ValueError(f"{typed['adapter']} does not name its base model; pass --model")
+        parser.set_saved_defaults(saved, typed["adapter"])
+    is_embedded = wants_embedded_model(parser, typed)
+    if is_embedded:
+        parser.set_defaults(**embedded_defaults(parser))
+    args = parser.parse_args(argv)
+    fill_in(args)
+    if check:
+        check(parser, args)
+    if is_embedded and ranks.FIRST:
+        print(NOTICE, file=sys.stderr)
+    return args
+
+
+def wants_embedded_model(parser: Parser, typed: dict) -> bool:
+    """Returns whether nothing names a model and no GPU could run phi-2."""
+    if "model" in typed or parser.get_default("model") is not None:
+        return False
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def embedded_defaults(parser: Parser) -> dict:
+    """Returns what tiny/args says, with paths that are right from the current directory."""
+    values = parser.known_flags(ROOT / "tiny" / "args")
+    for name in ("model", "dataset"):
+        values[name] = os.path.relpath(ROOT / values[name])
+    return values
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Fills in the defaults that depend on the machine."""
+    if args.model is None:
+        args.model = MODEL
+    if args.dataset is None:
+        args.dataset = DATASET
+    if "dtype" in args and args.dtype is None:
+        args.dtype = machine.fast_dtype()
+    if "device" in args and args.device is None:
+        import torch
+
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def adapter_defaults(adapter: Path) -> dict:
+    """Returns the arguments that an adapter was trained with, as far as they concern a user of it.
+
+    A directory that PEFT has written holds no args.json; then only the model is known.
+    """
+    path = adapter / "adapter_config.json"
+    if not path.is_file():
+        reason = "it has no adapter_config.json" if adapter.is_dir() else "there is no such folder"
+        raise ValueError(f"{adapter} is not an adapter: {reason}")
+    values = {}
+    if (adapter / "args.json").is_file():
+        saved = files.read_json(adapter / "args.json")
+        values = {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
+    base = files.read_json(path).get("base_model_name_or_path")
+    if base:
+        values["model"] = base
+    for name in ("model", "dataset"):
+        if isinstance(values.get(name), str):
+            values[name] = find_path(values[name], adapter)
+    return values
+
+
+def find_path(name: str, run: Path) -> str:
+    """Returns the path of a directory that a run names, from here; any other name unchanged.
+
+    A run's files hold paths as they were typed, in most cases in a directory above the run.
+    """
+    for folder in (Path(), *run.resolve().parents):
+        if (folder / name).is_dir():
+            return str(folder / name)
+    return name
+
+
+# -----------------------------------------------------------------------------
+# eval.py
+
+
+def eval_parser() -> Parser:
+    parser = Parser("accuracy on MNLI, or the answer to one pair")
+    add_model_arguments(parser)
+    add_eval_arguments(parser)
+    return parser
+
+
+def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of eval.py."""
+    return parse_arguments(eval_parser(), argv, check_eval)
+
+
+def check_eval(parser: Parser, args: argparse.Namespace) -> None:
+    if (args.premise is None) != (args.hypothesis is None):
+        parser.error("--premise and --hypothesis go together")
+    if args.dataset == "-" and args.premise is not None:
+        parser.error("--premise is one pair, --dataset - reads pairs from standard input")
+    if args.dataset == "-" or args.premise is not None:
+        for name in ("out", "compare", "split", "limit"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
+    if args.out and (args.out / "args.json").exists():
+        raise ValueError(
+            f"{args.out} holds a run of train.py, whose results this would replace: "
+            "choose another --out"
+        )
+
+
+# -----------------------------------------------------------------------------
+# train.py
+
+
+def train_parser() -> Parser:
+    parser = Parser(
+        "LoRA over a frozen phi-2 in NF4, on MNLI",
+        epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args",
+    )
+    add_model_arguments(parser)
+    add_adapter_arguments(parser)
+    add_training_arguments(parser)
+    add_forward_arguments(parser)
+    add_output_arguments(parser)
+    return parser
+
+
+def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
+
+    `targets` is a list of names or the word "all-linear". Either `steps` or `epochs` is None.
+    """
+    parser = train_parser()
+    typed = parser.typed(argv)
+    run = run_to_resume(parser, typed)
+    if run:
+        saved = parser.set_saved_defaults(resume.saved_arguments(run), run)
+        refuse_another_run(parser, run, saved, typed)
+        parser.set_defaults(resume=run, out=run)
+    args = parse_arguments(parser, argv, check_train)
+    # A default of the one, from a run or from tiny/args, must not stand beside the other.
+    if "epochs" in typed:
+        args.steps = None
+    elif "steps" in typed:
+        args.epochs = None
+    elif args.epochs is None and args.steps is None:
+        args.steps = STEPS
+    if args.targets == ["all-linear"]:
+        args.targets = "all-linear"
+    if args.out is None:
+        args.out = Path("out") / new_name(args)
+    return args
+
+
+def run_to_resume(parser: Parser, typed: dict) -> Path | None:
+    """Returns the run that --resume names, or that torchrun has started again."""
+    run = typed.get("resume")
+    out = typed.get("out")
+    if run and out and out.resolve() != run.resolve():
+        parser.error(f"--resume {run} goes on in {run}, not in --out {out}")
+    if run:
+        return run
+    if ranks.MAX_RESTARTS and not out:
+        parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
+    if ranks.RESTARTS and (out / "args.json").is_file():
+        return out
+    return None
+
+
+def refuse_another_run(parser: Parser, run: Path, saved: dict, typed: dict) -> None:
+    """Raises ValueError when a typed flag would make another run of the one to be resumed."""
+    differences = []
+    for name, value in typed.items():
+        before = saved.get(name, parser.get_default(name))
+        if name not in FREE and value != before:
+            flag = "--" + name.replace("_", "-")
+            differences.append(f"{flag} {as_text(value)} (it has {as_text(before)})")
+    if differences:
+        raise ValueError(
+            f"{run} cannot resume with {', '.join(differences)}: that would be another run"
+        )
+
+
+def as_text(value) -> str:
+    """Returns a value as it is typed."""
+    return " ".join(value) if isinstance(value, list) else str(value)
+
+
+def check_train(parser: Parser, args: argparse.Namespace) -> None:
+    # Only the first rank looks, because it is the one that writes there.
+    is_new = ranks.FIRST and args.out and not args.resume
+    if is_new and (args.out / "args.json").exists():
+        raise ValueError(
+            f"{args.out} holds a run already: --resume {args.out}, or choose another --out, "
+            "or remove it"
+        )
+
+
+def new_name(args: argparse.Namespace) -> str:
+    parts = (
+        Path(args.model).name,
+        Path(args.dataset).name,
+        f"r{args.rank}",
+        time.strftime("%Y%m%d-%H%M%S"),
+    )
+    return "-".join(parts)
+
+
+def as_json(args: argparse.Namespace) -> dict:
+    """Returns the arguments as args.json holds them: paths are texts."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+    }
+
+
+# -----------------------------------------------------------------------------
+# The frame of every script
+
+
+def run(main: Callable[[], None]) -> None:
+    """Calls a script's main. An error that a user can cause is one line and exit status 1.
+
+    With --debug it is a traceback.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        # A log file or a pipe sees each line at once.
+        sys.stdout.reconfigure(line_buffering=True)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except Exception as error:
+        if "--debug" in sys.argv or not is_users(error):
+            raise
+        sys.exit(one_line(error))
+
+
+def is_users(error: Exception) -> bool:
+    """Returns whether a user can put an error right. Any other one is a bug: show its traceback."""
+    return isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error is torch.OutOfMemoryError, without importing torch to ask."""
+    return type(error).__name__ == "OutOfMemoryError"
+
+
+def one_line(error: Exception) -> str:
+    rank = f"rank {ranks.RANK}: " if ranks.WORLD > 1 else ""
+    text = " ".join(str(error).split())
+    hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
+    return f"error: {rank}{text}{hint}"

@@ -1,0 +1,301 @@
+"""The flags of train.py and eval.py: their names, what they may hold, and what --help prints.
+
+A default of None depends on the machine or on a file; support/cli.py fills it in.
+"""
+
+import math
+from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from pathlib import Path
+
+from support import hub
+
+# -----------------------------------------------------------------------------
+# What a flag may hold, as types for argparse
+
+
+def whole_number(text: str, least: int = 0) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number < least:
+        raise ArgumentTypeError(f"must be a whole number of at least {least}, not {text}")
+    return number
+
+
+def count(text: str) -> int:
+    return whole_number(text, least=1)
+
+
+def seed(text: str) -> int:
+    number = whole_number(text)
+    if number >= 2**32:  # torch's generators end at 2^64, and a seed is multiplied on the way
+        raise ArgumentTypeError(f"must be below 2^32, not {text}")
+    return number
+
+
+def finite_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ArgumentTypeError(f"must be a number, not {text}")
+    return number
+
+
+def number_from_0(text: str) -> float:
+    number = finite_number(text)
+    if number < 0:
+        raise ArgumentTypeError(f"must be at least 0, not {text}")
+    return number
+
+
+def number_above_0(text: str) -> float:
+    number = finite_number(text)
+    if number <= 0:
+        raise ArgumentTypeError(f"must be above 0, not {text}")
+    return number
+
+
+def dropout_share(text: str) -> float:
+    number = finite_number(text)
+    if not 0 <= number < 1:
+        raise ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return number
+
+
+def dtype_name(text: str) -> str:
+    if text in ("fp16", "float16", "half"):
+        raise ArgumentTypeError(
+            "fp16 ends at 65,504, and the attention of phi-2 goes beyond it: take bf16, or fp32"
+        )
+    return text
+
+
+# -----------------------------------------------------------------------------
+# The flags, by groups of --help
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags on model and data."""
+    group = parser.add_argument_group("model and data")
+    group.add_argument(
+        "--model",
+        help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)",
+    )
+    group.add_argument(
+        "--dataset",
+        help="Hub id, or directory of train.* and validation*.* "
+        "(default: nyu-mll/glue, no GPU: tiny/data)",
+    )
+    group.add_argument(
+        "--quant",
+        choices=["nf4", "none"],
+        default="nf4",
+        help="frozen weights in 4 bits, or as they are (default: nf4)",
+    )
+    group.add_argument(
+        "--double-quant",
+        action="store_true",
+        help="quantise the absmax values of NF4 too: 0.37 bit less per weight",
+    )
+    group.add_argument(
+        "--keep-dequantized",
+        action="store_true",
+        help="hold NF4's values in --dtype beside the codes: "
+        "the same bits, faster, more memory (phi-2: 5 GB)",
+    )
+    group.add_argument(
+        "--dtype",
+        type=dtype_name,
+        choices=["bf16", "fp32"],
+        help="of weights and activations "
+        "(default: bf16; on a CPU without instructions for it, fp32)",
+    )
+    group.add_argument(
+        "--max-length",
+        type=count,
+        default=512,
+        help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)",
+    )
+    group.add_argument("--device", help="default: cuda where there is one")
+
+
+def add_adapter_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("adapter")
+    group.add_argument("--rank", type=count, default=8, help="default: 8")
+    group.add_argument(
+        "--alpha",
+        type=number_above_0,
+        default=16.0,
+        help="the update is scaled by alpha / rank (default: 16)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=dropout_share,
+        default=0.05,
+        help="on the adapter's input (default: 0.05)",
+    )
+    group.add_argument(
+        "--targets",
+        nargs="+",
+        default=["q_proj", "v_proj"],
+        help='linear layers to adapt, or "all-linear" (default: q_proj v_proj)',
+    )
+
+
+def add_training_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("training")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="optimiser steps (default: 40000)")
+    length.add_argument(
+        "--epochs",
+        type=number_above_0,
+        help="passes over the training rows, instead of --steps",
+    )
+    group.add_argument(
+        "--batch-size",
+        type=count,
+        default=16,
+        help="examples in memory at once (default: 16)",
+    )
+    group.add_argument(
+        "--accumulate",
+        type=count,
+        default=1,
+        help="batches to a step (default: 1)",
+    )
+    group.add_argument(
+        "--learning-rate",
+        type=number_above_0,
+        default=2e-4,
+        help="default: 2e-4",
+    )
+    group.add_argument(
+        "--weight-decay",
+        type=number_from_0,
+        default=0.01,
+        help="default: 0.01",
+    )
+    group.add_argument(
+        "--warmup-steps",
+        type=whole_number,
+        help="linear warm-up, then cosine to 0 (default: 3%% of the steps)",
+    )
+    group.add_argument(
+        "--max-grad-norm",
+        type=number_above_0,
+        default=1.0,
+        help="gradients are clipped to this norm (default: 1)",
+    )
+    group.add_argument("--limit", type=count, help="first training rows only")
+    group.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="of the adapter's A, the dropout and the order of rows (default: 0)",
+    )
+
+
+def add_forward_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("forward and backward pass")
+    group.add_argument(
+        "--loss",
+        choices=["answer", "full"],
+        default="answer",
+        help="on the answer's tokens, or on all of them (default: answer)",
+    )
+    group.add_argument(
+        "--share-prefix",
+        action=BooleanOptionalAction,
+        default=True,
+        help="run what all prompts begin with once a batch, not once a row; "
+        "dropout is then drawn once for it too",
+    )
+    group.add_argument(
+        "--residual-dropout",
+        type=dropout_share,
+        help="on the base's branches (default: that of config.json, 0.1 for phi-2)",
+    )
+    group.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="recompute each block in the backward pass: slower, less memory",
+    )
+
+
+def add_output_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("evaluation and output")
+    group.add_argument(
+        "--eval-limit",
+        type=count,
+        help="first rows of each validation split only, in every evaluation",
+    )
+    group.add_argument("--eval-every", type=count, help="evaluate after each so many steps too")
+    group.add_argument(
+        "--max-new-tokens",
+        type=count,
+        default=32,
+        help="written to each prompt in evaluation (default: 32)",
+    )
+    group.add_argument(
+        "--save-every",
+        type=count,
+        default=500,
+        help="save what --resume needs after each so many steps (default: 500)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="resume this run, with its arguments; more --steps may be given",
+    )
+    group.add_argument(
+        "--out",
+        type=Path,
+        help="default: out/ and a name made of model, dataset, rank and time",
+    )
+    group.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        type=hub.repository,
+        help="upload adapter, card and results to the Hub at the end",
+    )
+    group.add_argument(
+        "--wandb",
+        action="store_true",
+        help="log to Weights & Biases; into a local folder when not logged in",
+    )
+
+
+def add_eval_arguments(parser: ArgumentParser) -> None:
+    """Adds what eval.py has besides the flags on model and data."""
+    parser.add_argument(
+        "--adapter",
+        type=Path,
+        help="directory of a run of train.py, or any PEFT LoRA adapter; it names its model",
+    )
+    parser.add_argument("--split", nargs="+", help="default: every validation split")
+    parser.add_argument("--limit", type=count, help="first rows of each split only")
+    parser.add_argument("--mode", choices=["generate", "score"], default="generate")
+    parser.add_argument(
+        "--max-new-tokens", type=count, default=32, help="in mode generate (default: 32)"
+    )
+    parser.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="take an adapter of another prompt, tokenizer, base or quantisation too",
+    )
+    parser.add_argument(
+        "--compare",
+        type=Path,
+        metavar="RUN",
+        help="McNemar's test against the predictions of another run or --out",
+    )
+    parser.add_argument("--premise", help="one pair instead of a dataset; with --hypothesis")
+    parser.add_argument("--hypothesis")
+    parser.add_argument(
+        "--out", type=Path, help="write results.json and predictions_SPLIT.jsonl here"
+    )

@@ -1,0 +1,75 @@
+"""Uploads a run to the Hugging Face Hub: the adapter, its card and its results.
+
+No row of the data, no path of this machine and nothing that only --resume needs is uploaded.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from support import card, files
+from support.pictures import PICTURES
+
+NEEDED = ("adapter_model.safetensors", "adapter_config.json", "args.json")
+COPIED = ("adapter_model.safetensors", "results.json", "metrics.jsonl", *PICTURES)
+UPLOADED = ("README.md", "adapter_config.json", "args.json", *COPIED)
+
+
+def repository(name: str) -> str:
+    """Returns the name of a repository, for argparse. Raises ArgumentTypeError for other texts."""
+    if not card.is_repository(name):
+        raise argparse.ArgumentTypeError(
+            f"{name!r} is no repository on the Hub: owner/name, of letters, digits, - _ and ."
+        )
+    return name
+
+
+def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
+    """Uploads a run into a repository, which is created if need be, and returns its address.
+
+    Raises ValueError when the directory holds no run, and when the Hub refuses or is not there.
+    """
+    import httpx2
+    from huggingface_hub import HfApi
+
+    directory = Path(directory)
+    for name in NEEDED:
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} is not a run of train.py: it has no {name}")
+    api = HfApi()
+    with tempfile.TemporaryDirectory() as folder:
+        stage(directory, repo, prompt, Path(folder))
+        try:
+            api.create_repo(repo, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo, folder_path=folder, commit_message="A FLoRA adapter")
+        # The Hub's refusals are OSErrors, a lost connection is httpx2's, a bad card a ValueError.
+        except (httpx2.HTTPError, OSError, ValueError) as error:
+            raise ValueError(failure(error, directory, repo)) from None
+    return f"{api.endpoint}/{repo}"
+
+
+def stage(directory: Path, repo: str, prompt: str, folder: Path) -> None:
+    """Fills an empty folder with what is uploaded of a run."""
+    for name in COPIED:
+        if (directory / name).is_file():
+            shutil.copy(directory / name, folder)
+    files.write_json(folder / "args.json", card.public_args(directory))
+    files.write_json(folder / "adapter_config.json", card.public_config(directory))
+    readme = directory / "README.md"
+    if readme.is_file() and readme.read_text(encoding="utf-8") != card.card(directory, prompt):
+        shutil.copy(readme, folder)  # somebody has edited it, so it is uploaded as it is
+    else:
+        text = card.card(directory, prompt, repo)
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def failure(error: Exception, directory: Path, repo: str) -> str:
+    """Returns one line on a failed upload: the token is to blame only where the Hub says so."""
+    lines = str(error).splitlines() or [""]
+    line = f"cannot upload to {repo} ({type(error).__name__}: {lines[0][:120]}); "
+    response = getattr(error, "response", None)  # there is none without a connection
+    if response is not None and response.status_code in (401, 403):
+        return line + "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
+    command = f"python -m scripts.push --adapter {directory} --repo {repo}"
+    return line + f"{directory} is unchanged, try again with: {command}"

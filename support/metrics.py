@@ -1,0 +1,257 @@
+"""The statistics of an evaluation, and the tables that a terminal shows of them.
+
+A prediction is one line of predictions_<split>.jsonl, a dictionary:
+
+    idx, prompt, label     the row's number, the text that the model read, the right answer
+    prediction             the number that the model wrote; -1 where its completion holds none
+    completion             what it wrote, in mode "generate"
+    scores                 its probabilities of the three answers
+    tokens, genre          the prompt's length; the kind of text the row is from, where known
+
+scipy and scikit-learn take seconds to import, so each is imported in the function that uses it.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from support import files
+from support.examples import LABELS
+
+OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 1 or 2
+
+
+# -----------------------------------------------------------------------------
+# Statistics
+
+
+def statistics(predictions: list[dict]) -> dict:
+    """Returns what results.json says about one split, of numbers, lists and dictionaries alone.
+
+    accuracy, ci95, n, correct, unparsed, confusion, labels and macro_f1 are always there;
+    score_accuracy and nll where the rows have scores, genres and lengths where they have those.
+    Raises ValueError when there are no predictions.
+    """
+    if not predictions:
+        raise ValueError("there are no predictions to count; is --limit above 0?")
+    result = count_correct(predictions) | by_label(predictions)
+    if all("scores" in row for row in predictions):
+        result |= by_scores(predictions)
+    if any(row.get("genre") is not None for row in predictions):
+        result["genres"] = by_genre(predictions)
+    if all("tokens" in row for row in predictions):
+        result["lengths"] = by_length(predictions)
+    return result
+
+
+def is_right(row: dict) -> bool:
+    return row["prediction"] == row["label"]
+
+
+def accuracy(rows: list[dict]) -> dict:
+    """Returns the accuracy over some of the rows, and how many they are."""
+    return {"accuracy": sum(map(is_right, rows)) / len(rows), "n": len(rows)}
+
+
+def count_correct(predictions: list[dict]) -> dict:
+    """Returns the accuracy and its 95 % confidence interval. Unparsed completions count as wrong.
+
+    The interval is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0 and 1
+    and does not shrink to nothing when all rows are right or all are wrong.
+    """
+    from scipy.stats import binomtest
+
+    correct = sum(map(is_right, predictions))
+    interval = binomtest(correct, len(predictions)).proportion_ci(method="wilson")
+    return {
+        **accuracy(predictions),
+        "ci95": [float(interval.low), float(interval.high)],
+        "correct": correct,
+        "unparsed": sum(row["prediction"] == -1 for row in predictions),
+    }
+
+
+def by_label(predictions: list[dict]) -> dict:
+    """Returns the confusion matrix, precision, recall and F1 of each label, and their mean F1.
+
+    confusion[i][j] counts the rows of label i answered j; the last column is `OTHER`.
+    """
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+
+    labels = [row["label"] for row in predictions]
+    answers = [
+        row["prediction"] if row["prediction"] in (0, 1, 2) else OTHER for row in predictions
+    ]
+    # The matrix is square, but no row has the label OTHER: its last line is always empty.
+    confusion = confusion_matrix(labels, answers, labels=[0, 1, 2, OTHER])[:3]
+    precision, recall, f1, counts = precision_recall_fscore_support(
+        labels, answers, labels=[0, 1, 2], zero_division=0
+    )
+    # numpy's numbers become Python's, which json can write.
+    figures = {}
+    for label, name in enumerate(LABELS):
+        figures[name] = {
+            "precision": float(precision[label]),
+            "recall": float(recall[label]),
+            "f1": float(f1[label]),
+            "n": int(counts[label]),
+        }
+    return {"confusion": confusion.tolist(), "labels": figures, "macro_f1": float(f1.mean())}
+
+
+def by_scores(predictions: list[dict]) -> dict:
+    """Returns what the probabilities say, whatever the model writes.
+
+    score_accuracy takes the likeliest of the three answers; nll is the mean negative
+    log-likelihood of the label among them.
+    """
+    import numpy
+    from sklearn.metrics import log_loss
+
+    labels = numpy.array([row["label"] for row in predictions])
+    scores = numpy.array([row["scores"] for row in predictions], dtype=float)
+    scores /= scores.sum(axis=1, keepdims=True)  # they are stored rounded to six digits
+    likeliest = scores.argmax(axis=1)
+    return {
+        "score_accuracy": float((likeliest == labels).mean()),
+        "nll": float(log_loss(labels, scores, labels=[0, 1, 2])),
+    }
+
+
+def by_genre(predictions: list[dict]) -> dict[str, dict]:
+    """Returns the accuracy of each genre (in MNLI: fiction, telephone, ...), by its name."""
+    genres: dict[str, list[dict]] = {}
+    for row in predictions:
+        if row.get("genre") is not None:
+            genres.setdefault(str(row["genre"]), []).append(row)
+    return {genre: accuracy(genres[genre]) for genre in sorted(genres)}
+
+
+def by_length(predictions: list[dict]) -> list[dict]:
+    """Returns the accuracy of each quarter of the rows, the one with the shortest prompts first."""
+    ordered = sorted(predictions, key=lambda row: row["tokens"])
+    quarters = []
+    for number in range(4):
+        start = len(ordered) * number // 4
+        end = len(ordered) * (number + 1) // 4
+        rows = ordered[start:end]
+        if rows:  # there are empty quarters below four rows
+            tokens = {"from": rows[0]["tokens"], "to": rows[-1]["tokens"]}
+            quarters.append(tokens | accuracy(rows))
+    return quarters
+
+
+def compare(first: list[dict], second: list[dict]) -> dict:
+    """Returns McNemar's exact test: could the accuracies of two models differ by chance alone?
+
+    Rows that both models answer correctly, or both wrongly, say nothing about that. If the models
+    were equally good, each of the other rows would be a toss of a coin. Raises ValueError unless
+    both sets of predictions are of the same rows.
+    """
+    from scipy.stats import binomtest
+
+    first_right = right_by_row(first)
+    second_right = right_by_row(second)
+    if first_right.keys() != second_right.keys():
+        shared = len(first_right.keys() & second_right.keys())
+        raise ValueError(
+            f"the two sets of predictions are not of the same rows: {len(first_right):,} and "
+            f"{len(second_right):,} rows, {shared:,} of them in both; "
+            "pass the --dataset and --limit of the other run"
+        )
+    only_first = sum(first_right[row] and not second_right[row] for row in first_right)
+    only_second = sum(second_right[row] and not first_right[row] for row in first_right)
+    p = 1.0
+    if only_first + only_second:
+        p = float(binomtest(only_first, only_first + only_second).pvalue)
+    return {"n": len(first_right), "only_first": only_first, "only_second": only_second, "p": p}
+
+
+def right_by_row(predictions: list[dict]) -> dict[tuple, bool]:
+    """Returns whether each row is right. Rows are the same only with the same prompt and label."""
+    return {(row["idx"], row["prompt"], row["label"]): is_right(row) for row in predictions}
+
+
+def read_predictions(path: Path) -> list[dict]:
+    """Reads a predictions_<split>.jsonl. Raises ValueError where a line is not a prediction."""
+    predictions = files.read_lines(path)
+    for number, row in enumerate(predictions, 1):
+        if not is_prediction(row):
+            raise ValueError(
+                f"{path}, line {number}: not a prediction, "
+                "which has idx, prompt, label (0, 1, 2) and prediction; write it with eval.py --out"
+            )
+    return predictions
+
+
+def is_prediction(row: dict) -> bool:
+    return (
+        isinstance(row.get("idx"), int | str)
+        and isinstance(row.get("prompt"), str)
+        and isinstance(row.get("label"), int)
+        and row["label"] in (0, 1, 2)
+        and isinstance(row.get("prediction"), int)
+    )
+
+
+# -----------------------------------------------------------------------------
+# Tables of at most 79 columns
+
+
+def stages(results: dict) -> Iterable[tuple[str, str, dict]]:
+    """Yields (stage, split, statistics) for all that results.json holds, the baseline first."""
+    for stage in ("baseline", "finetuned"):
+        for split, result in results.get(stage, {}).items():
+            yield stage, split, result
+
+
+def accuracies(splits: dict[str, dict]) -> str:
+    """Returns the accuracy of each split in one line, from {split: its statistics}."""
+    return ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in splits.items())
+
+
+def table(results: dict) -> str:
+    """Returns a line for each stage and split of results.json, and one for each comparison."""
+    lines = [
+        f"{'':9} {'split':21} {'accuracy':>8} {'95% interval':>15} "
+        f"{'rows':>6} {'unparsed':>8} {'scored':>6}"
+    ]
+    for stage, split, result in stages(results):
+        low, high = result["ci95"]
+        line = (
+            f"{stage:9} {split[:21]:21} {result['accuracy']:8.4f} {low:8.4f}-{high:.4f} "
+            f"{result['n']:6,} {result['unparsed']:8,}"
+        )
+        if "score_accuracy" in result:
+            line += f" {result['score_accuracy']:6.4f}"
+        lines.append(line)
+    for split, test in results.get("compared", {}).items():
+        lines.append(
+            f"{split[:21]:21} McNemar p = {test['p']:.2g}: "
+            f"{test['only_second']:,} rows gained, {test['only_first']:,} lost"
+        )
+    return "\n".join(lines)
+
+
+def details(result: dict) -> str:
+    """Returns the other statistics of a split: by label, by length of the prompt, by genre."""
+    lines = [
+        f"{'label':13} {'->0':>6} {'->1':>6} {'->2':>6} {'other':>6} "
+        f"{'precision':>10} {'recall':>7} {'F1':>7}"
+    ]
+    for counts, (name, figures) in zip(result["confusion"], result["labels"].items()):
+        columns = " ".join(f"{count:6,}" for count in counts)
+        lines.append(
+            f"{name:13} {columns} "
+            f"{figures['precision']:10.4f} {figures['recall']:7.4f} {figures['f1']:7.4f}"
+        )
+    summary = f"macro F1 {result['macro_f1']:.4f}"
+    for name, key in (("negative log-likelihood", "nll"), ("loss", "loss")):
+        if key in result:
+            summary += f", {name} {result[key]:.4f}"
+    lines.append(summary)
+    for part in result.get("lengths", []):
+        lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
+        lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")
+    for genre, part in result.get("genres", {}).items():
+        lines.append(f"{genre[:20]:>20} {part['accuracy']:8.4f} of {part['n']:,}")
+    return "\n".join(lines)

@@ -1,0 +1,88 @@
+"""Draws the pictures of a finished run and writes report.html, one file that needs no other.
+
+The page is the template report.html.jinja. Models and datasets write whatever they like, so the
+template escapes every text: nothing of theirs can act on the page.
+"""
+
+import base64
+from pathlib import Path
+
+from support import files, metrics, pictures
+from support.examples import LABELS
+
+MISTAKES = 20  # how many of the most confident ones are shown
+UNPARSED = 50  # how many completions without a number are shown
+
+
+def write(directory: Path) -> None:
+    """Writes loss.png, confusion.png and report.html from the other files of a run."""
+    directory = Path(directory)
+    args = files.read_json(directory / "args.json")
+    results = files.read_json(directory / "results.json")
+    draw_pictures(directory, results)
+    rows = read_rows(directory, results)
+    # A confident mistake says more than a close one: a wrong label in the data, a pattern missed.
+    wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
+    wrong.sort(key=confidence, reverse=True)
+    unparsed = [row for row in rows if row["prediction"] == -1]
+    page = render(
+        args=args,
+        results=results,
+        stages=list(metrics.stages(results)),
+        labels=LABELS,
+        pictures=read_pictures(directory),
+        mistakes=wrong[:MISTAKES],
+        mistakes_count=len(wrong),
+        unparsed=unparsed[:UNPARSED],
+        unparsed_count=len(unparsed),
+    )
+    with files.replacing(directory / "report.html") as temporary:
+        # Half of a surrogate pair, which a tokenizer can produce, cannot be written as UTF-8.
+        temporary.write_text(page, encoding="utf-8", errors="replace")
+
+
+def draw_pictures(directory: Path, results: dict) -> None:
+    """Draws those pictures for which the run has numbers."""
+    rows = files.read_lines(directory / "metrics.jsonl")
+    if any("loss" in row for row in rows):
+        pictures.draw_loss(rows, directory / "loss.png")
+    if results.get("finetuned"):
+        pictures.draw_confusion(results["finetuned"], directory / "confusion.png")
+
+
+def read_pictures(directory: Path) -> dict[str, str]:
+    """Returns the run's pictures in base64, by their headings."""
+    contents = {}
+    for name, heading in pictures.PICTURES.items():
+        path = directory / name
+        if path.is_file():
+            contents[heading] = base64.b64encode(path.read_bytes()).decode()
+    return contents
+
+
+def read_rows(directory: Path, results: dict) -> list[dict]:
+    """Returns the predictions of all splits, each with its split."""
+    rows = []
+    for split in results.get("finetuned", {}):
+        for row in metrics.read_predictions(directory / f"predictions_{split}.jsonl"):
+            rows.append(row | {"split": split})
+    return rows
+
+
+def confidence(row: dict) -> float:
+    """Returns the probability of the answer that was given, and 0 where it is not known."""
+    if "scores" not in row or row["prediction"] not in (0, 1, 2):
+        return 0.0
+    return row["scores"][row["prediction"]]
+
+
+def render(**values) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        autoescape=True,  # for every text of a model or a dataset: see above
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
+    return environment.get_template("report.html.jinja").render(values)

@@ -1,0 +1,163 @@
+"""The pictures of a run and of a dataset.
+
+What is drawn together differs in its line, marker or hatching and not in its colour alone, so
+that it can be told apart in print and by readers who see colours differently. matplotlib takes
+about a second to import, so only `draw` imports it.
+"""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from support import files
+from support.examples import LABELS
+
+# What page.write draws into a run's directory, and the heading of each picture
+PICTURES = {
+    "loss.png": "Training and validation loss, and the learning rate",
+    "confusion.png": "Answers by label",
+}
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "d", "^")
+HATCHES = ("", "///", "...", "xxx")
+
+
+@contextmanager
+def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator:
+    """Yields the axes of a picture, one for each column of `size` inches; then writes `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws without a screen
+    from matplotlib import pyplot
+
+    width, height = size
+    figure, axes = pyplot.subplots(
+        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
+    )
+    try:
+        yield axes[0]
+        with files.replacing(path) as temporary:
+            # The temporary name has no suffix to take the format from.
+            figure.savefig(temporary, format="png", dpi=120)
+    finally:
+        pyplot.close(figure)
+
+
+# -----------------------------------------------------------------------------
+# A run
+
+
+def draw_loss(metrics: list[dict], path: Path) -> None:
+    """Draws the losses of metrics.jsonl, and the learning rate on an axis at the right."""
+    training = [row for row in metrics if "loss" in row]
+    steps = [row["step"] for row in training]
+    with draw(path) as (left,):
+        losses = [row["loss"] for row in training]
+        # The dots are for a run so short that it has only one of them.
+        left.plot(steps, losses, "k.-", markersize=3, label="training")
+        draw_validation_losses(left, metrics)
+        left.set(xlabel="step", ylabel="loss per target token", ylim=(0, None))
+        right = left.twinx()
+        rates = [row["learning_rate"] for row in training]
+        right.plot(steps, rates, color="0.7", linewidth=1, label="learning rate (right axis)")
+        right.set(ylim=(0, None))
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        # One legend for both axes. Inside them there is no place that is free in every run.
+        left.figure.legend(loc="outside upper center", ncols=4, fontsize="small")
+
+
+def draw_validation_losses(axis, metrics: list[dict]) -> None:
+    """Draws a line for each key SPLIT_loss of the rows."""
+    keys = sorted({key for row in metrics for key in row if key.endswith("_loss")})
+    styles = itertools.cycle(zip(LINES[1:], MARKERS))  # the first line is the training loss's
+    for key, (line, marker) in zip(keys, styles):
+        # Step 0 is the base model, whose loss is so large that it would flatten all other lines.
+        rows = [row for row in metrics if key in row and row["step"] > 0]
+        axis.plot(
+            [row["step"] for row in rows],
+            [row[key] for row in rows],
+            linestyle=line,
+            marker=marker,
+            color="0.35",
+            label=key.removesuffix("_loss"),
+        )
+
+
+def draw_confusion(splits: dict[str, dict], path: Path) -> None:
+    """Draws the confusion matrix of each split, from {split: its statistics}."""
+    with draw(path, len(splits), (4.6, 3.4)) as axes:
+        for axis, (split, result) in zip(axes, splits.items()):
+            draw_matrix(axis, result["confusion"])
+            axis.set(
+                title=split,
+                xlabel="answer",
+                xticks=range(4),
+                xticklabels=["0", "1", "2", "other"],
+                yticks=range(3),
+                yticklabels=[f"{label} {name}" for label, name in enumerate(LABELS)],
+            )
+
+
+def draw_matrix(axis, confusion: list[list[int]]) -> None:
+    """Draws each count with its share of the label's rows: the larger the share, the darker."""
+    shares = []
+    for counts in confusion:
+        total = max(1, sum(counts))  # a label may have no rows
+        shares.append([count / total for count in counts])
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for y, counts in enumerate(confusion):
+        for x, count in enumerate(counts):
+            color = "white" if shares[y][x] > 0.5 else "black"
+            text = f"{count:,}\n{shares[y][x]:.0%}"
+            axis.text(x, y, text, ha="center", va="center", color=color)
+
+
+# -----------------------------------------------------------------------------
+# A dataset
+
+
+def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
+    """Draws the token lengths and the labels of a dataset.
+
+    Args:
+        lengths: {split: the tokens of prompt and answer of each row}
+        labels: {split: how many rows have label 0, 1 and 2}
+    """
+    with draw(path, 2, (6, 4)) as (left, right):
+        draw_histogram(left, lengths)
+        left.set(title=title, xlabel="tokens of prompt and answer")
+        left.set(ylabel="share of rows for each length")
+        left.legend()
+        draw_bars(right, labels)
+        right.set(title="labels", ylabel="share of rows")
+        right.margins(y=0.4)  # room for the legend
+        right.legend(loc="upper right")
+
+
+def draw_histogram(axis, lengths: dict) -> None:
+    """Draws each split's histogram as an outline, with at most 61 bins of equal whole widths."""
+    import numpy
+
+    shortest = min(min(values) for values in lengths.values())
+    longest = max(max(values) for values in lengths.values())
+    width = 1 + (longest - shortest) // 60
+    edges = numpy.arange(shortest, longest + 1 + width, width) - 0.5
+    for (split, values), line in zip(lengths.items(), itertools.cycle(LINES)):
+        label = f"{split} ({len(values):,} rows)"
+        axis.hist(values, edges, density=True, histtype="step", linestyle=line, label=label)
+
+
+def draw_bars(axis, labels: dict) -> None:
+    """Draws a group of bars for each label, with a bar for each split."""
+    import numpy
+
+    width = 0.8 / len(labels)  # 0.2 is left between the groups
+    centre = (len(labels) - 1) / 2
+    splits = zip(labels.items(), itertools.cycle(HATCHES))
+    for number, ((split, counts), hatch) in enumerate(splits):
+        places = numpy.arange(3) + (number - centre) * width
+        color = "white" if hatch else "0.6"
+        shares = counts / counts.sum()
+        axis.bar(places, shares, width, label=split, color=color, edgecolor="black", hatch=hatch)
+    axis.set(xticks=range(3), xticklabels=LABELS)

@@ -1,0 +1,175 @@
+"""Several GPUs, several machines: what the processes that torchrun starts exchange.
+
+Each process, a rank, holds the whole model on a device of its own and takes every WORLD-th row of
+each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2 at rank 8,
+in one message, so nothing needs to be hidden behind the backward pass. Without torchrun there is
+one rank, and every function here returns what it was given. When a rank dies, torchrun ends the
+others; with --max-restarts it starts all of them again, and they resume from the last save.
+
+    torchrun --nproc-per-node 8 train.py --rank 8
+
+torch is imported where it is used, so that --help need not wait for it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+# One of these alone may be left over in a shell from something else: such a process is alone.
+IN_TORCHRUN = all(
+    name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+)
+
+
+def number_from_torchrun(name: str, alone: int) -> int:
+    return int(os.environ.get(name, alone)) if IN_TORCHRUN else alone
+
+
+RANK = number_from_torchrun("RANK", 0)
+WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
+LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)
+LOCAL_WORLD = number_from_torchrun("LOCAL_WORLD_SIZE", WORLD)  # ranks on this machine
+FIRST = RANK == 0  # the rank that prints and writes
+
+# What a script is started with, for the commands that are printed.
+COMMAND = "python" if WORLD == 1 else f"torchrun --nproc-per-node {LOCAL_WORLD}"
+
+# How often torchrun may start all ranks again, and how often it has.
+MAX_RESTARTS = number_from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0)
+RESTARTS = number_from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def start(device: str) -> torch.device:
+    """Returns the device of this rank, once all ranks have met. Then only the first one prints.
+
+    Raises ValueError for a device that does not exist, or that several ranks would share.
+    """
+    own = own_device(device)
+    if WORLD == 1:
+        return own
+    if not FIRST:
+        sys.stdout = open(os.devnull, "w")
+    meet(own)
+    return own
+
+
+def own_device(name: str) -> torch.device:
+    """Returns the device that --device names, and makes it this process's default GPU.
+
+    A GPU is chosen before anything touches it. Otherwise every rank would also take memory on the
+    first one.
+    """
+    import torch
+
+    if LOCAL_WORLD > 1 and name.startswith("cuda:"):
+        raise ValueError(
+            f"--device {name} is one GPU for {LOCAL_WORLD} processes; "
+            "with --device cuda each takes its own"
+        )
+    if WORLD > 1 and name == "cuda":
+        name = f"cuda:{LOCAL_RANK}"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
+        torch.empty(0, device=device)
+    # What torch raises for a device that it does not know, does not find, or was not built for.
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def meet(device: torch.device) -> None:
+    """Waits for all ranks. NCCL connects GPUs, gloo connects CPUs."""
+    import torch.distributed as dist
+
+    store = None
+    if RESTARTS and os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # torchrun's store still holds the addresses of the ranks that died.
+        old_store, _, _ = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"restart {RESTARTS}", old_store)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=RANK,
+        world_size=WORLD,
+        timeout=timedelta(minutes=10),
+    )
+
+
+def stop() -> None:
+    """Ends the exchange. Call it after success only: it could wait for a rank that has failed."""
+    if WORLD == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@contextmanager
+def blaming_another_rank() -> Iterator[None]:
+    """Turns what NCCL or gloo raise when another rank has ended into an error of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0][:150]
+        raise ConnectionError(
+            f"another rank has ended, whose own error says why ({reason})"
+        ) from None
+
+
+def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
+    """Returns each number summed over all ranks. `device` is that of this rank."""
+    if WORLD == 1:
+        return [float(number) for number in numbers]
+    import torch
+    import torch.distributed as dist
+
+    # fp64 holds whole numbers up to 2^53 exactly: counts stay counts.
+    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+    with blaming_another_rank():
+        dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums the gradients over all ranks, in place. A rank without a row in a step adds zeros."""
+    if WORLD == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in parameters]
+    message = torch.cat([gradient.flatten() for gradient in gradients])
+    with blaming_another_rank():
+        dist.all_reduce(message)
+    parts = message.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts):
+        gradient.copy_(part.view_as(gradient))
+
+
+def gather(value: Any) -> list:
+    """Returns the values of all ranks, in the order of the ranks. Tensors must be on the CPU."""
+    if WORLD == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values = [None] * WORLD
+    with blaming_another_rank():
+        # This pickles, between processes of one run. No file is ever unpickled.
+        dist.all_gather_object(values, value)
+    return values

@@ -1,0 +1,226 @@
+"""What a run resumes from: trainer.safetensors, and nothing else.
+
+It holds the adapter, the optimiser and the random generators as tensors, and everything else as
+JSON in the metadata: no pickle. The order of the rows needs nothing, because it is a function of
+seed and step.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from support import files
+
+NAME = "trainer.safetensors"
+
+
+@dataclass
+class Progress:
+    """How far a run has come, and its sums since the last line of metrics.jsonl."""
+
+    step: int = 0  # optimiser steps taken
+    cut: int = 0  # prompts that --max-length has cut so far
+    logged: int = 0  # the step of the last line
+    loss: float = 0.0  # sum of the steps' losses since then
+    rows: int = 0  # rows since then
+    tokens: int = 0  # ids that the model has read since then
+
+    def add(self, loss: float, rows: int, tokens: int, cut: int) -> None:
+        """Counts one more step."""
+        self.step += 1
+        self.loss += loss
+        self.rows += rows
+        self.tokens += tokens
+        self.cut += cut
+
+    def start_line(self) -> None:
+        """Starts the sums of the next line."""
+        self.logged = self.step
+        self.loss = 0.0
+        self.rows = 0
+        self.tokens = 0
+
+
+@dataclass
+class State:
+    """All that is saved beside tensors."""
+
+    arguments: dict
+    steps: int  # that the run is to take
+    train_rows: int
+    rows_per_step: int
+    fingerprint: dict
+    baseline: dict = field(default_factory=dict)  # statistics of the base, by split
+    progress: Progress = field(default_factory=Progress)
+
+    def check(self, run: Path, now: "State") -> None:
+        """Raises ValueError when going on as `now` would be another run than the saved one."""
+        if self.train_rows != now.train_rows:
+            raise ValueError(
+                f"{run} was trained on {self.train_rows:,} rows, now there are {now.train_rows:,}"
+            )
+        if self.rows_per_step != now.rows_per_step:
+            raise ValueError(
+                f"{run} was trained with {self.rows_per_step:,} rows a step, "
+                f"with this number of processes there are {now.rows_per_step:,}"
+            )
+        if self.progress.step > now.steps:
+            raise ValueError(
+                f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
+            )
+        for name, here in now.fingerprint.items():
+            there = self.fingerprint.get(name, here)
+            if there != here:
+                raise ValueError(
+                    f"{run} was trained with another {name.replace('_', ' ')} "
+                    f"({there}, here {here}): that would be another run"
+                )
+
+
+    def describe_resumption(self, steps: int) -> str:
+        """Returns what a run prints when it resumes from here to take `steps` in all."""
+        text = f"resuming after step {self.progress.step:,} of {steps:,}"
+        if self.progress.step == steps:
+            text += ": only the evaluation is left to do"
+        if self.steps != steps:
+            text += (
+                f"; {steps:,} steps instead of {self.steps:,}: from here on the learning rate "
+                "follows the new schedule"
+            )
+        return text
+
+
+@dataclass
+class Saved:
+    """The content of trainer.safetensors."""
+
+    state: State
+    tensors: dict[str, Tensor]
+    path: Path
+
+    def restore(
+        self, adapter: dict[str, Tensor], optimizer, rank: int, device: torch.device
+    ) -> None:
+        """Puts adapter, optimiser and this rank's random generators back as they were.
+
+        Raises ValueError when the tensors are not those of this adapter.
+        """
+        expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
+        if any(name.startswith("optimizer.") for name in self.tensors):  # none before step 1
+            for number, tensor in enumerate(adapter.values()):
+                expected[f"optimizer.{number}.step"] = torch.Size()
+                expected[f"optimizer.{number}.exp_avg"] = tensor.shape
+                expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        random = shapes.pop("random", ())
+        if shapes != expected or len(random) != 2 or random[0] <= rank:
+            raise ValueError(f"{self.path} does not hold the tensors of this adapter")
+
+        with torch.no_grad():
+            for name, tensor in adapter.items():
+                tensor.copy_(self.tensors[f"adapter.{name}"])
+        entries = {}
+        for name, tensor in self.tensors.items():
+            if name.startswith("optimizer."):
+                _, number, key = name.split(".")
+                entries.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+        try:
+            set_random_state(self.tensors["random"][rank], device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"{self.path} holds no state of a random generator: {error}"
+            ) from None
+
+
+def write(
+    path: Path, adapter: dict[str, Tensor], optimizer, random: list[Tensor], state: State
+) -> None:
+    """Writes trainer.safetensors. `random` holds each rank's random_state, in their order."""
+    tensors = {f"adapter.{name}": tensor.detach() for name, tensor in adapter.items()}
+    tensors["random"] = torch.stack(random)
+    for number, entry in optimizer.state_dict()["state"].items():
+        for key, value in entry.items():
+            tensors[f"optimizer.{number}.{key}"] = value
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, {"format": "pt", "state": json.dumps(asdict(state))})
+
+
+def load(run: Path) -> Saved:
+    """Reads trainer.safetensors of a run. Raises ValueError when there is none, or no sound one."""
+    path = Path(run) / NAME
+    if not path.is_file():
+        raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from None
+    place = f"{path}: its state"
+    raw = files.parse_line(metadata.get("state", ""), place)
+    try:
+        state = State(**(raw | {"progress": Progress(**raw["progress"])}))
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{place} was not written by this version of train.py ({error})") from None
+    return Saved(state, tensors, path)
+
+
+def load_if_begun(run: Path | None) -> Saved | None:
+    """Reads what a run has saved. None without a run, or when it was stopped before its step 0."""
+    if run is None or not (run / NAME).is_file():
+        return None
+    return load(run)
+
+
+def saved_arguments(run: Path) -> dict:
+    """Returns the arguments of a run. Raises ValueError when the folder holds no run."""
+    if (run / NAME).is_file():
+        return load(run).state.arguments
+    if (run / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{run} holds a finished adapter and no {NAME}: there is nothing to resume from, "
+            "and starting again would write over the adapter"
+        )
+    if (run / "args.json").is_file():  # it was stopped before its first save
+        return files.read_json(run / "args.json")
+    raise ValueError(f"{run} holds no run to resume: no {NAME} and no args.json")
+
+
+def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
+    """Returns the whole lines of a metrics.jsonl up to `step`.
+
+    The final evaluation, at step `steps`, is left out, because it will be repeated.
+    """
+    if not path.is_file():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            entry = json.loads(line)
+            is_final_evaluation = "loss" not in entry and entry["step"] >= steps
+            if line.endswith("\n") and entry["step"] <= step and not is_final_evaluation:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # a kill has cut it short
+            continue
+    return kept
+
+
+def random_state(device: torch.device) -> Tensor:
+    """Returns the state of the CPU's generator and, on a GPU, of that GPU's, as bytes (n,)."""
+    state = torch.get_rng_state()
+    if device.type != "cuda":
+        return state
+    return torch.cat((state, torch.cuda.get_rng_state(device)))
+
+
+def set_random_state(state: Tensor, device: torch.device) -> None:
+    size = len(torch.get_rng_state())
+    torch.set_rng_state(state[:size].clone())
+    if len(state) > size and device.type == "cuda":
+        torch.cuda.set_rng_state(state[size:].clone(), device)

@@ -1,0 +1,64 @@
+"""scripts.describe prints and draws what a dataset holds."""
+
+import json
+
+import numpy
+import pytest
+from conftest import in_process, script
+
+import data
+from scripts import describe
+from support.examples import LABELS, load_examples
+
+TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
+
+
+def test_a_dataset_is_described_and_drawn(tmp_path):
+    picture = tmp_path / "lengths.png"
+    done = script("-m", "scripts.describe", *TINY, "--limit", 300, "--plot", picture)
+    assert done.returncode == 0, done.stderr
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        assert f"{split}: 300 rows" in done.stdout
+    for label, name in enumerate(LABELS):
+        assert done.stdout.count(f"  {label} {name}: ") == 3, "an example of each label and split"
+
+    from matplotlib import image
+
+    pixels = image.imread(picture)[..., :3]
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.05
+
+
+def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):
+    in_process(describe, *TINY, "--limit", 50)
+    printed = capsys.readouterr().out
+    tokenizer = data.load_tokenizer(tiny)
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        examples = load_examples("tiny/data", split, 50)
+        counts = [sum(example["label"] == label for example in examples) for label in range(3)]
+        expected = ", ".join(f"{count} {name}" for count, name in zip(counts, LABELS))
+        assert f"{split}: 50 rows; {expected}" in printed
+        lengths = []
+        for example in examples:
+            prompt = tokenizer.encode(data.PROMPT.format(**example)).ids
+            lengths.append(len(prompt) + 2)  # the label and the end of text
+        median = int(numpy.median(lengths))
+        assert f"{min(lengths)} to {max(lengths)}, median {median}," in printed
+
+
+def test_hidden_labels_are_left_out(tmp_path, capsys):
+    for split, label in (("train", 0), ("validation", 2), ("test", -1)):
+        row = {"premise": "A.", "hypothesis": "B.", "label": label}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
+    in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
+    printed = capsys.readouterr().out
+    assert "train: 1 rows" in printed
+    assert "validation: 1 rows" in printed
+    assert "test" not in printed.replace(str(tmp_path), "")
+
+
+def test_a_wrong_label_is_one_line(tmp_path):
+    row = {"premise": "A.", "hypothesis": "B.", "label": 7}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="error: .*train, row 0: label 7 is not 0, 1, 2"):
+        in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)

@@ -1,0 +1,320 @@
+"""The Hub reads the card, its code runs, what is pushed comes back, and no path is in it."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, read_json, script
+from hub import TOKEN, serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data
+from support import card, files, hub
+
+# What a card is made of
+JSON_FILES = ("args.json", "adapter_config.json", "results.json")
+
+
+def environment(address: str, home, token: str | None = TOKEN) -> dict[str, str]:
+    """The variables that make huggingface_hub talk to the Hub at `address`."""
+    variables = {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    if token:
+        variables["HF_TOKEN"] = token
+    return variables
+
+
+def push(run, *, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = ("-m", "scripts.push", "--adapter", run, "--repo", "me/adapter")
+    return script(*command, env=env)
+
+
+@pytest.fixture(scope="module")
+def uploads(tmp_path_factory):
+    """The directory into which the Hub of the fixture `run` puts what it is sent."""
+    return tmp_path_factory.mktemp("uploads")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, uploads):
+    """A real run over NF4 that uploads itself at its end; its model and data are absolute paths."""
+    out = tmp_path_factory.mktemp("run") / "run"
+    command = ["train.py", "--model", ROOT / "tiny/model", "--dataset", ROOT / "tiny/data"]
+    command += ["--steps", 40, "--batch-size", 32, "--learning-rate", 3e-3, "--dtype", "fp32"]
+    command += ["--eval-limit", 20, "--max-new-tokens", 2, "--out", out, "--push", "me/trained"]
+    with serving({}, uploads) as (address, _):
+        done = script(*command, env=environment(address, tmp_path_factory.mktemp("home")))
+    assert done.returncode == 0, done.stderr
+    assert "uploaded to http://127.0.0.1" in done.stdout
+    return out
+
+
+@pytest.fixture
+def copy(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture
+def staged(tmp_path):
+    directory = tmp_path / "staged"
+    directory.mkdir()
+    return directory
+
+
+def rename(run, directory, model: str, dataset: str) -> None:
+    """Writes the JSON files of a run into `directory`, under other names of model and dataset."""
+    directory.mkdir(parents=True, exist_ok=True)
+    args = read_json(run / "args.json") | {"model": model, "dataset": dataset}
+    config = read_json(run / "adapter_config.json") | {"base_model_name_or_path": model}
+    files.write_json(directory / "args.json", args)
+    files.write_json(directory / "adapter_config.json", config)
+    files.write_json(directory / "results.json", read_json(run / "results.json"))
+
+
+def metadata(text: str):
+    """The head of a card, as the Hub's library reads it."""
+    from huggingface_hub import ModelCard
+
+    return ModelCard(text).data
+
+
+def assert_one_line(done: subprocess.CompletedProcess, *messages: str) -> None:
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    for message in messages:
+        assert message in done.stderr
+
+
+# ---- The card
+
+
+def test_the_card_is_one_the_hub_reads(run):
+    read = metadata((run / "README.md").read_text())
+    assert read.library_name == "peft"
+    assert read.metrics == ["accuracy"]
+    assert read.base_model is None, "a directory is no name on the Hub"
+    assert read.datasets is None
+    results = read_json(run / "results.json")["finetuned"]
+    assert {result.dataset_split: result.metric_value for result in read.eval_results} == {
+        split: result["accuracy"] for split, result in results.items()
+    }
+    assert {result.metric_type for result in read.eval_results} == {"accuracy"}
+
+
+def test_a_base_and_a_dataset_of_the_hub_are_named(run, tmp_path):
+    rename(run, tmp_path / "run", "microsoft/phi-2", "nyu-mll/glue")
+    read = metadata(card.card(tmp_path / "run", data.PROMPT))
+    assert read.base_model == "microsoft/phi-2"
+    assert read.datasets == ["nyu-mll/glue"]
+    assert {result.dataset_config for result in read.eval_results} == {"mnli"}
+
+
+def test_the_settings_of_the_run_are_on_the_card(run):
+    text = (run / "README.md").read_text()
+    args = read_json(run / "args.json")
+    for line in ("| rank | 8 |", "| learning rate | 0.003 |", "| quant | nf4 |", "| seed | 0 |"):
+        assert line in text
+    assert "double quant" not in text, "a flag that is off is not listed"
+    for library, version in args["versions"].items():
+        assert f"{card.plain(library)} {card.plain(version)}" in text
+
+
+def test_the_code_on_the_card_runs(run, tiny, tmp_path):
+    """It prints what eval.py answers, over a base that is quantised as the run's was."""
+    text = (run / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    assert "load_in_4bit" in code, "the results are over NF4"
+    assert '"path/to/model"' in code
+    assert '"path/to/this/folder"' in code
+    # transformers needs a tokenizer_config.json beside tokenizer.json; phi-2 has one on the Hub.
+    base = shutil.copytree(tiny, tmp_path / "base")
+    (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    code = code.replace('"path/to/model"', repr(str(base)))
+    code = code.replace('"path/to/this/folder"', repr(str(run)))
+    theirs = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    assert theirs.returncode == 0, theirs.stderr
+
+    pair = ("--premise", "Anna bought a rose.", "--hypothesis", "Anna bought a flower.")
+    ours = script("eval.py", "--adapter", run, *pair, "--max-new-tokens", 2)
+    assert ours.returncode == 0, ours.stderr
+    answer = theirs.stdout.strip().removesuffix(data.EOS)
+    assert f"completion: ' {answer}'" in ours.stdout
+
+
+def test_a_file_without_one_of_its_keys_gives_a_card_or_one_line(run, tmp_path):
+    contents = {name: read_json(run / name) for name in JSON_FILES}
+    for name, content in contents.items():
+        for missing in content:
+            for other in JSON_FILES:
+                files.write_json(tmp_path / other, contents[other])
+            rest = {key: value for key, value in content.items() if key != missing}
+            files.write_json(tmp_path / name, rest)
+            try:
+                text = card.card(tmp_path, data.PROMPT)
+            except ValueError as error:
+                assert str(error).startswith(f"{tmp_path / name} is not as train.py writes it")
+                assert missing in str(error)
+                assert "\n" not in str(error)
+            else:
+                assert metadata(text).library_name == "peft"
+
+
+def test_an_args_json_without_its_keys_is_one_line(copy, tmp_path):
+    files.write_json(copy / "args.json", {"rank": 8})
+    done = push(copy, env=environment("http://127.0.0.1:9", tmp_path / "home"))
+    assert_one_line(done, "args.json is not as train.py writes it")
+
+
+# ---- Names and paths
+
+
+@given(st.text(min_size=1, max_size=40), st.text(min_size=1, max_size=40))
+@settings(deadline=None, max_examples=60)
+def test_no_name_breaks_the_card(run, tmp_path_factory, model, dataset):
+    directory = tmp_path_factory.mktemp("copy") / "run"
+    rename(run, directory, model, dataset)
+    read = metadata(card.card(directory, data.PROMPT))
+    assert read.library_name == "peft"
+    assert len(read.eval_results) == 2
+
+
+@pytest.mark.parametrize(
+    "path, last",
+    [
+        ("/home/SECRET/x", "x"),
+        ("/home/SECRET/x/", "x"),
+        ("/home/SECRET/", "SECRET"),
+        ("~SECRET/x", "x"),
+        ("~/SECRET/x", "x"),
+        ("../SECRET/x", "x"),
+        ("./../../SECRET/x", "x"),
+        ("SECRET/a/x", "x"),
+        ("file:///home/SECRET/x", "x"),
+        ("C:\\Users\\SECRET\\x", "x"),
+        ("C:/SECRET/x", "x"),
+        ("\\\\SECRET\\share\\x", "x"),
+    ],
+)
+def test_no_part_of_a_path_but_the_last_is_in_what_is_uploaded(copy, staged, path, last):
+    rename(copy, copy, path, path)
+    card.write_card(copy, data.PROMPT)
+    hub.stage(copy, "me/adapter", data.PROMPT, staged)
+    config = read_json(staged / "adapter_config.json")
+    assert config["base_model_name_or_path"] == last
+    assert read_json(staged / "args.json")["dataset"] == last
+    assert metadata((staged / "README.md").read_text()).base_model is None
+    for file in staged.iterdir():
+        assert last == "SECRET" or b"SECRET" not in file.read_bytes()
+
+
+def test_a_path_that_looks_like_a_name_on_the_hub_is_one_if_it_is_there_above_the_run(
+    run, tmp_path, monkeypatch
+):
+    """The run was started in tmp_path, with --dataset my/pairs; the card is written elsewhere."""
+    (tmp_path / "my" / "pairs").mkdir(parents=True)
+    directory = tmp_path / "out" / "run"
+    rename(run, directory, "my/pairs", "my/pairs")
+    monkeypatch.chdir("/")
+    text = card.card(directory, data.PROMPT)
+    assert metadata(text).base_model is None
+    assert metadata(text).datasets is None
+    assert "my/pairs" not in text
+
+
+# ---- The upload
+
+
+def test_what_is_pushed_comes_back_byte_for_byte_and_answers(run, uploads, tmp_path):
+    back = tmp_path / "back"
+    with serving({}, tmp_path / "uploads") as (address, requests):
+        variables = environment(address, tmp_path / "home")
+        done = push(run, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip().endswith("/me/adapter")
+        assert any(request.startswith("PUT /lfs/") for request in requests), "the adapter's way"
+        download = f"snapshot_download('me/adapter', local_dir={str(back)!r})"
+        code = f"from huggingface_hub import snapshot_download; {download}"
+        done = script("-c", code, env=variables)
+        assert done.returncode == 0, done.stderr
+
+    names = {path.name for path in back.iterdir() if path.is_file()}
+    assert names == set(hub.UPLOADED), "nothing of the rows, nothing to resume"
+    for name in names:
+        content = (back / name).read_bytes()
+        for secret in (TOKEN, str(ROOT), str(run.parent)):
+            assert secret.encode() not in content
+        if name != "README.md":  # it names its own repository
+            assert content == (uploads / "me" / "trained" / name).read_bytes(), "train.py --push"
+        if name in hub.COPIED:
+            assert content == (run / name).read_bytes()
+
+    done = script(
+        *("eval.py", "--adapter", back, "--limit", 8),
+        *("--model", "tiny/model", "--dataset", "tiny/data"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "12/12 modules adapted" in done.stdout
+
+
+def test_the_uploaded_card_names_its_repository(run, staged):
+    hub.stage(run, "me/adapter", data.PROMPT, staged)
+    local = (run / "README.md").read_text()
+    uploaded = (staged / "README.md").read_text()
+    assert '"path/to/this/folder"' in local
+    assert '"me/adapter"' in uploaded
+    # The files that are uploaded are enough to write the same card from.
+    assert card.card(staged, data.PROMPT, "me/adapter") == uploaded
+
+
+def test_a_card_that_somebody_has_written_is_uploaded_as_it_is(copy, staged):
+    (copy / "README.md").write_text("# Mine\n")
+    hub.stage(copy, "me/adapter", data.PROMPT, staged)
+    assert (staged / "README.md").read_text() == "# Mine\n"
+    assert (copy / "README.md").read_text() == "# Mine\n"
+
+
+@pytest.mark.parametrize("token", [None, "hf_wrong"])
+def test_without_the_right_token_it_is_one_line_that_says_what_to_do(run, tmp_path, token):
+    with serving({}, tmp_path / "uploads") as (address, _):
+        done = push(run, env=environment(address, tmp_path / "home", token))
+    assert done.returncode == 1
+    assert "cannot upload to me/adapter" in done.stderr
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "hf_wrong" not in done.stderr
+
+
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_without_a_connection_it_is_one_line_that_does_not_blame_the_token(run, tmp_path, offline):
+    with serving({}) as (address, _):
+        pass  # nobody listens at this address any more
+    variables = environment(address, tmp_path / "home") | {"HF_HUB_OFFLINE": offline}
+    done = push(run, env=variables)
+    assert_one_line(done, "cannot upload to me/adapter", f"--adapter {run} --repo me/adapter")
+    assert "log in" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--adapter", "x"], "required: --repo"),
+        (["--adapter", "x", "--repo", "me"], "is no repository on the Hub"),
+        (
+            ["--adapter", "x", "--repo", "me/adapter"],
+            "x is not a run of train.py: it has no adapter",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message):
+    done = script("-m", "scripts.push", *arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert len(done.stderr.splitlines()) == 1, done.stderr

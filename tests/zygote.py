@@ -1,0 +1,258 @@
+"""Runs the project's scripts in processes that fork from one that has imported the libraries.
+
+Python needs about five seconds to import torch, bitsandbytes' part of torch, scipy, scikit-learn and
+matplotlib, and the tests run scripts more than a hundred times. So one process, the zygote, imports
+them once and does nothing else: it starts no thread and runs no tensor operation. For each run it
+forks a keeper, and the keeper forks the script's process, reports its pid, waits for its end and
+reports how it ended:
+
+    pytest --- zygote --- keeper --- script
+
+The script's process has the command line, the folder, the environment and the files that a new
+Python would have, imports the project's modules anew, and ends as Python ends.
+
+As a program (`python tests/zygote.py FD`) this file is the zygote; the tests import `script` and
+`start_script`.
+"""
+
+import functools
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import TextIO
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What is imported beforehand. Not bitsandbytes itself, which prints a message that the project has
+# to silence, and not huggingface_hub and datasets, which read HF_* variables when imported.
+LIBRARIES = [
+    "torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "tqdm",
+    "safetensors.torch",
+    "tokenizers",
+    "scipy.stats",
+    "sklearn.metrics",
+    "matplotlib.pyplot",
+    "jinja2",
+    "pandas",
+    "pyarrow.parquet",
+    "fsspec",
+    "httpx",
+]
+
+# Environment variables that none of these libraries reads before a script runs. A run in which
+# another one differs gets a new Python.
+LATE = ("CUDA_VISIBLE_DEVICES", "HF_", "OMP_NUM_THREADS", "PYTEST_", "WANDB_")
+
+LONGEST_REQUEST = 2**20  # bytes
+
+
+# -----------------------------------------------------------------------------
+# The tests' side
+
+
+class ForkedScript:
+    """A running script, with the part of subprocess.Popen's interface that the tests use."""
+
+    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str]):
+        output, output_end = os.pipe()
+        errors, errors_end = os.pipe()
+        report, report_end = os.pipe()
+        with open(os.devnull) as nothing:
+            request = {"arguments": arguments, "cwd": str(cwd), "environment": environment}
+            files = [nothing.fileno(), output_end, errors_end, report_end]
+            socket.send_fds(zygote(), [json.dumps(request).encode()], files)
+        for end in (output_end, errors_end, report_end):
+            os.close(end)
+
+        self.args = arguments
+        self.returncode: int | None = None
+        self.stdout: TextIO = open(output)
+        self.stderr: TextIO = open(errors)
+        self.report: TextIO = open(report)
+        self.pid = int(self.report.readline())
+        self.ended = threading.Event()
+        threading.Thread(target=self.watch, daemon=True).start()
+
+    def watch(self) -> None:
+        self.returncode = int(self.report.readline())
+        self.report.close()
+        self.ended.set()
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        if not self.ended.wait(timeout):
+            raise subprocess.TimeoutExpired(self.args, timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Returns what the script writes to its two outputs from now on until its end."""
+        errors = []
+        # Both pipes must be read at once, or the script may wait for the one that is not.
+        reader = threading.Thread(target=lambda: errors.append(self.stderr.read()), daemon=True)
+        reader.start()
+        killer = threading.Timer(timeout or threading.TIMEOUT_MAX, self.kill)
+        killer.start()
+        output = self.stdout.read()
+        reader.join()
+        self.wait()
+        is_late = not killer.is_alive()
+        killer.cancel()
+        if is_late:
+            raise subprocess.TimeoutExpired(self.args, timeout, output, errors[0])
+        self.stdout.close()
+        self.stderr.close()
+        return output, errors[0]
+
+
+@functools.cache
+def zygote() -> socket.socket:
+    """Starts the zygote at its first use. It ends with the process of the tests."""
+    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            # torch then asks for GPUs in a way that a fork survives.
+            env=START | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+        )
+    return mine
+
+
+START = dict(os.environ)  # as conftest.py leaves it
+
+
+def start_script(
+    *arguments, env: dict[str, str] | None = None, cwd: Path = ROOT, fresh: bool = False
+) -> ForkedScript | subprocess.Popen:
+    """Starts `python ARGUMENTS`, with `env` added to the environment.
+
+    With `fresh`, for an option of Python's own (but -m), and where the environment asks for it, this
+    is a new Python.
+    """
+    command = [str(argument) for argument in arguments]
+    environment = os.environ | (env or {})
+    is_option = command[0].startswith("-") and command[0] != "-m"
+    if fresh or is_option or not is_late_enough(environment):
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    return ForkedScript(command, cwd, environment)
+
+
+def is_late_enough(environment: dict[str, str]) -> bool:
+    differences = environment.items() ^ START.items()
+    return all(name.startswith(LATE) for name, _ in differences)
+
+
+def script(
+    *arguments,
+    timeout: float = 300,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    fresh: bool = False,
+) -> subprocess.CompletedProcess:
+    """Runs `python ARGUMENTS` as a user would, to its end."""
+    process = start_script(*arguments, env=env, cwd=cwd, fresh=fresh)
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+# -----------------------------------------------------------------------------
+# The zygote's side
+
+
+def serve(connection: socket.socket) -> dict:
+    """Forks for each request. Returns the request in the process that has to run it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the keepers
+    while True:
+        message, files, *_ = socket.recv_fds(connection, LONGEST_REQUEST, 4)
+        if not message:  # the tests have ended
+            sys.exit()
+        if os.fork() == 0:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            connection.close()
+            keep(files)
+            return json.loads(message)
+        for file in files:
+            os.close(file)
+
+
+def keep(files: list[int]) -> None:
+    """Forks the script's process and returns in it. The keeper waits for its end, and ends too."""
+    *streams, report = files
+    pid = os.fork()
+    if pid == 0:
+        for number, file in enumerate(streams):  # become the standard streams 0, 1 and 2
+            os.dup2(file, number)
+        for file in files:
+            os.close(file)
+        return
+    for file in streams:
+        os.close(file)
+    with open(report, "w") as lines:
+        print(pid, file=lines, flush=True)
+        _, status = os.waitpid(pid, 0)
+        print(os.waitstatus_to_exitcode(status), file=lines)
+    os._exit(0)
+
+
+def run(request: dict) -> None:
+    """Does what Python does with such a command line."""
+    import torch
+
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    os.chdir(request["cwd"])
+    if "OMP_NUM_THREADS" in os.environ:  # OpenMP has read the zygote's
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+    first, *others = request["arguments"]
+    if first == "-m":
+        sys.argv = others
+        sys.path[0] = os.getcwd()
+        runpy.run_module(others[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *others]
+        sys.path[0] = str(Path(first).resolve().parent)
+        runpy.run_path(first, run_name="__main__")
+
+
+if __name__ == "__main__":
+    for library in LIBRARIES:
+        importlib.import_module(library)
+    # The forks then leave these objects alone when they end, which saves 1.5 s for each.
+    gc.collect()
+    gc.freeze()
+    run(serve(socket.socket(fileno=int(sys.argv[1]))))
