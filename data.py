@@ -23,8 +23,10 @@ PROMPT = (
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")  # what all prompts share; what follows a premise
+# What all prompts share, and what follows a premise. The double spaces are the original notebooks'.
+PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
 EOS = "<|endoftext|>"
+# 1 or 1.5 or 1,000
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -85,12 +87,25 @@ def encode(
     if max_length is None or len(prompt) + len(answer) <= max_length:
         return prompt, answer
 
+    # The hypothesis and "### Label:" must stay, so the premise gets what is left.
     after_ids = tokenizer.encode(after).ids
     room = max_length - len(prefix) - len(after_ids) - len(answer)
     if room < 0:
         start = example["hypothesis"][:40]
         raise ValueError(f"the hypothesis {start!r}... alone exceeds --max-length {max_length}")
     return prefix + tokenizer.encode(premise).ids[:room] + after_ids, answer
+
+
+def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
+    """Returns whether `encode` cuts the premise of an example."""
+    if max_length is None:
+        return False
+    # A token has at least one byte, so most rows are short enough without being tokenised again.
+    text = PROMPT.format(premise=example["premise"], hypothesis=example["hypothesis"])
+    if len(text.encode()) + 2 <= max_length:
+        return False
+    prompt, answer = encode(example, tokenizer)
+    return len(prompt) + len(answer) > max_length
 
 
 def parse(completion: str) -> int:
@@ -137,6 +152,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
     for number in itertools.count(start):
         epoch, place = divmod(number, lists_in_epoch)
         if epoch != order_epoch:
+            # Multiplied, so that the next seed does not begin with this seed's second epoch.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(len(examples), generator=generator).tolist()
             order_epoch = epoch

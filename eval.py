@@ -67,7 +67,7 @@ def load_model(
 
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
     """
-    model = phi2.build(directory)
+    model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
         quant.quantize_linears(model, double_quant=double_quant)
     phi2.load_weights(model, directory, device, DTYPES[dtype])
@@ -94,7 +94,7 @@ def pack(
     prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
 ) -> tuple[Tensor, phi2.PackedRows]:
     """Packs prompts that begin with `prefix`: flat ids (N,), the prefix once, and their rows."""
-    own = [prompt[len(prefix) :] for prompt in prompts]
+    own = [prompt[len(prefix) :] for prompt in prompts]  # what is not shared
     ids = torch.tensor(prefix + list(itertools.chain.from_iterable(own)), device=device)
     lengths = [len(row) for row in own]
     return ids, phi2.PackedRows(lengths, len(prefix), device, room)
@@ -117,6 +117,7 @@ def generate(
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Their keys and values are kept, with room for the completions.
+    #    The head runs on each prompt's last token alone.
     ids, rows = pack(prompts, prefix, device, room=max_new_tokens)
     first_logits = model(ids, rows, last=1)
 
@@ -156,6 +157,7 @@ def complete(
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
+        # The text is decoded again for each token: a token may end in the middle of a character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, logits = generate(
@@ -202,11 +204,12 @@ def evaluate(
     was_training = model.training
     model.eval()
     prompts = [data.encode(row, tokenizer, protocol.max_length)[0] for row in rows]
-    # The longest first, so that a batch holds rows of similar length and memory runs out at once.
+    # Sorted, so that the rows of a batch are of similar length. The longest first, so that a batch
+    # that is too large for the memory shows at once, and not after an hour.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     mine = order[ranks.RANK :: ranks.WORLD]
 
-    answers = []
+    answers = []  # (number of the row, answer), in the order of the batches
     with tqdm(
         total=len(mine), desc=title, unit="row", leave=False, disable=None if ranks.FIRST else True
     ) as bar:
@@ -221,6 +224,7 @@ def evaluate(
             bar.update(len(numbers))
     model.train(was_training)
 
+    # Of all ranks, back in the order of the rows.
     answer_of = dict(itertools.chain.from_iterable(ranks.gather(answers)))
     predictions = [
         describe(row, number, len(prompts[number])) | answer_of[number]
@@ -231,6 +235,7 @@ def evaluate(
 
 def describe(row: dict, number: int, tokens: int) -> dict:
     """Returns what predictions_SPLIT.jsonl says about a row, besides the answer."""
+    # The dataset's own idx comes before our number.
     known = {key: row[key] for key in ("idx", "genre", "label") if key in row}
     return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**row)}
 
@@ -280,14 +285,16 @@ def answer_pair(args: argparse.Namespace) -> None:
 
 def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
     """Returns the prompt ids of a pair whose label nobody knows."""
+    # The label decides on the answer's ids alone, which are not used here.
     prompt, _ = data.encode(pair | {"label": 0}, tokenizer, args.max_length)
     return prompt
 
 
 def answer_lines(args: argparse.Namespace) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
-    model, tokenizer = load(args, output=sys.stderr)
+    model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
     pairs = read_pairs(sys.stdin)
+    # As many lines as a batch takes are read at a time, so a stream may be endless.
     while batch := list(itertools.islice(pairs, args.batch_size)):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
         answers = complete(model, tokenizer, prompts, args.max_new_tokens)
@@ -312,13 +319,11 @@ def evaluate_splits(args: argparse.Namespace) -> None:
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
     names = args.split or examples.validation_splits(args.dataset)
     splits = {name: examples.load_examples(args.dataset, name, args.limit) for name in names}
-    others = {}
-    if args.compare:
-        for name in names:
-            others[name] = metrics.read_predictions(args.compare / f"predictions_{name}.jsonl")
+    others = read_others(args.compare, names) if args.compare else {}
 
     model, tokenizer = load(args)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
+    # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
     results = {"protocol": protocol.record(), stage: {}}
     for name, rows in splits.items():
@@ -326,6 +331,7 @@ def evaluate_splits(args: argparse.Namespace) -> None:
         if name in others:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = compared
+        # Split by split: what is done is not lost when a later one fails.
         if args.out and ranks.FIRST:
             args.out.mkdir(parents=True, exist_ok=True)
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
@@ -335,6 +341,13 @@ def evaluate_splits(args: argparse.Namespace) -> None:
         print(f"\n{name}\n{metrics.details(statistics)}")
     if args.out and ranks.FIRST:
         files.write_json(args.out / "results.json", results)
+
+
+def read_others(run: Path, splits: list[str]) -> dict[str, list[dict]]:
+    """Returns the predictions that another run has made, by split."""
+    return {
+        split: metrics.read_predictions(run / f"predictions_{split}.jsonl") for split in splits
+    }
 
 
 if __name__ == "__main__":

@@ -86,10 +86,12 @@ class LoRAConfig:
             "base_model_name_or_path": base_model,
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
+            # PEFT's own defaults are others, so these four must be in the file.
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
+            # What this file does not implement is said to be off.
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -108,20 +110,8 @@ class LoRAConfig:
         Raises ValueError for any option that would make another model of the adapter than the
         one that was trained.
         """
-        if raw.get("peft_type") != "LORA":
-            raise ValueError(f"peft_type {raw.get('peft_type')!r} is not supported, only 'LORA'")
-        for key in REQUIRED:
-            if raw.get(key) is None:
-                raise ValueError(f"it lacks {key}")
-        # The other ways to initialise change the weights of the base.
-        initialisation = raw.get("init_lora_weights", True)
-        if initialisation not in (True, False, "gaussian"):
-            raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
-        for key, value in raw.items():
-            is_off = value in (None, False, "none") or value in ({}, [])
-            if key not in REQUIRED and key not in HARMLESS and not is_off:
-                raise ValueError(f"{key} = {value!r} is not supported")
-
+        check_options(raw)
+        # PEFT keeps the names as a set, so their order in the file has no meaning.
         targets = raw["target_modules"]
         if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
             targets = tuple(sorted(targets))
@@ -151,6 +141,25 @@ HARMLESS = {
     "revision",
     "task_type",
 }
+
+
+def check_options(raw: dict) -> None:
+    """Raises ValueError for an option of adapter_config.json that is not implemented here."""
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type {raw.get('peft_type')!r} is not supported, only 'LORA'")
+    for key in REQUIRED:
+        if raw.get(key) is None:
+            raise ValueError(f"it lacks {key}")
+    # How A and B began does not matter after training, but some ways to initialise them
+    # change the weights of the base too.
+    initialisation = raw.get("init_lora_weights", True)
+    if initialisation not in (True, False, "gaussian"):
+        raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
+    # PEFT has more options than this file knows. One that is off changes nothing.
+    for key, value in raw.items():
+        is_off = value in (None, False, "none") or value in ({}, [])
+        if key not in REQUIRED and key not in HARMLESS and not is_off:
+            raise ValueError(f"{key} = {value!r} is not supported")
 
 
 class LoRALinear(nn.Module):
@@ -187,8 +196,8 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base_layer(x)
-        down = self.lora_A(self.lora_dropout(x.float()))
-        update = self.lora_B(down * self.scale)  # scaled where it is narrow, rank numbers a token
+        down = self.lora_A(self.lora_dropout(x.float()))  # (..., rank)
+        update = self.lora_B(down * self.scale)  # (..., out), scaled where it is narrow
         return result + update.to(result.dtype)
 
 
@@ -205,6 +214,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
     paths = match_targets(model, config.targets)
+    # Everything is frozen first. The adapters that follow are new, so they alone have gradients.
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
@@ -224,24 +234,34 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
     The rules are PEFT's: a name matches the end of a path at a dot, a string must match a whole
     path as a regular expression. Raises ValueError when a target matches no layer.
     """
-    linears = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+    linears = linear_paths(model)
     if targets == "all-linear":
         return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
+    if not targets:
+        raise ValueError("no target given: name at least one linear layer")
 
     if isinstance(targets, str):
         targets = (targets,)
         matches = matches_pattern
     else:
         matches = matches_name
+    chosen = set()
     for target in targets:
-        if not any(matches(path, target) for path in linears):
+        matched = {path for path in linears if matches(path, target)}
+        if not matched:
             raise ValueError(describe_missing_target(target, linears))
-    if not targets:
-        raise ValueError("no target given: name at least one linear layer")
-    return [path for path in linears if any(matches(path, target) for target in targets)]
+        chosen |= matched
+    # In module order, because the adapters are initialised one after another from one generator.
+    return [path for path in linears if path in chosen]
+
+
+def linear_paths(model: nn.Module) -> list[str]:
+    """Returns the paths of all linear layers, quantised ones included."""
+    return [path for path, module in model.named_modules() if hasattr(module, "in_features")]
 
 
 def matches_name(path: str, name: str) -> bool:
+    # At a dot, so that "proj" does not match q_proj.
     return path == name or path.endswith("." + name)
 
 
@@ -254,6 +274,7 @@ def matches_pattern(path: str, pattern: str) -> bool:
 
 def describe_missing_target(target: str, linears: list[str]) -> str:
     names = sorted({path.rpartition(".")[2] for path in linears})
+    # A cutoff of 0 always finds one, and a typing error is mostly near its word.
     (nearest,) = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
     return (
         f"target {target!r} matches no linear layer; there are {', '.join(names)}; "
@@ -283,13 +304,14 @@ def merge(model: nn.Module) -> None:
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
     }
+    # All layers are checked before the first one is changed.
     for path, module in adapted.items():
         if not isinstance(module.base_layer, nn.Linear):
             kind = type(module.base_layer).__name__
             raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
     for path, module in adapted.items():
         weight = module.base_layer.weight
-        update = module.scale * module.lora_B.weight @ module.lora_A.weight
+        update = module.scale * module.lora_B.weight @ module.lora_A.weight  # (out, in)
         weight.copy_(weight.float() + update)
         replace(model, path, module.base_layer)
 
@@ -316,7 +338,7 @@ def save_adapter(
         PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
     }
-    metadata = {"format": "pt", **(fingerprint or {})}
+    metadata = {"format": "pt", **(fingerprint or {})}  # PEFT looks for this format
     save_file(tensors, directory / "adapter_model.safetensors", metadata)
     text = json.dumps(config.to_peft(base_model), indent=2)
     (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
@@ -335,6 +357,7 @@ def load_adapter(
     config = read_adapter_config(directory)
     file = directory / "adapter_model.safetensors"
     tensors, metadata = read_adapter_tensors(file)
+    # A file of PEFT has no fingerprint: then there is nothing to compare.
     for name, here in (fingerprint or {}).items():
         there = metadata.get(name, here)
         if there != here:
@@ -394,6 +417,7 @@ def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
     """Raises ValueError unless the file's tensors are trained ones for exactly these parameters."""
+    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
     check_keys("lacks", parameters.keys() - tensors.keys(), file)
     check_keys("holds unknown", tensors.keys() - parameters.keys(), file)
     for key, parameter in parameters.items():

@@ -66,6 +66,7 @@ def rotary_tables(
     """
     head_dim = config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * config.partial_rotary_factor)
+    # The first pair of dimensions turns by one radian a token, the last by 1 / rope_theta or so.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -98,11 +99,17 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, rows: "PackedRows") -> Tensor:
+        # Every token gives a key and a value. A query comes from the tokens that ask: all of them,
+        # but in the last block only those whose logits are wanted.
         q = self.split_heads(self.q_proj(rows.asking(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
+
+        # Turned by their positions, q and k agree as their distance says.
         q = rotate(q, rows.asking(cos), rows.asking(sin))
         k = rotate(k, cos, sin)
+
+        # The one place where tokens see one another.
         attended = rows.attend(self.layer, q, k, v)
         return self.dense(attended.flatten(1))  # (N, H, D) -> (N, C)
 
@@ -147,6 +154,7 @@ class PhiModel(nn.Module):
         # With checkpointing the backward pass stores each block's input alone, and computes the
         # block a second time.
         self.checkpointing = False
+        # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
@@ -155,6 +163,7 @@ class PhiModel(nn.Module):
 
     def forward(self, ids: Tensor, rows: "PackedRows", last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,), or those of each row's `last` tokens."""
+        # No position is added to x. Attention turns q and k instead.
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, rows.positions, x.dtype)
         for block in self.layers:
@@ -203,6 +212,7 @@ class Grid:
     def __init__(self, lengths: list[int], width: int, device: torch.device):
         self.shape = (len(lengths), width)
         self.is_full = all(length == width for length in lengths)
+        # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
         held = torch.arange(width) < torch.tensor(lengths)[:, None]
         self.places = held.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
 
@@ -299,11 +309,14 @@ class PackedRows:
 
         k and v are (N, H, D); q and the result are (A, H, D), for the A tokens that ask.
         """
+        # The N tokens are the prefix, then the rows. After the first call of a generation the
+        # prefix is in the cache, and the N tokens are those of the rows alone.
         prefix_q, q = self.cut(q, self.prefix_asks)
         prefix_k, k = self.cut(k, self.prefix_is_new)
         prefix_v, v = self.cut(v, self.prefix_is_new)
         known = self.remember(layer, prefix_k, prefix_v, k, v)
 
+        # The rows ask for the prefix and their own tokens; the prefix asks for itself alone.
         y = attention(self.queries.spread(q), known, self.mask)
         y = self.queries.collect(y)
         if self.prefix_asks:
@@ -326,6 +339,7 @@ class PackedRows:
         Where there is room they are kept, and later calls write theirs into the empty places.
         """
         if layer in self.cache:
+            # One new token in each row. It is written in place: nothing here has a gradient.
             known = self.cache[layer]
             known.k[self.lines, :, self.columns] = k
             known.v[self.lines, :, self.columns] = v
@@ -342,7 +356,7 @@ class PackedRows:
         cache, so this object must not be used again.
         """
         device = self.positions.device
-        columns = [self.filled[row] for row in going_on]
+        columns = [self.filled[row] for row in going_on]  # the first empty place of each row
         following = PackedRows([1] * len(going_on), device=device)
         following.prefix = self.prefix
         following.width = self.width
@@ -469,7 +483,8 @@ def load_weights(
                 f"config.json asks for {tuple(expected[key].shape)}"
             )
         tensor = tensor.to(device).to(dtype)  # in this order, so that a GPU converts
-        low, high = tensor.aminmax()  # NaN is both; unlike isfinite, this makes no copy
+        # NaN would be both, infinity one of them. Unlike isfinite() this makes no copy.
+        low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         path, _, leaf = key.rpartition(".")
@@ -556,6 +571,7 @@ def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
             raise ValueError(f"{directory} is not a model directory: it has no config.json")
         return directory
     name = str(name)
+    # Not asked of the Hub: a path that does not exist is no model's name.
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
 
@@ -591,6 +607,7 @@ def read_config(directory: Path) -> Phi2Config:
         )
     if isinstance(raw.get("rope_parameters"), dict):  # where transformers 5 keeps them
         raw = raw | raw["rope_parameters"]
+    # Grouped-query attention has fewer heads for keys and values than for queries.
     accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
     for key, value in accepted.items():
         if raw.get(key, value) not in (value, None):

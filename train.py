@@ -31,15 +31,36 @@ from support.stopping import StopRequest
 LOG_EVERY = 50  # steps between lines
 
 
-def learning_rate(step: int, steps: int, warmup: int) -> float:
+def learning_rate(step: int, steps: int, warmup: int | None) -> float:
     """Returns the factor on the learning rate at a step, counted from 0.
 
-    It rises in a line up to 1 over `warmup` steps, then falls to 0 along half a cosine.
+    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along half a
+    cosine. The first step is not at 0, which would waste it.
     """
+    if warmup is None:
+        warmup = round(0.03 * steps)
     if step < warmup:
         return (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, steps - warmup)
     return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
+    for block in model.model.layers:
+        block.resid_dropout.p = share
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
+    """Returns how many optimiser steps --steps or --epochs ask for."""
+    if args.epochs is None:
+        return args.steps
+    steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
+    return math.ceil(args.epochs * steps_per_epoch)
 
 
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
@@ -51,6 +72,7 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     device = model.lm_head.weight.device
     rows = phi2.PackedRows(batch.lengths, batch.prefix, device)
     logits = model(batch.ids.to(device), rows, batch.last)
+    # In fp32: the sum of 51,200 exponentials needs more than the 8 bits of bf16.
     return F.cross_entropy(logits.float(), batch.targets.to(device), reduction="sum")
 
 
@@ -81,7 +103,7 @@ def accumulate_gradients(
     """
     device = model.lm_head.weight.device
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
-    loss = torch.zeros((), device=device)
+    loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
     tokens = 0
     for start in range(0, len(encoded), args.batch_size):
         batch = data.collate(encoded[start : start + args.batch_size], prefix, args.loss)
@@ -109,6 +131,7 @@ def evaluate(
         title = f"{stage}, {split}"
         results[split], predictions = evaluation.evaluate(model, tokenizer, rows, protocol, title)
         results[split]["loss"] = validation_loss(model, tokenizer, rows, args)
+        # Those of evaluations on the way would be many, and nobody reads them.
         if ranks.FIRST and stage == "baseline":
             files.write_lines(args.out / f"baseline_{split}.jsonl", predictions)
         if ranks.FIRST and stage == "finetuned":
@@ -129,6 +152,8 @@ def validation_loss(
     model.eval()
     prefix = prefix_to_share(tokenizer, args)
     encoded = [data.encode(row, tokenizer, args.max_length) for row in rows]
+    # Of one length together, for then attention has the least padding.
+    encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
     loss = 0.0
     for start in range(0, len(mine), args.batch_size):
@@ -157,10 +182,7 @@ def main() -> None:
         for split in examples.validation_splits(args.dataset)
     }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
-    steps = args.steps
-    if args.epochs:
-        steps = math.ceil(args.epochs * math.ceil(len(train_rows) / rows_per_step))
-    warmup = round(0.03 * steps) if args.warmup_steps is None else args.warmup_steps
+    steps = count_steps(args, len(train_rows), rows_per_step)
     prefix = prefix_to_share(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = phi2.read_config(directory).resid_pdrop
@@ -187,12 +209,12 @@ def main() -> None:
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
     model.model.checkpointing = args.checkpointing
-    for block in model.model.layers:
-        block.resid_dropout.p = args.residual_dropout
+    set_residual_dropout(model, args.residual_dropout)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
         f"{len(train_rows):,} rows, {steps:,} steps of {rows_per_step}, into {args.out}"
     )
+    # What the base can do alone. A resumed run has measured it already.
     if not saved:
         state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
         log.write_evaluation(0, state.baseline)
@@ -207,6 +229,7 @@ def main() -> None:
     parameters = list(adapter.values())
     trained = sum(parameter.numel() for parameter in parameters)
     log.say(f"{len(adapted)} layers adapted, {trained:,} parameters to train")
+    # Two fp32 moments for each trained number: 21 MB for phi-2 at rank 8.
     optimizer = torch.optim.AdamW(
         parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
     )
@@ -227,33 +250,38 @@ def main() -> None:
 
     # ---- Training ---------------------------------------------------------------------------
     model.train()
+    # The order of rows is a function of seed and step: a resumed run sees the rows it would have.
     step_rows = data.batches(train_rows, rows_per_step, args.seed, progress.step)
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
+        # Each rank takes every WORLD-th row of the step.
         rows = next(step_rows)
         mine = rows[ranks.RANK :: ranks.WORLD]
         encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
-        cut = sum(len(prompt) + len(answer) == args.max_length for prompt, answer in encoded)
+        cut = sum(data.is_cut(row, tokenizer, args.max_length) for row in mine)
 
+        # Forward, backward, and one sum over all ranks.
         loss, tokens = accumulate_gradients(model, encoded, prefix, args)
         ranks.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         loss, tokens, cut, stops = ranks.total(device, loss, tokens, cut, bool(stop))
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(grad_norm):  # one such step would spoil every weight for good
             numbers = sorted(row["row"] for row in rows)
             raise ValueError(
                 f"step {step + 1}: the loss is {loss:.4g}, the norm of its gradient "
                 f"{grad_norm:.4g}, with the rows {numbers} of train; "
                 f"{args.out} keeps the last save"
             )
-        rate = args.learning_rate * learning_rate(step, steps, warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+
+        # One step of AdamW on the adapters.
+        rate = args.learning_rate * learning_rate(step, steps, args.warmup_steps)
+        set_learning_rate(optimizer, rate)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
+        # Report, save, stop, evaluate, where it is time for it.
         progress.add(loss, len(rows), int(tokens), int(cut))
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
@@ -283,20 +311,27 @@ def main() -> None:
         )
     finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
     log.write_evaluation(steps, finetuned)
+    if ranks.FIRST:
+        write_results(args, state.baseline, finetuned, log)
+
+
+def write_results(
+    args: argparse.Namespace, baseline: dict, finetuned: dict, log: RunLog
+) -> None:
+    """Writes results.json, the pictures, the page and the model card, and prints the table."""
     results = {
         "protocol": protocol_of(args).record(),
-        "baseline": state.baseline,
+        "baseline": baseline,
         "finetuned": finetuned,
         "training_memory_gib": log.peak_memory,
     }
-    if ranks.FIRST:
-        files.write_json(args.out / "results.json", results)
-        page.write(args.out)
-        card.write_card(args.out, data.PROMPT)
-        log.say(metrics.table(results))
-        log.finish(results)
-        if args.push:
-            log.say(f"uploaded to {hub.push(args.out, args.push, data.PROMPT)}")
+    files.write_json(args.out / "results.json", results)
+    page.write(args.out)
+    card.write_card(args.out, data.PROMPT)
+    log.say(metrics.table(results))
+    log.finish(results)
+    if args.push:
+        log.say(f"uploaded to {hub.push(args.out, args.push, data.PROMPT)}")
     log.say(
         f"adapter, results.json and report.html are in {args.out}; "
         f"try: python eval.py --adapter {args.out} --premise ... --hypothesis ..."

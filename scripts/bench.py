@@ -1,143 +1,285 @@
-"""This project beside transformers + PEFT + bitsandbytes, and beside the notebooks' way of using them, in one run.
+"""Speed and memory beside transformers + PEFT + bitsandbytes, and beside the notebooks' way.
 
-    python bench.py                                          # tiny/ on a CPU, phi-2 and MNLI on a GPU
-    python bench.py --random-phi-2 --dataset ~/mnli --tokenizer ~/phi-2 --json bench.json    # full size, no download
-    python bench.py --random-phi-2 1 --rows 32 --rounds 1   # the same with one layer, for a small machine
+    python -m scripts.bench                                # tiny/ on a CPU, phi-2 on a GPU
+    python -m scripts.bench --random-phi-2 --json bench.json         # full size, no download
+    python -m scripts.bench --random-phi-2 1 --rows 32 --rounds 1    # one layer: small machines
 
-Same files, same adapter, same rows, same loss. Each contender is a process of its own, and they take turns: A B C A B C.
-The reference is used well: bf16, SDPA, batches padded to their longest row, left padding and a stop at the end of text in
-generation, the last position's logits alone in scoring. First the results are compared; when they differ, no number is
-printed. Figures are medians over the rounds; the ratio is the median of the rounds' ratios.
+All contenders have the same files, the same adapter, the same rows and the same loss. Each is a
+process of its own, and they take turns: A B C A B C. The reference is used well: bf16, SDPA,
+batches padded to their longest row, left padding and a stop at the end of text in generation, and
+only the last position's logits in scoring. The notebooks' way is one row at a time, with all
+logits and the loss on every token.
+
+First the results are compared; where they differ, no figure is printed. Figures are medians over
+the rounds, and a ratio is the median of the rounds' ratios.
+
+Speed depends on how much the rows of a batch differ in length. Without --dataset the rows are drawn
+from tiny/data: as many of its premises are joined into one as give the lengths of MNLI. With
+--dataset they are the first rows as they are.
 """
+
 import argparse
 import importlib
 import json
+import math
+import random
 import re
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from tqdm import tqdm
 
-import checkpoint
 import data
 import eval as evaluation
 import lora
 import phi2
-import ranks
 import train
+from support import cli, examples, files, flags, machine
 
-# task: (what the table calls it, whether the adapter is on)
-TASKS = {"train16": ("training, 16 examples a step", True), "train128": ("training, 128 examples a step", True),
-         "answer": ("generation, an adapter that ends its answers", True), "score": ("scoring", True),
-         "ramble": ("generation, a base that writes 32 tokens", False), "load": ("loading and quantising", True)}
+ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("ours", "reference", "notebooks")
-PROMPTS, ALONE = 64, 4  # rows in a batch of generation and scoring; rows of a task in the notebooks' way, one at a time
-STEPS = 4  # in a row make one timing of 16 examples a step
+STEPS = 4  # training steps of 16 rows in one timing
+PROMPTS = 64  # rows in a batch of scoring and generation
+ALONE = 4  # rows of a task in the notebooks' way, one at a time
+MICRO_BATCH = 32  # rows that the reference holds at once on a GPU: 128 of them need 124 GiB
+ADAPTER_STEPS = 150
+
+# The lengths of MNLI's rows: tokens after the shared prefix, which are distributed log-normally.
+MEDIAN_TOKENS = 46
+SPREAD = 0.36  # the standard deviation of their logarithm: 95 % have up to 83
 
 
-# ---- Contenders. Each loads its model and returns {task: function that does the work once and returns its result}
+@dataclass
+class Job:
+    """What a contender is told. It travels as JSON."""
 
-def ours(job: dict, rows: list) -> dict:
-    model = evaluation.load_model(job["model"], "nf4", evaluation.DTYPES[job["dtype"]], job["device"], keep=job["keep"]).eval()
-    tokenizer = data.load_tokenizer(job["tokenizer"])
-    prefix = data.fixed_ids(tokenizer)[0]
-    if job["adapter"]:
-        lora.load_adapter(model, job["adapter"])
-    parameters = lora.lora_parameters(model)
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True) if parameters else None
-
-    def step(size: int, update: bool = True):
-        loss, _ = train.batch_loss(model, rows[:size], len(prefix), "answer")
-        (loss / (2 * size)).backward()
-        return finish_step(loss / (2 * size), parameters, optimizer, update)
-
-    def prompts(answer, limit: int = 0):
-        found = []
-        with torch.inference_mode():
-            cache, order = model.prefill(prefix), sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-            for start in range(0, len(order), PROMPTS):
-                found += answer(model, tokenizer, [rows[i][0][len(prefix):] for i in order[start:start + PROMPTS]], cache, limit)
-        return [row["prediction"] for _, row in sorted(zip(order, found), key=lambda pair: pair[0])]
-    return tasks(step, *(partial(prompts, *work) for work in (
-        (evaluation.score,), (evaluation.complete, job["new_tokens"]), (evaluation.complete, 32))))
+    model: str
+    tokenizer: str
+    rows: str  # the file that `write_rows` has written
+    adapter: str | None
+    dtype: str
+    device: str
+    new_tokens: int  # in generation with an adapter that ends its answers
+    keep: bool  # ours keeps the dequantised weights
+    arm: str = "ours"
 
 
-def tasks(step, score, answer, ramble, alone: bool = False) -> dict:
-    return {"gradients": lambda: step(16, update=False),
-            "train16": lambda: [step(ALONE if alone else 16) for _ in range(1 if alone else STEPS)],
-            "train128": lambda: step(ALONE if alone else 128), "score": score, "answer": answer, "ramble": ramble}
+@dataclass
+class Rows:
+    """Encoded rows, (prompt ids, answer ids), for training and for evaluation."""
+
+    training: list
+    evaluation: list
 
 
-def pad(sequences: list[list[int]], filler: int, device: str, side: str) -> dict:
-    """ids and attention mask (B, longest)."""
-    ids, mask = (torch.nn.utils.rnn.pad_sequence([make(row) for row in map(torch.tensor, sequences)], True, filling, side).to(device)
-                 for make, filling in ((torch.clone, filler), (torch.ones_like, 0)))
-    return {"input_ids": ids, "attention_mask": mask}
+# -----------------------------------------------------------------------------
+# The contenders
 
 
-def reference(job: dict, rows: list, alone: bool = False) -> dict:
-    """transformers + PEFT; `alone` is the notebooks' way: one row at a time, every logit, loss on every token."""
+class Ours:
+    """This project."""
+
+    def __init__(self, job: Job, rows: Rows):
+        self.job = job
+        self.rows = rows
+        self.model = evaluation.load_model(
+            Path(job.model), "nf4", job.dtype, job.device, keep=job.keep
+        )
+        self.tokenizer = data.load_tokenizer(job.tokenizer)
+        self.prefix, _, _ = data.fixed_ids(self.tokenizer)
+        if job.adapter:
+            lora.load_adapter(self.model, Path(job.adapter))
+        self.model.eval()  # the reference has no dropout either
+        self.parameters = lora.lora_parameters(self.model)
+        self.optimizer = make_optimizer(self.parameters)
+
+    def step(self, count: int, update: bool = True):
+        batch = data.collate(self.rows.training[:count], len(self.prefix), "answer")
+        loss = train.batch_loss(self.model, batch) / len(batch.targets)
+        loss.backward()
+        return finish_step(loss, self.parameters, self.optimizer, update)
+
+    def score(self) -> list[int]:
+        return self.predict(lambda prompts: evaluation.score(self.model, self.tokenizer, prompts))
+
+    def write(self, limit: int) -> list[int]:
+        return self.predict(
+            lambda prompts: evaluation.complete(self.model, self.tokenizer, prompts, limit)
+        )
+
+    def predict(self, answer: Callable[[list], list[dict]]) -> list[int]:
+        """Returns the predictions for all evaluation rows, in their order."""
+        prompts = [prompt for prompt, _ in self.rows.evaluation]
+        predictions = {}
+        for numbers in sorted_batches(prompts, PROMPTS):
+            answers = answer([prompts[number] for number in numbers])
+            for number, row in zip(numbers, answers):
+                predictions[number] = row["prediction"]
+        return [predictions[number] for number in range(len(prompts))]
+
+
+class Reference:
+    """transformers + PEFT + bitsandbytes.
+
+    `alone` is the notebooks' way: one row at a time, all logits, the loss on every token.
+    """
+
+    def __init__(self, job: Job, rows: Rows, alone: bool = False):
+        self.job = job
+        self.rows = rows
+        self.alone = alone
+        self.model = load_reference(job)
+        self.tokenizer = data.load_tokenizer(job.tokenizer)
+        _, self.answers, self.eos = data.fixed_ids(self.tokenizer)
+        # Ids that the head has and the tokenizer has not: ours never generates them.
+        ids = range(self.tokenizer.get_vocab_size(), self.model.config.vocab_size)
+        self.beyond = list(ids) or None
+        self.parameters = {
+            name.removeprefix(lora.PREFIX).replace(".default", ""): parameter
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad
+        }
+        self.optimizer = make_optimizer(self.parameters)
+
+    def step(self, count: int, update: bool = True):
+        if self.alone:
+            rows = self.rows.training[:ALONE]
+            size = 1
+        else:
+            rows = self.rows.training[:count]
+            size = MICRO_BATCH if self.job.device.startswith("cuda") else count
+        total = torch.zeros((), device=self.job.device)
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            # All rows have two targets, so a mean of the batches' means is the mean over all.
+            loss = self.loss(batch) * len(batch) / len(rows)
+            loss.backward()
+            total += loss.detach()
+        return finish_step(total, self.parameters, self.optimizer, update)
+
+    def loss(self, rows: list) -> Tensor:
+        sequences = [prompt + answer for prompt, answer in rows]
+        inputs = pad(sequences, self.eos, self.job.device, "right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        if not self.alone:
+            for line, (prompt, _) in enumerate(rows):
+                labels[line, : len(prompt)] = -100
+        return self.model(**inputs, labels=labels, use_cache=False).loss
+
+    def score(self) -> list[int]:
+        def answer(inputs: dict) -> list[int]:
+            positions = 0 if self.alone else 1  # 0: all
+            logits = self.model(**inputs, logits_to_keep=positions, use_cache=False).logits
+            return logits[:, -1, self.answers].argmax(dim=-1).tolist()
+
+        return self.predict(answer)
+
+    def write(self, limit: int) -> list[int]:
+        def answer(inputs: dict) -> list[int]:
+            ids = self.model.generate(
+                **inputs,
+                max_new_tokens=32 if self.alone else limit,
+                do_sample=False,
+                eos_token_id=self.eos,
+                pad_token_id=self.eos,
+                suppress_tokens=self.beyond,
+            )
+            new = ids[:, inputs["input_ids"].shape[1] :].tolist()
+            texts = self.tokenizer.decode_batch(new, skip_special_tokens=True)
+            return [data.parse(text) for text in texts]
+
+        return self.predict(answer)
+
+    @torch.inference_mode()
+    def predict(self, answer: Callable[[dict], list[int]]) -> list[int]:
+        """Returns the predictions for the evaluation rows, in their order."""
+        prompts = [prompt for prompt, _ in self.rows.evaluation]
+        if self.alone:
+            prompts = prompts[:ALONE]
+        predictions = {}
+        for numbers in sorted_batches(prompts, 1 if self.alone else PROMPTS):
+            batch = [prompts[number] for number in numbers]
+            answers = answer(pad(batch, self.eos, self.job.device, "left"))
+            predictions |= dict(zip(numbers, answers))
+        return [predictions[number] for number in range(len(prompts))]
+
+
+def load_reference(job: Job):
+    """Returns transformers' model in NF4, within PEFT's where the job has an adapter."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils import logging
+
     logging.disable_progress_bar()
-    dtype, device = evaluation.DTYPES[job["dtype"]], job["device"]
-    four_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype, quantization_config=four_bit, attn_implementation="sdpa",
-                                                 device_map={"": device})
-    if job["adapter"]:
-        model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
-    model.train()  # on some CPUs bitsandbytes repacks its weights in eval mode; without dropout there is no other difference
+    dtype = evaluation.DTYPES[job.dtype]
+    model = AutoModelForCausalLM.from_pretrained(
+        job.model,
+        dtype=dtype,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        ),
+        attn_implementation="sdpa",
+        device_map={"": job.device},
+    )
+    if job.adapter:
+        model = PeftModel.from_pretrained(model, job.adapter, is_trainable=True)
+    # On some CPUs bitsandbytes repacks its weights in eval mode. Without dropout there is no other
+    # difference between the modes.
+    model.train()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    tokenizer = data.load_tokenizer(job["tokenizer"])
-    _, answers, eos = data.fixed_ids(tokenizer)
-    beyond = list(range(tokenizer.get_vocab_size(), model.config.vocab_size))
-    parameters = {name.removeprefix(lora.PREFIX).replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(parameters.values(), lr=0.0, fused=True) if parameters else None
-
-    def step(size: int, update: bool = True):
-        total = 0.0
-        for batch in ([row] for row in rows[:size]) if alone else [rows[:size]]:
-            inputs = pad([prompt + answer for prompt, answer in batch], eos, device, "right")
-            labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-            for i, (prompt, _) in enumerate(batch):
-                labels[i, :0 if alone else len(prompt)] = -100
-            loss = model(**inputs, labels=labels, use_cache=False).loss * len(batch) / size
-            loss.backward()
-            total += loss.detach()
-        return finish_step(total, parameters, optimizer, update)
-
-    def prompts(answer):
-        found, size = [], 1 if alone else PROMPTS
-        order = sorted(range(len(rows[:ALONE] if alone else rows)), key=lambda i: -len(rows[i][0]))
-        with torch.inference_mode():
-            for start in range(0, len(order), size):
-                found += answer(pad([rows[i][0] for i in order[start:start + size]], eos, device, "left"))
-        return [prediction for _, prediction in sorted(zip(order, found))]
-
-    def write(limit: int):
-        def answer(inputs):
-            written = model.generate(**inputs, max_new_tokens=limit, do_sample=False, eos_token_id=eos, pad_token_id=eos,
-                                     suppress_tokens=beyond or None)[:, inputs["input_ids"].shape[1]:].tolist()
-            return [data.parse(tokenizer.decode(ids, skip_special_tokens=True)) for ids in written]
-        return answer
-
-    def score(inputs):
-        logits = model(**inputs, logits_to_keep=0 if alone else 1, use_cache=False).logits
-        return logits[:, -1, answers].argmax(dim=-1).tolist()
-    return tasks(step, *(partial(prompts, work) for work in (score, write(32 if alone else job["new_tokens"]), write(32))), alone)
+    return model
 
 
-def finish_step(loss, parameters: dict, optimizer, update: bool):
-    """Clipping and AdamW at a learning rate of 0, which costs the same; or the loss and gradients, to be compared."""
+def build(job: Job, rows: Rows) -> Ours | Reference:
+    if job.arm == "ours":
+        return Ours(job, rows)
+    return Reference(job, rows, alone=job.arm == "notebooks")
+
+
+# -----------------------------------------------------------------------------
+# What both contenders do alike
+
+
+def sorted_batches(prompts: list[list[int]], size: int) -> list[list[int]]:
+    """Returns the numbers of the prompts, the longest first, `size` at a time."""
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def pad(sequences: list[list[int]], filler: int, device: str, side: str) -> dict[str, Tensor]:
+    """Returns input_ids and attention_mask, (B, longest), padded on "left" or "right"."""
+    rows = [torch.tensor(sequence) for sequence in sequences]
+    masks = [torch.ones_like(row) for row in rows]
+    pad_sequence = torch.nn.utils.rnn.pad_sequence
+    ids = pad_sequence(rows, batch_first=True, padding_value=filler, padding_side=side)
+    mask = pad_sequence(masks, batch_first=True, padding_value=0, padding_side=side)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+
+def make_optimizer(parameters: dict[str, Tensor]) -> torch.optim.Optimizer | None:
+    """Returns AdamW at a learning rate of 0: it costs the same, and the adapter stays as it is."""
+    if not parameters:
+        return None
+    return torch.optim.AdamW(parameters.values(), lr=0.0, fused=True)
+
+
+def finish_step(
+    loss: Tensor, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer, update: bool
+) -> tuple[float, dict[str, Tensor]] | None:
+    """Clips the gradients and takes a step; or, without `update`, returns loss and gradients."""
     if not update:
         gradients = {name: parameter.grad.cpu() for name, parameter in parameters.items()}
         optimizer.zero_grad(set_to_none=True)
@@ -145,203 +287,487 @@ def finish_step(loss, parameters: dict, optimizer, update: bool):
     torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return None
 
 
-# ---- Processes
+# -----------------------------------------------------------------------------
+# The tasks
 
-def memory(job: dict) -> tuple[int, int]:
-    """(peak, now) in bytes: allocated on the GPU, or resident on a CPU."""
-    if job["device"] == "cuda":
+
+@dataclass
+class Task:
+    """A line of the table. `work` does it once, with what `build` has returned."""
+
+    title: str
+    work: Callable[[Ours | Reference], object]
+    has_adapter: bool = True
+    rows: int | None = None  # that it takes; None: all evaluation rows
+
+
+def train_16(contender: Ours | Reference) -> None:
+    for _ in range(1 if is_alone(contender) else STEPS):
+        contender.step(16)
+
+
+def is_alone(contender: Ours | Reference) -> bool:
+    return isinstance(contender, Reference) and contender.alone
+
+
+def load(contender: Ours | Reference) -> None:
+    build(replace(contender.job, keep=False), contender.rows)  # the reference keeps nothing either
+
+
+TASKS = {
+    "train16": Task("training, 16 examples a step", train_16, rows=16 * STEPS),
+    "train128": Task("training, 128 examples a step", lambda one: one.step(128), rows=128),
+    "answer": Task(
+        "generation, an adapter that ends its answers", lambda one: one.write(one.job.new_tokens)
+    ),
+    "score": Task("scoring", lambda one: one.score()),
+    "ramble": Task(
+        "generation, a base that writes 32 tokens", lambda one: one.write(32), has_adapter=False
+    ),
+    "load": Task("loading and quantising", load, rows=1),
+}
+
+
+def rows_of(task: str, arm: str, evaluation_rows: int) -> int:
+    """Returns how many rows a contender has done when it has done a task once."""
+    if task != "load" and arm == "notebooks":
+        return ALONE
+    return TASKS[task].rows or evaluation_rows
+
+
+# -----------------------------------------------------------------------------
+# Processes
+
+
+def memory(device: str) -> tuple[int, int]:
+    """Returns the peak and the present bytes: allocated on a GPU, resident on a CPU."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
     status = Path("/proc/self/status").read_text()
-    return tuple(int(re.search(rf"{key}:\s+(\d+) kB", status)[1]) * 1024 for key in ("VmHWM", "VmRSS"))
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status)
+    now = re.search(r"VmRSS:\s+(\d+) kB", status)
+    return int(peak[1]) * 1024, int(now[1]) * 1024
 
 
-def worker(job: dict) -> None:
-    """Loads one contender, then does the tasks named on standard input, one answer a line."""
-    rows = json.loads(Path(job["rows"]).read_text())
-    build = {"ours": ours, "reference": reference, "notebooks": partial(reference, alone=True)}[job["arm"]]
-    for library in ["bitsandbytes"] + ["peft", "transformers.models.phi.modeling_phi"] * (job["arm"] != "ours"):
+def worker(job: Job) -> None:
+    """Loads a contender, then does the tasks that standard input names, and answers in JSON."""
+    content = files.read_json(Path(job.rows))
+    rows = Rows(**content)
+    libraries = ["bitsandbytes"]
+    if job.arm != "ours":
+        libraries += ["peft", "transformers.models.phi.modeling_phi"]
+    for library in libraries:
         importlib.import_module(library)
-    imported = memory(job)[1]
-    known = build(job, rows) | {"load": lambda: build(job | {"keep": False}, rows) and None}  # as the reference does
+    _, imported = memory(job.device)
+    contender = build(job, rows)
     print(json.dumps(imported), flush=True)
     for line in sys.stdin:
-        name, save = json.loads(line)
-        if save:
-            from safetensors.torch import save_file
-            loss, gradients = known["gradients"]()
-            save_file(gradients, save)
-            answer = {"loss": loss, "answer": known["answer"](), "score": known["score"]()}
+        request = json.loads(line)
+        if "save" in request:
+            answer = show_results(contender, request["save"])
         else:
-            begin = time.perf_counter()
-            known[name]()
-            torch.cuda.synchronize() if job["device"] == "cuda" else None
-            answer = {"seconds": time.perf_counter() - begin, "memory": memory(job)}
+            answer = time_task(contender, TASKS[request["task"]])
         print(json.dumps(answer), flush=True)
 
 
-class Contender(AbstractContextManager):
-    """A worker process; `imported` is its memory with its libraries alone."""
+def show_results(contender: Ours | Reference, path: str) -> dict:
+    """Returns what is compared, and writes the gradients into a file."""
+    loss, gradients = contender.step(16, update=False)
+    save_file(gradients, path)
+    answers = contender.write(contender.job.new_tokens)
+    return {"loss": loss, "answer": answers, "score": contender.score()}
 
-    def __init__(self, job: dict):
-        command = [sys.executable, __file__, "--worker", json.dumps(job)]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+def time_task(contender: Ours | Reference, task: Task) -> dict:
+    on_gpu = contender.job.device.startswith("cuda")
+    if on_gpu:  # the memory was given back, so the first time is spent on asking for it again
+        task.work(contender)
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    task.work(contender)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    if on_gpu:  # the other contenders need the room
+        torch.cuda.empty_cache()
+    peak, _ = memory(contender.job.device)
+    return {"seconds": seconds, "peak": peak}
+
+
+class Process:
+    """A contender's process; `imported` is its memory with its libraries alone."""
+
+    def __init__(self, job: Job):
+        command = [sys.executable, "-m", "scripts.bench", "--worker", json.dumps(asdict(job))]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
         self.imported = self.read()
 
-    def read(self) -> dict:
+    def read(self):
         line = self.process.stdout.readline()
         if not line:
-            raise ValueError(f"a contender ended with status {self.process.wait()}; its error stands above")
+            status = self.process.wait()
+            raise ValueError(f"a contender ended with status {status}; its error stands above")
         return json.loads(line)
 
-    def do(self, name: str, save: str = "") -> dict:
-        self.process.stdin.write(json.dumps([name, save]) + "\n")
+    def ask(self, **request) -> dict:
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
         return self.read()
+
+    def __enter__(self) -> "Process":
+        return self
 
     def __exit__(self, *_) -> None:
         self.process.stdin.close()
         self.process.wait()
 
 
-def compare(job: dict, folder: Path) -> None:
-    """Raises ValueError unless ours and the reference do the same: in fp32 to its rounding; in bf16, whose 8 bits of mantissa
-    round at different places in each, ours must lie as near to fp32 as the reference, within a factor of 2: the distance of
-    either varies that much from one adapter to the next."""
-    from safetensors.torch import load_file
-    results = {}
-    for dtype in dict.fromkeys(("fp32", job["dtype"])):
-        for arm in ARMS[:2]:
-            file = folder / f"{arm}.{dtype}"
-            with Contender(job | {"arm": arm, "dtype": dtype}) as contender:
-                results[arm, dtype] = contender.do("check", str(file)) | {"gradients": load_file(file)}
+# -----------------------------------------------------------------------------
+# The gate: no figure without agreement
 
-    def errors(a: tuple, b: tuple) -> dict[str, float]:
-        a, b = results[a], results[b]
-        mine, theirs = (torch.cat([x["gradients"][key].flatten() for key in sorted(b["gradients"])]) for x in (a, b))
-        wrong = {name: sum(x != y for x, y in zip(a[name], b[name])) / len(b[name]) for name in ("answer", "score")}
-        return {"loss": abs(a["loss"] / b["loss"] - 1), "gradient": ((mine - theirs).norm() / theirs.norm()).item()} | wrong
+
+@dataclass
+class Results:
+    """What a contender computes from the rows, as far as it can be compared."""
+
+    loss: float
+    gradients: dict[str, Tensor] = field(repr=False)
+    answer: list[int]
+    score: list[int]
+
+
+def results_of(job: Job, folder: Path) -> Results:
+    path = folder / f"{job.arm}.{job.dtype}.safetensors"
+    with Process(job) as process:
+        answer = process.ask(save=str(path))
+    return Results(gradients=load_file(path), **answer)
+
+
+def distances(mine: Results, theirs: Results) -> dict[str, float]:
+    """Returns how far two results are apart: relative errors, and shares of other predictions."""
+    names = sorted(theirs.gradients)
+    my_gradient = torch.cat([mine.gradients[name].flatten() for name in names])
+    their_gradient = torch.cat([theirs.gradients[name].flatten() for name in names])
+    return {
+        "loss": abs(mine.loss / theirs.loss - 1),
+        "gradient": ((my_gradient - their_gradient).norm() / their_gradient.norm()).item(),
+        "answer": share_of_others(mine.answer, theirs.answer),
+        "score": share_of_others(mine.score, theirs.score),
+    }
+
+
+def share_of_others(mine: list[int], theirs: list[int]) -> float:
+    return sum(a != b for a, b in zip(mine, theirs, strict=True)) / len(theirs)
+
+
+def check_fp32(mine: Results, theirs: Results) -> list[str]:
+    """Returns what differs by more than the rounding of fp32."""
     bounds = {"loss": 1e-5, "gradient": 1e-4, "answer": 0.0, "score": 0.0}
-    found = errors(("ours", "fp32"), ("reference", "fp32"))
-    problems = [f"fp32, {name}: off by {found[name]:.1e}" for name in bounds if found[name] > bounds[name]]
-    if job["dtype"] == "bf16":
-        mine, theirs = (errors((arm, "bf16"), ("reference", "fp32")) for arm in ARMS[:2])
-        problems += [f"bf16, {name}: {mine[name]:.1e} from fp32, the reference {theirs[name]:.1e}"
-                     for name in ("gradient", "answer", "score") if mine[name] > 2 * theirs[name] + (name != "gradient") * 0.01]
+    apart = distances(mine, theirs)
+    return [
+        f"fp32, {name}: off by {apart[name]:.1e}"
+        for name, bound in bounds.items()
+        if not apart[name] <= bound  # so that NaN fails
+    ]
+
+
+def check_bf16(mine: Results, theirs: Results, exact: Results) -> list[str]:
+    """Returns in what ours is further from `exact`, the reference in fp32, than the reference is.
+
+    bf16 has 8 bits, which are rounded at different places in each. A factor of 2 is allowed,
+    because the distance of either varies that much from one adapter to the next.
+    """
+    my_distance = distances(mine, exact)
+    their_distance = distances(theirs, exact)
+    # Two answers of a row may be nearly even, so a hundredth of the rows may differ.
+    slack = {"gradient": 0.0, "answer": 0.01, "score": 0.01}
+    return [
+        f"bf16, {name}: {my_distance[name]:.1e} from fp32, "
+        f"the reference {their_distance[name]:.1e}"
+        for name, more in slack.items()
+        if not my_distance[name] <= 2 * their_distance[name] + more
+    ]
+
+
+def compare(job: Job, folder: Path) -> None:
+    """Raises ValueError unless ours and the reference compute the same."""
+    exact_job = replace(job, dtype="fp32")
+    mine = results_of(replace(exact_job, arm="ours"), folder)
+    exact = results_of(replace(exact_job, arm="reference"), folder)
+    problems = check_fp32(mine, exact)
+    apart = distances(mine, exact)
+    if job.dtype == "bf16":
+        mine = results_of(replace(job, arm="ours"), folder)
+        theirs = results_of(replace(job, arm="reference"), folder)
+        problems += check_bf16(mine, theirs, exact)
     if problems:
         raise ValueError("no figures, the contenders do not agree: " + "; ".join(problems))
-    print(f"loss, gradients and answers agree (in fp32 the gradients are {found['gradient']:.1e} apart)", flush=True)
+    print(
+        "loss, gradients and answers agree "
+        f"(in fp32 the gradients are {apart['gradient']:.1e} apart)",
+        flush=True,
+    )
 
 
-# ---- The run
+# -----------------------------------------------------------------------------
+# The measurement
 
-def write_random_phi_2(directory: Path, layers: int, device: str) -> None:
-    """A model directory of phi-2's widths with random fp16 weights, as transformers initialises and saves them."""
+
+def measure(job: Job, rows: Rows, rounds: int) -> dict:
+    """Returns {task: {arm: [rows a second in each round]}}, and the peaks of memory."""
+    tasks = [task for task in TASKS if task != "train128" or len(rows.training) >= 128]
+    turns = [(task, arm) for task in tasks for arm in ARMS]
+    rates = {task: {arm: [] for arm in ARMS} for task in tasks}
+    with ExitStack() as stack:
+        adapted = {}
+        base = {}
+        for arm in ARMS:
+            adapted[arm] = stack.enter_context(Process(replace(job, arm=arm)))
+            base[arm] = stack.enter_context(Process(replace(job, arm=arm, adapter=None)))
+        for number in tqdm(range(rounds + 1), desc="rounds", disable=None):
+            for task, arm in turns:
+                process = adapted[arm] if TASKS[task].has_adapter else base[arm]
+                seconds = process.ask(task=task)["seconds"]
+                if number:  # the first round warms up
+                    rows_done = rows_of(task, arm, len(rows.evaluation))
+                    rates[task][arm].append(rows_done / seconds)
+    return {"rates": rates, "training_peak_mib": measure_memory(job)}
+
+
+def measure_memory(job: Job) -> dict[str, float]:
+    """Returns the peak of training above the libraries, in MiB, of processes that do only that."""
+    peaks = {}
+    for arm in ("ours", "reference"):
+        with Process(replace(job, arm=arm, keep=False)) as process:
+            process.ask(task="train16")
+            peak = process.ask(task="train16")["peak"]
+            peaks[arm] = (peak - process.imported) / 2**20
+    return peaks
+
+
+def show(results: dict) -> None:
+    heading = "examples a second (loading: loads a second)"
+    print(f"\n{heading:46} {'ours':>9} {'reference':>9} {'ratio':>7} {'notebooks':>9} {'ratio':>7}")
+    for task, rates in results["rates"].items():
+        ours, reference, notebooks = (median(rates[arm]) for arm in ARMS)
+        print(
+            f"{TASKS[task].title:46} {ours:9.2f} "
+            f"{reference:9.2f} {ratio(rates, 'reference'):6.2f}x "
+            f"{notebooks:9.2f} {ratio(rates, 'notebooks'):6.2f}x"
+        )
+    ours, reference = results["training_peak_mib"].values()
+    title = "peak memory in training above imports, MiB"
+    print(f"{title:46} {ours:9.2f} {reference:9.2f} {ours / reference:6.2f}x")
+
+
+def ratio(rates: dict[str, list[float]], arm: str) -> float:
+    """Returns the median over the rounds of how much faster ours is."""
+    return median(mine / theirs for mine, theirs in zip(rates["ours"], rates[arm]))
+
+
+# -----------------------------------------------------------------------------
+# Files for all contenders
+
+
+def draw_rows(pairs, tokenizer: Tokenizer, count: int, seed: int) -> list[dict]:
+    """Returns `count` rows with the lengths of MNLI's, made of short pairs.
+
+    A row is one of `pairs` and its label. Premises of others are put before its own until it has as
+    many tokens as were drawn for it.
+    """
+    rng = random.Random(seed)
+    prefix, _, _ = data.fixed_ids(tokenizer)
+    premises = pairs["premise"][:]
+    added = median(len(tokenizer.encode(" " + premise).ids) for premise in premises[:100])
+    rows = []
+    for _ in range(count):
+        row = dict(pairs[rng.randrange(len(pairs))])
+        wanted = rng.lognormvariate(math.log(MEDIAN_TOKENS), SPREAD)
+        # Nearer to what is wanted with one premise more: then it is added.
+        while len(data.encode(row, tokenizer)[0]) - len(prefix) + added / 2 < wanted:
+            row["premise"] = f"{rng.choice(premises)} {row['premise']}"
+        rows.append(row)
+    return rows
+
+
+def write_dataset(directory: Path, tokenizer: Tokenizer) -> None:
+    """Writes drawn rows as a dataset: train.jsonl and validation.jsonl."""
+    directory.mkdir()
+    source = str(ROOT / "tiny" / "data")
+    splits = {"train": ("train", 4000), "validation": ("validation_matched", 1000)}
+    for seed, (name, (split, count)) in enumerate(splits.items()):
+        pairs = examples.load_examples(source, split)
+        files.write_lines(directory / f"{name}.jsonl", draw_rows(pairs, tokenizer, count, seed))
+
+
+def read_rows(dataset: str, tokenizer: Tokenizer, count: int) -> Rows:
+    """Returns the first `count` rows of the training and of the first validation split."""
+    validation, *_ = examples.validation_splits(dataset)
+    encoded = {}
+    for split in ("train", validation):
+        rows = examples.load_examples(dataset, split, count)
+        encoded[split] = [data.encode(row, tokenizer) for row in rows]
+    return Rows(encoded["train"], encoded[validation])
+
+
+def write_random_phi_2(directory: Path, layers: int) -> None:
+    """Writes a model of phi-2's widths with random fp16 weights, as transformers makes them."""
     from transformers import PhiConfig, PhiForCausalLM
+
     torch.manual_seed(0)
-    config = PhiConfig(**vars(phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)))
-    with torch.device(device):
-        PhiForCausalLM(config).half().save_pretrained(directory, max_shard_size="1GB")
+    config = PhiConfig(**asdict(phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)))
+    # On the CPU even where there is a GPU: this process stays, and would hold its memory.
+    PhiForCausalLM(config).half().save_pretrained(directory, max_shard_size="1GB")
 
 
-def write_random_adapter(model: str, path: Path) -> None:
+def write_random_adapter(model: str, directory: Path) -> None:
     config = lora.LoRAConfig(dropout=0.0)
     skeleton = phi2.build(model)
     lora.inject(skeleton, config)
     for module in skeleton.modules():
         if isinstance(module, lora.LoRALinear):
-            for part in (module.lora_A, module.lora_B):
-                part.weight = torch.nn.Parameter(torch.randn(part.weight.shape) * 0.02)
-    lora.save_adapter(skeleton, config, path, model)
+            for matrix in (module.lora_A, module.lora_B):
+                matrix.weight = torch.nn.Parameter(torch.randn(matrix.weight.shape) * 0.02)
+    lora.save_adapter(skeleton, config, directory, model)
 
 
-def prepare(args, folder: Path) -> tuple[dict, int]:
-    """The model, adapter and rows of all contenders, as files; and the number of rows."""
-    tokenizer_at, new_tokens = args.tokenizer, 32
+def train_adapter(args: argparse.Namespace, directory: Path) -> None:
+    print(f"training an adapter that ends its answers: {ADAPTER_STEPS} steps", flush=True)
+    flags = {
+        "model": args.model,
+        "dataset": args.dataset,
+        "steps": ADAPTER_STEPS,
+        "batch-size": 32,
+        "learning-rate": args.learning_rate,
+        "eval-limit": 1,
+        "device": args.device,
+        "out": directory,
+    }
+    typed = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, ROOT / "train.py", *typed]
+    run = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
+    if run.returncode:
+        raise ValueError("the adapter could not be trained; the error stands above")
+
+
+def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
+    """Writes what the arguments do not name: model, dataset, adapter. Writes the rows."""
+    new_tokens = 32
     if args.random_phi_2:
-        (folder / "model").mkdir()
         print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
-        write_random_phi_2(folder / "model", args.random_phi_2, args.device)
-        args.model, tokenizer_at = str(folder / "model"), tokenizer_at or Path(__file__).with_name("tiny") / "model"
-        args.adapter, new_tokens = folder / "adapter", 2  # random weights never end an answer: two tokens stand for one that does
-        write_random_adapter(args.model, args.adapter)
-    args.model = str(checkpoint.locate(args.model))
-    if args.adapter is None:
-        print("training an adapter that ends its answers: 150 steps", flush=True)
+        args.model = str(folder / "model")
+        write_random_phi_2(folder / "model", args.random_phi_2)
+        args.tokenizer = args.tokenizer or ROOT / "tiny" / "model"
         args.adapter = folder / "adapter"
-        flags = {"model": args.model, "dataset": args.dataset, "steps": 150, "batch-size": 32, "learning-rate": args.learning_rate,
-                 "eval-limit": 1, "out": args.adapter, "device": args.device}
-        command = [sys.executable, Path(__file__).with_name("train.py"), *(f"--{name}={value}" for name, value in flags.items())]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    tokenizer = data.load_tokenizer(tokenizer_at or args.model)
-    examples = data.load_examples(args.dataset, data.validation_splits(args.dataset)[0], args.rows)
-    rows = [data.encode(example, tokenizer) for example in examples]
-    (folder / "rows.json").write_text(json.dumps(rows))
-    return {"model": args.model, "tokenizer": str(tokenizer_at or args.model), "adapter": str(args.adapter), "dtype": args.dtype,
-            "device": args.device, "new_tokens": new_tokens, "keep": args.keep_dequantized, "rows": str(folder / "rows.json")}, len(rows)
+        write_random_adapter(args.model, args.adapter)
+        # Random weights never end an answer: two tokens stand for one that does.
+        new_tokens = 2
+    args.model = str(phi2.locate(args.model).resolve())
+    tokenizer_folder = args.tokenizer or Path(args.model)
+    tokenizer = data.load_tokenizer(tokenizer_folder)
+    if args.draws_rows:
+        args.dataset = str(folder / "data")
+        write_dataset(folder / "data", tokenizer)
+    if args.adapter is None:
+        args.adapter = folder / "adapter"
+        train_adapter(args, args.adapter)
+
+    rows = read_rows(args.dataset, tokenizer, args.rows)
+    files.write_json(folder / "rows.json", asdict(rows))
+    job = Job(
+        model=args.model,
+        tokenizer=str(tokenizer_folder.resolve()),
+        rows=str(folder / "rows.json"),
+        adapter=str(args.adapter.resolve()),
+        dtype=args.dtype,
+        device=args.device,
+        new_tokens=new_tokens,
+        keep=args.keep,
+    )
+    return job, rows
 
 
-def measure(job: dict, rows: int, folder: Path, rounds: int) -> dict:
-    """{task: {arm: [examples a second, one for each round]}}, and the peaks of memory, once the results agree."""
-    from tqdm import tqdm
-    compare(job, folder)
-    adapted = {arm: Contender(job | {"arm": arm}) for arm in ARMS}
-    base = {arm: Contender(job | {"arm": arm, "adapter": None}) for arm in ARMS}
-    rates = {task: {arm: [] for arm in ARMS} for task in TASKS if task != "train128" or rows >= 128}
-    for number in tqdm(range(rounds + 1), desc="rounds", disable=None):
-        for task in rates:
-            for arm in ARMS:
-                seconds = (adapted if TASKS[task][1] else base)[arm].do(task)["seconds"]
-                count = ALONE if arm == "notebooks" else {"train16": 16 * STEPS, "train128": 128}.get(task, rows)
-                if number:  # the first round warms up
-                    rates[task][arm].append((1 if task == "load" else count) / seconds)
-    for contender in [*adapted.values(), *base.values()]:
-        contender.__exit__()
-    peaks = {}
-    for arm in ARMS[:2]:
-        with Contender(job | {"arm": arm, "keep": False}) as fresh:
-            peaks[arm] = ([fresh.do("train16")["memory"][0] for _ in range(2)][-1] - fresh.imported) / 2**20
-    return {"rates": rates, "training_peak_mib": peaks}
+# -----------------------------------------------------------------------------
+# The script
 
 
-def show(results: dict) -> None:
-    print(f"\n{'examples a second (loading: loads a second)':46} {'ours':>9} {'reference':>9} {'ratio':>7} {'notebooks':>9} {'ratio':>7}")
-    for task, rates in results["rates"].items():
-        ratios = [median(a / b for a, b in zip(rates["ours"], rates[arm])) for arm in ARMS[1:]]
-        middle = [median(rates[arm]) for arm in ARMS]
-        print(f"{TASKS[task][0]:46} {middle[0]:9.2f} {middle[1]:9.2f} {ratios[0]:6.2f}x {middle[2]:9.2f} {ratios[1]:6.2f}x")
-    mine, theirs = results["training_peak_mib"].values()
-    print(f"{'peak memory in training above imports, MiB':46} {mine:9.2f} {theirs:9.2f} {mine / theirs:6.2f}x")
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments. `draws_rows` says that no dataset was named."""
+    parser = cli.Parser("speed and memory beside the reference, once the results agree")
+    parser.add_argument(
+        "--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)"
+    )
+    parser.add_argument(
+        "--dataset", help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)"
+    )
+    parser.add_argument(
+        "--random-phi-2",
+        type=flags.count,
+        nargs="?",
+        const=32,
+        metavar="LAYERS",
+        help="random weights of phi-2's size (default: 32 layers)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="directory of a tokenizer.json for --random-phi-2 (default: tiny/model)",
+    )
+    parser.add_argument(
+        "--adapter", type=Path, help="a run of train.py (default: one is trained, 150 steps)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=flags.count,
+        default=256,
+        help="of training and of evaluation; with less than 128 no steps of 128 (default: 256)",
+    )
+    parser.add_argument("--rounds", type=flags.count, default=5, help="default: 5")
+    parser.add_argument(
+        "--dtype",
+        choices=list(evaluation.DTYPES),
+        default=machine.fast_dtype(),
+        help="default: bf16; on a CPU without instructions for it, fp32",
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--keep-dequantized",
+        dest="keep",  # another name, so that a run's own --keep-dequantized is no default here
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ours keeps NF4's values beside the indices, but for the row on memory (default: on)",
+    )
+    parser.add_argument(
+        "--learning-rate",
+        type=flags.number_above_0,
+        default=2e-4,
+        help="of the adapter that is trained here (default: 2e-4)",
+    )
+    parser.add_argument("--json", type=Path, help="write every figure here")
+    args = cli.parse_arguments(parser)
+    args.draws_rows = "dataset" not in parser.typed()
+    return args
 
 
 def main() -> None:
-    parser = data.Parser("speed and memory beside the reference, once the results agree")
-    parser.add_argument("--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
-    parser.add_argument("--dataset", help="Hub id or directory (default: nyu-mll/glue, no GPU: tiny/data)")
-    parser.add_argument("--random-phi-2", type=int, nargs="?", const=32, metavar="LAYERS",
-                        help="random weights of phi-2's size (default: 32 layers)")
-    parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer.json for --random-phi-2 (default: tiny/model)")
-    parser.add_argument("--adapter", type=Path, help="a run of train.py (default: one is trained, 150 steps)")
-    parser.add_argument("--rows", type=int, default=256, help="validation rows; with less than 128 no steps of 128 (default: 256)")
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--dtype", choices=evaluation.DTYPES, default=ranks.fast_dtype(), help="default: bf16, or fp32 as in train.py")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--keep-dequantized", action=argparse.BooleanOptionalAction, default=True,
-                        help="ours keeps NF4's values beside the codes, but for the row on memory (default: it does)")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of the adapter that is trained here (default: 2e-4)")
-    parser.add_argument("--json", type=Path, help="write every figure here")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    if "--worker" in sys.argv:
-        return worker(json.loads(parser.parse_args().worker))
-    args = data.parse_arguments(parser)
-    with tempfile.TemporaryDirectory() as folder:
-        results = measure(*prepare(args, Path(folder)), Path(folder), args.rounds)
+    if sys.argv[1:2] == ["--worker"]:
+        return worker(Job(**json.loads(sys.argv[2])))
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job, rows = prepare(args, folder)
+        compare(job, folder)
+        results = measure(job, rows, args.rounds)
     show(results)
     if args.json:
-        args.json.write_text(json.dumps({"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"} | results, indent=2))
+        device = machine.device_name(torch.device(args.device))
+        files.write_json(args.json, {"device": device} | results)
 
 
 if __name__ == "__main__":
-    data.run(main)
+    cli.run(main)

@@ -36,6 +36,7 @@ def token_lengths(examples, tokenizer, split: str):
     import numpy
     from tqdm import tqdm
 
+    # delay and disable: no bar for a moment's work, and none in a log file.
     rows = tqdm(examples, desc=split, leave=False, delay=2, disable=None)
     encoded = (data.encode(example, tokenizer) for example in rows)
     return numpy.array([len(prompt) + len(answer) for prompt, answer in encoded])
@@ -54,6 +55,7 @@ def describe(split: str, examples, lengths, counts) -> None:
         f"95% up to {p95}, 99% up to {p99}"
     )
     for label, name in enumerate(LABELS):
+        # Of few rows none may have this label.
         first = next((example for example in examples if example["label"] == label), None)
         if first is not None:
             print(f"  {label} {name}: {first['premise'][:120]} -> {first['hypothesis'][:80]}")

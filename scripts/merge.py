@@ -27,7 +27,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import cli, examples, files, ranks
+from support import cli, examples, files, flags, ranks
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -147,7 +147,7 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 def parse_arguments() -> argparse.Namespace:
     """Returns the arguments. `measure` says whether the accuracy is to be measured."""
     parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
-    cli.add_model_arguments(parser)
+    flags.add_model_arguments(parser)
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -169,7 +169,7 @@ def parse_arguments() -> argparse.Namespace:
         help="with --into nf4: round to NF4 again, and show how much that erases",
     )
     parser.add_argument(
-        "--limit", type=cli.count, help="with --dataset: first rows of each validation split only"
+        "--limit", type=flags.count, help="with --dataset: first rows of each validation split only"
     )
     parser.add_argument(
         "--force",

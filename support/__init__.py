@@ -1,1 +1,1 @@
-"""What makes a run survive the world: files, command lines, ranks, reports. A reader may skip it."""
+"""What makes a run survive the world: files, flags, ranks, reports. A reader may skip it."""

@@ -27,8 +27,6 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
 
     Raises ValueError when one of the files lacks what train.py writes.
     """
-    import jinja2
-
     directory = Path(directory)
     args = public_args(directory)
     config = public_config(directory)
@@ -39,14 +37,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         targets = " ".join(targets)
     settings = {name: args[name] for name in SETTINGS if is_set(args.get(name))}
     name = repo or directory.resolve().name
-    environment = jinja2.Environment(
-        trim_blocks=True,
-        keep_trailing_newline=True,
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    )
-    # HTML's escapes would be wrong in Markdown, so each value passes this filter in the template.
-    environment.filters["plain"] = plain
-    return environment.get_template("card.md.jinja").render(
+    return render(
         metadata=metadata(directory, args, config, results, name),
         name=name,
         config=config,
@@ -65,6 +56,19 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
     )
 
 
+def render(**values) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(
+        trim_blocks=True,
+        keep_trailing_newline=True,
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+    )
+    # HTML's escapes would be wrong in Markdown, so each value passes this filter in the template.
+    environment.filters["plain"] = plain
+    return environment.get_template("card.md.jinja").render(values)
+
+
 def write_card(directory: Path, prompt: str) -> None:
     with files.replacing(Path(directory) / "README.md") as temporary:
         temporary.write_text(card(directory, prompt), encoding="utf-8")
@@ -75,7 +79,7 @@ def write_card(directory: Path, prompt: str) -> None:
 
 
 def public_args(directory: Path) -> dict:
-    """Returns args.json with the settings, the dataset's public name and the versions alone."""
+    """Returns of args.json the settings, the versions and the dataset's public name."""
     args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
     public = {name: args[name] for name in SETTINGS if name in args}
     return public | {
@@ -144,7 +148,7 @@ def is_set(value) -> bool:
 
 
 def plain(value) -> str:
-    """Returns a value as one line of Markdown, with ? for every character that could be markup."""
+    """Returns a value as one line of Markdown, with ? for whatever could be markup."""
     return "".join(
         character if character.isalnum() or character in " ._-/+" else "?"
         for character in str(value)
@@ -164,6 +168,7 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
     tags = ["lora", "nli"]
     if args["quant"] == "nf4":
         tags.append("qlora")
+    # What is None is left out.
     data = ModelCardData(
         language="en",
         base_model=base if is_on_hub(base, directory) else None,

@@ -311,7 +311,7 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
     run = typed.get("resume")
     out = typed.get("out")
     if run and out and out.resolve() != run.resolve():
-        parser.error(f"--resume {run} goes on in {run}, not in --out {out}")
+        parser.error(f"--resume {run} writes into {run}, not into --out {out}")
     if run:
         return run
     if ranks.MAX_RESTARTS and not out:

@@ -17,7 +17,7 @@ UPLOADED = ("README.md", "adapter_config.json", "args.json", *COPIED)
 
 
 def repository(name: str) -> str:
-    """Returns the name of a repository, for argparse. Raises ArgumentTypeError for other texts."""
+    """Returns a repository's name, for argparse. Raises ArgumentTypeError for other texts."""
     if not card.is_repository(name):
         raise argparse.ArgumentTypeError(
             f"{name!r} is no repository on the Hub: owner/name, of letters, digits, - _ and ."
@@ -26,9 +26,10 @@ def repository(name: str) -> str:
 
 
 def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
-    """Uploads a run into a repository, which is created if need be, and returns its address.
+    """Uploads a run into a repository and returns its address.
 
-    Raises ValueError when the directory holds no run, and when the Hub refuses or is not there.
+    A repository that does not exist is created. Raises ValueError when the directory holds no
+    run, and when the Hub refuses or cannot be reached.
     """
     import httpx2
     from huggingface_hub import HfApi
@@ -65,10 +66,12 @@ def stage(directory: Path, repo: str, prompt: str, folder: Path) -> None:
 
 
 def failure(error: Exception, directory: Path, repo: str) -> str:
-    """Returns one line on a failed upload: the token is to blame only where the Hub says so."""
+    """Returns one line on a failed upload, with its cure."""
+    # The Hub's errors have several lines, the first of which says what happened.
     lines = str(error).splitlines() or [""]
     line = f"cannot upload to {repo} ({type(error).__name__}: {lines[0][:120]}); "
-    response = getattr(error, "response", None)  # there is none without a connection
+    # Without a connection there is no response, and a new token would not help.
+    response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403):
         return line + "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
     command = f"python -m scripts.push --adapter {directory} --repo {repo}"

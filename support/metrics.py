@@ -95,7 +95,9 @@ def by_label(predictions: list[dict]) -> dict:
             "f1": float(f1[label]),
             "n": int(counts[label]),
         }
-    return {"confusion": confusion.tolist(), "labels": figures, "macro_f1": float(f1.mean())}
+    # The mean over the labels, not over the rows: a rare label counts as much as a frequent one.
+    macro_f1 = float(f1.mean())
+    return {"confusion": confusion.tolist(), "labels": figures, "macro_f1": macro_f1}
 
 
 def by_scores(predictions: list[dict]) -> dict:
@@ -127,7 +129,7 @@ def by_genre(predictions: list[dict]) -> dict[str, dict]:
 
 
 def by_length(predictions: list[dict]) -> list[dict]:
-    """Returns the accuracy of each quarter of the rows, the one with the shortest prompts first."""
+    """Returns the accuracy of each quarter of the rows, the shortest prompts first."""
     ordered = sorted(predictions, key=lambda row: row["tokens"])
     quarters = []
     for number in range(4):
@@ -141,11 +143,11 @@ def by_length(predictions: list[dict]) -> list[dict]:
 
 
 def compare(first: list[dict], second: list[dict]) -> dict:
-    """Returns McNemar's exact test: could the accuracies of two models differ by chance alone?
+    """Returns McNemar's exact test: could two models' accuracies differ by chance alone?
 
-    Rows that both models answer correctly, or both wrongly, say nothing about that. If the models
-    were equally good, each of the other rows would be a toss of a coin. Raises ValueError unless
-    both sets of predictions are of the same rows.
+    Rows that both models answer correctly, or both wrongly, say nothing about that. If the
+    models were equally good, each of the other rows would be a toss of a coin. Raises
+    ValueError unless both sets of predictions are of the same rows.
     """
     from scipy.stats import binomtest
 
@@ -158,16 +160,17 @@ def compare(first: list[dict], second: list[dict]) -> dict:
             f"{len(second_right):,} rows, {shared:,} of them in both; "
             "pass the --dataset and --limit of the other run"
         )
+    # Both sets may be in any order, so rows are paired by their content.
     only_first = sum(first_right[row] and not second_right[row] for row in first_right)
     only_second = sum(second_right[row] and not first_right[row] for row in first_right)
-    p = 1.0
+    p = 1.0  # where no row differs there is nothing to test
     if only_first + only_second:
         p = float(binomtest(only_first, only_first + only_second).pvalue)
     return {"n": len(first_right), "only_first": only_first, "only_second": only_second, "p": p}
 
 
 def right_by_row(predictions: list[dict]) -> dict[tuple, bool]:
-    """Returns whether each row is right. Rows are the same only with the same prompt and label."""
+    """Returns whether each row is right. A row is known by its prompt and label too."""
     return {(row["idx"], row["prompt"], row["label"]): is_right(row) for row in predictions}
 
 
@@ -198,7 +201,7 @@ def is_prediction(row: dict) -> bool:
 
 
 def stages(results: dict) -> Iterable[tuple[str, str, dict]]:
-    """Yields (stage, split, statistics) for all that results.json holds, the baseline first."""
+    """Yields (stage, split, statistics) of results.json, the baseline first."""
     for stage in ("baseline", "finetuned"):
         for split, result in results.get(stage, {}).items():
             yield stage, split, result
@@ -217,6 +220,7 @@ def table(results: dict) -> str:
     ]
     for stage, split, result in stages(results):
         low, high = result["ci95"]
+        # validation_mismatched, the longest name in MNLI, has 21 letters.
         line = (
             f"{stage:9} {split[:21]:21} {result['accuracy']:8.4f} {low:8.4f}-{high:.4f} "
             f"{result['n']:6,} {result['unparsed']:8,}"

@@ -110,25 +110,18 @@ class Saved:
 
         Raises ValueError when the tensors are not those of this adapter.
         """
-        expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
-        if any(name.startswith("optimizer.") for name in self.tensors):  # none before step 1
-            for number, tensor in enumerate(adapter.values()):
-                expected[f"optimizer.{number}.step"] = torch.Size()
-                expected[f"optimizer.{number}.exp_avg"] = tensor.shape
-                expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
-        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        random = shapes.pop("random", ())
-        if shapes != expected or len(random) != 2 or random[0] <= rank:
-            raise ValueError(f"{self.path} does not hold the tensors of this adapter")
-
+        self.check_shapes(adapter, rank)
         with torch.no_grad():
             for name, tensor in adapter.items():
                 tensor.copy_(self.tensors[f"adapter.{name}"])
+
+        # AdamW numbers the parameters in their order and keeps three entries for each.
         entries = {}
         for name, tensor in self.tensors.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".")
                 entries.setdefault(int(number), {})[key] = tensor
+        # The groups hold this run's flags, such as the weight decay: they stay.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
         try:
             set_random_state(self.tensors["random"][rank], device)
@@ -136,6 +129,20 @@ class Saved:
             raise ValueError(
                 f"{self.path} holds no state of a random generator: {error}"
             ) from None
+
+    def check_shapes(self, adapter: dict[str, Tensor], rank: int) -> None:
+        """Raises ValueError unless the tensors are those of this adapter and this rank."""
+        expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
+        # Before step 1 the optimiser has no entries.
+        if any(name.startswith("optimizer.") for name in self.tensors):
+            for number, tensor in enumerate(adapter.values()):
+                expected[f"optimizer.{number}.step"] = torch.Size()
+                expected[f"optimizer.{number}.exp_avg"] = tensor.shape
+                expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        random = shapes.pop("random", ())  # (ranks, bytes)
+        if shapes != expected or len(random) != 2 or random[0] <= rank:
+            raise ValueError(f"{self.path} does not hold the tensors of this adapter")
 
 
 def write(

@@ -1,4 +1,6 @@
-"""An evaluation that depends on nothing but the model, the prompt and the label."""
+"""An evaluation depends on nothing but the model, the prompt and the label."""
+
+import argparse
 import io
 import json
 import shutil
@@ -6,12 +8,16 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, in_process, ours, read_json, script
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-import checkpoint
 import data
 import eval as evaluation
 import lora
+import phi2
 import train
+from support.examples import load_examples
+from support.fingerprint import digest_weights
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
@@ -20,128 +26,286 @@ TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 def run(tmp_path_factory):
     """An adapter of 60 steps: it ends its answers, and errs often enough."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = script("train.py", *TINY, "--steps", 60, "--batch-size", 32, "--learning-rate", 3e-3, "--dtype", "fp32", "--eval-limit", 8, "--max-new-tokens", 2,
-                  "--out", out)
+    command = ["train.py", *TINY, "--steps", 60, "--batch-size", 32, "--learning-rate", 3e-3]
+    command += ["--dtype", "fp32", "--eval-limit", 8, "--max-new-tokens", 2, "--out", out]
+    done = script(*command)
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
-def examples():
-    return data.load_examples("tiny/data", "validation_matched", 130)
+def rows():
+    return load_examples("tiny/data", "validation_matched", 130)
 
 
-def adapted(tiny, run, dtype):
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return data.load_tokenizer(tiny)
+
+
+def adapted(tiny, run, dtype: torch.dtype) -> phi2.Phi2:
     model = ours(tiny, dtype, "nf4")
     lora.load_adapter(model, run)
     return model.eval()
 
 
-# What is promised, as evaluate says it. Measured on 1,000 rows: scores differ by 1e-6 in fp32, and by 0.015 in bf16, whose numbers
-# have 8 bits: there an answer may change only where the two best are closer than that.
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"])
+# -----------------------------------------------------------------------------
+# Answers
+
+
+# Measured on 1,000 rows: scores differ by 1e-6 in fp32, and by 0.015 in bf16, whose numbers have
+# 8 bits.
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 0.05)], ids=["fp32", "bf16"]
+)
 @pytest.mark.parametrize("mode", ["generate", "score"])
-def test_an_answer_depends_neither_on_the_batch_size_nor_on_its_neighbours(tiny, run, examples, dtype, tolerance, mode):
-    model, tokenizer = adapted(tiny, run, dtype), data.load_tokenizer(tiny)
-    found = {size: evaluation.evaluate(model, tokenizer, examples, mode, 4, size)[1] for size in (1, 7, 64)}
-    found["alone"] = evaluation.evaluate(model, tokenizer, examples.select(range(100, 130)), mode, 4, 64)[1]  # other neighbours
-    for size, rows in found.items():
-        for row, expected in zip(rows, found[1][100:] if size == "alone" else found[1]):
-            assert row["prompt"] == expected["prompt"] and row["scores"] == pytest.approx(expected["scores"], abs=tolerance)
-            best, second = sorted(expected["scores"])[:0:-1]
-            assert row["prediction"] == expected["prediction"] or best - second < tolerance and dtype == torch.bfloat16
-    assert len({row["prediction"] for row in found[1]}) > 1, "one answer to all would prove little"
+def test_an_answer_depends_neither_on_the_batch_size_nor_on_its_neighbours(
+    tiny, run, rows, tokenizer, dtype, tolerance, mode
+):
+    model = adapted(tiny, run, dtype)
+
+    def answers(some_rows, batch_size: int) -> list[dict]:
+        protocol = evaluation.Protocol(mode, max_new_tokens=4, batch_size=batch_size)
+        return evaluation.evaluate(model, tokenizer, some_rows, protocol)[1]
+
+    expected = answers(rows, 1)
+    others = {
+        "batches of 7": (answers(rows, 7), expected),
+        "batches of 64": (answers(rows, 64), expected),
+        "other neighbours": (answers(rows.select(range(100, 130)), 64), expected[100:]),
+    }
+    for name, (found, wanted) in others.items():
+        assert len(found) == len(wanted)
+        for row, alone in zip(found, wanted):
+            assert row["prompt"] == alone["prompt"]
+            assert row["scores"] == pytest.approx(alone["scores"], abs=tolerance), name
+            _, second, best = sorted(alone["scores"])
+            # In bf16 an answer may change, but only where the two best are that close.
+            is_nearly_even = dtype == torch.bfloat16 and best - second < tolerance
+            assert row["prediction"] == alone["prediction"] or is_nearly_even, name
+    assert len({row["prediction"] for row in expected}) > 1, "one answer to all proves little"
 
 
-def test_the_loss_of_a_row_is_the_one_that_training_takes(tiny, run, examples):
-    model, tokenizer = adapted(tiny, run, torch.float32), data.load_tokenizer(tiny)
-    result, rows = evaluation.evaluate(model, tokenizer, examples, "generate", 4)
-    for skip in (0, len(data.fixed_ids(tokenizer)[0])):
-        encoded = [data.encode(example, tokenizer) for example in examples]
+def test_both_modes_give_the_same_scores(tiny, run, rows, tokenizer):
+    model = adapted(tiny, run, torch.float32)
+    written, written_rows = evaluation.evaluate(
+        model, tokenizer, rows, evaluation.Protocol("generate", max_new_tokens=4)
+    )
+    scored, scored_rows = evaluation.evaluate(
+        model, tokenizer, rows, evaluation.Protocol("score")
+    )
+    for row, expected in zip(written_rows, scored_rows):
+        assert row["scores"] == pytest.approx(expected["scores"], abs=2e-5)  # as above, in fp32
+    assert written["score_accuracy"] == scored["accuracy"]
+    assert scored["accuracy"] == scored["score_accuracy"]
+
+
+def test_scores_are_the_softmax_over_the_three_answers(tiny, run, rows, tokenizer):
+    """By the definition, one prompt at a time."""
+    model = adapted(tiny, run, torch.float32)
+    prompts = [data.encode(row, tokenizer)[0] for row in rows.select(range(5))]
+    answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+    found = evaluation.score(model, tokenizer, prompts)
+    for answer, prompt in zip(found, prompts):
         with torch.no_grad():
-            losses = [train.batch_loss(model, [row], skip, "answer")[0].item() / 2 for row in encoded]
-        assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-4)
-    assert result["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+            shares = model(torch.tensor(prompt))[-1, answers].softmax(dim=0).tolist()
+        assert answer["scores"] == pytest.approx(shares, abs=2e-5)
+        assert answer["prediction"] == shares.index(max(shares))
 
 
-def test_both_modes_give_the_same_scores(tiny, run, examples):
-    model, tokenizer = adapted(tiny, run, torch.float32), data.load_tokenizer(tiny)
-    (written, first), (scored, second) = (evaluation.evaluate(model, tokenizer, examples, mode, 4) for mode in ("generate", "score"))
-    assert [x for row in first for x in row["scores"]] == pytest.approx([x for row in second for x in row["scores"]], abs=2e-5)
-    assert written["score_accuracy"] == scored["accuracy"] == scored["score_accuracy"]
+def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(tiny, rows, tokenizer):
+    model = ours(tiny, torch.float32)
+    for is_training in (True, False):
+        model.train(is_training)
+        few = rows.select(range(2))
+        evaluation.evaluate(model, tokenizer, few, evaluation.Protocol("score"))
+        assert model.training == is_training
+        assert model.model.layers[0].resid_dropout.training == is_training
 
 
-# ---- The adapter's fingerprint
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_the_loss_of_a_split_is_the_one_that_training_takes(
+    tiny, run, rows, tokenizer, share_prefix, batch_size
+):
+    """By the definition: the mean over all targets, each row by itself and whole."""
+    model = adapted(tiny, run, torch.float32).train()  # with dropout in training, and none here
+    few = rows.select(range(20))
+    args = argparse.Namespace(
+        loss="answer", share_prefix=share_prefix, batch_size=batch_size, max_length=512
+    )
+    loss = train.validation_loss(model, tokenizer, few, args)
+    assert model.training
+    model.eval()
+    losses = []
+    for row in few:
+        prompt, answer = data.encode(row, tokenizer)
+        ids = torch.tensor(prompt + answer)
+        with torch.no_grad():
+            by_token = torch.nn.functional.cross_entropy(model(ids)[:-1], ids[1:], reduction="none")
+        losses += by_token[-2:].tolist()
+    assert loss == pytest.approx(sum(losses) / len(losses), rel=1e-5)  # fp32, summed otherwise
+
+
+# -----------------------------------------------------------------------------
+# The adapter's fingerprint
+
 
 def test_the_adapter_says_what_it_was_trained_over(run, tiny):
-    _, metadata = checkpoint.read_tensors(run / "adapter_model.safetensors")
-    assert metadata["quantization"] == "nf4" and all(len(metadata[key]) == 16 for key in ("prompt", "tokenizer", "base_weights"))
-    assert metadata["base_weights"] == ours(tiny, torch.bfloat16).fingerprint, "whatever the dtype"
+    with safe_open(run / "adapter_model.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert metadata["quantization"] == "nf4"
+    for key in ("prompt", "tokenizer", "base_weights"):
+        assert len(metadata[key]) == 16
+    assert metadata["base_weights"] == digest_weights(phi2.weight_files(tiny))
 
 
-@pytest.mark.parametrize("what", ["base weights", "tokenizer", "quantization", "prompt"])
-def test_another_base_tokenizer_quantisation_or_prompt_is_named_and_force_goes_on(run, tiny, tmp_path, monkeypatch, capsys, what):
-    from safetensors.torch import load_file, save_file
-    shutil.copytree(tiny, tmp_path / "model")
-    if what == "base weights":
-        tensors = load_file(tmp_path / "model" / "model.safetensors")
-        tensors["model.layers.2.mlp.fc1.weight"] += 0.01
-        save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    elif what == "tokenizer":
-        raw = read_json(tiny / "tokenizer.json")
-        raw["model"]["vocab"] = {{"\u0120the": "\u0120thee"}.get(token, token): number for token, number in raw["model"]["vocab"].items()}
-        raw["model"]["merges"] = [merge for merge in raw["model"]["merges"] if "\u0120the" not in ("".join(merge), *merge)]
-        (tmp_path / "model" / "tokenizer.json").write_text(json.dumps(raw))
-    elif what == "prompt":
-        monkeypatch.setattr(data, "PROMPT", data.PROMPT.replace("### Label:", "### Answer:"))
-    command = ["--adapter", run, "--model", tmp_path / "model", "--limit", 4, "--max-new-tokens", 1, "--quant", "none" if what == "quantization" else "nf4"]
-    with pytest.raises(SystemExit) as error:
+def change_weights(model) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.2.mlp.fc1.weight"] += 0.01
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def change_tokenizer(model) -> None:
+    """Spells one token in another way, and leaves out the merges that lead to it."""
+    path = model / "tokenizer.json"
+    raw = read_json(path)
+    vocabulary = raw["model"]["vocab"]
+    vocabulary["\u0120thee"] = vocabulary.pop("\u0120the")
+    raw["model"]["merges"] = [
+        merge
+        for merge in raw["model"]["merges"]
+        if "".join(merge) != "\u0120the" and "\u0120the" not in merge
+    ]
+    path.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("changed", ["base weights", "tokenizer", "quantization", "prompt"])
+def test_another_base_tokenizer_quantisation_or_prompt_is_named_and_force_goes_on(
+    run, tiny, tmp_path, monkeypatch, capsys, changed
+):
+    model = shutil.copytree(tiny, tmp_path / "model")
+    quantization = "nf4"
+    if changed == "base weights":
+        change_weights(model)
+    elif changed == "tokenizer":
+        change_tokenizer(model)
+    elif changed == "quantization":
+        quantization = "none"
+    else:
+        other_prompt = data.PROMPT.replace("### Label:", "### Answer:")
+        monkeypatch.setattr(data, "PROMPT", other_prompt)
+    command = ["--adapter", run, "--model", model, "--quant", quantization]
+    command += ["--limit", 4, "--max-new-tokens", 1]
+    with pytest.raises(SystemExit) as stopped:
         in_process(evaluation, *command)
-    assert f"was trained with another {what}" in str(error.value) and " and another " not in str(error.value) and "--force" in str(error.value)
+    message = str(stopped.value)
+    assert f"was trained with another {changed} (" in message
+    assert message.count("another") == 1, "nothing else is blamed"
+    assert "--force" in message
+
     in_process(evaluation, *command, "--force")
     assert "validation_matched" in capsys.readouterr().out
 
 
-# ---- Rows from standard input, and another run to compare with
+# -----------------------------------------------------------------------------
+# One pair, and pairs from standard input
 
-def test_json_lines_go_in_and_come_out_with_their_answers(run, examples, monkeypatch, capsys, tiny):
-    given = [{"premise": row["premise"], "hypothesis": row["hypothesis"], "id": f"r{i}"} for i, row in enumerate(examples.select(range(10)))]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(json.dumps(row) + "\n" for row in given)))
+
+def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, capsys):
+    pair = {"premise": "Anna bought a big red rose.", "hypothesis": "Anna bought a flower."}
+    command = ["--premise", pair["premise"], "--hypothesis", pair["hypothesis"]]
+    in_process(evaluation, "--adapter", run, *command)
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first == f"{run}: rank 8, 12/12 modules adapted"
+
+    prompt, _ = data.encode(pair | {"label": 0}, tokenizer)
+    model = adapted(tiny, run, torch.float32)
+    (answer,) = evaluation.complete(model, tokenizer, [prompt], 32)
+    assert lines[0] == f"completion: {answer['completion']!r}"
+    for line, score in zip(lines[1:], answer["scores"], strict=True):
+        assert f" {score:.4f}" in line
+        assert line.endswith("  <-") == (score == max(answer["scores"]))
+
+
+def test_json_lines_go_in_and_come_out_with_their_answers(
+    run, rows, monkeypatch, capsys, tiny, tokenizer
+):
+    few = rows.select(range(10))
+    given = [
+        {"premise": row["premise"], "hypothesis": row["hypothesis"], "id": f"r{number}"}
+        for number, row in enumerate(few)
+    ]
+    text = "\n".join(json.dumps(pair) + "\n" for pair in given)  # with empty lines between
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
     in_process(evaluation, "--adapter", run, "--dataset", "-", "--batch-size", 4)
     captured = capsys.readouterr()
+    assert "modules adapted" in captured.err, "the output holds answers alone"
+
     found = [json.loads(line) for line in captured.out.splitlines()]
-    assert [{key: row[key] for key in ("premise", "hypothesis", "id")} for row in found] == given
-    expected = evaluation.evaluate(adapted(tiny, run, torch.float32), data.load_tokenizer(tiny), examples.select(range(10)))[1]
-    assert [(row["completion"], row["prediction"]) for row in found] == [(row["completion"], row["prediction"]) for row in expected]
-    assert "modules adapted" in captured.err
+    model = adapted(tiny, run, torch.float32)
+    _, expected = evaluation.evaluate(model, tokenizer, few, evaluation.Protocol())
+    assert len(found) == len(given)
+    for line, pair, answer in zip(found, given, expected):
+        for key in ("premise", "hypothesis", "id"):
+            assert line[key] == pair[key]
+        assert line["completion"] == answer["completion"]
+        assert line["prediction"] == answer["prediction"]
+        assert line["scores"] == pytest.approx(answer["scores"], abs=2e-5)
 
 
-@pytest.mark.parametrize("line, message", [("{", "line 2 of standard input is not JSON"), ("[]", "line 2 of standard input holds no JSON object"),
-                                           ('{"premise": "a"}', "line 2 of standard input has no text as premise and hypothesis")])
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 of standard input is not JSON"),
+        ("[]", "line 2 of standard input holds no JSON object"),
+        ('{"hypothesis": "a"}', "line 2 of standard input has no text as premise"),
+        ('{"premise": "a"}', "line 2 of standard input has no text as hypothesis"),
+        ('{"premise": "a", "hypothesis": 1}', "has no text as hypothesis"),
+    ],
+)
 def test_a_bad_line_is_named(monkeypatch, capsys, line, message):
-    monkeypatch.setattr("sys.stdin", io.StringIO('{"premise": "A.", "hypothesis": "B."}\n' + line + "\n"))
-    with pytest.raises(SystemExit) as error:
-        in_process(evaluation, "--model", "tiny/model", "--dataset", "-", "--batch-size", 1, "--max-new-tokens", 1)
-    assert message in str(error.value) and len(capsys.readouterr().out.splitlines()) == 1
+    good = '{"premise": "A.", "hypothesis": "B."}'
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{good}\n{line}\n"))
+    command = ["--model", "tiny/model", "--dataset", "-", "--batch-size", 1]
+    with pytest.raises(SystemExit) as stopped:
+        in_process(evaluation, *command, "--max-new-tokens", 1)
+    assert message in str(stopped.value)
+    assert len(capsys.readouterr().out.splitlines()) == 1, "the line before it is answered"
 
 
-@pytest.mark.parametrize("more, message", [(("--split", "validation"), "has no split 'validation'"), (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl is not there"),
-                                           (("--dataset", "-", "--limit", 3), "rows come from standard input")])
-def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, more, message):
+# -----------------------------------------------------------------------------
+# The script
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--split", "validation"), "has no split 'validation'"),
+        (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl is not there"),
+        (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
+        (("--premise", "A."), "--premise and --hypothesis go together"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(evaluation, "load_model", None)
     with pytest.raises(SystemExit) as stopped:
-        in_process(evaluation, *TINY, *more)
+        in_process(evaluation, *TINY, *arguments)
     assert message in str(stopped.value) + capsys.readouterr().err
 
 
 def test_an_evaluation_does_not_write_over_a_run(run):
     before = (run / "results.json").read_bytes()
-    with pytest.raises(SystemExit, match="holds a run of train.py, whose results this would replace"):
+    message = "holds a run of train.py, whose results this would replace"
+    with pytest.raises(SystemExit, match=message):
         in_process(evaluation, "--adapter", run, "--limit", 2, "--out", run)
     assert (run / "results.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("device", ["gpu", "mps:7"] + ["cuda"] * (not torch.cuda.is_available()))
+ABSENT_DEVICES = ["gpu", "mps:7"] if torch.cuda.is_available() else ["gpu", "mps:7", "cuda"]
+
+
+@pytest.mark.parametrize("device", ABSENT_DEVICES)
 def test_a_device_that_is_not_there_is_one_line(device):
     with pytest.raises(SystemExit, match=f"error: --device {device}: ") as stopped:
         in_process(evaluation, *TINY, "--device", device)
@@ -151,20 +315,34 @@ def test_a_device_that_is_not_there_is_one_line(device):
 def test_a_run_finds_its_model_and_its_data_from_any_folder(run, tmp_path, capsys):
     in_process(evaluation, "--adapter", run, "--limit", 2)
     here = capsys.readouterr().out
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")  # the run was started with tiny/model, in a folder above it
-    shutil.copytree(run, tmp_path / "out" / run.name)
-    (tmp_path / "elsewhere").mkdir()
-    in_process(evaluation, "--adapter", tmp_path / "out" / run.name, "--limit", 2, cwd=tmp_path / "elsewhere")
-    assert capsys.readouterr().out.splitlines()[1:] == here.splitlines()[1:]
+    # The run was started with tiny/model, which is now in a folder above it.
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    copy = shutil.copytree(run, tmp_path / "out" / run.name)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    in_process(evaluation, "--adapter", copy, "--limit", 2, cwd=elsewhere)
+    there = capsys.readouterr().out
+    assert there.splitlines()[1:] == here.splitlines()[1:]  # the first line names the folder
 
 
 def test_compare_tests_two_runs_on_the_same_rows(run, tmp_path, capsys):
-    in_process(evaluation, *TINY, "--limit", 40, "--mode", "score", "--out", tmp_path / "base")
-    in_process(evaluation, "--adapter", run, "--limit", 40, "--compare", tmp_path / "base", "--out", tmp_path / "tuned")
-    found = read_json(tmp_path / "tuned" / "results.json")["mcnemar"]["validation_matched"]
-    base, tuned = ([json.loads(line) for line in (tmp_path / name / "predictions_validation_matched.jsonl").read_text().splitlines()] for name in ("base", "tuned"))
-    right = [(a["prediction"] == a["label"], b["prediction"] == b["label"]) for a, b in zip(base, tuned)]
-    assert (found["n"], found["only_first"], found["only_second"]) == (40, right.count((True, False)), right.count((False, True)))
-    assert "McNemar p = " in capsys.readouterr().out
+    base = tmp_path / "base"
+    tuned = tmp_path / "tuned"
+    in_process(evaluation, *TINY, "--limit", 40, "--mode", "score", "--out", base)
+    with_adapter = ["--adapter", run, "--compare", base]
+    in_process(evaluation, *with_adapter, "--limit", 40, "--out", tuned)
+    printed = capsys.readouterr().out
+
+    def right(directory) -> list[bool]:
+        lines = (directory / "predictions_validation_matched.jsonl").read_text().splitlines()
+        predictions = [json.loads(line) for line in lines]
+        return [row["prediction"] == row["label"] for row in predictions]
+
+    pairs = list(zip(right(base), right(tuned)))
+    compared = read_json(tuned / "results.json")["mcnemar"]["validation_matched"]
+    assert compared["n"] == 40
+    assert compared["only_first"] == pairs.count((True, False))
+    assert compared["only_second"] == pairs.count((False, True))
+    assert "McNemar p = " in printed
     with pytest.raises(SystemExit, match="not of the same rows: 40 and 39 rows"):
-        in_process(evaluation, "--adapter", run, "--limit", 39, "--compare", tmp_path / "base")
+        in_process(evaluation, *with_adapter, "--limit", 39)

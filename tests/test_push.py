@@ -186,6 +186,16 @@ def test_no_name_breaks_the_card(run, tmp_path_factory, model, dataset):
     assert len(read.eval_results) == 2
 
 
+def test_a_name_is_text_on_the_card_and_no_markup(run, tmp_path):
+    rename(run, tmp_path / "run", "<img src=x>", "[a](b) `c`\n# d | e")
+    text = card.card(tmp_path / "run", data.PROMPT)
+    prose, _, rest = text.partition("```python")
+    prose += rest.partition("```\n")[2]  # without the code, where a name is a quoted string
+    for markup in ("<img", "[a](b)", "`c`", "\n# d", "d | e"):
+        assert markup not in prose
+    assert "for ?img src?x?, fine-tuned on ?a??b? ?c??? d ? e to decide" in prose
+
+
 @pytest.mark.parametrize(
     "path, last",
     [
