@@ -1,12 +1,17 @@
-# make demo    fine-tunes the embedded model on its own data, in a few minutes without a GPU
-# make test    proves the claims of README.md against transformers, PEFT and bitsandbytes
-# make torture kills a run at 25 random moments, and feeds 2,000 cases of damaged and hostile files instead of 200
-# make bench   measures speed and memory beside them
+# make demo     fine-tunes the embedded model on its own data, in a few minutes without a GPU
+# make test     proves the claims of README.md against transformers, PEFT and bitsandbytes
+# make torture  kills a run at 25 random moments, and tries 2,000 damaged files instead of 200
+# make bench    measures speed and memory beside them
 
 PYTHON ?= python3
 BIN = .venv/bin
-# Threads that wait asleep cost a tenth when nothing else runs, and spare the processor the rest of the time: see README.md
-demo test torture: export OMP_WAIT_POLICY = passive
+
+# Threads that wait asleep cost a tenth when nothing else runs, and leave the processor to others.
+export OMP_WAIT_POLICY = passive
+# glibc keeps up to 256 MiB of freed memory, and takes blocks of up to 32 MiB from it. Otherwise
+# each layer's tensors are new pages, which the system has to clear first.
+export MALLOC_TRIM_THRESHOLD_ = 268435456
+export MALLOC_MMAP_THRESHOLD_ = 33554432
 
 demo: .venv/run
 	rm -rf out/demo
@@ -17,10 +22,11 @@ test: .venv/dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 torture: .venv/dev
-	KILLS=25 CASES=2000 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_resume.py tests/test_hostile.py
+	KILLS=25 CASES=2000 $(BIN)/python -m pytest -n 2 --dist loadfile \
+		tests/test_resume.py tests/test_hostile.py
 
 bench: .venv/dev
-	$(BIN)/python bench.py
+	$(BIN)/python -m scripts.bench
 
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -203,6 +203,9 @@ class Phi2(nn.Module):
 # What makes it fast: rows without padding, a shared prefix, a cache for generation
 
 
+GROUP = 32  # rows that attention takes at once on a CPU
+
+
 class Grid:
     """Places for rows of different lengths side by side: (N, ...) <-> (B, width, ...).
 
@@ -317,7 +320,11 @@ class PackedRows:
         known = self.remember(layer, prefix_k, prefix_v, k, v)
 
         # The rows ask for the prefix and their own tokens; the prefix asks for itself alone.
-        y = attention(self.queries.spread(q), known, self.mask)
+        q = self.queries.spread(q)
+        if q.device.type == "cpu" and len(q) > GROUP:
+            y = attention_in_groups(q, known, self.mask, self.filled)
+        else:
+            y = attention(q, known, self.mask)
         y = self.queries.collect(y)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
@@ -388,6 +395,12 @@ class KeysAndValues:
     def select(self, rows: Tensor) -> "KeysAndValues":
         return KeysAndValues(self.k[rows], self.v[rows], self.prefix_k, self.prefix_v)
 
+    def cut(self, rows: slice, width: int) -> "KeysAndValues":
+        """Returns the first `width` places of some rows, not copied."""
+        k = self.k[rows, :, :width]
+        v = self.v[rows, :, :width]
+        return KeysAndValues(k, v, self.prefix_k, self.prefix_v)
+
 
 def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     """Returns softmax(q k^T / sqrt(D) + mask) v, (B, H, A, D).
@@ -396,25 +409,37 @@ def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     """
     k = known.k
     v = known.v
-    has_prefix = known.prefix_k is not None
+    if known.prefix_k is not None:
+        k = torch.cat((for_each_row(known.prefix_k, len(q)), k), dim=2)
+        v = torch.cat((for_each_row(known.prefix_v, len(q)), v), dim=2)
     if q.device.type != "cpu":
-        if has_prefix:
-            k = torch.cat((for_each_row(known.prefix_k, len(q)), k), dim=2)
-            v = torch.cat((for_each_row(known.prefix_v, len(q)), v), dim=2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+    # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these three
+    # products. The scores are in fp32, as within the kernel.
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
+    weights = scores.add_(mask).softmax(dim=-1)
+    return weights.to(v.dtype) @ v
 
-    # On a CPU it is written out, with the scores in fp32. torch's fused kernel is slower there in
-    # bf16, most of all backward, and it would need a copy of the shared keys for each row.
-    q = q.float() * q.shape[-1] ** -0.5
-    scores = q @ k.float().transpose(2, 3)
-    if has_prefix:
-        prefix_scores = torch.einsum("bhad,phd->bhap", q, known.prefix_k.float())
-        scores = torch.cat((prefix_scores, scores), dim=-1)
-    weights = (scores + mask).softmax(dim=-1).to(v.dtype)
-    if not has_prefix:
-        return weights @ v
-    prefix_weights, weights = weights.split((len(known.prefix_v), v.shape[2]), dim=-1)
-    return torch.einsum("bhap,phd->bhad", prefix_weights, known.prefix_v) + weights @ v
+
+def attention_in_groups(
+    q: Tensor, known: KeysAndValues, mask: Tensor, lengths: list[int]
+) -> Tensor:
+    """Returns what `attention` does, from a few rows at a time.
+
+    A group is as wide as its own longest row, not as the longest of all. Where rows come sorted by
+    length, as in training and evaluation, most of the padding is gone, and a group's scores fit
+    into the cache of a CPU.
+    """
+    parts = []
+    for start in range(0, len(q), GROUP):
+        rows = slice(start, start + GROUP)
+        width = max(lengths[rows])
+        asking = min(width, q.shape[2])
+        visible = mask[rows] if len(mask) > 1 else mask  # one mask may serve all rows
+        visible = visible[:, :, :asking, : mask.shape[-1] - known.k.shape[2] + width]
+        part = attention(q[rows, :, :asking], known.cut(rows, width), visible)
+        parts.append(F.pad(part, (0, 0, 0, q.shape[2] - asking)))
+    return torch.cat(parts)
 
 
 def for_each_row(x: Tensor, rows: int) -> Tensor:

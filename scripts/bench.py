@@ -44,6 +44,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+import quant
 import train
 from support import cli, examples, files, flags, machine
 
@@ -151,14 +152,15 @@ class Reference:
             if parameter.requires_grad
         }
         self.optimizer = make_optimizer(self.parameters)
+        self.rows_at_once = None  # in training; None: all rows of a step
+        if alone:
+            self.rows_at_once = 1
+        elif job.device.startswith("cuda"):
+            self.rows_at_once = MICRO_BATCH
 
     def step(self, count: int, update: bool = True):
-        if self.alone:
-            rows = self.rows.training[:ALONE]
-            size = 1
-        else:
-            rows = self.rows.training[:count]
-            size = MICRO_BATCH if self.job.device.startswith("cuda") else count
+        rows = self.rows.training[: ALONE if self.alone else count]
+        size = self.rows_at_once or len(rows)
         total = torch.zeros((), device=self.job.device)
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
@@ -354,13 +356,12 @@ def memory(device: str) -> tuple[int, int]:
 
 def worker(job: Job) -> None:
     """Loads a contender, then does the tasks that standard input names, and answers in JSON."""
-    content = files.read_json(Path(job.rows))
-    rows = Rows(**content)
-    libraries = ["bitsandbytes"]
+    rows = Rows(**files.read_json(Path(job.rows)))
+    # Libraries that are imported at their first use would count as memory of the training.
+    quant.kernels()
     if job.arm != "ours":
-        libraries += ["peft", "transformers.models.phi.modeling_phi"]
-    for library in libraries:
-        importlib.import_module(library)
+        importlib.import_module("peft")
+        importlib.import_module("transformers.models.phi.modeling_phi")
     _, imported = memory(job.device)
     contender = build(job, rows)
     print(json.dumps(imported), flush=True)
@@ -638,7 +639,7 @@ def write_random_adapter(model: str, directory: Path) -> None:
 
 def train_adapter(args: argparse.Namespace, directory: Path) -> None:
     print(f"training an adapter that ends its answers: {ADAPTER_STEPS} steps", flush=True)
-    flags = {
+    arguments = {
         "model": args.model,
         "dataset": args.dataset,
         "steps": ADAPTER_STEPS,
@@ -648,7 +649,7 @@ def train_adapter(args: argparse.Namespace, directory: Path) -> None:
         "device": args.device,
         "out": directory,
     }
-    typed = [f"--{name}={value}" for name, value in flags.items()]
+    typed = [f"--{name}={value}" for name, value in arguments.items()]
     command = [sys.executable, ROOT / "train.py", *typed]
     run = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     if run.returncode:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, pictures
+from support import cli, flags, pictures
 from support.examples import LABELS, load_examples, load_splits
 
 
@@ -27,7 +27,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the model whose tokenizer counts (default: microsoft/phi-2, no GPU: tiny/model)",
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw lengths and labels here")
-    parser.add_argument("--limit", type=cli.count, help="first rows of each split only")
+    parser.add_argument("--limit", type=flags.count, help="first rows of each split only")
     return cli.parse_arguments(parser)
 
 

@@ -128,11 +128,11 @@ def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
         draw_histogram(left, lengths)
         left.set(title=title, xlabel="tokens of prompt and answer")
         left.set(ylabel="share of rows for each length")
-        left.legend()
         draw_bars(right, labels)
         right.set(title="labels", ylabel="share of rows")
-        right.margins(y=0.4)  # room for the legend
-        right.legend(loc="upper right")
+        for axis in (left, right):
+            axis.margins(y=0.4)  # room for the legend
+            axis.legend(loc="upper right")
 
 
 def draw_histogram(axis, lengths: dict) -> None:

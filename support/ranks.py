@@ -77,6 +77,8 @@ def own_device(name: str) -> torch.device:
         )
     if WORLD > 1 and name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no CUDA device here; pass --device cpu")
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded model, a random model of phi-2's widths, and the references."""
+"""What the tests share: the embedded model, one of phi-2's widths, and the reference libraries."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real MNLI and phi-2's tokenizer, where they are
+TARGETS = ("q_proj", "v_proj")
 
 # Before torch is imported: with two test processes on one core, threads that spin wait for ever.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,6 +24,7 @@ from zygote import script, start_script  # noqa: E402, F401  (the tests import t
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
+from support import cli  # noqa: E402
 
 torch.set_num_threads(os.cpu_count() or 1)
 
@@ -110,7 +112,7 @@ def reference(
     return model
 
 
-def peft_model(base, targets=("q_proj", "v_proj"), dropout: float = 0.0, **options):
+def peft_model(base, targets=TARGETS, dropout: float = 0.0, **options):
     """PEFT's adapters of rank 8 and alpha 16 around transformers' model."""
     from peft import LoraConfig, get_peft_model
 
@@ -138,7 +140,7 @@ def pair(
     directory: Path,
     dtype: torch.dtype = torch.float32,
     quantization: str = "none",
-    targets=("q_proj", "v_proj"),
+    targets=TARGETS,
     seed: int = 1,
 ) -> tuple:
     """Our model and PEFT's, with the same random A and B."""
@@ -184,8 +186,6 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def in_process(module: ModuleType, *arguments, cwd: Path = ROOT) -> None:
     """Runs a script's main in this process, for tests that look into it or replace a part of it."""
-    from support import cli
-
     folder_before = os.getcwd()
     argv_before = sys.argv
     sys.argv = [module.__file__, *(str(argument) for argument in arguments)]

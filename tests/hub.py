@@ -1,23 +1,55 @@
-"""A Hub on loopback: enough of huggingface.co's protocol for its own client libraries to resolve, download and upload."""
+"""A Hub on loopback: as much of huggingface.co's protocol as its own client libraries ask for."""
+
 import base64
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from urllib.parse import parse_qs
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_" + "TokenOfTheLoopbackHub"
-ROUTE = re.compile(r"/(?P<api>api/)?(?P<kind>models/|datasets/)?(?P<repo>[\w.-]+/[\w.-]+)/(?P<call>revision|tree|paths-info|resolve)/[\w.-]+/?(?P<path>.*)")
+
+# A request to read: /api/models/owner/name/tree/main/folder, /owner/name/resolve/main/file
+READ = re.compile(
+    r"/(?:api/)?(?P<kind>models/|datasets/)?(?P<repo>[\w.-]+/[\w.-]+)"
+    r"/(?P<call>revision|tree|paths-info|resolve)/[\w.-]+/?(?P<path>.*)"
+)
+RANGE = re.compile(r"bytes=(?P<first>\d+)-(?P<last>\d*)")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers for the repositories and notes the requests that its server holds."""
+    """Answers for the repositories of its server, which notes every request."""
+
     protocol_version = "HTTP/1.1"
 
-    def answer(self, status: int, content: bytes = b"", **headers):
+    def do_GET(self) -> None:
+        path, body = self.receive()
+        self.read(path, body)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path, body = self.receive()
+        for pattern, write in WRITES.items():
+            call = re.fullmatch(pattern, path)
+            if call:
+                return write(self, body, **call.groupdict())
+        self.read(path, body)
+
+    do_PUT = do_POST
+
+    def receive(self) -> tuple[str, bytes]:
+        """Notes the request and returns its path and its body."""
+        self.server.requests.append(f"{self.command} {self.path}")
+        length = int(self.headers.get("Content-Length") or 0)
+        return self.path.split("?")[0], self.rfile.read(length)
+
+    def answer(self, status: int, content: bytes = b"", **headers) -> None:
         self.send_response(status)
         for name, value in ({"Content-Length": len(content)} | headers).items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -25,101 +57,196 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def route(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.server.requests.append(f"{self.command} {self.path}")
-        if self.upload(self.path.split("?")[0], body):
-            return
-        found = ROUTE.fullmatch(self.path.split("?")[0])
-        root = found and self.server.repositories.get((found["kind"] or "models/") + found["repo"])
-        if not root:
+    def answer_json(self, value) -> None:
+        self.answer(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def log_message(self, *_) -> None:
+        pass  # the tests' output is not the place
+
+    # ---- Reading ----------------------------------------------------------------------------
+
+    def read(self, path: str, body: bytes) -> None:
+        call = READ.fullmatch(path)
+        root = None
+        if call:
+            name = (call["kind"] or "models/") + call["repo"]
+            root = self.server.repositories.get(name)
+        if root is None:
             return self.answer(404, X_Error_Code="RepoNotFound")
-        files = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
-        if found["call"] == "resolve":
-            return self.file(files.get(found["path"]))
-        entries = [{"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)} for name, path in files.items()]
-        if found["call"] == "tree":
-            entries += [{"type": "directory", "path": str(path.relative_to(root)), "size": 0, "oid": SHA} for path in root.rglob("*") if path.is_dir()]
-            below = [(entry, Path(entry["path"]).parents) for entry in entries]
-            if "recursive=true" in self.path.lower():
-                entries = [entry for entry, parents in below if Path(found["path"]) in parents]
-            else:
-                entries = [entry for entry, parents in below if Path(found["path"]) == parents[0]]
-        if found["call"] == "paths-info":
-            asked = json.loads(body)["paths"] if body.startswith(b"{") else re.findall(rb"paths=([^&]+)", body)
-            asked = {path if isinstance(path, str) else path.decode().replace("%2F", "/") for path in asked}
-            entries = [entry for entry in entries if entry["path"] in asked]
-        if found["call"] == "revision":
-            entries = {"id": found["repo"], "sha": SHA, "siblings": [{"rfilename": name} for name in files], "private": False,
-                       "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}
-        self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
+        if call["call"] == "resolve":
+            return self.send_file(root / call["path"])
+        if call["call"] == "revision":
+            return self.answer_json(repository(call["repo"], root))
+        if call["call"] == "tree":
+            return self.answer_json(self.tree(root, call["path"]))
+        wanted = wanted_paths(body)
+        self.answer_json([entry for entry in file_entries(root) if entry["path"] in wanted])
 
-    def file(self, path: Path | None):
-        if path is None:
+    def tree(self, root: Path, folder: str) -> list[dict]:
+        """Returns what is in a folder, and with ?recursive=true all that is below it."""
+        is_recursive = "recursive=true" in self.path.lower()
+        entries = []
+        for entry in file_entries(root) + folder_entries(root):
+            parents = Path(entry["path"]).parents
+            if Path(folder) == parents[0] or is_recursive and Path(folder) in parents:
+                entries.append(entry)
+        return entries
+
+    def send_file(self, path: Path) -> None:
+        """Sends a file, or the part of it that the client asks for to resume a download."""
+        if not path.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound")
-        content, status, extra = path.read_bytes(), 200, {}
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), int(asked[2] or len(content) - 1)
-            status, extra = 206, {"Content_Range": f"bytes {first}-{last}/{len(content)}"}
-            content = content[first:last + 1]
-        self.answer(status, content, ETag=f'"{etag(path)}"', X_Repo_Commit=SHA, Accept_Ranges="bytes", **extra)
+        content = path.read_bytes()
+        headers = {
+            "ETag": f'"{etag(path)}"',
+            "X_Repo_Commit": COMMIT,
+            "Accept_Ranges": "bytes",
+        }
+        part = RANGE.fullmatch(self.headers.get("Range", ""))
+        if not part:
+            return self.answer(200, content, **headers)
+        first = int(part["first"])
+        last = int(part["last"] or len(content) - 1)
+        headers["Content_Range"] = f"bytes {first}-{last}/{len(content)}"
+        self.answer(206, content[first : last + 1], **headers)
 
-    def upload(self, path: str, body: bytes) -> bool:
-        """Answers what an upload asks for, safetensors by git-lfs as on the Hub; False for any other request."""
-        asked = re.fullmatch(r"/api/(?:repos/(create)|(validate-yaml)|models/(?P<repo>[^/]+/[^/]+)/(preupload|commit)/main)|/(?P<lfs>.+)\.git/info/lfs/objects/batch|"
-                             r"/lfs/(?P<oid>\w+)", path)
-        if not asked or self.command == "GET":
-            return False
-        if not asked["oid"] and self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            self.answer(401, json.dumps({"error": "Invalid username or password."}).encode())
+    # ---- Uploading --------------------------------------------------------------------------
+
+    def is_allowed(self) -> bool:
+        if self.headers.get("Authorization") == f"Bearer {TOKEN}":
             return True
-        answer = {"errors": [], "warnings": []}  # to validate-yaml
-        if asked[1]:
-            raw = json.loads(body)
-            repo = f"{raw.get('organization') or 'me'}/{raw['name']}"
-            self.server.repositories.setdefault(f"models/{repo}", self.server.uploads / repo).mkdir(parents=True, exist_ok=True)
-            answer = {"url": f"http://{self.headers['Host']}/{repo}", "name": repo, "id": repo}
-        elif asked[4] == "preupload":
-            modes = [(file["path"], "lfs" if file["path"].endswith(".safetensors") else "regular") for file in json.loads(body)["files"]]
-            answer = {"files": [{"path": name, "uploadMode": mode, "shouldIgnore": False} for name, mode in modes]}
-        elif asked["lfs"]:
-            answer = {"transfer": "basic", "objects": [{"oid": one["oid"], "size": one["size"], "authenticated": True, "actions": {
-                "upload": {"href": f"http://{self.headers['Host']}/lfs/{one['oid']}"}}} for one in json.loads(body)["objects"]]}
-        elif asked["oid"]:
-            assert hashlib.sha256(body).hexdigest() == asked["oid"]
-            self.server.blobs[asked["oid"]] = body
-        elif asked[4] == "commit":
-            root = self.server.repositories[f"models/{asked['repo']}"]
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] in ("file", "lfsFile"):
-                    value = line["value"]
-                    content = base64.b64decode(value["content"]) if line["key"] == "file" else self.server.blobs[value["oid"]]
-                    (root / value["path"]).write_bytes(content)
-            answer = {"success": True, "commitUrl": f"http://{self.headers['Host']}/{asked['repo']}/commit/{SHA}", "commitOid": SHA}
-        self.answer(200, json.dumps(answer).encode(), Content_Type="application/json")
-        return True
+        self.answer(401, json.dumps({"error": "Invalid username or password."}).encode())
+        return False
 
-    do_GET = do_HEAD = do_POST = do_PUT = route
+    def create_repository(self, body: bytes) -> None:
+        if not self.is_allowed():
+            return
+        request = json.loads(body)
+        repo = f"{request.get('organization') or 'me'}/{request['name']}"
+        root = self.server.repositories.setdefault(f"models/{repo}", self.server.uploads / repo)
+        root.mkdir(parents=True, exist_ok=True)
+        url = f"http://{self.headers['Host']}/{repo}"
+        self.answer_json({"url": url, "name": repo, "id": repo})
 
-    def log_message(self, *_):
-        pass
+    def validate_card(self, body: bytes) -> None:
+        if self.is_allowed():
+            self.answer_json({"errors": [], "warnings": []})
+
+    def choose_modes(self, body: bytes, repo: str) -> None:
+        """Says which files come by git-lfs: as on the Hub, safetensors do."""
+        if not self.is_allowed():
+            return
+        files = []
+        for file in json.loads(body)["files"]:
+            mode = "lfs" if file["path"].endswith(".safetensors") else "regular"
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False})
+        self.answer_json({"files": files})
+
+    def plan_lfs(self, body: bytes, repo: str) -> None:
+        """Says where each large file is to be sent."""
+        if not self.is_allowed():
+            return
+        objects = []
+        for file in json.loads(body)["objects"]:
+            upload = {"href": f"http://{self.headers['Host']}/lfs/{file['oid']}"}
+            objects.append(file | {"authenticated": True, "actions": {"upload": upload}})
+        self.answer_json({"transfer": "basic", "objects": objects})
+
+    def receive_lfs(self, body: bytes, oid: str) -> None:
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.blobs[oid] = body
+        self.answer_json({})
+
+    def commit(self, body: bytes, repo: str) -> None:
+        if not self.is_allowed():
+            return
+        root = self.server.repositories[f"models/{repo}"]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                (root / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif entry["key"] == "lfsFile":
+                (root / value["path"]).write_bytes(self.server.blobs[value["oid"]])
+        url = f"http://{self.headers['Host']}/{repo}/commit/{COMMIT}"
+        self.answer_json({"success": True, "commitUrl": url, "commitOid": COMMIT})
+
+
+# Requests that upload, by their paths.
+WRITES = {
+    r"/api/repos/create": Handler.create_repository,
+    r"/api/validate-yaml": Handler.validate_card,
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/main": Handler.choose_modes,
+    r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch": Handler.plan_lfs,
+    r"/lfs/(?P<oid>\w+)": Handler.receive_lfs,
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main": Handler.commit,
+}
+
+
+def repository(name: str, root: Path) -> dict:
+    """Returns what the Hub says about a repository."""
+    return {
+        "id": name,
+        "sha": COMMIT,
+        "siblings": [{"rfilename": entry["path"]} for entry in file_entries(root)],
+        "private": False,
+        "gated": False,
+        "disabled": False,
+        "tags": [],
+        "downloads": 0,
+        "likes": 0,
+    }
+
+
+def file_entries(root: Path) -> list[dict]:
+    return [
+        {
+            "type": "file",
+            "path": str(path.relative_to(root)),
+            "size": path.stat().st_size,
+            "oid": etag(path),
+        }
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def folder_entries(root: Path) -> list[dict]:
+    return [
+        {"type": "directory", "path": str(path.relative_to(root)), "size": 0, "oid": COMMIT}
+        for path in sorted(root.rglob("*"))
+        if path.is_dir()
+    ]
+
+
+def wanted_paths(body: bytes) -> list[str]:
+    """Returns the paths that a paths-info request names, as JSON or as a form."""
+    if body.startswith(b"{"):
+        return json.loads(body)["paths"]
+    return parse_qs(body.decode())["paths"]
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
 @contextmanager
-def serving(repositories: dict[str, Path], uploads: Path | None = None):
-    """Serves {"models/owner/name" or "datasets/owner/name": directory}; gives (address, list of the requests so far).
+def serving(
+    repositories: dict[str, Path], uploads: Path | None = None
+) -> Iterator[tuple[str, list[str]]]:
+    """Serves {"models/owner/name" or "datasets/owner/name": directory}.
 
-    What bearers of TOKEN upload goes into `uploads` and is then served too.
+    Yields the address and the list of all requests so far. What bearers of TOKEN upload goes into
+    the directory `uploads`, and is then served too.
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.repositories, server.requests, server.uploads, server.blobs = repositories, [], uploads, {}
+    server.repositories = dict(repositories)
+    server.requests = []
+    server.uploads = uploads
+    server.blobs = {}
     Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}", server.requests
     finally:
         server.shutdown()
         server.server_close()
-
-
-def etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()

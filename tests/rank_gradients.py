@@ -1,37 +1,58 @@
-"""Run by torchrun in test_ranks.py: the gradients of one step as train.py makes them, saved by the first rank.
+"""Run by torchrun in test_ranks.py: the gradients of steps as train.py makes them.
 
     torchrun --nproc-per-node 2 tests/rank_gradients.py FILE
+
+The first rank saves them in FILE.
 """
+
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import data
-import eval as evaluation
-import lora
-import ranks
-import train
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
-device, found = ranks.start("cpu"), {}
-model, tokenizer = evaluation.load_model(Path("tiny/model"), "nf4", torch.float32, device).eval(), data.load_tokenizer("tiny/model")
-torch.manual_seed(0)
-lora.inject(model, lora.LoRAConfig(dropout=0.0))
-parameters = lora.lora_parameters(model)
-for parameter in parameters.values():  # B too
-    torch.nn.init.normal_(parameter, std=0.1)
-for loss in ("answer", "full"):
-    for count in (7, 1):  # of one row, the second rank has none
-        examples = next(data.batches(data.load_examples("tiny/data", "train", count), count, seed=0))
-        encoded = [data.encode(example, tokenizer) for example in examples[ranks.RANK::ranks.WORLD]]
-        targets, = ranks.total(device, sum(len(answer) + (len(prompt) - 1) * (loss == "full") for prompt, answer in encoded))
-        if encoded:
-            (train.batch_loss(model, encoded, len(data.fixed_ids(tokenizer)[0]), loss)[0] / targets).backward()
-        ranks.add_gradients(parameters.values())
-        for name, parameter in parameters.items():
-            found[f"{loss} {count} {name}"], parameter.grad = parameter.grad, None
-if ranks.FIRST:
-    save_file(found, sys.argv[1])
-ranks.stop()
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import lora  # noqa: E402
+import train  # noqa: E402
+from support import ranks  # noqa: E402
+from support.examples import load_examples  # noqa: E402
+
+MODEL = ROOT / "tiny" / "model"
+DATASET = str(ROOT / "tiny" / "data")
+
+
+def main() -> None:
+    device = ranks.start("cpu")
+    tokenizer = data.load_tokenizer(MODEL)
+    model = evaluation.load_model(MODEL, "nf4", "fp32", device)
+    torch.manual_seed(0)
+    lora.inject(model, lora.LoRAConfig(dropout=0.0))
+    parameters = lora.lora_parameters(model)
+    for parameter in parameters.values():  # B too, or A would have no gradient
+        torch.nn.init.normal_(parameter, std=0.1)
+
+    gradients = {}
+    for loss in ("answer", "full"):
+        for rows in (7, 1):  # of one row the second rank gets none
+            step = next(data.batches(load_examples(DATASET, "train", rows), rows, seed=0))
+            mine = step[ranks.RANK :: ranks.WORLD]
+            encoded = [data.encode(example, tokenizer) for example in mine]
+            args = Namespace(loss=loss, share_prefix=True, batch_size=2)
+            prefix = train.prefix_to_share(tokenizer, args)
+            train.accumulate_gradients(model, encoded, prefix, args)
+            ranks.add_gradients(parameters.values())
+            for name, parameter in parameters.items():
+                gradients[f"{loss} loss, {rows} rows, {name}"] = parameter.grad
+                parameter.grad = None
+    if ranks.FIRST:
+        save_file(gradients, sys.argv[1])
+    ranks.stop()
+
+
+if __name__ == "__main__":
+    main()

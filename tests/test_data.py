@@ -65,6 +65,18 @@ def test_a_long_prompt_loses_the_end_of_its_premise_alone(tokenizer):
     assert exact == whole
 
 
+@pytest.mark.parametrize("max_length", [None, 75, 80, 87, 512])
+def test_is_cut_says_whether_encode_cuts(tokenizer, max_length):
+    lengths = []
+    for example in load_examples(TINY, "validation_matched", 200):
+        whole, answer = data.encode(example, tokenizer)
+        lengths.append(len(whole) + len(answer))
+        prompt, _ = data.encode(example, tokenizer, max_length)
+        assert data.is_cut(example, tokenizer, max_length) == (prompt != whole)
+    assert max(lengths) == 87
+    assert {75, 76, 80, 81} <= set(lengths), "some rows just fit, some by one token do not"
+
+
 def test_a_hypothesis_that_is_too_long_is_an_error(tokenizer):
     example = {"premise": "Anna.", "hypothesis": "Ben saw a fox. " * 9, "label": 2}
     message = r"the hypothesis 'Ben saw a fox\. .*'\.\.\. alone exceeds --max-length 60"
@@ -92,7 +104,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer that can be read") as raised:
+    with pytest.raises(ValueError, match="is no tokenizer that can be read") as raised:
         data.load_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
 

@@ -1,6 +1,8 @@
-"""The default names, microsoft/phi-2 and nyu-mll/glue, through the Hub's client libraries, against a Hub on loopback."""
+"""microsoft/phi-2 and nyu-mll/glue through the Hub's client libraries, from a Hub on loopback."""
+
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import datasets
 import pytest
@@ -8,51 +10,94 @@ import torch
 from conftest import ROOT, read_json, reference, script
 from hub import serving
 
-FRONT = """---
-configs:
-- config_name: mnli
-  data_files:
-%s---
-"""
+RUN = (
+    "train.py",
+    "--rank", 8,
+    "--model", "microsoft/phi-2",
+    "--dataset", "nyu-mll/glue",
+    "--steps", 3,
+    "--eval-limit", 40,
+    "--max-new-tokens", 4,
+)
+# The splits of GLUE's MNLI, and the file of tiny/data that each is made of here.
+SPLITS = {
+    "train": "train",
+    "validation_matched": "validation_matched",
+    "validation_mismatched": "validation_mismatched",
+    "test_matched": "validation_matched",
+}
 
 
 @pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    """tiny/model in fp16 and in two shards, as phi-2 is on the Hub; tiny/data in GLUE's layout, with its hidden test labels."""
-    model, glue = tmp_path_factory.mktemp("phi-2"), tmp_path_factory.mktemp("glue")
-    reference(ROOT / "tiny" / "model", torch.float16).save_pretrained(model, max_shard_size="4MB")
-    shutil.copy(ROOT / "tiny" / "model" / "tokenizer.json", model)
-    (model / "pytorch_model.bin").write_bytes(b"a file that is not needed")
-    (glue / "mnli").mkdir()
-    splits = {"train": "train", "validation_matched": "validation_matched", "validation_mismatched": "validation_mismatched", "test_matched": "validation_matched"}
-    for split, source in splits.items():
-        rows = datasets.load_dataset("json", data_files=str(ROOT / "tiny" / "data" / f"{source}.jsonl"), split="train").select(range(200))
-        if split == "test_matched":
+def repositories(tmp_path_factory) -> dict[str, Path]:
+    return {
+        "models/microsoft/phi-2": make_model(tmp_path_factory.mktemp("phi-2")),
+        "datasets/nyu-mll/glue": make_dataset(tmp_path_factory.mktemp("glue")),
+    }
+
+
+def make_model(directory: Path) -> Path:
+    """Writes tiny/model as phi-2 is on the Hub: in fp16, in shards, beside other files."""
+    tiny = ROOT / "tiny" / "model"
+    reference(tiny, torch.float16).save_pretrained(directory, max_shard_size="4MB")
+    shutil.copy(tiny / "tokenizer.json", directory)
+    (directory / "pytorch_model.bin").write_bytes(b"a file that is not needed")
+    return directory
+
+
+def make_dataset(directory: Path) -> Path:
+    """Writes 200 rows of each split of tiny/data as GLUE has them, with its hidden test labels."""
+    (directory / "mnli").mkdir()
+    for split, source in SPLITS.items():
+        path = ROOT / "tiny" / "data" / f"{source}.jsonl"
+        rows = datasets.load_dataset("json", data_files=str(path), split="train")
+        rows = rows.select(range(200))
+        if split.startswith("test"):
             rows = rows.remove_columns("label").add_column("label", [-1] * len(rows))
-        rows.to_parquet(glue / "mnli" / f"{split}-00000-of-00001.parquet")
-    (glue / "README.md").write_text(FRONT % "".join(f"  - split: {split}\n    path: mnli/{split}-*\n" for split in splits))
-    return {"models/microsoft/phi-2": model, "datasets/nyu-mll/glue": glue}
+        rows.to_parquet(directory / "mnli" / f"{split}-00000-of-00001.parquet")
+    files = "".join(f"  - split: {split}\n    path: mnli/{split}-*\n" for split in SPLITS)
+    (directory / "README.md").write_text(
+        f"---\nconfigs:\n- config_name: mnli\n  data_files:\n{files}---\n"
+    )
+    return directory
 
 
-def environment(address: str, home) -> dict[str, str]:
-    return {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
+def environment(address: str, home: Path, offline: bool = False) -> dict[str, str]:
+    """Returns the variables that make the client libraries talk to the Hub at `address`."""
+    return {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(home),
+        "HF_HUB_OFFLINE": str(int(offline)),
+        "HF_DATASETS_OFFLINE": str(int(offline)),
+    }
 
 
-RUN = ["train.py", "--rank", 8, "--model", "microsoft/phi-2", "--dataset", "nyu-mll/glue", "--steps", 3, "--eval-limit", 40, "--max-new-tokens", 4]
+def assert_one_line(done, error: str) -> None:
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(error), done.stderr
 
 
-def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offline(repositories, tmp_path):
+def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offline(
+    repositories, tmp_path
+):
+    run = tmp_path / "run"
+    home = tmp_path / "home"
     with serving(repositories) as (address, requests):
-        done = script(*RUN, "--out", tmp_path / "run", env=environment(address, tmp_path / "home"))
+        done = script(*RUN, "--out", run, env=environment(address, home))
         assert done.returncode == 0, done.stderr
-        downloaded = [request for request in requests if request.startswith("GET") and "/resolve/" in request]
-    assert sum("model-0000" in request for request in downloaded) >= 2 and not any("pytorch_model" in request for request in downloaded)
-    config, results = read_json(tmp_path / "run" / "adapter_config.json"), read_json(tmp_path / "run" / "results.json")
+        downloads = [request for request in requests if "/resolve/" in request]
+    shards = {request for request in downloads if "GET" in request and "model-0000" in request}
+    assert len(shards) >= 2
+    assert not any("pytorch_model" in request for request in downloads)
+    config = read_json(run / "adapter_config.json")
     assert config["base_model_name_or_path"] == "microsoft/phi-2"
+    results = read_json(run / "results.json")
     assert results["finetuned"].keys() == {"validation_matched", "validation_mismatched"}
-    # The server is gone; what was downloaded is enough
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = script("eval.py", "--adapter", tmp_path / "run", "--limit", 20, "--mode", "score", env=environment(address, tmp_path / "home") | offline)
+
+    # The server is gone; what was downloaded is enough.
+    command = ("eval.py", "--adapter", run, "--limit", 20, "--mode", "score")
+    done = script(*command, env=environment(address, home, offline=True))
     assert done.returncode == 0, done.stderr
     assert "validation_mismatched" in done.stdout
 
@@ -60,21 +105,27 @@ def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offli
 def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(tmp_path):
     with serving({}) as (address, _):
         pass  # nobody listens there any more
-    cases = [(RUN, "error: cannot reach the Hub for 'microsoft/phi-2'", "pass a directory instead: --model tiny/model"),
-             ([*RUN, "--model", "tiny/model"], "error: cannot load 'nyu-mll/glue' from the Hub", "--dataset tiny/data")]
-
-    def run(case):
-        return script(*case[0], "--out", tmp_path / "run", env=environment(address, tmp_path / "home"))
+    out = ("--out", tmp_path / "run")
+    env = environment(address, tmp_path / "home")
     with ThreadPoolExecutor() as pool:  # the client libraries try again for some seconds
-        for (_, error, cure), done in zip(cases, pool.map(run, cases)):
-            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(error), done.stderr
-            assert cure in done.stderr and "Traceback" not in done.stderr
+        no_model = pool.submit(script, *RUN, *out, env=env)
+        no_data = pool.submit(script, *RUN, *out, "--model", "tiny/model", env=env)
+    assert_one_line(no_model.result(), "error: cannot reach the Hub for 'microsoft/phi-2'")
+    assert "pass a directory instead: --model tiny/model" in no_model.result().stderr
+    assert_one_line(no_data.result(), "error: cannot load 'nyu-mll/glue' from the Hub")
+    assert "--dataset tiny/data" in no_data.result().stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path):
+@pytest.mark.parametrize(
+    "flag, error",
+    [
+        ("--model", "error: no model 'nobody/nothing'"),
+        ("--dataset", "error: cannot load 'nobody/nothing'"),
+    ],
+)
+def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, error):
     with serving(repositories) as (address, _):
-        for flag, name, message in (("--model", "nobody/nothing", "no model 'nobody/nothing'"), ("--dataset", "nobody/nothing", "cannot load 'nobody/nothing'")):
-            done = script(*RUN, flag, name, "--out", tmp_path / "run", env=environment(address, tmp_path / "home"))
-            assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {message}"), done.stderr
-            assert "Traceback" not in done.stderr
+        env = environment(address, tmp_path / "home")
+        done = script(*RUN, flag, "nobody/nothing", "--out", tmp_path / "run", env=env)
+    assert_one_line(done, error)

@@ -469,9 +469,7 @@ def test_a_shard_missing_from_the_index(sharded):
     path = sharded / "model.safetensors.index.json"
     index = read_json(path)
     index["weight_map"] = {
-        key: name
-        for key, name in index["weight_map"].items()
-        if not name.startswith("model-00002")
+        key: name for key, name in index["weight_map"].items() if not name.startswith("model-00002")
     }
     path.write_text(json.dumps(index))
     fails(sharded, r"lacks \d+ of 89 tensors, among them model\.")

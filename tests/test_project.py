@@ -1,107 +1,351 @@
-"""The project keeps what it promises about itself: its limits, its imports, and what README.md says."""
+"""The project keeps what it promises about itself: layout, imports, and what README.md says."""
+
 import ast
+import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, script
+from safetensors.torch import save_file
 
-ORDER = ["lora", "phi2", "quant", "data", "eval", "train"]  # the core; all may import checkpoint.py and ranks.py, and bench.py all of them
-SOURCES = sorted(path for pattern in ("*.py", "tests/*.py", "tiny/*.py") for path in ROOT.glob(pattern))
+import lora
+import phi2
+
+SIX = ["lora", "quant", "phi2", "data", "eval", "train"]  # in reading order
+STAND_ALONE = ["lora", "quant", "phi2"]
+SUPPORT = sorted(ROOT.glob("support/*.py"))
+SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
+PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS]
+EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
 README = (ROOT / "README.md").read_text()
 
 
-def imported(path: Path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return {name.split(".")[0] for name in names | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}}
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
 
 
-def test_files_and_functions_stay_short():
-    lines = {path: len(path.read_text().splitlines()) for path in SOURCES}
-    assert max(lines.values()) <= 350, max(lines, key=lines.get)
-    assert sum(lines[ROOT / f"{name}.py"] for name in ORDER) < 1500
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef) and (path.name, node.name) != ("train.py", "main"):
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+# -----------------------------------------------------------------------------
+# Imports: support <- the six <- scripts
 
 
-@pytest.mark.parametrize("name", ORDER)
+def module_name(path: Path) -> str:
+    """Returns what a file is imported as: "lora", "support.files"; "support" for its __init__."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    return name.removesuffix(".__init__")
+
+
+MODULES = {module_name(path): path for path in PROJECT}
+
+
+def imported_by(node: ast.stmt) -> set[str]:
+    """Returns the full names that an import statement may load, modules and what is in them."""
+    if isinstance(node, ast.Import):
+        return {alias.name for alias in node.names}
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute here"
+        return {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return set()
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names |= imported_by(node)
+    return names
+
+
+def project_imports(path: Path) -> set[str]:
+    """Returns the project's modules that a file imports, wherever in the file."""
+    return (imports(path) & MODULES.keys()) - {"support", "scripts"}
+
+
+def test_support_imports_none_of_the_six_and_nothing_of_scripts():
+    for path in SUPPORT:
+        for name in project_imports(path):
+            assert name.startswith("support."), f"{relative(path)} imports {name}"
+
+
+@pytest.mark.parametrize("name", SIX)
 def test_a_file_imports_only_what_comes_before_it_in_the_reading_order(name):
-    allowed = {"lora": set(), "phi2": set(), "quant": set(), "data": set()}.get(name, set(ORDER[:ORDER.index(name)]))
-    found = imported(ROOT / f"{name}.py")
-    assert found & set(ORDER) <= allowed
-    assert not found & {"transformers", "peft", "accelerate", "pickle"}
+    path = MODULES[name]
+    before = SIX[: SIX.index(name)]
+    for imported in project_imports(path):
+        assert imported in before or imported.startswith("support."), f"{name} imports {imported}"
+    if name in STAND_ALONE:
+        assert not project_imports(path)
+    libraries = {imported.split(".")[0] for imported in imports(path)}
+    assert not libraries & {"transformers", "peft", "accelerate", "pickle"}
 
 
-def test_the_model_and_the_adapters_run_with_torch_alone():
-    done = subprocess.run([sys.executable, "-c", """
+def test_nothing_imports_scripts():
+    for path in EVERY_FILE:
+        if path.parent.name != "tests":  # the tests look into them
+            names = imports(path)
+            assert not any(name.split(".")[0] == "scripts" for name in names), relative(path)
+
+
+def test_no_project_import_is_inside_a_function():
+    for path in PROJECT:
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                for node in ast.walk(function):
+                    inside = imported_by(node) & MODULES.keys()
+                    assert not inside, f"{relative(path)}, {function.name}: {inside}"
+
+
+def test_no_imports_go_in_a_circle():
+    left = {name: project_imports(path) for name, path in MODULES.items()}
+    while left:
+        # Take away the modules that need none of the others, until none is left.
+        ready = [name for name, needed in left.items() if not needed & left.keys()]
+        assert ready, f"in a circle, or behind one: {sorted(left)}"
+        for name in ready:
+            del left[name]
+
+
+# -----------------------------------------------------------------------------
+# lora.py, quant.py and phi2.py stand alone
+
+LORA_ALONE = """
+from pathlib import Path
+
+import torch
+
+import lora
+
+
+def build():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+
+
+config = lora.LoRAConfig(rank=2, dropout=0.0, targets=("0", "2"))
+model = build()
+x = torch.randn(5, 8)
+base = model(x)
+assert lora.inject(model, config) == ["0", "2"]
+assert torch.equal(model(x), base)
+
+# A few steps on the adapters alone.
+parameters = list(lora.lora_parameters(model).values())
+assert len(parameters) == 4
+optimizer = torch.optim.SGD(parameters, lr=0.1)
+for _ in range(3):
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+trained = model(x)
+assert not torch.allclose(trained, base)
+
+lora.save_adapter(model, config, Path("adapter"), "a/base")
+restored = build()
+assert lora.load_adapter(restored, Path("adapter")) == config
+assert torch.equal(restored(x), trained)
+lora.merge(restored)
+assert torch.allclose(restored(x), trained, atol=1e-6)
+"""
+
+QUANT_ALONE = """
 import sys
-for name in ("bitsandbytes", "safetensors", "tokenizers", "huggingface_hub", "datasets", "wandb", "matplotlib", "tqdm", "transformers", "peft"):
-    sys.modules[name] = None  # importing it now fails
-import torch, lora, phi2, quant
-model = phi2.Phi2(phi2.Phi2Config(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2))
-print(len(lora.inject(model, lora.LoRAConfig())), *model(torch.tensor([[1, 2, 3]])).shape)
-"""], capture_output=True, text=True, cwd=ROOT)
-    assert (done.stdout, done.stderr) == ("4 1 3 50\n", "")
+
+import torch
+
+sys.modules["bitsandbytes"] = None  # importing it now fails: NF4 itself needs torch alone
+import quant
+
+linear = torch.nn.Linear(128, 64)
+packed, absmax = quant.quantize(linear.weight)
+weight = quant.dequantize(packed, absmax, linear.weight.shape, torch.float32)
+del sys.modules["bitsandbytes"]
+
+model = torch.nn.Sequential(linear)
+assert quant.quantize_linears(model) == ["0"]
+x = torch.randn(3, 128, requires_grad=True)
+y = model(x)
+assert torch.equal(y, torch.nn.functional.linear(x, weight, linear.bias))
+y.sum().backward()
+assert torch.equal(x.grad, torch.ones(3, 64) @ weight)
+"""
+
+PHI2_ALONE = """
+import torch
+
+import phi2
+
+model = phi2.load_weights(phi2.build("."), ".", "cpu", torch.float32)
+logits = model(torch.tensor([1, 2, 3]))
+assert logits.shape == (3, 50)
+assert logits.isfinite().all()
+
+# Two rows behind one prefix.
+rows = phi2.PackedRows([2, 1], prefix=1)
+packed = model(torch.tensor([1, 2, 3, 2]), rows)
+assert torch.allclose(packed[:3], logits, atol=1e-5)
+assert torch.allclose(packed[3], logits[1], atol=1e-5)
+"""
 
 
-def test_every_module_and_every_public_function_of_the_core_says_what_it_does():
-    for name in ORDER:
-        tree = ast.parse((ROOT / f"{name}.py").read_text())
-        assert ast.get_docstring(tree), name
-        for node in tree.body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name not in ("main", "parse_arguments", "write_predictions", "read_files", "MLP",
-                                                                                       "Attention", "Phi2"):
-                assert ast.get_docstring(node), f"{name}.{node.name}"
+def write_small_phi(directory: Path) -> None:
+    """Writes config.json and model.safetensors of a phi of 50 words and two layers."""
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    torch.manual_seed(0)
+    tensors = phi2.Phi2(phi2.Phi2Config(**sizes, partial_rotary_factor=0.5)).state_dict()
+    config = {"model_type": "phi", "partial_rotary_factor": 0.5, **sizes}
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors, directory / "model.safetensors")
 
 
-# ---- README.md
+@pytest.mark.parametrize(
+    "name, job", [("lora", LORA_ALONE), ("quant", QUANT_ALONE), ("phi2", PHI2_ALONE)]
+)
+def test_lora_quant_and_phi2_each_do_their_job_alone_in_an_empty_folder(tmp_path, name, job):
+    (tmp_path / f"{name}.py").write_text(MODULES[name].read_text())
+    if name == "phi2":
+        write_small_phi(tmp_path)
+    others = [other for other in SIX + ["support", "scripts"] if other != name]
+    alone = f"import importlib.util\nassert not any(map(importlib.util.find_spec, {others}))\n"
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", alone + job],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+
+
+# -----------------------------------------------------------------------------
+# How it is written
+
+
+def test_no_line_is_longer_than_100_columns():
+    for path in EVERY_FILE:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 100, f"{relative(path)}, line {number}"
+
+
+def used_elsewhere(name: str) -> set[str]:
+    """Returns the attributes of one of the six that the rest of the project or README.md uses."""
+    alias = "evaluation" if name == "eval" else name
+    used = set(re.findall(rf"\b{alias}\.(\w+)", README))
+    for path in PROJECT:
+        if path != MODULES[name]:
+            used |= set(re.findall(rf"\b{alias}\.(\w+)", path.read_text()))
+    return used
+
+
+@pytest.mark.parametrize("name", SIX)
+def test_every_module_and_every_public_function_of_the_six_says_what_it_does(name):
+    """Public is what another file uses, and every class."""
+    tree = ast.parse(MODULES[name].read_text())
+    assert ast.get_docstring(tree)
+    used = used_elsewhere(name)
+    for node in tree.body:
+        is_used = isinstance(node, ast.FunctionDef) and node.name in used
+        if is_used or isinstance(node, ast.ClassDef):
+            assert ast.get_docstring(node), node.name
+
+
+def test_every_file_of_support_and_scripts_says_what_it_is_for():
+    for path in (*SUPPORT, *SCRIPTS):
+        assert ast.get_docstring(ast.parse(path.read_text())), relative(path)
+
+
+# -----------------------------------------------------------------------------
+# README.md
+
+# What a run, an evaluation or a script leaves, and what a model directory holds.
+LEFT = {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "args.json",
+    "baseline_SPLIT.jsonl",
+    "bench.json",
+    "config.json",
+    "confusion.png",
+    "lengths.png",
+    "loss.png",
+    "metrics.jsonl",
+    "predictions_SPLIT.jsonl",
+    "results.json",
+    "tokenizer.json",
+    "trainer.safetensors",
+}
+COMMANDS = [
+    "train.py",
+    "eval.py",
+    "-m scripts.bench",
+    "-m scripts.describe",
+    "-m scripts.merge",
+    "-m scripts.plan",
+    "-m scripts.push",
+    "-m scripts.report",
+]
+
 
 def test_the_tests_that_the_readme_names_exist():
-    defined = set(re.findall(r"^def (test_\w+)", "".join(path.read_text() for path in SOURCES), re.MULTILINE))
+    sources = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
+    defined = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
     named = set(re.findall(r"test_\w+", README.split("## Trust it")[1]))
-    assert len(named) > 10 and named <= defined, named - defined
+    assert len(named) > 10
+    assert not named - defined
 
 
-@pytest.mark.parametrize("name", ["train.py", "eval.py", "data.py", "bench.py", "lora.py"])
-def test_every_flag_in_the_readme_is_one_of_the_scripts(name):
-    help_text = script(name, "--help").stdout
-    commands = re.findall(rf"^python {re.escape(name)} .*", README, re.MULTILINE)
-    flags = {flag for command in commands for flag in re.findall(r"--[a-z][\w-]*", command)}
-    if name == "train.py":
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_in_the_readme_is_one_of_the_scripts(command):
+    help_text = script(*command.split(), "--help").stdout
+    lines = re.findall(rf"^python {re.escape(command)} .*", README, re.MULTILINE)
+    flags = {flag for line in lines for flag in re.findall(r"--[a-z][\w-]*", line)}
+    if command == "train.py":
+        assert lines
         table = README.split("| to | flags |")[1].split("\n\n")[0]
         flags |= set(re.findall(r"--[a-z][\w-]*", table))
-    assert commands and all(re.search(rf"{flag}\b", help_text) for flag in flags), flags
+    for flag in flags:
+        assert re.search(rf"{flag}\b", help_text), flag
+
+
+def test_every_script_that_the_readme_runs_is_there():
+    named = set(re.findall(r"-m scripts\.(\w+)", README))
+    assert named
+    for name in named:
+        assert (ROOT / "scripts" / f"{name}.py").is_file(), name
 
 
 def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
-    left = {"adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors", "predictions_SPLIT.jsonl", "baseline_SPLIT.jsonl", "lengths.png", "bench.json",
-            "loss.png", "confusion.png", "calibration.png", "config.json", "tokenizer.json"}
-    named = set(re.findall(r"[\w./-]+\.(?:py|txt|json|jsonl|safetensors|md|png)\b", README)) - left
-    assert named and all((ROOT / name).is_file() for name in named), [name for name in named if not (ROOT / name).is_file()]
+    endings = "py|txt|json|jsonl|safetensors|md|png"
+    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README)) - LEFT
+    assert named
+    missing = [name for name in named if not (ROOT / name).is_file()]
+    assert not missing
 
 
-def test_the_readmes_sizes_are_phi_2s(tmp_path):
-    import torch
-
-    import lora
-    import phi2
+def test_the_readmes_sizes_are_phi_2s():
     with torch.device("meta"):
         model = phi2.Phi2(phi2.Phi2Config())
     lora.inject(model, lora.LoRAConfig(rank=8))
     trained = sum(parameter.numel() for parameter in lora.lora_parameters(model).values())
     total = sum(parameter.numel() for parameter in model.parameters())
-    assert f"{trained:,} of {total:,} parameters ({trained / total:.2%})".replace("%)", " %)") in re.sub(r"\s+", " ", README)
-    assert f"{4 * trained / 1e6:.1f} MB" in README
+    text = re.sub(r"\s+", " ", README)
+    assert f"{trained:,} of {total:,} parameters ({100 * trained / total:.2f} %)" in text
+    assert f"{4 * trained / 1e6:.1f} MB" in README  # fp32
 
 
 def test_tiny_is_small_and_within_its_bounds(tiny):
-    import phi2
-    with __import__("torch").device("meta"):
-        parameters = sum(parameter.numel() for parameter in phi2.Phi2(phi2.read_config(tiny)).parameters())
+    with torch.device("meta"):
+        model = phi2.Phi2(phi2.read_config(tiny))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     assert 1e6 < parameters < 4e6
     assert sum(path.stat().st_size for path in tiny.rglob("*")) < 10e6

@@ -1,121 +1,288 @@
-"""Several ranks train and answer as one does; one that dies ends the run, or it starts anew from the last save."""
+"""Several ranks train and answer as one does; one that dies ends the run, or it is resumed."""
+
 import json
 import os
 import signal
 import subprocess
-import sys
 import time
+from pathlib import Path
 
 import pytest
-from conftest import ROOT, distance, read_json, script
+import torch
+from conftest import distance, read_json, script, start_script
 from safetensors.torch import load_file
 
-import checkpoint
+from support import ranks, resume
 
-RUN = ("--model", "tiny/model", "--dataset", "tiny/data", "--limit", 97, "--eval-limit", 25, "--max-new-tokens", 3, "--learning-rate", 1e-3, "--dtype", "fp32")
+RUN = (
+    "--model", "tiny/model",
+    "--dataset", "tiny/data",
+    "--limit", 97,
+    "--eval-limit", 25,
+    "--max-new-tokens", 3,
+    "--learning-rate", 1e-3,
+    "--dtype", "fp32",
+)
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: the same sums in the same order
+TWO_RANKS = ("--nproc-per-node", 2)
+TORCHRUN = ("-m", "torch.distributed.run")
 
 
-def torchrun(*arguments, options=("--nproc-per-node", 2), **more) -> subprocess.CompletedProcess:
-    return script("-m", "torch.distributed.run", *options, *arguments, env=ONE_THREAD, **more)
+def torchrun(*arguments, options=TWO_RANKS) -> subprocess.CompletedProcess:
+    return script(*TORCHRUN, *options, *arguments, env=ONE_THREAD)
 
 
-def start(*arguments, options=()) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options, "train.py", *map(str, arguments)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD)
+def start_training(*arguments, options=()) -> subprocess.Popen:
+    """Starts two ranks of train.py and does not wait for them."""
+    command = (*TORCHRUN, *TWO_RANKS, *options, "train.py", *arguments)
+    return start_script(*command, env=ONE_THREAD)
 
 
-def kill_a_rank(agent: subprocess.Popen, out, step: int) -> None:
-    while not ((out / checkpoint.NAME).exists() and checkpoint.load(out)[1]["step"] >= step):
+def saved_step(out: Path) -> int:
+    """Returns the step of a run's last save, 0 before the first one."""
+    if not (out / resume.NAME).exists():
+        return 0
+    return resume.load(out).state.progress.step
+
+
+def kill_second_rank(agent: subprocess.Popen, out: Path, step: int) -> None:
+    """Waits until a run has saved `step`, then kills a rank that does not write."""
+    while saved_step(out) < step:
         assert agent.poll() is None, agent.communicate()
         time.sleep(0.05)
-    workers = subprocess.run(["pgrep", "-P", str(agent.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[1]), signal.SIGKILL)
+    children = subprocess.run(
+        ["pgrep", "-P", str(agent.pid)], capture_output=True, text=True, check=True
+    )
+    _, second = children.stdout.split()
+    os.kill(int(second), signal.SIGKILL)
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same 26 steps of 8 rows (the 13th has one, so the second rank has none) by one rank and by two."""
+    """The same run by one rank and by two: 26 steps of 8 rows, of which the 13th has one row.
+
+    Returns both folders, and what the two ranks printed.
+    """
     folder = tmp_path_factory.mktemp("pair")
-    assert script("train.py", *RUN, "--dropout", 0, "--steps", 26, "--batch-size", 8, "--out", folder / "one", env=ONE_THREAD).returncode == 0
-    done = torchrun("train.py", *RUN, "--dropout", 0, "--steps", 26, "--batch-size", 4, "--out", folder / "two")
+    command = ("train.py", *RUN, "--dropout", 0, "--steps", 26)
+    alone = script(*command, "--batch-size", 8, "--out", folder / "one", env=ONE_THREAD)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(*command, "--batch-size", 4, "--out", folder / "two")
     assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two", done.stdout
 
 
+# -----------------------------------------------------------------------------
+# Two ranks do what one does
+
+
 def test_two_ranks_have_the_gradients_of_one(tmp_path):
-    """On both losses, of seven rows and of one. fp32 rounds each sum to 6e-8 of it: 1e-6 leaves room for another order."""
-    found = []
-    for count in (1, 2):
-        path = tmp_path / f"{count}.safetensors"
-        done = torchrun("tests/rank_gradients.py", path, options=("--nproc-per-node", count))
-        assert done.returncode == 0, done.stderr
-        found.append(load_file(path))
-    assert found[0]
-    for name, expected in found[0].items():
-        assert expected.norm() > 0 and distance(found[1][name], expected) < 1e-6, name
+    """On both losses, of seven rows and of one.
+
+    fp32 rounds each sum to 6e-8 of it: 1e-6 leaves room for another order.
+    """
+    one = tmp_path / "one.safetensors"
+    two = tmp_path / "two.safetensors"
+    alone = script("tests/rank_gradients.py", one, env=ONE_THREAD)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun("tests/rank_gradients.py", two)
+    assert done.returncode == 0, done.stderr
+
+    expected = load_file(one)
+    gradients = load_file(two)
+    assert gradients.keys() == expected.keys()
+    assert len(gradients) == 4 * 24  # two losses, two numbers of rows, A and B of 12 layers
+    for name in expected:
+        assert expected[name].norm() > 0
+        assert distance(gradients[name], expected[name]) < 1e-6, name
 
 
 def test_two_ranks_train_and_answer_as_one_does(pair):
     one, two, _ = pair
-    adapters = [load_file(run / "adapter_model.safetensors") for run in (one, two)]
-    for name, expected in adapters[0].items():
-        assert distance(adapters[1][name], expected) < 1e-3, name  # Adam divides by the gradient's size, which magnifies rounding
-    for split in ("matched", "mismatched"):
-        texts = [(run / f"predictions_validation_{split}.jsonl").read_text().splitlines() for run in (one, two)]
-        assert len(texts[0]) == 25
-        for mine, theirs in zip(*texts):
-            mine, theirs = (json.loads(line) for line in (mine, theirs))
-            assert [mine[key] for key in ("idx", "completion", "prediction")] == [theirs[key] for key in ("idx", "completion", "prediction")]
+    expected = load_file(one / "adapter_model.safetensors")
+    adapter = load_file(two / "adapter_model.safetensors")
+    for name in expected:
+        # Adam divides by the gradient's size, which magnifies rounding.
+        assert distance(adapter[name], expected[name]) < 1e-3, name
+    for split in ("validation_matched", "validation_mismatched"):
+        rows = read_rows(two / f"predictions_{split}.jsonl")
+        expected_rows = read_rows(one / f"predictions_{split}.jsonl")
+        assert len(rows) == len(expected_rows) == 25
+        for row, expected_row in zip(rows, expected_rows):
+            for key in ("idx", "prompt", "completion", "prediction"):
+                assert row[key] == expected_row[key]
 
 
 def test_the_first_rank_alone_prints_and_writes(pair):
     one, two, printed = pair
-    assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
-    assert printed.count("baseline:") == 1 and printed.count("layers adapted") == 1
-    assert len((two / "metrics.jsonl").read_text().splitlines()) == len((one / "metrics.jsonl").read_text().splitlines())
+    assert sorted(os.listdir(two)) == sorted(os.listdir(one))
+    assert printed.count("baseline:") == 1
+    assert printed.count("layers adapted") == 1
+    assert len(read_rows(two / "metrics.jsonl")) == len(read_rows(one / "metrics.jsonl"))
     assert read_json(two / "args.json")["ranks"] == 2
 
 
 def test_eval_on_two_ranks_counts_every_row_once(pair, tmp_path):
     one, _, _ = pair
-    alone = script("eval.py", "--adapter", one, "--limit", 25, "--out", tmp_path / "one", env=ONE_THREAD)
-    done = torchrun("eval.py", "--adapter", one, "--limit", 25, "--out", tmp_path / "two")
-    assert alone.returncode == done.returncode == 0, alone.stderr + done.stderr
+    command = ("eval.py", "--adapter", one, "--limit", 25)
+    alone = script(*command, "--out", tmp_path / "one", env=ONE_THREAD)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(*command, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("modules adapted") == 1
-    found = [read_json(tmp_path / name / "results.json")["finetuned"]["validation_matched"] for name in ("one", "two")]
-    assert [found[1][key] for key in ("n", "correct", "unparsed")] == [found[0][key] for key in ("n", "correct", "unparsed")] and found[0]["n"] == 25
 
-
-def test_a_rank_that_dies_ends_the_run_within_a_minute_and_the_last_save_goes_on(tmp_path):
-    out = tmp_path / "run"
-    agent = start(*RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--out", out)
-    kill_a_rank(agent, out, 2)
-    begin = time.monotonic()
-    _, errors = agent.communicate(timeout=60)
-    assert agent.returncode != 0 and time.monotonic() - begin < 60
-    assert "error: rank 0: another rank has ended" in errors and "Signal 9 (SIGKILL)" in errors
-    step = checkpoint.load(out)[1]["step"]
-    done = torchrun("train.py", "--resume", out, "--steps", step + 1)
-    assert done.returncode == 0 and f"going on after step {step} of {step + 1}" in done.stdout, done.stderr
-
-
-def test_a_run_started_anew_by_torchrun_goes_on_to_the_same_bytes(tmp_path):
-    """With dropout, which each rank draws from a state of its own."""
-    steps = (*RUN, "--steps", 60, "--batch-size", 2, "--save-every", 3)
-    assert torchrun("train.py", *steps, "--out", tmp_path / "whole").returncode == 0
-    agent = start(*steps, "--out", tmp_path / "run", options=("--max-restarts", "1"))
-    kill_a_rank(agent, tmp_path / "run", 6)
-    output, errors = agent.communicate(timeout=120)
-    assert agent.returncode == 0 and "going on after step" in output, errors
-    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == (tmp_path / "whole" / "adapter_model.safetensors").read_bytes()
-
-
-def test_restarts_need_a_folder_to_find_again():
-    done = torchrun("train.py", *RUN, options=("--nproc-per-node", 1, "--max-restarts", 1))
-    assert done.returncode != 0 and "--max-restarts needs --out" in done.stderr
+    statistics = {}
+    for name in ("one", "two"):
+        results = read_json(tmp_path / name / "results.json")
+        statistics[name] = results["finetuned"]["validation_matched"]
+    assert statistics["one"]["n"] == 25
+    for key in ("n", "correct", "unparsed"):
+        assert statistics["two"][key] == statistics["one"][key]
 
 
 def test_another_number_of_ranks_would_be_another_run(pair):
-    done = script("train.py", "--resume", pair[1])
-    assert done.returncode == 1 and "was trained with 8 rows a step, on 1 processes there are 4" in done.stderr
+    _, two, _ = pair
+    done = script("train.py", "--resume", two)
+    assert done.returncode == 1
+    assert "was trained with 8 rows a step" in done.stderr
+    assert "with this number of processes there are 4" in done.stderr
+
+
+# -----------------------------------------------------------------------------
+# A rank dies
+
+
+def test_a_rank_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    agent = start_training(
+        *RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--out", out
+    )
+    kill_second_rank(agent, out, 2)
+    begin = time.monotonic()
+    _, errors = agent.communicate(timeout=60)
+    assert time.monotonic() - begin < 60
+    assert agent.returncode != 0
+    assert "error: rank 0: another rank has ended" in errors
+    assert "Signal 9 (SIGKILL)" in errors
+
+    step = saved_step(out)
+    done = torchrun("train.py", "--resume", out, "--steps", step + 1)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {step} of {step + 1}" in done.stdout
+
+
+def test_a_run_that_torchrun_starts_again_ends_with_the_same_adapter(tmp_path):
+    """With dropout, which each rank draws from a state of its own."""
+    command = (*RUN, "--steps", 60, "--batch-size", 2, "--save-every", 3)
+    whole = torchrun("train.py", *command, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    out = tmp_path / "run"
+    agent = start_training(*command, "--out", out, options=("--max-restarts", "1"))
+    kill_second_rank(agent, out, 6)
+    output, errors = agent.communicate(timeout=120)
+    assert agent.returncode == 0, errors
+    assert "resuming after step" in output
+
+    expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    adapter = load_file(out / "adapter_model.safetensors")
+    assert adapter.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(adapter[name], expected[name]), name
+
+
+# -----------------------------------------------------------------------------
+# Devices and environments
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [{"WORLD_SIZE": "8"}, {"RANK": "1"}, {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}],
+)
+def test_variables_that_are_left_over_make_no_rank(left_over):
+    """Schedulers and earlier commands leave some of torchrun's variables, never all of them."""
+    code = """
+from support import ranks
+device = ranks.start("cpu")
+print(ranks.RANK, ranks.WORLD, ranks.FIRST, ranks.COMMAND, ranks.gather(5), device)
+ranks.stop()
+"""
+    done = script("-c", code, env=left_over)
+    assert (done.returncode, done.stdout) == (0, "0 1 True python [5] cpu\n"), done.stderr
+
+
+EXCHANGE = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import torch
+from support import ranks
+
+device = ranks.start("cpu")
+gathered = ranks.gather({"rank": ranks.RANK, "bytes": torch.full((2 + ranks.RANK,), ranks.RANK)})
+lengths = [len(value["bytes"]) for value in gathered]
+sums = ranks.total(device, 1, ranks.RANK, 2**53 - 1 if ranks.FIRST else 1)
+line = f"{[value['rank'] for value in gathered]} {lengths} {sums} {ranks.MAX_RESTARTS}"
+print(line)  # of the first rank alone
+print(line, file=sys.stderr)
+ranks.stop()
+"""
+
+
+def test_all_ranks_receive_what_each_of_them_gives(tmp_path):
+    (tmp_path / "exchange.py").write_text(EXCHANGE)
+    options = ("--nproc-per-node", 3, "--max-restarts", 5)
+    done = torchrun(tmp_path / "exchange.py", options=options)
+    assert done.returncode == 0, done.stderr
+    line = f"[0, 1, 2] [2, 3, 4] [3.0, 3.0, {float(2**53 + 1)}] 5"
+    assert done.stdout.splitlines() == [line]
+    assert done.stderr.count(line) == 3
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("gpu", "--device gpu: Expected one of cpu, cuda"),
+        ("cuda:99", "--device cuda:99: "),  # on a machine with GPUs and on one without
+        ("", "--device : "),
+    ],
+)
+def test_a_device_that_does_not_exist_is_one_line(device, message):
+    with pytest.raises(ValueError) as raised:
+        ranks.start(device)
+    assert str(raised.value).startswith(message)
+    assert "\n" not in str(raised.value)
+
+
+def test_several_ranks_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "LOCAL_WORLD", 2)
+    with pytest.raises(ValueError, match="cuda:1 is one GPU for 2 processes; with --device cuda"):
+        ranks.own_device("cuda:1")
+
+
+@pytest.fixture
+def touched(monkeypatch) -> list[str]:
+    """What own_device does on a machine with GPUs, in its order."""
+    steps = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: steps.append(f"set {device}"))
+    monkeypatch.setattr(torch, "empty", lambda _, device: steps.append(f"touch {device}"))
+    return steps
+
+
+def test_each_rank_chooses_its_gpu_before_it_touches_one(monkeypatch, touched):
+    """Or all of them would take memory on the first."""
+    monkeypatch.setattr(ranks, "WORLD", 4)
+    monkeypatch.setattr(ranks, "LOCAL_WORLD", 4)
+    monkeypatch.setattr(ranks, "LOCAL_RANK", 3)
+    assert ranks.own_device("cuda") == torch.device("cuda:3")
+    assert touched == ["set cuda:3", "touch cuda:3"]
+
+
+def test_a_gpu_that_is_named_becomes_the_default_one(touched):
+    """bitsandbytes and generators of random numbers take the default one."""
+    assert ranks.own_device("cuda:1") == torch.device("cuda:1")
+    assert touched == ["set cuda:1", "touch cuda:1"]

@@ -1,114 +1,223 @@
-"""train.py and eval.py as a user runs them: what a run does, what it leaves, and one clear line for every mistake."""
+"""train.py: what a run does, what it leaves, and that it trains what it says."""
+
 import json
 import math
 import shutil
 import signal
-import subprocess
-import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, distance, in_process, read_json, reference, script
-from safetensors.torch import load_file, save_file
+from conftest import ROOT, distance, in_process, ours, read_json, reference, script
+from safetensors.torch import load_file
 
 import data
 import eval as evaluation
 import lora
 import train
+from support import pictures, resume
+from support.examples import load_examples
 
-TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
+TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
+SHORT = ("--eval-limit", 4, "--max-new-tokens", 1)
+SPLITS = ("validation_matched", "validation_mismatched")
 
 
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run in this process leaves handlers of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+# -----------------------------------------------------------------------------
+# A real run
+
+ROWS = 100  # evaluated of each split
+STEPS = 150
+TOKENS = 4  # written to each prompt
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The demo's flags, fewer steps and rows: a real run in a process of its own, and what it printed."""
+def finished(tmp_path_factory) -> tuple[Path, str]:
+    """The demo's flags with fewer steps and rows, as a user runs them.
+
+    Returns the run's folder, and what it printed.
+    """
     out = tmp_path_factory.mktemp("finished") / "run"
-    done = script("train.py", "@tiny/args", "--rank", 8, "--steps", 100, "--eval-limit", 200, "--out", out)
+    less = ["--steps", STEPS, "--batch-size", 8, "--eval-limit", ROWS, "--max-new-tokens", TOKENS]
+    done = script("train.py", "@tiny/args", "--rank", 8, *less, "--out", out)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
+@pytest.fixture(scope="module")
+def run(finished) -> Path:
+    return finished[0]
+
+
 def test_a_run_learns_and_leaves_what_the_readme_lists(finished):
     out, printed = finished
+    by_split = [f"baseline_{split}.jsonl" for split in SPLITS]
+    by_split += [f"predictions_{split}.jsonl" for split in SPLITS]
     assert {path.name for path in out.iterdir()} == {
-        "adapter_config.json", "adapter_model.safetensors", "args.json", "metrics.jsonl", "results.json", "trainer.safetensors",
-        "predictions_validation_matched.jsonl", "predictions_validation_mismatched.jsonl", "baseline_validation_matched.jsonl",
-        "baseline_validation_mismatched.jsonl", "loss.png", "confusion.png", "calibration.png", "report.html", "README.md"}
-    lines = [line for line in metrics(out) if "loss" in line]
-    assert [line["step"] for line in lines] == [50, 100]
-    assert all(math.isfinite(line["loss"]) and line["examples_per_second"] > 0 for line in lines)
-    assert lines[1]["loss"] < 0.8 * lines[0]["loss"]
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "args.json",
+        "confusion.png",
+        "loss.png",
+        "metrics.jsonl",
+        "report.html",
+        "results.json",
+        "trainer.safetensors",
+        *by_split,
+    }
+    lines = [line for line in read_rows(out / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [50, 100, 150]
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    assert all(line["examples_per_second"] > 0 for line in lines)
+    assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
+
     results = read_json(out / "results.json")
-    for split in ("validation_matched", "validation_mismatched"):
-        baseline, tuned = results["baseline"][split], results["finetuned"][split]
-        assert baseline["n"] == tuned["n"] == 200 and baseline["accuracy"] < 0.3 < tuned["accuracy"] - 0.1
-        assert baseline["unparsed"] > 100 and tuned["unparsed"] == 0
-        rows = [json.loads(line) for line in (out / f"predictions_{split}.jsonl").read_text().splitlines()]
-        assert [data.parse(row["completion"]) for row in rows] == [row["prediction"] for row in rows]
-        assert sum(row["prediction"] == row["label"] for row in rows) == tuned["correct"] == round(200 * tuned["accuracy"])
-        assert f"{tuned['accuracy']:.4f}" in printed
+    for split in SPLITS:
+        baseline = results["baseline"][split]
+        finetuned = results["finetuned"][split]
+        assert baseline["n"] == finetuned["n"] == ROWS
+        # The base writes no number. Who always gives the same answer has a third right.
+        assert baseline["accuracy"] < 0.3
+        assert finetuned["accuracy"] > 0.4
+        assert baseline["unparsed"] > ROWS / 2
+        assert finetuned["unparsed"] == 0
+        assert finetuned["loss"] < 0.1 * baseline["loss"]
+        assert f"{finetuned['accuracy']:.4f}" in printed
 
 
-def test_args_json_holds_every_argument_and_where_it_ran(finished):
-    record = read_json(finished[0] / "args.json")
-    assert (record["model"], record["dataset"], record["rank"], record["steps"], record["alpha"]) == ("tiny/model", "tiny/data", 8, 100, 16)
-    assert record["residual_dropout"] == 0.0 and record["versions"]["torch"] == torch.__version__
+def test_the_predictions_are_those_that_results_json_counts(run):
+    results = read_json(run / "results.json")
+    for split in SPLITS:
+        rows = read_rows(run / f"predictions_{split}.jsonl")
+        correct = 0
+        for row in rows:
+            assert row["prediction"] == data.parse(row["completion"])
+            correct += row["prediction"] == row["label"]
+        assert len(rows) == ROWS
+        assert results["finetuned"][split]["correct"] == correct
+        assert results["finetuned"][split]["accuracy"] == pytest.approx(correct / ROWS)
 
 
-def test_eval_gives_the_accuracy_that_the_run_reported(finished, tmp_path):
-    in_process(evaluation, "--adapter", finished[0], "--limit", 200, "--out", tmp_path / "again")
-    expected = read_json(finished[0] / "results.json")
-    found = read_json(tmp_path / "again" / "results.json")
-    assert found["finetuned"] == expected["finetuned"] and found["protocol"] == expected["protocol"]
+def test_args_json_holds_every_argument_and_where_it_ran(run):
+    record = read_json(run / "args.json")
+    assert (record["model"], record["dataset"]) == ("tiny/model", "tiny/data")
+    assert (record["rank"], record["alpha"], record["targets"]) == (8, 16, ["q_proj", "v_proj"])
+    assert (record["steps"], record["batch_size"], record["learning_rate"]) == (STEPS, 8, 0.003)
+    assert record["residual_dropout"] == 0.0  # config.json says so
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["ranks"] == 1
 
 
-def test_peft_answers_as_we_do_with_the_runs_adapter(finished, tiny):
+def test_eval_gives_the_accuracy_that_the_run_reported(run, tmp_path):
+    same = ["--limit", ROWS, "--max-new-tokens", TOKENS]
+    in_process(evaluation, "--adapter", run, *same, "--out", tmp_path / "again")
+    reported = read_json(run / "results.json")
+    again = read_json(tmp_path / "again" / "results.json")
+    assert again["protocol"] == reported["protocol"]
+    for split in SPLITS:
+        expected = reported["finetuned"][split]
+        del expected["loss"]  # how long a training would go on is no question for eval.py
+        assert again["finetuned"][split] == expected
+
+
+def test_peft_answers_as_we_do_with_the_runs_adapter(run, tiny):
     from peft import PeftModel
-    theirs = PeftModel.from_pretrained(reference(tiny, torch.bfloat16, "nf4"), finished[0]).train()
+
+    theirs = PeftModel.from_pretrained(reference(tiny, torch.bfloat16, "nf4"), run)
+    theirs.train()  # see conftest.reference
     for module in theirs.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     tokenizer = data.load_tokenizer(tiny)
-    rows = [json.loads(line) for line in (finished[0] / "predictions_validation_matched.jsonl").read_text().splitlines()][:40]
     agreed = 0
+    rows = read_rows(run / "predictions_validation_matched.jsonl")[:40]
     for row in rows:
+        ids = torch.tensor([tokenizer.encode(row["prompt"]).ids])
         with torch.no_grad():
-            logits = theirs(torch.tensor([tokenizer.encode(row["prompt"]).ids])).logits[0, -1]
-        agreed += tokenizer.decode([int(logits.argmax())]) == row["completion"][:2]
-    assert agreed >= 39  # in bf16 one near tie may fall otherwise
+            shares = theirs(ids).logits[0, -1].float().softmax(dim=0)
+        best, second = shares.topk(2).values
+        # In bf16, whose numbers have 8 bits, an answer may differ, but only of two that are close.
+        if best - second > 0.05:
+            assert tokenizer.decode([shares.argmax().item()]) == row["completion"][:2]
+            agreed += 1
+    assert agreed > 20
 
 
-def test_without_a_gpu_and_without_a_model_the_embedded_one_is_taken_from_anywhere(tmp_path):
-    done = script(ROOT / "train.py", "--rank", 8, "--steps", 1, "--eval-limit", 20, "--max-new-tokens", 2, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
-    assert done.returncode == 0, done.stderr
-    assert "no CUDA device and no --model: taking tiny/args" in done.stderr and "--model microsoft/phi-2" in done.stderr
-    (out,) = (tmp_path / "out").iterdir()
-    assert out.name.startswith("model-data-r8-")
-    record = read_json(out / "args.json")
-    assert (record["learning_rate"], record["batch_size"], record["steps"]) == (0.003, 32, 1)
+def test_an_adapter_of_another_model_is_refused(run, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "run")
+    path = copy / "adapter_config.json"
+    path.write_text(json.dumps(read_json(path) | {"target_modules": ["fc1"]}))
+    with pytest.raises(SystemExit) as stopped:
+        in_process(evaluation, "--adapter", copy, "--limit", 4)
+    name = "base_model.model.model.layers.0.mlp.fc1.lora_A.weight"
+    assert f"lacks 12 tensors, among them {name}" in stopped.value.code
 
 
-def test_accumulated_batches_train_what_one_batch_trains(tmp_path):
-    """Ragged batches: a mean of the batches' means would differ in the second digit."""
-    adapters = []
-    for name, size, accumulate in (("one", 8, 1), ("four", 2, 4)):
-        in_process(train, *TINY, "--dtype", "fp32", "--dropout", 0, "--loss", "full", "--no-share-prefix", "--batch-size", size, "--accumulate", accumulate,
-             "--steps", 3, "--learning-rate", 1e-3, "--eval-limit", 8, "--max-new-tokens", 1, "--out", tmp_path / name)
-        adapters.append(load_file(tmp_path / name / "adapter_model.safetensors"))
-    for key, expected in adapters[0].items():
-        if "lora_B" in key:
-            assert expected.norm() > 0
-        assert distance(adapters[1][key], expected) < 1e-4, key  # Adam divides by its second moment, which magnifies fp32's rounding
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["base", "adapter"])
+def test_answers_are_those_of_all_32_tokens_though_most_rows_stop_early(run, tiny, has_adapter):
+    model = ours(tiny, torch.float32, "nf4")
+    if has_adapter:
+        lora.load_adapter(model, run)
+    model.eval()
+    tokenizer = data.load_tokenizer(tiny)
+    prefix, _, _ = data.fixed_ids(tokenizer)
+    rows = load_examples("tiny/data", "validation_matched", 60)
+    prompts = [data.encode(row, tokenizer)[0] for row in rows]
+    answers = evaluation.complete(model, tokenizer, prompts, 32)
+    whole, _ = evaluation.generate(
+        model, prompts, prefix, 32, tokenizer.get_vocab_size(), is_finished=lambda ids: False
+    )
+    texts = tokenizer.decode_batch(whole, skip_special_tokens=False)
+    for answer, written in zip(answers, texts, strict=True):
+        text = written.partition(data.EOS)[0]
+        assert answer["prediction"] == data.parse(text)
+        assert text.startswith(answer["completion"])
+
+
+def test_scores_are_the_softmax_of_the_references_three_logits(tiny):
+    model = ours(tiny, torch.float32)
+    theirs = reference(tiny, torch.float32)
+    tokenizer = data.load_tokenizer(tiny)
+    _, answers, _ = data.fixed_ids(tokenizer)
+    rows = load_examples("tiny/data", "validation_matched", 30)
+    protocol = evaluation.Protocol("score", batch_size=7)
+    statistics, predictions = evaluation.evaluate(model, tokenizer, rows, protocol)
+    correct = 0
+    for prediction, row in zip(predictions, rows, strict=True):
+        ids = torch.tensor([tokenizer.encode(prediction["prompt"]).ids])
+        with torch.no_grad():
+            logits = theirs(ids).logits[0, -1, answers]
+        assert prediction["scores"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
+        assert prediction["prediction"] == logits.argmax().item()
+        assert prediction["label"] == row["label"]
+        correct += prediction["prediction"] == row["label"]
+    assert statistics["correct"] == correct
+
+
+# -----------------------------------------------------------------------------
+# A step
 
 
 def test_the_learning_rate_is_transformers_cosine_after_a_warm_up_without_a_step_at_zero():
     from transformers import get_cosine_schedule_with_warmup
-    steps, warmup = 100, 10
+
+    steps = 100
+    warmup = 10
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
     theirs = []
@@ -118,222 +227,255 @@ def test_the_learning_rate_is_transformers_cosine_after_a_warm_up_without_a_step
         schedule.step()
     mine = [train.learning_rate(step, steps, warmup) for step in range(steps)]
     assert mine[warmup:] == pytest.approx(theirs[warmup:], abs=1e-12)
-    assert mine[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11]) and max(mine) == 1 and train.learning_rate(steps, steps, warmup) == pytest.approx(0)
+    assert mine[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
+    assert max(mine) == 1
+    assert train.learning_rate(steps, steps, warmup) == pytest.approx(0)
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 0), (16, 0), (17, 1), (100, 3), (40_000, 1200)])
+def test_the_warm_up_is_3_percent_of_the_steps_unless_it_is_given(steps, warmup):
+    for step in (0, 1, warmup, steps // 2, steps - 1):
+        expected = train.learning_rate(step, steps, warmup)
+        assert train.learning_rate(step, steps, None) == expected
+    assert train.learning_rate(0, steps, None) > 0
+
+
+def test_accumulated_batches_train_what_one_batch_trains(tmp_path):
+    """Ragged batches: a mean of the batches' means would differ in the second digit."""
+    flags = ["--dtype", "fp32", "--dropout", 0, "--loss", "full", "--learning-rate", 1e-3]
+    flags += ["--steps", 3, *SHORT]
+    one = tmp_path / "one"
+    four = tmp_path / "four"
+    in_process(train, *TINY, *flags, "--batch-size", 8, "--out", one)
+    in_process(train, *TINY, *flags, "--batch-size", 2, "--accumulate", 4, "--out", four)
+    found = load_file(four / "adapter_model.safetensors")
+    for key, expected in load_file(one / "adapter_model.safetensors").items():
+        assert expected.norm() > 0  # B has left zero
+        # Adam divides by its second moment, which magnifies fp32's rounding.
+        assert distance(found[key], expected) < 1e-4, key
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_another(tmp_path):
-    content = []
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        in_process(train, *TINY, "--seed", seed, "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / name)
-        content.append((tmp_path / name / "adapter_model.safetensors").read_bytes())
-    assert content[0] == content[1] != content[2]
+    adapters = []
+    for number, seed in enumerate((1, 1, 2)):
+        out = tmp_path / str(number)
+        flags = ["--seed", seed, "--steps", 2, "--batch-size", 4, *SHORT]
+        in_process(train, *TINY, *flags, "--out", out)
+        adapters.append(load_file(out / "adapter_model.safetensors"))
+    first, same, other = adapters
+    for key, tensor in first.items():
+        assert torch.equal(tensor, same[key])
+        assert not torch.equal(tensor, other[key])
 
 
-def test_weights_and_biases_is_offline_without_a_login_and_never_asks(tmp_path):
-    done = script("train.py", *TINY, "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1, "--eval-every", 1, "--wandb", "--out", tmp_path / "run",
-                  env={"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_API_KEY": "", "WANDB_SILENT": "true"})
-    assert done.returncode == 0, done.stderr
-    assert "W&B: not logged in, so this run is kept offline" in done.stdout
-    file, = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    rows = wandb_history(file)
-    wanted = {}
-    for line in metrics(tmp_path / "run"):  # W&B joins what is logged for one step
-        wanted.setdefault(line.pop("step"), {}).update(line)
-    assert [row["_step"] for row in rows] == list(wanted) == [0, 1, 2]
-    for row, line in zip(rows, wanted.values()):
-        assert {key: row.get(key) for key in line} == line and {key for key in row if not key.startswith(("_", "results.")) and "_picture." not in key} == line.keys()
-    assert rows[2]["results._type"] == "table-file" and rows[2]["results.nrows"] == 4
-    assert all(rows[2][f"{name}_picture._type"] == "image-file" for name in ("loss", "confusion", "calibration"))
-
-
-def wandb_history(path: Path) -> list[dict]:
-    """What an offline run holds to be sent: records of protobuf in LevelDB's log format, in blocks of 32 KiB after a head of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-    content, place, parts, rows = path.read_bytes(), 7, b"", []
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:  # no room for another head: the rest of the block is empty
-            place += 32768 - place % 32768
-            continue
-        length, kind = int.from_bytes(content[place + 4:place + 6], "little"), content[place + 6]
-        parts, place = parts + content[place + 7:place + 7 + length], place + 7 + length
-        if kind in (1, 4):  # whole, or the last of its parts
-            record, parts = Record.FromString(parts), b""
-            if record.HasField("history"):
-                rows.append({item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item})
-    return rows
+def loss_by_hand(model, rows, loss: str) -> float:
+    """The mean of train.batch_loss over all targets, row by row and without a shared prefix."""
+    tokenizer = data.load_tokenizer(ROOT / "tiny" / "model")
+    total = 0.0
+    targets = 0
+    for row in rows:
+        batch = data.collate([data.encode(row, tokenizer)], 0, loss)
+        with torch.no_grad():
+            total += train.batch_loss(model, batch).item()
+        targets += len(batch.targets)
+    return total / targets
 
 
 @pytest.mark.parametrize("loss", ["answer", "full"])
-def test_a_step_on_either_loss_and_on_all_layers(tmp_path, loss):
-    in_process(train, *TINY, "--loss", loss, "--targets", "all-linear", "--quant", "none", "--steps", 2, "--batch-size", 4, "--eval-limit", 4, "--eval-every", 1,
-         "--max-new-tokens", 1, "--out", tmp_path / "run")
-    assert len(load_file(tmp_path / "run" / "adapter_model.safetensors")) == 2 * 6 * 6
-    assert [line["step"] for line in metrics(tmp_path / "run") if "validation_matched_accuracy" in line] == [0, 1, 2]
+def test_a_step_on_either_loss_and_on_all_layers(tmp_path, tiny, loss):
+    """And the validation loss is the loss that is trained."""
+    out = tmp_path / "run"
+    flags = ["--loss", loss, "--targets", "all-linear", "--quant", "none", "--dtype", "fp32"]
+    flags += ["--steps", 2, "--batch-size", 3, "--eval-every", 1, *SHORT]
+    in_process(train, *TINY, *flags, "--out", out)
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 6 * 6  # A and B for 6 layers in each of 6 blocks
+    evaluated = [line for line in read_rows(out / "metrics.jsonl") if "loss" not in line]
+    assert [line["step"] for line in evaluated] == [0, 1, 2]
+
+    model = ours(tiny, torch.float32)
+    for split in SPLITS:
+        rows = load_examples("tiny/data", split, 4)
+        # Rounding apart: these rows are summed one by one.
+        expected = pytest.approx(loss_by_hand(model, rows, loss), rel=1e-5)
+        assert evaluated[0][f"{split}_loss"] == expected
+    lora.load_adapter(model, out)
+    model.eval()
+    results = read_json(out / "results.json")
+    for split in SPLITS:
+        rows = load_examples("tiny/data", split, 4)
+        expected = pytest.approx(loss_by_hand(model, rows, loss), rel=1e-5)
+        assert evaluated[2][f"{split}_loss"] == results["finetuned"][split]["loss"] == expected
+        assert evaluated[2][f"{split}_loss"] != evaluated[0][f"{split}_loss"]
 
 
-def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path):
-    command = [sys.executable, "train.py", *TINY, "--steps", "5000", "--batch-size", "2", "--eval-limit", "4", "--max-new-tokens", "1", "--learning-rate", "1e-3",
-               "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while "loss" not in process.stdout.readline():  # step 50 is reached
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "stopped and saved after step" in output.splitlines()[-1] and "Traceback" not in errors
-    assert f"python train.py --resume {tmp_path / 'run'}" in output.splitlines()[-1]
-    in_process(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
+def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(tmp_path, tiny):
+    """At a learning rate at which nothing changes, so that the base gives all of the losses."""
+    out = tmp_path / "run"
+    flags = ["--dtype", "fp32", "--quant", "none", "--dropout", 0, "--learning-rate", 1e-30]
+    flags += ["--limit", 6, "--steps", 2, "--batch-size", 2, "--accumulate", 2, *SHORT]
+    in_process(train, *TINY, *flags, "--out", out)
+    reported = [line["loss"] for line in read_rows(out / "metrics.jsonl") if "loss" in line]
+
+    model = ours(tiny, torch.float32)
+    steps = data.batches(load_examples("tiny/data", "train", 6), size=4, seed=0)
+    losses = [loss_by_hand(model, next(steps), "answer") for _ in range(2)]  # of 4 rows, and of 2
+    assert reported == [pytest.approx(sum(losses) / 2, rel=1e-5)]
 
 
-def test_a_run_is_not_written_over(finished):
-    with pytest.raises(SystemExit) as stopped:
-        in_process(train, *TINY, "--out", finished[0])
-    assert "holds a run already" in stopped.value.code
+# -----------------------------------------------------------------------------
+# The script
 
 
 def test_epochs_count_rows(tmp_path, capsys):
-    in_process(train, *TINY, "--limit", 10, "--batch-size", 4, "--epochs", 1.5, "--eval-limit", 4, "--max-new-tokens", 1, "--out", tmp_path / "run")
+    flags = ["--limit", 10, "--batch-size", 4, "--epochs", 1.5, *SHORT]
+    in_process(train, *TINY, *flags, "--out", tmp_path / "run")
     assert "10 rows, 5 steps of 4" in capsys.readouterr().out
 
 
-# ---- One pair
-
-def test_one_pair_is_answered_with_probabilities(finished, capsys):
-    in_process(evaluation, "--adapter", finished[0], "--premise", "Anna bought a big red rose.", "--hypothesis", "Anna bought a red rose.")
-    lines = capsys.readouterr().out.splitlines()
-    assert "12/12 modules adapted" in lines[0] and lines[1].startswith("completion: ' ")
-    probabilities = [float(line.split()[2]) for line in lines[2:5]]
-    assert abs(sum(probabilities) - 1) < 1e-3 and lines[2 + probabilities.index(max(probabilities))].endswith("<-")
-
-
-# ---- Generation and scoring
-
-@pytest.mark.parametrize("adapter", [False, True], ids=["base", "adapter"])
-def test_answers_are_those_of_all_32_tokens_though_most_rows_stop_early(finished, tiny, adapter):
-    model, tokenizer = evaluation.load_model(tiny, "nf4", torch.float32, "cpu", keep=True).eval(), data.load_tokenizer(tiny)
-    if adapter:
-        lora.load_adapter(model, finished[0])
-    examples = data.load_examples("tiny/data", "validation_matched", 200)
-    _, predictions = evaluation.evaluate(model, tokenizer, examples)
-    prompts = [data.encode(example, tokenizer)[0] for example in examples]
-    whole = tokenizer.decode_batch(evaluation.generate(model, prompts, 32, tokenizer.token_to_id(data.EOS), tokenizer.get_vocab_size())[0], skip_special_tokens=False)
-    assert [row["prediction"] for row in predictions] == [data.parse(text) for text in whole]
-    assert all(text.startswith(row["completion"]) for row, text in zip(predictions, whole))
+@pytest.mark.parametrize(
+    "epochs, steps, rows, expected",
+    [
+        (None, 7, 10, 7),
+        (1.0, None, 8, 2),
+        (1.0, None, 9, 3),  # the last step has one row
+        (2.0, None, 9, 6),
+        (0.1, None, 9, 1),
+    ],
+)
+def test_the_last_step_of_an_epoch_may_be_smaller(epochs, steps, rows, expected):
+    assert train.count_steps(Namespace(epochs=epochs, steps=steps), rows, 4) == expected
 
 
-def test_scores_are_the_softmax_of_the_references_three_logits(tiny):
-    model, tokenizer = evaluation.load_model(tiny, "none", torch.float32, "cpu"), data.load_tokenizer(tiny)
-    examples = data.load_examples("tiny/data", "validation_matched", 30)
-    result, predictions = evaluation.evaluate(model, tokenizer, examples, mode="score", batch_size=7)
-    theirs = reference(tiny, torch.float32)
-    for row, example in zip(predictions, examples):
-        with torch.no_grad():
-            logits = theirs(torch.tensor([tokenizer.encode(row["prompt"]).ids])).logits[0, -1, data.fixed_ids(tokenizer)[1]]
-        assert row["scores"] == pytest.approx(logits.softmax(-1).tolist(), abs=1e-5)
-        assert row["prediction"] == int(logits.argmax()) and row["label"] == example["label"]
-    assert result["correct"] == sum(row["prediction"] == row["label"] for row in predictions)
+def test_prompts_that_are_cut_are_counted(tmp_path, capsys, tiny):
+    longest = 75
+    tokenizer = data.load_tokenizer(tiny)
+    rows = load_examples("tiny/data", "train", 12)
+    lengths = [sum(map(len, data.encode(row, tokenizer))) for row in rows]
+    too_long = sum(length > longest for length in lengths)
+    assert 0 < too_long < 12
+    flags = ["--limit", 12, "--epochs", 2, "--batch-size", 5, "--max-length", longest, *SHORT]
+    in_process(train, *TINY, *flags, "--out", tmp_path / "run")
+    line = f"{2 * too_long} prompts were cut to --max-length {longest}, at the end of their premise"
+    assert line in capsys.readouterr().out.splitlines()
 
 
-# ---- Mistakes: one line, status 1, and what was there before stays
+def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    batch_loss = train.batch_loss
+    calls = 0
 
-def broken_model(tmp_path, change) -> Path:
-    directory = tmp_path / "broken"
-    shutil.copytree(ROOT / "tiny" / "model", directory)
-    change(directory)
-    return directory
+    def interrupted_in_step_3(model, batch):
+        nonlocal calls
+        calls += 1
+        if calls == baseline + 3:
+            signal.raise_signal(signal.SIGINT)
+        return batch_loss(model, batch)
 
-
-def truncate(directory):
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:100_000])
-
-
-def reshape(directory):
-    tensors = load_file(directory / "model.safetensors")
-    tensors["model.layers.2.mlp.fc1.weight"] = tensors["model.layers.2.mlp.fc1.weight"][:, :100].contiguous()
-    save_file(tensors, directory / "model.safetensors")
-
-
-def other_architecture(directory):
-    path = directory / "config.json"
-    path.write_text(json.dumps(read_json(path) | {"model_type": "llama"}))
-
-
-def lose_a_shard(directory):
-    index = {"metadata": {}, "weight_map": {key: "model-00001-of-00002.safetensors" for key in load_file(directory / "model.safetensors")}}
-    (directory / "model.safetensors").unlink()
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    baseline = 2 * 2  # batches of the evaluation before: two splits of 4 rows
+    monkeypatch.setattr(train, "batch_loss", interrupted_in_step_3)
+    flags = ["--steps", 9, "--batch-size", 2, "--learning-rate", 1e-3, *SHORT]
+    in_process(train, *TINY, *flags, "--out", out)
+    printed = capsys.readouterr().out
+    last = printed.splitlines()[-1]
+    assert last == (
+        f"stopped and saved after step 3 of 9; to resume: python train.py --resume {out}"
+    )
+    saved = resume.load(out)
+    assert saved.state.progress.step == 3
+    for key, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert torch.equal(tensor, saved.tensors["adapter." + key.removeprefix(lora.PREFIX)])
+    in_process(evaluation, "--adapter", out, "--limit", 4, "--mode", "score")
 
 
-def rows(*examples):
-    def write(directory: Path) -> None:
-        for split in ("train", "validation"):
-            (directory / f"{split}.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
-    return write
+def test_without_a_gpu_and_without_a_model_the_embedded_one_is_taken_from_anywhere(tmp_path):
+    command = [ROOT / "train.py", "--rank", 8, "--steps", 1, *SHORT]
+    done = script(*command, cwd=tmp_path, env={"CUDA_VISIBLE_DEVICES": ""})
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA device and no --model: taking tiny/args" in done.stderr
+    assert "--model microsoft/phi-2" in done.stderr
+    (out,) = (tmp_path / "out").iterdir()
+    assert out.name.startswith("model-data-r8-")
+    record = read_json(out / "args.json")
+    assert record["learning_rate"] == 0.003
+    assert record["batch_size"] == 32
+    assert record["steps"] == 1
 
 
-GOOD = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
-MISTAKES = {
-    "no such model": (["--model", "no/such/model"], "no model directory 'no/such/model'"),
-    "a shard not there": (lose_a_shard, "lists model-00001-of-00002.safetensors, which is not there"),
-    "a truncated file": (truncate, "model.safetensors is damaged or cut short"),
-    "a shape": (reshape, "model.layers.2.mlp.fc1.weight has shape (768, 100), config.json asks for (768, 192)"),
-    "an architecture": (other_architecture, "model_type 'llama' is not supported"),
-    "a target": (["--targets", "q_porj"], "target 'q_porj' matches no linear layer; there are dense, fc1, fc2, k_proj, lm_head, q_proj, v_proj; nearest: q_proj"),
-    "no such dataset": (["--dataset", "no/such/data"], "no dataset directory 'no/such/data'"),
-    "a column": (rows({"premise": "a", "label": 0}), "no column hypothesis"),
-    "a label": (rows(GOOD, GOOD | {"label": 3}), "row 1: label 3 is not 0, 1, 2"),
-    "an empty split": (rows(), "train.jsonl is empty"),
-    "rank 0": (["--rank", "0"], "rank must be a whole number of at least 1, not 0"),
-    "dropout 1": (["--dropout", "1"], "dropout must be at least 0 and below 1"),
-    "a length": (["--max-length", "50"], "alone exceeds --max-length 50"),
-}
+# -----------------------------------------------------------------------------
+# Weights & Biases
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_nothing_is_lost(tmp_path, capsys, mistake):
-    change, message = MISTAKES[mistake]
-    arguments = list(change) if isinstance(change, list) else []
-    if not isinstance(change, list):
-        data_file = "column" in mistake or "label" in mistake or "split" in mistake
-        if data_file:
-            change(tmp_path)
-            arguments = ["--dataset", tmp_path]
-        else:
-            arguments = ["--model", broken_model(tmp_path, change)]
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "adapter_model.safetensors").write_bytes(b"an earlier run's")
-    with pytest.raises(SystemExit) as stopped:
-        in_process(train, *TINY, "--steps", 1, "--eval-limit", 4, "--max-new-tokens", 1, "--out", out, *arguments)
-    assert str(stopped.value.code).startswith("error: ") and message in stopped.value.code and "\n" not in stopped.value.code
-    assert (out / "adapter_model.safetensors").read_bytes() == b"an earlier run's"
+def test_weights_and_biases_is_offline_without_a_login_and_never_asks(tmp_path):
+    out = tmp_path / "run"
+    flags = ["--steps", 2, "--batch-size", 4, "--eval-every", 1, *SHORT, "--wandb"]
+    no_login = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "WANDB_API_KEY": "",
+        "WANDB_SILENT": "true",
+    }
+    done = script("train.py", *TINY, *flags, "--out", out, env=no_login)
+    assert done.returncode == 0, done.stderr
+    assert "W&B: not logged in, so this run is kept offline" in done.stdout
+
+    wanted = {}
+    for line in read_rows(out / "metrics.jsonl"):  # W&B joins what is logged for one step
+        wanted.setdefault(line.pop("step"), {}).update(line)
+    (file,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
+    history = wandb_history(file)
+    assert [row["_step"] for row in history] == list(wanted) == [0, 1, 2]
+    for row, line in zip(history, wanted.values()):
+        ours_in_row = {
+            key: value
+            for key, value in row.items()
+            if not key.startswith(("_", "results.")) and "_picture." not in key
+        }
+        assert ours_in_row == line
+    assert history[2]["results._type"] == "table-file"
+    assert history[2]["results.nrows"] == 4  # two splits, before and after
+    for name in pictures.PICTURES:
+        assert history[2][name.replace(".png", "_picture._type")] == "image-file"
 
 
-def test_a_mistake_ends_a_process_with_status_1_one_line_and_no_traceback(tmp_path):
-    done = script("train.py", *TINY, "--rank", 0, "--out", tmp_path / "run")
-    assert (done.returncode, done.stdout) == (1, "") and done.stderr == "error: rank must be a whole number of at least 1, not 0\n"
-    done = script("train.py", *TINY, "--rank", 0, "--out", tmp_path / "run", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr
-    done = script("eval.py", "--adapter", tmp_path)
-    assert (done.returncode, done.stderr) == (1, f"error: {tmp_path} is not an adapter: it has no adapter_config.json\n")
-    assert not (tmp_path / "run").exists()
+BLOCK = 32768  # bytes, of LevelDB's log format
+HEAD = 7  # bytes: checksum (4), length (2), kind (1); the file itself begins with as many
+WHOLE = 1  # kinds of a piece: a record, or the first, a middle, or the last part of one
+LAST = 4
 
 
-@pytest.mark.parametrize("arguments, message", [(["--rnak", "8"], "unrecognized arguments: --rnak"), (["--steps", "0"], "--steps must be above 0"),
-                                                (["--dtype", "fp64"], "invalid choice: 'fp64'"), (["--steps", "5", "--epochs", "1"], "not allowed with")])
-def test_wrong_flags_end_with_status_2_and_say_which(capsys, arguments, message):
-    with pytest.raises(SystemExit) as stopped:
-        in_process(train, *TINY, *arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+def wandb_history(path: Path) -> list[dict]:
+    """Returns the lines that an offline run holds to be sent: protobuf in LevelDB's log format."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content = path.read_bytes()
+    rows = []
+    parts = b""
+    place = HEAD
+    while place + HEAD <= len(content):
+        left_in_block = BLOCK - place % BLOCK
+        if left_in_block < HEAD:  # no room for another head: the rest of the block is empty
+            place += left_in_block
+            continue
+        length = int.from_bytes(content[place + 4 : place + 6], "little")
+        kind = content[place + 6]
+        place += HEAD
+        parts += content[place : place + length]
+        place += length
+        if kind in (WHOLE, LAST):
+            record = Record.FromString(parts)
+            parts = b""
+            if record.HasField("history"):
+                rows.append(history_row(record.history.item))
+    return rows
 
 
-def test_an_adapter_of_another_model_is_refused(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "run")
-    path = tmp_path / "run" / "adapter_config.json"
-    path.write_text(json.dumps(read_json(path) | {"target_modules": ["fc1"]}))
-    with pytest.raises(SystemExit) as stopped:
-        in_process(evaluation, "--adapter", tmp_path / "run", "--limit", 4)
-    assert "lacks 12 tensors, among them base_model.model.model.layers.0.mlp.fc1.lora_A.weight" in stopped.value.code
+def history_row(items) -> dict:
+    return {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in items}
+
+
+# -----------------------------------------------------------------------------
+# LoRA alone
 
 
 def test_lora_wraps_any_linear_layer():

@@ -1,18 +1,18 @@
 """Runs the project's scripts in processes that fork from one that has imported the libraries.
 
-Python needs about five seconds to import torch, bitsandbytes' part of torch, scipy, scikit-learn and
-matplotlib, and the tests run scripts more than a hundred times. So one process, the zygote, imports
-them once and does nothing else: it starts no thread and runs no tensor operation. For each run it
-forks a keeper, and the keeper forks the script's process, reports its pid, waits for its end and
-reports how it ended:
+Python needs about five seconds to import torch, what bitsandbytes needs of it, scipy, scikit-learn
+and matplotlib, and the tests run scripts more than a hundred times. So one process, the zygote,
+imports them once. It runs no tensor operation, whose threads would be missing in a fork. For each
+run it forks a keeper, and the keeper forks the script's process, reports its pid, waits for its end
+and reports how it ended:
 
     pytest --- zygote --- keeper --- script
 
 The script's process has the command line, the folder, the environment and the files that a new
-Python would have, imports the project's modules anew, and ends as Python ends.
+Python would have. It imports the project's modules itself, and ends as Python ends.
 
-As a program (`python tests/zygote.py FD`) this file is the zygote; the tests import `script` and
-`start_script`.
+The tests import `script` and `start_script` from conftest.py. As a program,
+`python tests/zygote.py FD`, this file is the zygote.
 """
 
 import functools
@@ -50,9 +50,16 @@ LIBRARIES = [
     "httpx",
 ]
 
-# Environment variables that none of these libraries reads before a script runs. A run in which
-# another one differs gets a new Python.
-LATE = ("CUDA_VISIBLE_DEVICES", "HF_", "OMP_NUM_THREADS", "PYTEST_", "WANDB_")
+# Environment variables that no library has read before a script runs. A run in which another one
+# differs gets a new Python. TORCHINDUCTOR_CACHE_DIR is set by torch itself.
+LATE = (
+    "CUDA_VISIBLE_DEVICES",
+    "HF_",
+    "OMP_NUM_THREADS",
+    "PYTEST_",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "WANDB_",
+)
 
 LONGEST_REQUEST = 2**20  # bytes
 
@@ -148,8 +155,8 @@ def start_script(
 ) -> ForkedScript | subprocess.Popen:
     """Starts `python ARGUMENTS`, with `env` added to the environment.
 
-    With `fresh`, for an option of Python's own (but -m), and where the environment asks for it, this
-    is a new Python.
+    It is a new Python with `fresh`, for -c and other options of Python's own but -m, and where a
+    variable differs that a library may have read already.
     """
     command = [str(argument) for argument in arguments]
     environment = os.environ | (env or {})

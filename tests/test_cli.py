@@ -1,0 +1,644 @@
+"""Command lines: what the flags hold, where defaults come from, and one line for a mistake."""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, in_process, read_json, script
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import train
+from support import cli, ranks
+
+CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
+TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
+MISTAKE = 2  # exit status
+ARGUMENTS = {"train.py": cli.train_arguments, "eval.py": cli.eval_arguments}
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """These tests say what happens on a machine without a GPU; one of them says otherwise."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def project_folder(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def parse(script_name: str, *flags) -> argparse.Namespace:
+    return ARGUMENTS[script_name]([str(flag) for flag in flags])
+
+
+def mistake(capsys, script_name: str, *flags) -> str:
+    """Returns the one line of a command line that is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(script_name, *flags)
+    captured = capsys.readouterr()
+    assert stopped.value.code == MISTAKE
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert captured.err.endswith("--help\n")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# -----------------------------------------------------------------------------
+# What flags may hold
+
+
+@pytest.mark.parametrize(
+    "script_name, flag, value, message",
+    [
+        ("train.py", "--rank", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--alpha", "0", "must be above 0, not 0"),
+        ("train.py", "--dropout", "1", "must be at least 0 and below 1, not 1"),
+        ("train.py", "--residual-dropout", "2", "must be at least 0 and below 1, not 2"),
+        ("train.py", "--steps", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--steps", "1.5", "must be a whole number of at least 1, not 1.5"),
+        ("train.py", "--epochs", "-1", "must be above 0, not -1"),
+        ("train.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--accumulate", "none", "must be a whole number of at least 1, not none"),
+        ("train.py", "--learning-rate", "nan", "must be a number, not nan"),
+        ("train.py", "--learning-rate", "0", "must be above 0, not 0"),
+        ("train.py", "--weight-decay", "-0.1", "must be at least 0, not -0.1"),
+        ("train.py", "--warmup-steps", "-5", "must be a whole number of at least 0, not -5"),
+        ("train.py", "--max-grad-norm", "inf", "must be a number, not inf"),
+        ("train.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
+        ("train.py", "--eval-limit", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--eval-every", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--save-every", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--max-new-tokens", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--max-length", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
+        ("train.py", "--seed", "4294967296", "must be below 2^32, not 4294967296"),
+        ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
+        ("train.py", "--dtype", "fp16", "fp16 ends at 65,504, and the attention of phi-2 goes"),
+        ("train.py", "--push", "phi-2", "'phi-2' is no repository on the Hub: owner/name"),
+        ("eval.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
+        ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
+        ("eval.py", "--max-new-tokens", "-3", "must be a whole number of at least 1, not -3"),
+        ("eval.py", "--mode", "guess", "invalid choice: 'guess'"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag(
+    capsys, script_name, flag, value, message
+):
+    line = mistake(capsys, script_name, *TINY, flag, value)
+    assert line.startswith(f"error: argument {flag}: {message}")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--rnak", 8], "unrecognized arguments: --rnak 8"),
+        (["--lim", 8], "unrecognized arguments: --lim 8"),  # no abbreviations
+        (["--steps", 5, "--epochs", 1], "not allowed with argument --steps"),
+        (["@no/such/file"], "No such file or directory: 'no/such/file'"),
+    ],
+)
+def test_flags_that_cannot_be_are_named(capsys, flags, message):
+    assert message in mistake(capsys, "train.py", *TINY, *flags)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--premise", "A."], "--premise and --hypothesis go together"),
+        (["--hypothesis", "A."], "--premise and --hypothesis go together"),
+        (["--dataset", "-", "--limit", 3], "--limit is for a dataset"),
+        (["--dataset", "-", "--out", "out"], "--out is for a dataset"),
+        (["--premise", "A.", "--hypothesis", "B.", "--split", "train"], "--split is for a dataset"),
+        (["--premise", "A.", "--hypothesis", "B.", "--dataset", "-"], "--premise is one pair"),
+    ],
+)
+def test_flags_of_eval_that_do_not_go_together_are_refused(capsys, flags, message):
+    assert message in mistake(capsys, "eval.py", *TINY, *flags)
+
+
+def test_an_empty_premise_is_a_premise():
+    args = parse("eval.py", *TINY, "--premise", "", "--hypothesis", "")
+    assert args.premise == args.hypothesis == ""
+
+
+@pytest.mark.parametrize(
+    "started_as, command",
+    [
+        ("/home/me/FLoRA/train.py", "python train.py"),
+        ("/home/me/FLoRA/scripts/merge.py", "python -m scripts.merge"),
+    ],
+)
+def test_a_mistake_names_the_command_that_helps(monkeypatch, started_as, command):
+    monkeypatch.setattr(sys, "argv", [started_as])
+    assert cli.Parser("a script").prog == command
+
+
+# -----------------------------------------------------------------------------
+# Defaults
+
+
+def test_the_defaults_are_those_that_the_readme_names():
+    args = parse("train.py", "--model", "microsoft/phi-2")
+    assert args.dataset == "nyu-mll/glue"
+    assert (args.rank, args.alpha, args.dropout) == (8, 16, 0.05)
+    assert args.targets == ["q_proj", "v_proj"]
+    assert (args.quant, args.double_quant) == ("nf4", False)
+    assert (args.learning_rate, args.weight_decay) == (2e-4, 0.01)
+    assert (args.steps, args.epochs) == (40_000, None)
+    assert (args.batch_size, args.accumulate) == (16, 1)
+    assert args.out.parent == Path("out")
+    assert args.out.name.startswith("phi-2-glue-r8-")
+
+
+def test_a_gpu_is_taken_with_phi_2_and_mnli_where_there_is_one(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = parse("train.py")
+    assert (args.model, args.dataset) == ("microsoft/phi-2", "nyu-mll/glue")
+    assert (args.device, args.dtype) == ("cuda", "bf16")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("has_bf16, expected", [(True, "bf16"), (False, "fp32")])
+def test_the_dtype_on_a_cpu_is_the_one_that_it_computes_fast(monkeypatch, has_bf16, expected):
+    mkldnn = torch.ops.mkldnn
+    monkeypatch.setattr(mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16, raising=False)
+    args = parse("train.py", *TINY)
+    assert (args.device, args.dtype) == ("cpu", expected)
+
+
+def test_without_a_gpu_and_a_model_tiny_args_stands_in_front(capsys):
+    args = parse("train.py", "--steps", 7)
+    assert (args.model, args.dataset) == ("tiny/model", "tiny/data")
+    assert (args.learning_rate, args.batch_size, args.keep_dequantized) == (0.003, 32, True)
+    assert args.steps == 7
+    notice = capsys.readouterr().err
+    assert "no CUDA device and no --model: taking tiny/args" in notice
+    assert "For phi-2: --model microsoft/phi-2" in notice
+    assert all(len(line) <= 79 for line in notice.splitlines())
+
+
+def test_its_paths_are_right_from_any_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    args = parse("eval.py")
+    assert Path(args.model).samefile(ROOT / "tiny" / "model")
+    assert Path(args.dataset).samefile(ROOT / "tiny" / "data")
+
+
+def test_a_model_that_is_named_gets_nothing_of_tiny_args(capsys):
+    args = parse("train.py", "--model", "tiny/model")
+    assert (args.dataset, args.steps, args.learning_rate) == ("nyu-mll/glue", 40_000, 2e-4)
+    assert capsys.readouterr().err == ""
+
+
+def test_epochs_replace_the_steps_of_tiny_args():
+    args = parse("train.py", "--epochs", 2)
+    assert (args.steps, args.epochs) == (None, 2)
+
+
+def test_the_notice_comes_after_the_arguments_are_checked(capsys):
+    assert "tiny/args" not in mistake(capsys, "train.py", "--rank", 0)
+    assert "tiny/args" not in mistake(capsys, "eval.py", "--premise", "A.")
+
+
+def test_flags_come_from_a_file_one_to_a_line(tmp_path):
+    (tmp_path / "flags").write_text("--rank=4\n--targets\nfc1\nfc2\n")
+    args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
+    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
+
+
+def test_all_linear_is_a_word_and_not_a_name():
+    assert parse("train.py", *TINY, "--targets", "all-linear").targets == "all-linear"
+
+
+# -----------------------------------------------------------------------------
+# The arguments of an adapter
+
+
+@pytest.fixture
+def adapter(tmp_path) -> Path:
+    """An adapter of train.py, as far as command lines read it."""
+    directory = tmp_path / "adapter"
+    directory.mkdir()
+    config = {"base_model_name_or_path": "tiny/model", "r": 8}
+    saved = {"dataset": "tiny/data", "quant": "none", "dtype": "fp32", "max_length": 99}
+    write_json(directory / "adapter_config.json", config)
+    write_json(directory / "args.json", saved | {"limit": 5, "batch_size": 3, "ranks": 2})
+    return directory
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value))
+
+
+def test_an_adapter_is_evaluated_as_it_was_trained(adapter):
+    args = parse("eval.py", "--adapter", adapter)
+    assert (args.model, args.dataset) == ("tiny/model", "tiny/data")
+    assert (args.quant, args.dtype, args.max_length) == ("none", "fp32", 99)
+    assert (args.limit, args.batch_size) == (None, 64), "these are no properties of an adapter"
+
+
+def test_what_is_typed_comes_before_what_the_adapter_says(adapter):
+    args = parse("eval.py", "--adapter", adapter, "--quant", "nf4", "--model", "other/model")
+    assert (args.quant, args.dtype, args.model) == ("nf4", "fp32", "other/model")
+
+
+def test_an_adapter_of_peft_names_its_model_alone(adapter):
+    (adapter / "args.json").unlink()
+    args = parse("eval.py", "--adapter", adapter)
+    assert (args.model, args.dataset, args.quant) == ("tiny/model", "nyu-mll/glue", "nf4")
+
+
+def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
+    """The run was started in `home`, and its args.json holds paths as they were typed there."""
+    home = tmp_path / "home"
+    (home / "models" / "mine").mkdir(parents=True)
+    (home / "out" / "run").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert cli.find_path("models/mine", home / "out" / "run") == str(home / "models" / "mine")
+    assert cli.find_path("microsoft/phi-2", home / "out" / "run") == "microsoft/phi-2"
+
+
+def test_an_adapter_that_names_no_model_needs_one_to_be_typed(adapter):
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": None})
+    with pytest.raises(ValueError, match="does not name its base model; pass --model"):
+        parse("eval.py", "--adapter", adapter)
+    assert parse("eval.py", "--adapter", adapter, "--model", "tiny/model").model == "tiny/model"
+
+
+def test_what_is_no_adapter_is_said_with_the_reason(tmp_path):
+    with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):
+        parse("eval.py", "--adapter", tmp_path)
+    with pytest.raises(ValueError, match="is not an adapter: there is no such folder"):
+        parse("eval.py", "--adapter", tmp_path / "none")
+
+
+def test_an_evaluation_is_not_written_over_a_run(adapter):
+    with pytest.raises(ValueError, match="holds a run of train.py, whose results this would"):
+        parse("eval.py", *TINY, "--out", adapter)
+
+
+# -----------------------------------------------------------------------------
+# The arguments of a run that is resumed
+
+
+def begin(folder: Path, *flags) -> Path:
+    """Writes args.json as a run does that was stopped before its first step."""
+    args = parse("train.py", *flags, "--out", folder)
+    folder.mkdir()
+    write_json(folder / "args.json", cli.as_json(args) | {"commit": "0123", "ranks": 1})
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        TINY,
+        [],  # tiny/args
+        ["--epochs", 1.5, "--limit", 9],
+        [*TINY, "--targets", "all-linear", "--no-share-prefix", "--loss", "full", "--wandb"],
+        [*TINY, "--targets", "fc1", "fc2", "--limit", 9, "--warmup-steps", 0, "--alpha", 7.5],
+        [*TINY, "--push", "me/adapter", "--double-quant", "--dtype", "fp32", "--device", "cpu"],
+    ],
+)
+def test_a_run_is_resumed_with_its_own_arguments(tmp_path, flags):
+    run = begin(tmp_path / "run", *flags)
+    args = parse("train.py", "--resume", run)
+    saved = read_json(run / "args.json")
+    expected = {name: saved[name] for name in vars(args)} | {"resume": str(run)}
+    assert cli.as_json(args) == expected
+
+
+def test_what_makes_no_other_run_may_be_typed(tmp_path):
+    run = begin(tmp_path / "run", *TINY, "--epochs", 1)
+    free = ["--steps", 90, "--eval-every", 5, "--save-every", 6, "--checkpointing", "--wandb"]
+    args = parse("train.py", "--resume", run, "--out", run, *free, "--rank", 8)
+    assert (args.steps, args.epochs) == (90, None)
+    assert (args.eval_every, args.save_every) == (5, 6)
+    assert args.checkpointing and args.wandb
+
+
+@pytest.mark.parametrize(
+    "flags, difference",
+    [
+        (["--rank", 16], "--rank 16 (it has 8)"),
+        (["--seed", 5], "--seed 5 (it has 0)"),
+        (["--model", "tiny/other"], "--model tiny/other (it has tiny/model)"),
+        (["--dataset", "other"], "--dataset other (it has tiny/data)"),
+        (["--targets", "fc1", "fc2"], "--targets fc1 fc2 (it has q_proj v_proj)"),
+        (["--no-share-prefix"], "--share-prefix False (it has True)"),
+        (["--rank", 4, "--limit", 7], "--rank 4 (it has 8), --limit 7 (it has None)"),
+    ],
+)
+def test_what_would_make_another_run_is_refused_with_the_difference(tmp_path, flags, difference):
+    run = begin(tmp_path / "run", *TINY)
+    with pytest.raises(ValueError) as raised:
+        parse("train.py", "--resume", run, *flags)
+    expected = f"{run} cannot resume with {difference}: that would be another run"
+    assert sorted(str(raised.value)) == sorted(expected)  # the differences come in any order
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("rank", "eight", "--rank must be a whole number of at least 1, not eight"),
+        ("rank", True, "--rank must be a whole number of at least 1, not True"),
+        ("rank", None, "--rank must be a whole number of at least 1, not None"),
+        ("steps", 2.5, "--steps must be a whole number of at least 1, not 2.5"),
+        ("dropout", [0.5], "--dropout must be a number, not [0.5]"),
+        ("targets", 5, "--targets must be a list, not 5"),
+        ("targets", ["fc1", 5], "--targets must be text, not 5"),
+        ("checkpointing", "yes", "--checkpointing must be true or false, not 'yes'"),
+        ("share_prefix", 1, "--share-prefix must be true or false, not 1"),
+        ("loss", "both", "--loss must be one of answer, full, not both"),
+        ("dtype", "fp64", "--dtype must be one of bf16, fp32, not fp64"),
+        ("model", {"name": "phi-2"}, "--model must be text, not {'name': 'phi-2'}"),
+    ],
+)
+def test_a_damaged_argument_of_a_run_is_one_line(tmp_path, name, value, message):
+    run = begin(tmp_path / "run", *TINY)
+    write_json(run / "args.json", read_json(run / "args.json") | {name: value})
+    with pytest.raises(ValueError) as raised:
+        parse("train.py", "--resume", run)
+    assert str(raised.value) == f"the arguments in {run}: {message}"
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    run = begin(tmp_path / "run", *TINY)
+    with pytest.raises(ValueError, match=f"holds a run already: --resume {run}, or choose"):
+        parse("train.py", *TINY, "--out", run)
+
+
+def test_a_run_is_not_resumed_into_another_folder(tmp_path, capsys):
+    """There it would lose its metrics, or write over another run."""
+    run = begin(tmp_path / "run", *TINY)
+    line = mistake(capsys, "train.py", "--resume", run, "--out", tmp_path / "other")
+    assert f"--resume {run} writes into {run}, not into --out" in line
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        parse("train.py", "--resume", tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# Restarts by torchrun
+
+
+def test_restarts_need_a_folder_to_find_again(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
+    assert "--max-restarts needs --out" in mistake(capsys, "train.py", *TINY)
+
+
+def test_a_run_that_torchrun_starts_again_is_resumed(monkeypatch, tmp_path):
+    run = begin(tmp_path / "run", *TINY, "--steps", 9)
+    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(ranks, "RESTARTS", 1)
+    args = parse("train.py", *TINY, "--steps", 9, "--out", run)
+    assert (args.resume, args.out, args.steps) == (run, run, 9)
+
+
+def test_a_restart_before_anything_was_written_starts_the_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(ranks, "RESTARTS", 1)
+    args = parse("train.py", *TINY, "--out", tmp_path / "run")
+    assert (args.resume, args.out) == (None, tmp_path / "run")
+
+
+# -----------------------------------------------------------------------------
+# Anything in args.json is the arguments or one error
+
+ODD = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from([-1, 0, 1, "../../etc/passwd", "@tiny/args", "--rank", "NaN", "0" * 5000]),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def changed(values: dict, draw) -> dict:
+    """Returns a copy in which one to three values are replaced, added or removed."""
+    copy = dict(values)
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(values)) | st.text(max_size=8))
+        if draw(st.booleans()):
+            copy[name] = draw(ODD)
+        else:
+            copy.pop(name, None)
+    return copy
+
+
+def hostile(test):
+    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    return settings(deadline=None, max_examples=CASES // 4, suppress_health_check=checks)(test)
+
+
+@hostile
+@given(data=st.data())
+def test_any_args_json_of_a_run_is_its_arguments_or_one_error(tmp_path_factory, data):
+    run = begin(tmp_path_factory.mktemp("runs") / "run", *TINY)
+    saved = read_json(run / "args.json")
+    write_json(run / "args.json", changed(saved, data.draw))
+    try:
+        args = parse("train.py", "--resume", run)
+    except ValueError as error:
+        assert str(error).strip()
+        return
+    assert args.loss in ("answer", "full")
+    assert args.rank >= 1 and type(args.rank) is int
+    assert type(args.learning_rate) is float
+    assert args.targets == "all-linear" or all(type(name) is str for name in args.targets)
+    assert args.out == args.resume == run
+
+
+@hostile
+@given(data=st.data())
+def test_any_files_of_an_adapter_are_its_arguments_or_one_error(tmp_path_factory, data):
+    directory = tmp_path_factory.mktemp("adapter")
+    config = {"base_model_name_or_path": "tiny/model"}
+    saved = {"dataset": "tiny/data", "quant": "nf4", "double_quant": False, "dtype": "bf16"}
+    write_json(directory / "adapter_config.json", changed(config, data.draw))
+    write_json(directory / "args.json", changed(saved | {"max_length": 512}, data.draw))
+    try:
+        args = parse("eval.py", "--adapter", directory)
+    except ValueError as error:
+        assert str(error).strip()
+        return
+    assert args.quant in ("nf4", "none")
+    assert args.dtype in ("bf16", "fp32")
+    assert type(args.max_length) is int
+    assert type(args.model) is str and type(args.dataset) is str
+
+
+# -----------------------------------------------------------------------------
+# The frame of every script: one line, or the traceback
+
+
+def run_with(error: BaseException) -> str:
+    """Returns what a script prints when its main raises `error`."""
+
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(main)
+    return stopped.value.code
+
+
+def test_an_error_of_the_user_is_one_line():
+    assert run_with(ValueError("a\n  thing")) == "error: a thing"
+    assert run_with(FileNotFoundError(2, "No such file", "a.json")).startswith("error: [Errno 2]")
+    assert run_with(KeyboardInterrupt()) == "interrupted"
+
+
+def test_memory_that_runs_out_names_the_cure():
+    line = run_with(torch.OutOfMemoryError("CUDA out of memory"))
+    assert line == "error: CUDA out of memory; lower --batch-size and raise --accumulate"
+
+
+def test_of_several_ranks_the_one_that_failed_is_named(monkeypatch):
+    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(ranks, "RANK", 1)
+    assert run_with(ValueError("a thing")) == "error: rank 1: a thing"
+
+
+def test_debug_shows_the_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--debug"])
+    with pytest.raises(ValueError):
+        cli.run(lambda: int("a thing"))
+
+
+def test_a_bug_is_a_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run(lambda: 1 / 0)
+
+
+# -----------------------------------------------------------------------------
+# Mistakes that show once files are read: one line, and what was there before stays
+
+
+def broken_model(folder: Path, change) -> list:
+    """Returns the flags for a copy of tiny/model in which `change` has broken something."""
+    model = folder / "broken"
+    shutil.copytree(ROOT / "tiny" / "model", model)
+    change(model)
+    return ["--model", model]
+
+
+def truncate(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100_000])
+
+
+def reshape(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    name = "model.layers.2.mlp.fc1.weight"
+    tensors[name] = tensors[name][:, :100].contiguous()
+    save_file(tensors, model / "model.safetensors")
+
+
+def change_architecture(model: Path) -> None:
+    config = read_json(model / "config.json")
+    write_json(model / "config.json", config | {"model_type": "llama"})
+
+
+def lose_a_shard(model: Path) -> None:
+    shard = "model-00001-of-00002.safetensors"
+    weight_map = {key: shard for key in load_file(model / "model.safetensors")}
+    (model / "model.safetensors").unlink()
+    write_json(model / "model.safetensors.index.json", {"weight_map": weight_map})
+
+
+def broken_data(folder: Path, *rows: dict) -> list:
+    """Returns the flags for a dataset of these rows."""
+    for split in ("train", "validation"):
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(text)
+    return ["--dataset", folder]
+
+
+ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
+TARGET = (
+    "target 'q_porj' matches no linear layer; there are dense, fc1, fc2, k_proj, lm_head, q_proj, "
+    "v_proj; nearest: q_proj"
+)
+# By what is wrong: the flags, or what makes them from an empty folder, and a part of the line.
+MISTAKES = {
+    "no such model": (["--model", "no/such/model"], "no model directory 'no/such/model'"),
+    "no such dataset": (["--dataset", "no/such/data"], "no dataset directory 'no/such/data'"),
+    "a target": (["--targets", "q_porj"], TARGET),
+    "a length": (["--max-length", "50"], "alone exceeds --max-length 50"),
+    "a shard not there": (
+        lambda folder: broken_model(folder, lose_a_shard),
+        "lists model-00001-of-00002.safetensors, which is not there",
+    ),
+    "a truncated file": (
+        lambda folder: broken_model(folder, truncate),
+        "model.safetensors is damaged or cut short",
+    ),
+    "a shape": (
+        lambda folder: broken_model(folder, reshape),
+        "model.layers.2.mlp.fc1.weight has shape (768, 100), config.json asks for (768, 192)",
+    ),
+    "an architecture": (
+        lambda folder: broken_model(folder, change_architecture),
+        "model_type 'llama' is not supported",
+    ),
+    "a column": (
+        lambda folder: broken_data(folder, {"premise": "a", "label": 0}),
+        "no column hypothesis",
+    ),
+    "a label": (
+        lambda folder: broken_data(folder, ROW, ROW | {"label": 3}),
+        "row 1: label 3 is not 0, 1, 2",
+    ),
+    "an empty split": (broken_data, "train.jsonl is empty"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_lost(tmp_path, name):
+    flags, message = MISTAKES[name]
+    if callable(flags):
+        flags = flags(tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "adapter_model.safetensors").write_bytes(b"an earlier run's")
+    short = ["--steps", 1, "--eval-limit", 4, "--max-new-tokens", 1, "--out", out]
+    with pytest.raises(SystemExit) as stopped:
+        in_process(train, *TINY, *short, *flags)
+    line = stopped.value.code
+    assert line.startswith("error: ")
+    assert message in line
+    assert "\n" not in line
+    assert (out / "adapter_model.safetensors").read_bytes() == b"an earlier run's"
+
+
+def test_a_script_ends_with_status_1_one_line_and_no_traceback_but_with_debug(tmp_path):
+    command = ("train.py", "--model", "no/such/model", "--out", tmp_path / "run")
+    done = script(*command)
+    line = "error: no model directory 'no/such/model', and it is not a Hub id (owner/name)\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
+    done = script(*command, "--debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_script_ends_with_status_2_at_a_wrong_flag():
+    done = script("eval.py", "--limit", -1)
+    line = "error: argument --limit: must be a whole number of at least 1, not -1; "
+    assert (done.returncode, done.stdout) == (MISTAKE, "")
+    assert done.stderr == line + "see python eval.py --help\n"
