@@ -4,7 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
 
 SAMPLE = "One quick fox isn't 12,345 of them.\n\n"  # words, digits, an apostrophe, white space
@@ -31,10 +31,20 @@ def digest_weights(weight_files: list[Path]) -> str:
     """
     rows = {}
     for path in weight_files:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():
-                rows[key] = file.get_slice(key)[:1].flatten()[:64].float().numpy().tobytes()
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():
+                    rows[key] = first_values(file.get_slice(key))
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or cut short ({error}): download it again"
+            ) from None
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
+
+
+def first_values(tensor) -> bytes:
+    """Returns up to 64 values of a tensor's first row, as fp32."""
+    return tensor[:1].flatten()[:64].float().numpy().tobytes()
 
 
 def digest(content: bytes) -> str:

@@ -1,4 +1,8 @@
-"""Nothing is lost: a run that was stopped, killed or out of disk goes on from its last save, to the same bytes."""
+"""A run that was stopped, killed or out of disk resumes from its last save, to the same numbers.
+
+And a resume that is refused changes nothing.
+"""
+
 import json
 import os
 import random
@@ -6,176 +10,499 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from conftest import ROOT, in_process, read_json, script, start_script
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-import checkpoint
+import data
+import train
+from support import resume
 
 KILLS = int(os.environ.get("KILLS", 5))  # make torture: 25
-RUN = ("--model", "tiny/model", "--dataset", "tiny/data", "--steps", 40, "--batch-size", 4, "--accumulate", 2, "--limit", 100, "--eval-limit", 2,
-       "--max-new-tokens", 1, "--dropout", 0.1, "--residual-dropout", 0.1, "--learning-rate", 1e-3, "--save-every", 7)
+STEPS = 24
+# With dropout, accumulation, and steps that are not all alike: an epoch of 50 rows, 4 a step, ends
+# with a step of 2.
+RUN = (
+    "--model", "tiny/model",
+    "--dataset", "tiny/data",
+    "--steps", STEPS,
+    "--batch-size", 2,
+    "--accumulate", 2,
+    "--limit", 50,
+    "--eval-limit", 2,
+    "--max-new-tokens", 1,
+    "--dropout", 0.1,
+    "--residual-dropout", 0.1,
+    "--learning-rate", 1e-3,
+    "--save-every", 5,
+)
+
+
+# -----------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """One thread everywhere: other processes then sum in the same order as this one."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run in this process leaves handlers of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing disturbs: 40 steps, with dropout, accumulation and a ragged last batch (100 rows, 8 a step)."""
+def whole(tmp_path_factory) -> Path:
+    """A run that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    assert script("train.py", *RUN, "--out", out).returncode == 0
+    in_process(train, *RUN, "--out", out)
     return out
 
 
-def start(out, *more, limit: int | None = None) -> subprocess.Popen:
-    arguments = RUN + ("--out", out) if not (out / "args.json").exists() else ("--resume", out)
-    before = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))) if limit else None
-    return subprocess.Popen([sys.executable, "train.py", *map(str, arguments + more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, preexec_fn=before)
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    """A copy of it, to be resumed."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
-def step_of(out) -> int:
-    return checkpoint.load(out)[1]["step"] if (out / checkpoint.NAME).exists() else 0
+def start(out: Path, *more) -> subprocess.Popen:
+    """Starts the run in a process of its own, or resumes it there."""
+    if (out / "args.json").exists():
+        return start_script("train.py", "--resume", out, *more)
+    return start_script("train.py", *RUN, "--out", out, *more)
 
 
-def wait_for(out, step: int, process) -> None:
-    while step_of(out) < step and process.poll() is None:
+def refusal(*arguments, cwd: Path = ROOT) -> str:
+    """Returns the one line of a run that is refused."""
+    with pytest.raises(SystemExit) as stopped:
+        in_process(train, *arguments, cwd=cwd)
+    line = stopped.value.code
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line
+
+
+def saved_step(out: Path) -> int:
+    """Returns the step of a run's last save, 0 before the first one."""
+    if not (out / resume.NAME).exists():
+        return 0
+    return resume.load(out).state.progress.step
+
+
+def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
+    """Waits until a run has saved `step`, or has ended."""
+    while saved_step(out) < step and process.poll() is None:
         time.sleep(0.02)
 
 
-def metrics(out) -> list[dict]:
-    return [{key: value for key, value in json.loads(line).items() if "second" not in key and "memory" not in key} for line in (out / "metrics.jsonl").read_text().splitlines()]
+def metrics(out: Path) -> list[dict]:
+    """Returns the lines of metrics.jsonl without what a clock or the memory says."""
+    return [
+        {
+            key: value
+            for key, value in json.loads(line).items()
+            if "second" not in key and "memory" not in key
+        }
+        for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
-def assert_same(out, whole) -> None:
-    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
-    (mine, state), (theirs, expected) = checkpoint.load(out), checkpoint.load(whole)
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
-    assert (state["step"], state["loop"]) == (expected["step"], expected["loop"])
+def content(out: Path) -> dict[str, bytes]:
+    """Returns every file of a run by its name, hidden ones too."""
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+def assert_same_tensors(found: dict, expected: dict) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same(out: Path, whole: Path) -> None:
+    """Asserts that two runs have come to the same end, to the last bit."""
+    # The tensors, not the files: safetensors writes metadata in any order.
+    name = "adapter_model.safetensors"
+    assert_same_tensors(load_file(out / name), load_file(whole / name))
+    found = resume.load(out)
+    expected = resume.load(whole)
+    assert_same_tensors(found.tensors, expected.tensors)
+    assert found.state.progress == expected.state.progress
+    assert found.state.baseline == expected.state.baseline
     assert metrics(out) == metrics(whole)
-    assert (out / "predictions_validation_matched.jsonl").read_bytes() == (whole / "predictions_validation_matched.jsonl").read_bytes()
+    for key in ("baseline", "finetuned"):
+        assert read_json(out / "results.json")[key] == read_json(whole / "results.json")[key]
+    for split in ("validation_matched", "validation_mismatched"):
+        predictions = f"predictions_{split}.jsonl"
+        assert (out / predictions).read_bytes() == (whole / predictions).read_bytes()
 
 
-def test_the_same_seed_gives_the_same_run_byte_for_byte(whole, tmp_path):
-    assert script("train.py", *RUN, "--out", tmp_path / "again").returncode == 0
+def test_the_same_seed_gives_the_same_run_bit_for_bit(whole, tmp_path):
+    """In another process too, which draws and sums as this one does."""
+    done = script("train.py", *RUN, "--out", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
     assert_same(tmp_path / "again", whole)
 
 
+# -----------------------------------------------------------------------------
+# Signals
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_step_saves_and_says_how_to_go_on_to_the_same_bytes(whole, tmp_path, number):
+def test_a_signal_ends_the_step_saves_and_says_how_to_resume_to_the_same_bits(
+    whole, tmp_path, number
+):
     out = tmp_path / "run"
     process = start(out)
-    wait_for(out, 7, process)
+    wait_for(out, 5, process)
     process.send_signal(number)
     output, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors, errors
-    assert f"python train.py --resume {out}" in output.splitlines()[-1] and f"after step {step_of(out)} of 40" in output.splitlines()[-1]
-    assert 7 <= step_of(out) < 40, "the signal must come while it trains, or this test says little"
-    assert script("train.py", "--resume", out).returncode == 0
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "stopping after this step; once more ends it at once" in errors
+    step = saved_step(out)
+    assert 5 <= step < STEPS, "the signal must come while it trains, or this test says little"
+    assert output.splitlines()[-1] == (
+        f"stopped and saved after step {step} of {STEPS}; "
+        f"to resume: python train.py --resume {out}"
+    )
+    in_process(train, "--resume", out)
     assert_same(out, whole)
+
+
+def interrupt(monkeypatch, name: str, call: int, then: Callable[[], None] = lambda: None) -> None:
+    """Makes call number `call` of train's function `name` begin with a Ctrl-C, then `then`."""
+    function = getattr(train, name)
+    calls = 0
+
+    def interrupted(*arguments):
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            signal.raise_signal(signal.SIGINT)
+            then()
+        return function(*arguments)
+
+    monkeypatch.setattr(train, name, interrupted)
+
+
+def test_ctrl_c_answers_at_once_with_a_line_and_loses_nothing(
+    whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "run"
+    answers = []
+    in_step_8 = 8
+    # The step is not over when the answer is read: its gradients are still to be computed.
+    interrupt(
+        monkeypatch, "accumulate_gradients", in_step_8, lambda: answers.append(capsys.readouterr())
+    )
+    in_process(train, *RUN, "--out", out)
+    (answer,) = answers
+    assert answer.err.endswith("\nstopping after this step; once more ends it at once\n")
+    assert saved_step(out) == 8
+    in_process(train, "--resume", out)
+    assert "resuming after step 8 of 24" in capsys.readouterr().out
+    assert_same(out, whole)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_stays(
+    whole, tmp_path, monkeypatch
+):
+    out = tmp_path / "run"
+    interrupt(
+        monkeypatch, "accumulate_gradients", 8, lambda: signal.raise_signal(signal.SIGINT)
+    )
+    with pytest.raises(SystemExit) as stopped:
+        in_process(train, *RUN, "--out", out)
+    assert stopped.value.code == "interrupted"
+    assert saved_step(out) == 5
+    in_process(train, "--resume", out)
+    assert_same(out, whole)
+
+
+def test_ctrl_c_in_the_last_evaluation_loses_nothing_that_was_trained(
+    whole, copy, monkeypatch, capsys
+):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        interrupt(patch, "evaluate", 1)
+        in_process(train, "--resume", copy)
+    assert stopped.value.code == "interrupted"
+    assert len(metrics(copy)) == len(metrics(whole)) - 1
+    capsys.readouterr()
+    in_process(train, "--resume", copy)
+    assert "only the evaluation is left to do" in capsys.readouterr().out
+    assert_same(copy, whole)
+
+
+def test_ctrl_c_before_the_first_step_leaves_a_run_that_starts_anew(whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        interrupt(patch, "validation_loss", 2)
+        in_process(train, *RUN, "--out", out)
+    assert stopped.value.code == "interrupted"
+    assert not (out / resume.NAME).exists()
+    in_process(train, "--resume", out)
+    assert_same(out, whole)
+
+
+# -----------------------------------------------------------------------------
+# Kills and full disks
 
 
 def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save(whole, tmp_path):
-    """kill -9, some within a save: each is after one step. It never goes back, it can always go on, and it ends the same."""
-    out, draw, reached = tmp_path / "run", random.Random(KILLS), 0
+    """kill -9, at times within a save, which follows each step.
+
+    The run never goes back, can always be resumed, and ends the same.
+    """
+    out = tmp_path / "run"
+    draw = random.Random(KILLS)
+    reached = 0
     for number in range(KILLS):
         process = start(out, "--save-every", 1)
-        wait_for(out, 0 if number == 0 else min(reached + 1, 39), process)
-        time.sleep(draw.uniform(0, 6 if number == 0 else 0.4))
+        if number == 0:  # at any moment: while it loads or evaluates, or before anything is saved
+            time.sleep(draw.uniform(0, 6))
+        else:
+            wait_for(out, min(reached + 1, STEPS - 1), process)
+            time.sleep(draw.uniform(0, 0.4))
         process.kill()
         process.communicate()
-        now = step_of(out)
+        now = saved_step(out)
         assert now >= reached
         reached = now
-    for _ in range(2):  # the second: a run that has ended says so again, and changes nothing
-        done = start(out, "--save-every", 7)
-        assert done.wait(120) == 0, done.communicate()[1]
-    assert metrics(out) == metrics(whole), "the last evaluation is told once"
-    assert not list(out.glob(".*")), "what a killed save left behind is cleared away"
-    assert checkpoint.load(out)[1]["step"] == 40
-    assert (out / "adapter_model.safetensors").read_bytes() == (whole / "adapter_model.safetensors").read_bytes()
+    if not (out / "args.json").exists():  # the only kill came before anything was written
+        in_process(train, *RUN, "--out", out)
+    for _ in range(2):  # the second time nothing is left to do but the evaluation
+        in_process(train, "--resume", out, "--save-every", 5)
+        assert_same(out, whole)
+    hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
+    assert hidden == [], "what a killed save has left is removed"
+
+
+@contextmanager
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_line_and_the_last_save_still_loads(whole, tmp_path):
-    """A limit on the size of files: room for the adapter and for the first state, none for a state with an optimiser's tensors."""
+    """There is room for the adapter and the first save, and none for an optimiser's tensors."""
     out = tmp_path / "run"
-    process = start(out, limit=300_000)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1 and "Traceback" not in errors
-    assert f"error: cannot write {out / checkpoint.NAME}" in errors.splitlines()[-1] and "is as it was" in errors.splitlines()[-1]
-    assert step_of(out) == 0 and sorted(path.name for path in out.iterdir() if path.name.startswith(".")) == []
-    assert script("train.py", "--resume", out).returncode == 0
+    with full_disk(300_000):
+        line = refusal(*RUN, "--out", out)
+    assert line.startswith(f"error: cannot write into {out}: ")
+    assert line.endswith("; what was saved before is as it was")
+    assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
+    assert saved_step(out) == 0
+    # The adapter had room, but both files are of the same step.
+    for key, tensor in load_file(out / "adapter_model.safetensors").items():
+        assert "lora_A" in key or not tensor.any(), "B is zero before the first step"
+    in_process(train, "--resume", out)
     assert_same(out, whole)
 
 
-def test_what_would_make_another_run_is_refused_with_the_difference(whole):
-    for more, expected in ((("--rank", 4), "--rank 4 (it has 8)"), (("--seed", 5), "--seed 5 (it has 0)"), (("--model", "tiny/other"), "--model tiny/other (it has"),
-                           (("--dataset", "other"), "--dataset other (it has tiny/data)")):
-        done = script("train.py", "--resume", whole, *more)
-        assert done.returncode == 1 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-
-
-def test_more_steps_may_be_asked_for_and_the_new_schedule_is_named(whole, tmp_path):
+def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_its_rows(tmp_path):
     out = tmp_path / "run"
-    shutil.copytree(whole, out)
-    done = script("train.py", "--resume", out, "--steps", 45)
-    assert done.returncode == 0 and "45 steps instead of 40" in done.stdout and step_of(out) == 45
-    done = script("train.py", "--resume", out, "--steps", 44)
-    assert done.returncode == 1 and done.stderr.endswith("has taken 45 steps already, more than 44\n") and step_of(out) == 45
+    diverging = ["--learning-rate", 1e30, "--max-grad-norm", 1e30, "--weight-decay", 0]
+    line = refusal(*RUN, *diverging, "--save-every", 1, "--out", out)
+    assert "norm of its gradient" in line
+    assert line.endswith(f"{out} keeps the last save")
+    step = int(line.split("step ")[1].split(":")[0])
+    assert saved_step(out) == step - 1
+    for name, tensor in resume.load(out).tensors.items():
+        if name.startswith("adapter."):
+            assert tensor.isfinite().all(), name
+
+    # The rows that it names are those of this step.
+    rows = data.load_examples("tiny/data", "train", 50)
+    *_, last = zip(range(step), data.batches(rows, size=4, seed=0))
+    assert f"with the rows {sorted(row['row'] for row in last[1])} of train" in line
+
+
+# -----------------------------------------------------------------------------
+# What may change, and what may not
+
+
+def test_more_steps_may_be_asked_for_and_the_new_schedule_is_named(copy, capsys):
+    in_process(train, "--resume", copy, "--steps", STEPS + 3)
+    assert "27 steps instead of 24" in capsys.readouterr().out
+    assert saved_step(copy) == STEPS + 3
+    before = content(copy)
+    line = refusal("--resume", copy, "--steps", STEPS + 2)
+    assert line.endswith("has taken 27 steps already, more than 26")
+    assert content(copy) == before
 
 
 def test_a_run_that_ended_before_its_first_step_starts_anew(whole, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "args.json").write_text((whole / "args.json").read_text())
-    assert script("train.py", "--resume", out).returncode == 0
+    shutil.copy(whole / "args.json", out)
+    (out / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text())
+    in_process(train, "--resume", out)
     assert_same(out, whole)
 
 
-def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_its_rows(tmp_path):
-    done = script("train.py", *RUN, "--learning-rate", 1e30, "--max-grad-norm", 1e30, "--weight-decay", 0, "--out", tmp_path / "run")
-    last = done.stderr.splitlines()[-1]
-    assert done.returncode == 1 and "Traceback" not in done.stderr and "norm of its gradient" in last and "with the rows [" in last
-    step = int(last.split("step ")[1].split(":")[0])
-    assert f"after step {step_of(tmp_path / 'run'):,}" in last and step_of(tmp_path / "run") < step
-    tensors, _ = checkpoint.load(tmp_path / "run")
-    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("adapter."))
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A folder in which tiny/model and tiny/data are copies that a test may change."""
+    shutil.copytree(ROOT / "tiny", tmp_path / "project" / "tiny")
+    return tmp_path / "project"
 
 
-def test_fp16_is_refused_with_the_reason():
-    done = script("train.py", "--dtype", "fp16")
-    assert done.returncode == 2 and "65,504" in done.stderr and len(done.stderr.splitlines()) == 1
+def lose_rows(project: Path) -> None:
+    path = project / "tiny" / "data" / "train.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:40]))
 
 
-# ---- Damaged files of a run
-
-@given(st.data())
-@settings(deadline=None, max_examples=int(os.environ.get("CASES", 200)) // 4)
-def test_a_flipped_bit_or_a_cut_in_a_runs_tensors_is_found(whole, data):
-    name = data.draw(st.sampled_from([checkpoint.NAME, "adapter_model.safetensors"]))
-    content = bytearray((whole / name).read_bytes())
-    if data.draw(st.booleans()):
-        place = data.draw(st.integers(0, len(content) * 8 - 1))
-        content[place // 8] ^= 1 << place % 8
-    else:
-        del content[data.draw(st.integers(0, len(content) - 1)):]
-    damaged = whole / "damaged.safetensors"
-    damaged.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read_tensors(damaged)
+def exchange_tokens(project: Path) -> None:
+    path = project / "tiny" / "model" / "tokenizer.json"
+    tokenizer = read_json(path)
+    vocabulary = tokenizer["model"]["vocab"]
+    first = vocabulary["\u0120the"]  # the character stands for a space
+    vocabulary["\u0120the"] = vocabulary["\u0120a"]
+    vocabulary["\u0120a"] = first
+    path.write_text(json.dumps(tokenizer))
 
 
-def test_every_single_flipped_bit_of_a_small_file_is_found(tmp_path):
-    """All of them: a flip within the name of the checksum's own key once made the file look like one that carries none."""
-    path = tmp_path / "small.safetensors"
-    checkpoint.write_tensors(path, {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3])}, {"state": "{}"})
-    content = path.read_bytes()
-    for place in range(8 * len(content)):
-        flipped = bytearray(content)
-        flipped[place // 8] ^= 1 << place % 8
-        path.write_bytes(flipped)
-        with pytest.raises(ValueError, match="damaged"):
-            checkpoint.read_tensors(path)
+def change_weights(project: Path) -> None:
+    path = project / "tiny" / "model" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.fc1.weight"] += 0.01
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lose_rows, "was trained on 50 rows, now there are 40"),
+        (exchange_tokens, "was trained with another tokenizer ("),
+        (change_weights, "was trained with another base weights ("),
+    ],
+)
+def test_other_rows_another_tokenizer_and_other_weights_would_make_another_run(
+    copy, project, change, message
+):
+    change(project)
+    before = content(copy)
+    assert message in refusal("--resume", copy, cwd=project)
+    assert content(copy) == before
+
+
+def test_another_prompt_would_make_another_run(copy, monkeypatch):
+    monkeypatch.setattr(data, "PROMPT", data.PROMPT.replace("### Label:", "### Answer:"))
+    before = content(copy)
+    assert "was trained with another prompt (" in refusal("--resume", copy)
+    assert content(copy) == before
+
+
+def test_a_run_whose_model_has_only_moved_is_resumed(copy, project, capsys):
+    """What counts is what the folders hold, not where they are."""
+    in_process(train, "--resume", copy, "--steps", STEPS + 1, cwd=project)
+    assert "resuming after step 24 of 25" in capsys.readouterr().out
+    assert saved_step(copy) == STEPS + 1
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--rank", 4), "--rank 4 (it has 8)"),
+        (("--seed", 5), "--seed 5 (it has 0)"),
+        (("--dataset", "other"), "--dataset other (it has tiny/data)"),
+        (("--steps", STEPS - 1), "has taken 24 steps already, more than 23"),
+        (("--epochs", 0.5), "has taken 24 steps already, more than 7"),
+        (("--device", "gpu"), "--device gpu"),
+    ],
+)
+def test_what_would_make_another_run_is_refused_and_nothing_is_changed(copy, flags, message):
+    before = content(copy)
+    assert message in refusal("--resume", copy, *flags)
+    assert content(copy) == before
+
+
+def test_a_finished_adapter_without_a_save_is_never_written_over(copy):
+    """As after a push and a download, or where somebody has deleted the largest file."""
+    (copy / resume.NAME).unlink()
+    before = content(copy)
+    line = refusal("--resume", copy)
+    assert f"{copy} holds a finished adapter and no trainer.safetensors" in line
+    assert content(copy) == before
+
+
+# -----------------------------------------------------------------------------
+# Damaged files of a run
+
+
+@pytest.mark.parametrize("kept", [0, 7, 300, 0.5, -1])
+def test_a_save_that_was_cut_short_is_named_and_nothing_is_changed(copy, kept):
+    path = copy / resume.NAME
+    whole = path.read_bytes()
+    length = int(kept * len(whole)) if isinstance(kept, float) else kept
+    path.write_bytes(whole[:length])
+    before = content(copy)
+    assert f"{path} is damaged or cut short" in refusal("--resume", copy)
+    assert content(copy) == before
+
+
+def rewrite(path: Path, tensors: dict, **changes) -> None:
+    """Writes a save with other tensors, and with changes in its state."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    state = json.loads(metadata["state"]) | changes
+    save_file(tensors, path, metadata | {"state": json.dumps(state)})
+
+
+def lose_a_moment(tensors: dict) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if name != "optimizer.3.exp_avg"}
+
+
+def widen_the_adapter(tensors: dict) -> dict:
+    name = min(tensors)
+    return tensors | {name: torch.zeros(9, 9)}
+
+
+def lose_the_random_state(tensors: dict) -> dict:
+    return tensors | {"random": tensors["random"][:0]}
+
+
+@pytest.mark.parametrize("change", [lose_a_moment, widen_the_adapter, lose_the_random_state])
+def test_a_save_with_other_tensors_is_refused(copy, change):
+    path = copy / resume.NAME
+    rewrite(path, change(load_file(path)))
+    expected = f"error: {path} does not hold the tensors of this adapter"
+    assert refusal("--resume", copy) == expected
+
+
+def test_a_random_state_that_is_none_is_refused(copy):
+    path = copy / resume.NAME
+    tensors = load_file(path)
+    tensors["random"].zero_()
+    rewrite(path, tensors)
+    assert f"{path} holds no state of a random generator" in refusal("--resume", copy)
+
+
+def test_the_state_of_another_version_is_refused(copy):
+    path = copy / resume.NAME
+    rewrite(path, load_file(path), a_field_of_the_future=1)
+    assert "was not written by this version of train.py" in refusal("--resume", copy)
