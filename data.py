@@ -100,9 +100,10 @@ def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
     """Returns whether `encode` cuts the premise of an example."""
     if max_length is None:
         return False
-    # A token has at least one byte, so most rows are short enough without being tokenised again.
+    # A token has at least one byte, so many rows are short enough without being tokenised again.
     text = PROMPT.format(premise=example["premise"], hypothesis=example["hypothesis"])
-    if len(text.encode()) + 2 <= max_length:
+    answer_tokens = 2  # the label and the end of text
+    if len(text.encode("utf-8")) + answer_tokens <= max_length:
         return False
     prompt, answer = encode(example, tokenizer)
     return len(prompt) + len(answer) > max_length
@@ -111,7 +112,8 @@ def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
 def parse(completion: str) -> int:
     """Returns the integer part of the first number in a completion, or -1 where there is none.
 
-    "1" and "1.5" are 1; "10" is 10, and wrong.
+    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has up to
+    three digits before a comma, so "2019" is read as 201.
     """
     number = NUMBER.search(completion)
     if number is None:
@@ -137,18 +139,19 @@ def is_settled(completion: str) -> bool:
 
 
 def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
-    """Yields endless lists of `size` examples, the shortest first, from list number `start`.
+    """Yields endless lists of `size` examples, one for each optimiser step, from number `start`.
 
-    Each epoch is a permutation that is drawn from (seed, epoch) alone. So list n depends on nothing
-    that came before, and a run can resume at any n. An epoch takes each row once; its last list
-    holds what is left. Each example has its number in `row`.
+    Within a list the shortest come first. Each epoch is a permutation that is drawn from (seed,
+    epoch) alone. So list n depends on nothing that came before, and a run can resume at any n. An
+    epoch takes each row once; its last list holds what is left. Each example has its number in
+    `row`.
     """
     lengths = [
         len(premise) + len(hypothesis)
         for premise, hypothesis in zip(examples["premise"], examples["hypothesis"])
     ]
     lists_in_epoch = -(-len(examples) // size)  # rounded up
-    order_epoch = None
+    order_epoch = None  # the epoch that `order` belongs to
     for number in itertools.count(start):
         epoch, place = divmod(number, lists_in_epoch)
         if epoch != order_epoch:
@@ -166,42 +169,47 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
 class Batch:
     """Some examples as the model takes them, without padding.
 
+    With the loss on the answer, a prefix of two ids and one row:
+
+        ids       P0 P1 | ... Label:     1
+        targets                   1   <end>
+
     ids: (N,) the shared prefix, then row after row.
     lengths: tokens of each row, without the prefix.
-    prefix: tokens of the prefix; 0 where each row holds its own.
-    last: how many tokens at the end of each row predict a target; None: all.
-    targets: the token that follows each of those, in their order.
+    prefix_length: tokens of the prefix; 0 where each row holds its own.
+    last: how many tokens at the end of each row have a target; None: all have one.
+    targets: the id that follows each of those tokens, in their order.
     """
 
     ids: Tensor
     lengths: list[int]
-    prefix: int
+    prefix_length: int
     last: int | None
     targets: Tensor
 
 
-def collate(encoded: list[tuple[list[int], list[int]]], prefix: int, loss: str) -> Batch:
+def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str) -> Batch:
     """Packs (prompt ids, answer ids) of several examples for a loss.
 
-    The first `prefix` ids, which all prompts share, are taken once. Loss "answer" has two targets
-    a row, the label and the end of text. Loss "full" has every id after a row's first; each row
-    needs its own prefix for that.
+    The first `prefix_length` ids, which all prompts share, are taken once. Loss "answer" has two
+    targets a row, the label and the end of text. Loss "full" has every id after a row's first;
+    each row needs its own prefix for that.
     """
-    if prefix and loss == "full":
+    if prefix_length and loss == "full":
         raise ValueError("the full loss has targets in the prefix, so rows cannot share it")
-    # The last id is predicted, but nothing is predicted from it.
-    rows = [(prompt + answer)[prefix:-1] for prompt, answer in encoded]
-    ids = encoded[0][0][:prefix] + list(itertools.chain.from_iterable(rows))
+    # The end of text is a target, but nothing is predicted from it.
+    rows = [(prompt + answer)[prefix_length:-1] for prompt, answer in encoded]
+    ids = encoded[0][0][:prefix_length] + list(itertools.chain.from_iterable(rows))
     if loss == "answer":
         targets = [token for _, answer in encoded for token in answer]
-        last = 2
+        last = 2  # after the prompt's last token comes the label, after the label the end of text
     else:
         targets = [token for prompt, answer in encoded for token in (prompt + answer)[1:]]
         last = None
     return Batch(
         ids=torch.tensor(ids),
         lengths=[len(row) for row in rows],
-        prefix=prefix,
+        prefix_length=prefix_length,
         last=last,
         targets=torch.tensor(targets),
     )

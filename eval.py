@@ -1,7 +1,7 @@
 """Accuracy on a split, and the answer to a single pair.
 
 Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads the first
-number of what it wrote: a model that does not answer gets nothing. Mode "score" compares the
+number of what it wrote: a model that writes no number is wrong. Mode "score" compares the
 probabilities of the three answers after "### Label:", in one forward pass: it shows what a model
 knows even if it would not say it.
 
@@ -63,9 +63,11 @@ def load_model(
     double_quant: bool = False,
     keep: bool = False,
 ) -> phi2.Phi2:
-    """Loads the frozen base: the first three of the four lines that this project is about.
+    """Loads the base. This is the project in four lines; the fourth is lora.inject(model, config).
 
-    `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
+    The order matters: an empty layer is replaced by an empty quantised one, weights quantise when
+    they arrive, and adapters are put around layers that have their weights. `quantization` is
+    "nf4" or "none", `dtype` is "bf16" or "fp32".
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -118,32 +120,32 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Their keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, rows = pack(prompts, prefix, device, room=max_new_tokens)
-    first_logits = model(ids, rows, last=1)
+    ids, packed = pack(prompts, prefix, device, room=max_new_tokens)
+    first_logits = model(ids, packed, last=1)
 
     completions = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # the prompt of each row that is still in the batch
+    active = list(range(len(prompts)))  # the prompt's number of each row still in the batch
     logits = first_logits
     while True:
         # 2. Choose the likeliest next token of each row.
         chosen = logits[:, :vocab_size].argmax(dim=-1).tolist()
-        for prompt, token in zip(active, chosen):
-            completions[prompt].append(token)
+        for number, token in zip(active, chosen):
+            completions[number].append(token)
 
         # 3. Keep the rows that are not finished.
         going_on = [
             place
-            for place, prompt in enumerate(active)
-            if len(completions[prompt]) < max_new_tokens and not is_finished(completions[prompt])
+            for place, number in enumerate(active)
+            if len(completions[number]) < max_new_tokens and not is_finished(completions[number])
         ]
         if not going_on:
             return completions, first_logits
         active = [active[place] for place in going_on]
 
         # 4. Run the new token of each through the model.
-        rows = rows.advance(going_on)
-        newest = torch.tensor([completions[prompt][-1] for prompt in active], device=device)
-        logits = model(newest, rows)
+        packed = packed.advance(going_on)
+        newest = torch.tensor([completions[number][-1] for number in active], device=device)
+        logits = model(newest, packed)
 
 
 def complete(
@@ -175,8 +177,8 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, rows = pack(prompts, prefix, model.lm_head.weight.device)
-    logits = model(ids, rows, last=1)
+    ids, packed = pack(prompts, prefix, model.lm_head.weight.device)
+    logits = model(ids, packed, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(logits, answers)
@@ -186,24 +188,25 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
 def answer_shares(logits: Tensor, answers: list[int]) -> list[list[float]]:
     """Returns the softmax of logits (B, vocabulary) over the three answers alone.
 
-    Six digits are kept: fp32 knows no more, and a reader of the file wants no more.
+    Six digits are kept: a reader of the file wants no more.
     """
     shares = logits[:, answers].float().softmax(dim=-1)
     return [[float(f"{share:.6g}") for share in row] for row in shares.tolist()]
 
 
 def evaluate(
-    model: phi2.Phi2, tokenizer: Tokenizer, rows, protocol: Protocol, title: str = "evaluating"
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs, protocol: Protocol, title: str = "evaluating"
 ) -> tuple[dict, list[dict]]:
-    """Returns the statistics of a split, and a prediction for each of its rows in their order.
+    """Returns the statistics of a split's pairs, and a prediction for each of them, in their order.
 
     Dropout is off meanwhile. Of several ranks each answers its share, and all return all answers.
-    An answer depends on its prompt alone: in fp32 to the last bits of its scores. In bf16 a batch
-    of another size rounds differently, so two answers that are nearly even may change places.
+    An answer depends on its prompt alone; a batch of another size only rounds differently. In fp32
+    that changes the last digits of the scores. In bf16 it may turn two answers that are nearly
+    even.
     """
     was_training = model.training
     model.eval()
-    prompts = [data.encode(row, tokenizer, protocol.max_length)[0] for row in rows]
+    prompts = [data.encode(pair, tokenizer, protocol.max_length)[0] for pair in pairs]
     # Sorted, so that the rows of a batch are of similar length. The longest first, so that a batch
     # that is too large for the memory shows at once, and not after an hour.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -227,17 +230,20 @@ def evaluate(
     # Of all ranks, back in the order of the rows.
     answer_of = dict(itertools.chain.from_iterable(ranks.gather(answers)))
     predictions = [
-        describe(row, number, len(prompts[number])) | answer_of[number]
-        for number, row in enumerate(rows)
+        describe(pair, number, len(prompts[number])) | answer_of[number]
+        for number, pair in enumerate(pairs)
     ]
     return metrics.statistics(predictions), predictions
 
 
-def describe(row: dict, number: int, tokens: int) -> dict:
-    """Returns what predictions_SPLIT.jsonl says about a row, besides the answer."""
-    # The dataset's own idx comes before our number.
-    known = {key: row[key] for key in ("idx", "genre", "label") if key in row}
-    return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**row)}
+def describe(pair: dict, number: int, tokens: int) -> dict:
+    """Returns what predictions_SPLIT.jsonl says about a pair, besides the answer.
+
+    `prompt` is the whole text, `tokens` what the model has read of it.
+    """
+    # Where the dataset has an idx of its own, it takes the place of our number.
+    known = {key: pair[key] for key in ("idx", "genre", "label") if key in pair}
+    return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
 
 
 # -----------------------------------------------------------------------------
@@ -264,11 +270,9 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     if args.adapter:
         here = None if args.force else fingerprint_of(args, directory, tokenizer)
         config = lora.load_adapter(model, args.adapter, here)
-        adapted = len(lora.lora_parameters(model)) // 2
-        print(
-            f"{args.adapter}: rank {config.rank}, {adapted}/{adapted} modules adapted", file=output
-        )
-    return model.eval(), tokenizer
+        adapted = len(lora.lora_parameters(model)) // 2  # an A and a B for each
+        print(f"{args.adapter}: rank {config.rank}, {adapted} layers adapted", file=output)
+    return model, tokenizer
 
 
 def answer_pair(args: argparse.Namespace) -> None:
@@ -336,6 +340,7 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             args.out.mkdir(parents=True, exist_ok=True)
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
+    # Of several ranks the first alone prints: ranks.start has silenced the others.
     print(metrics.table(results))
     for name, statistics in results[stage].items():
         print(f"\n{name}\n{metrics.details(statistics)}")

@@ -5,20 +5,27 @@ First in the reading order. The paper is arXiv:2106.09685.
 Full fine-tuning of a weight W (out, in) needs a gradient as large as W, and optimiser state twice
 as large. LoRA freezes W and learns a correction of low rank beside it:
 
-                        W x  +  (alpha / rank) B A x
+                         W x  +  (alpha / rank) B A x
 
-                 +--------------+          +-----+
-                 |              |          |  B  |  (out, rank), starts at zero
-            x -> |      W       |     x -> +-----+
-                 |  (out, in)   |          |  A  |  (rank, in), starts random
-                 +--------------+          +-----+
-                      frozen               trained
+                                  (+)
+                                ^     ^
+                                |     |  * alpha / rank
+                 +--------------+     +-----+
+        frozen   |      W       |     |  B  |  (out, rank), starts at zero    trained
+                 |  (out, in)   |     +-----+
+                 |              |        ^
+                 |              |     +-----+
+                 |              |     |  A  |  (rank, in), starts random      trained
+                 +--------------+     +-----+
+                          ^              ^
+                          +------ x -----+
 
 B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on q_proj and
 v_proj, 2.6 million of 2.8 billion parameters are trained.
 
-`base_layer` may be any linear layer, a quantised one too: QLoRA is this file over quant.py.
-Modules and tensors carry PEFT's names, so the adapter file is a part of `state_dict()`.
+The layer that is wrapped may be any linear layer, a quantised one too: QLoRA is this file over
+quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of `state_dict()`,
+with PREFIX before each name.
 Left out: DoRA, rsLoRA, trained biases, adapters on embeddings. A file that uses them is refused.
 
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
@@ -45,13 +52,14 @@ class LoRAConfig:
 
     rank: the width of the bottleneck, and the rank of the learned correction. The paper's section
         7.2 finds that 1 to 8 is enough on q and v; parameters grow in proportion to it.
-    alpha: the correction is multiplied by alpha / rank (section 4.1), so that another rank does
-        not need another learning rate. Doubling alpha doubles the correction.
+    alpha: the correction is multiplied by alpha / rank (section 4.1). Divided by rank, so that
+        the learning rate may stay when the rank changes. Doubling alpha doubles the correction.
     dropout: the share of the adapter's inputs that is set to zero in training. The base always
         sees all of its input.
-    targets: which linear layers get an adapter: their names, the word "all-linear" (all but the
-        head), or a regular expression for the whole path. The paper adapts q and v (section 7.1);
-        QLoRA (arXiv:2305.14314, section 4) finds that all layers matter more than rank.
+    targets: which linear layers get an adapter: a tuple of names, or the word "all-linear" (all
+        but the head), or any other text as a regular expression for a whole path. The paper adapts
+        q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all layers
+        matters more than rank.
     """
 
     rank: int = 8
@@ -79,19 +87,19 @@ class LoRAConfig:
     def to_peft(self, base_model: str) -> dict:
         """Returns the content of adapter_config.json.
 
-        Few keys are written, because older versions of PEFT refuse keys that they do not know.
+        Only keys that PEFT has had for long: older versions refuse those that they do not know.
         """
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {
             "base_model_name_or_path": base_model,
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            # PEFT's own defaults are others, so these four must be in the file.
+            # Without these PEFT would take defaults of its own.
             "r": self.rank,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
-            # What this file does not implement is said to be off.
+            # The rest is what PEFT does without these keys, said for people who read the file.
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -107,8 +115,8 @@ class LoRAConfig:
     def from_peft(cls, raw: dict) -> "LoRAConfig":
         """Reads the content of adapter_config.json.
 
-        Raises ValueError for any option that would make another model of the adapter than the
-        one that was trained.
+        Raises ValueError for any option that changes what the adapter computes and is not
+        implemented here.
         """
         check_options(raw)
         # PEFT keeps the names as a set, so their order in the file has no meaning.
@@ -155,7 +163,8 @@ def check_options(raw: dict) -> None:
     initialisation = raw.get("init_lora_weights", True)
     if initialisation not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
-    # PEFT has more options than this file knows. One that is off changes nothing.
+    # PEFT has more options than this file knows. One that is off changes nothing. (0 == False, and
+    # a list cannot be looked up in a set.)
     for key, value in raw.items():
         is_off = value in (None, False, "none") or value in ({}, [])
         if key not in REQUIRED and key not in HARMLESS and not is_off:
@@ -165,12 +174,12 @@ def check_options(raw: dict) -> None:
 class LoRALinear(nn.Module):
     """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (..., in): (..., out).
 
-    A and B are fp32 whatever the base is, as in PEFT: a step of AdamW at 2e-4 is smaller than
-    what bf16 can add to a weight.
+    A and B are fp32 whatever the base is, as in PEFT. bf16 has 8 bits, so the small steps at the
+    end of a training would be rounded away.
 
-    Backward: with u = A x and the gradient g (..., out) of the output, B's gradient is
-    scale g^T u, A's is scale (g B)^T x, and the gradient of x is g W + scale g B A. W itself
-    needs none, so nothing but x (for A) and u (for B) is stored for the backward pass.
+    Backward, for x (N, in), u = x A^T (N, rank), scale = alpha / rank, the gradient g (N, out) of
+    the output, and dropout off: B's gradient is scale g^T u, A's is scale (g B)^T x, and that of x
+    is g W + scale g B A. W has none. Stored for it are x in fp32 (for A) and u (for B).
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -178,15 +187,15 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        # PEFT draws from the random generator in the same order and on the CPU: twice in the
-        # constructors, then once more for A. So one seed gives the same adapter in both.
+        # The order of draws from the CPU's generator is PEFT's: one in each of the constructors,
+        # then a second one for A. So one seed gives the same adapter here and there.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # within 1 / sqrt(in)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
         device = base_layer.weight.device
@@ -256,7 +265,7 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of all linear layers, quantised ones included."""
+    """Returns the paths of all linear layers. A quantised one is known by its sizes."""
     return [path for path, module in model.named_modules() if hasattr(module, "in_features")]
 
 
@@ -274,6 +283,11 @@ def matches_pattern(path: str, pattern: str) -> bool:
 
 def describe_missing_target(target: str, linears: list[str]) -> str:
     names = sorted({path.rpartition(".")[2] for path in linears})
+    if target in [*names, "all-linear"]:
+        return (
+            f"target {target!r} alone is a pattern for a whole path, and matches none; "
+            f"for the layers of this name pass a tuple, ({target!r},)"
+        )
     # A cutoff of 0 always finds one, and a typing error is mostly near its word.
     (nearest,) = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
     return (
@@ -283,7 +297,7 @@ def describe_missing_target(target: str, linears: list[str]) -> str:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns all that is trained, by path.
+    """Returns all that is trained, by the parameter's name.
 
     `...q_proj.lora_A.weight` is (rank, in), `...q_proj.lora_B.weight` is (out, rank).
     """
@@ -351,7 +365,8 @@ def load_adapter(
 
     Raises ValueError where PEFT would continue with a model that is not the trained one: a tensor
     is missing, unknown or of another shape; every B is zero; adapter_config.json has an option
-    that is not implemented here; the adapter was saved with another `fingerprint`.
+    that is not implemented here; the adapter was saved with another `fingerprint`. The model must
+    not be used after that: it may be wrapped already. Numbers of any dtype become fp32.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
@@ -359,8 +374,8 @@ def load_adapter(
     tensors, metadata = read_adapter_tensors(file)
     # A file of PEFT has no fingerprint: then there is nothing to compare.
     for name, here in (fingerprint or {}).items():
-        there = metadata.get(name, here)
-        if there != here:
+        there = metadata.get(name)
+        if there is not None and there != here:
             raise ValueError(
                 f"{directory} was trained with another {name.replace('_', ' ')} "
                 f"({there}, here {here}); --force uses it all the same"
@@ -406,6 +421,7 @@ def read_adapter_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]
 
 def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> None:
     for key, tensor in tensors.items():
+        # [:1], because a damaged file may hold a single number here, which has no shape[0].
         if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
             raise ValueError(
                 f"{file}: {key} has shape {tuple(tensor.shape)}, "
@@ -416,7 +432,7 @@ def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> N
 def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
-    """Raises ValueError unless the file's tensors are trained ones for exactly these parameters."""
+    """Raises ValueError unless the file has exactly these names and shapes, and was trained."""
     # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
     check_keys("lacks", parameters.keys() - tensors.keys(), file)
     check_keys("holds unknown", tensors.keys() - parameters.keys(), file)

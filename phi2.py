@@ -5,15 +5,15 @@ Third in the reading order. The module names are those of transformers' `PhiForC
 phi-1.5 differ only in config.json. Left out: long-context rotary scaling, grouped-query attention
 (no phi has it), and the checkpoint layouts of 2023.
 
-A transformer works token by token; in attention alone do tokens look at one another. So the model
-runs on flat tokens, (N, width), and everything about rows lies in one object, `PackedRows`, which
+A transformer treats each token by itself; only attention lets tokens look at one another. So the
+model runs on flat tokens, (N, C), and everything about rows is in one object, `PackedRows`, which
 knows where each token stands and which tokens it sees. The first half of this file can be read
-without it: think of one row, for which `rows.attend` is softmax(q k^T / sqrt(D)) v under a causal
-mask, and `rows.asking(x)` is x.
+without it: think of one row, for which `packed.attend` is softmax(q k^T / sqrt(D)) v under a
+causal mask, and `packed.select_asking(x)` is x.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
-    logits = model(torch.tensor(ids))                   # one row; (N, vocabulary)
+    logits = model.eval()(torch.tensor(ids, device="cuda"))         # one row: (N, vocabulary)
 """
 
 import copy
@@ -34,13 +34,16 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 from tqdm import tqdm
 
 
 @dataclass
 class Phi2Config:
-    """The fields of config.json that matter, under Hugging Face's names, with phi-2's values."""
+    """The fields of config.json that matter, under Hugging Face's names, with phi-2's values.
+
+    What a config.json leaves out is in ABSENT below: there transformers' values hold, not these.
+    """
 
     vocab_size: int = 51200
     hidden_size: int = 2560
@@ -54,7 +57,7 @@ class Phi2Config:
 
 
 # -----------------------------------------------------------------------------
-# The model. N tokens, width C, H heads of D = C / H dimensions
+# The model. N tokens of C = hidden_size numbers each, in H heads of D = C / H dimensions
 
 
 def rotary_tables(
@@ -87,30 +90,30 @@ class Attention(nn.Module):
 
     def __init__(self, config: Phi2Config, layer: int):
         super().__init__()
-        width = config.hidden_size
-        self.layer = layer
+        size = config.hidden_size
+        self.layer = layer  # its number, under which PackedRows keeps keys and values
         self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.dense = nn.Linear(width, width)
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size)
+        self.v_proj = nn.Linear(size, size)
+        self.dense = nn.Linear(size, size)
 
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, rows: "PackedRows") -> Tensor:
-        # Every token gives a key and a value. A query comes from the tokens that ask: all of them,
-        # but in the last block only those whose logits are wanted.
-        q = self.split_heads(self.q_proj(rows.asking(h)))
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, packed: "PackedRows") -> Tensor:
+        # Every token gives a key and a value. Only those whose output is wanted have a query: all
+        # of them, but in the last block.
+        q = self.split_heads(self.q_proj(packed.select_asking(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # Turned by their positions, q and k agree as their distance says.
-        q = rotate(q, rows.asking(cos), rows.asking(sin))
+        # Turned by its position each, the product of q and k depends on their distance alone.
+        q = rotate(q, packed.select_asking(cos), packed.select_asking(sin))
         k = rotate(k, cos, sin)
 
         # The one place where tokens see one another.
-        attended = rows.attend(self.layer, q, k, v)
+        attended = packed.attend(self.layer, q, k, v)
         return self.dense(attended.flatten(1))  # (N, H, D) -> (N, C)
 
 
@@ -136,11 +139,11 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, rows: "PackedRows") -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: "PackedRows") -> Tensor:
         h = self.input_layernorm(x)
-        attended = self.resid_dropout(self.self_attn(h, cos, sin, rows))
-        x = rows.asking(x)
-        h = rows.asking(h)
+        attended = self.resid_dropout(self.self_attn(h, cos, sin, packed))
+        x = packed.select_asking(x)
+        h = packed.select_asking(h)
         # In bf16 the last bit depends on the order of this sum. It is transformers'.
         return attended + self.resid_dropout(self.mlp(h)) + x
 
@@ -151,8 +154,8 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # With checkpointing the backward pass stores each block's input alone, and computes the
-        # block a second time.
+        # With checkpointing the forward pass stores each block's input alone, and the backward
+        # pass runs the block again.
         self.checkpointing = False
         # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -161,19 +164,22 @@ class PhiModel(nn.Module):
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, rows: "PackedRows", last: int | None = None) -> Tensor:
-        """Returns the hidden states (N, C) of ids (N,), or those of each row's `last` tokens."""
+    def forward(self, ids: Tensor, packed: "PackedRows", last: int | None = None) -> Tensor:
+        """Returns the hidden states (N, C) of ids (N,).
+
+        With `last` only those of the last tokens of each row, `last` for each: (B * last, C).
+        """
         # No position is added to x. Attention turns q and k instead.
         x = self.embed_tokens(ids)
-        cos, sin = rotary_tables(self.config, rows.positions, x.dtype)
+        cos, sin = rotary_tables(self.config, packed.positions, x.dtype)
         for block in self.layers:
             # In the last block only some tokens are wanted. The others give keys and values.
             if last is not None and block is self.layers[-1]:
-                rows = rows.only_last(last)
+                packed = packed.only_last(last)
             if self.checkpointing and torch.is_grad_enabled():
-                x = recompute(block, x, cos, sin, rows, use_reentrant=False)
+                x = recompute(block, x, cos, sin, packed, use_reentrant=False)
             else:
-                x = block(x, cos, sin, rows)
+                x = block(x, cos, sin, packed)
         return self.final_layernorm(x)
 
 
@@ -187,27 +193,24 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, rows: "PackedRows | None" = None, last: int | None = None
+        self, ids: Tensor, packed: "PackedRows | None" = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
-        Without `rows` the ids are one row. With `last` only the last tokens of each row have
-        logits, `last` for each row: (rows * last, vocabulary).
+        Without `packed` the ids are one row. With `last` only the last tokens of each row have
+        logits, `last` for each: (B * last, vocabulary).
         """
-        if rows is None:
-            rows = PackedRows([len(ids)], device=ids.device)
-        return self.lm_head(self.model(ids, rows, last))
+        if packed is None:
+            packed = PackedRows([len(ids)], device=ids.device)
+        return self.lm_head(self.model(ids, packed, last))
 
 
 # -----------------------------------------------------------------------------
 # What makes it fast: rows without padding, a shared prefix, a cache for generation
 
 
-GROUP = 32  # rows that attention takes at once on a CPU
-
-
 class Grid:
-    """Places for rows of different lengths side by side: (N, ...) <-> (B, width, ...).
+    """Places for rows of different lengths side by side: (N, H, D) <-> (B, H, width, D).
 
     Row b fills the first lengths[b] places of line b. The places behind it hold zeros.
     """
@@ -216,8 +219,8 @@ class Grid:
         self.shape = (len(lengths), width)
         self.is_full = all(length == width for length in lengths)
         # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
-        held = torch.arange(width) < torch.tensor(lengths)[:, None]
-        self.places = held.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
+        is_filled = torch.arange(width) < torch.tensor(lengths)[:, None]
+        self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
 
     def spread(self, x: Tensor) -> Tensor:
         """(N, H, D) -> (B, H, width, D)."""
@@ -235,56 +238,83 @@ class Grid:
 class PackedRows:
     """Where the tokens of a flat batch stand, and which tokens each of them sees.
 
-    The N tokens of a call are a prefix that all rows share (it may be empty), then row after row,
-    `lengths` tokens each, without padding:
+    The N tokens of a call are a prefix that all B rows share (it may be empty), then row after row,
+    `lengths` tokens each, without padding. A prefix of two tokens and rows of two and one:
 
-        prefix prefix prefix | row 0 row 0 | row 1 row 1 row 1 | row 2
+               P0 P1 a0 a1 b0
+        P0      x                        a token sees the prefix and its own row, up to and
+        P1      x  x                     including itself; the prefix sees no row, and no row
+        a0      x  x  x                  sees another
+        a1      x  x  x  x
+        b0      x  x        x
 
-    A token sees the prefix, and its own row up to itself. A token of the prefix sees the prefix up
-    to itself. So the prefix runs through the model once for all rows, and gradients flow into it
-    from every row.
+    So the prefix runs through the model once for all rows. Its keys and values are what each row
+    would have computed for itself, and the gradients that reach them are the sum over the rows:
+    without dropout the result is that of whole prompts. (With dropout all rows share the mask that
+    is drawn on the prefix.)
+
+    A token *asks* when its output is wanted: it has a query. All tokens ask, but in the last block
+    only those whose logits are wanted; the others give keys and values alone.
 
     Only for attention are the rows spread into a grid (B, longest). Nobody sees the empty places
     behind a short row, because they come after all of its tokens.
 
     For generation, `room` is the number of tokens that may be added to each row. The keys and
     values of all layers are then kept, and `advance` goes on to the next token.
+
+    Attributes:
+        positions: (N,) the position of each token in its own text, for the rotary tables.
+        filled: tokens of each row so far, those of earlier calls included.
+        width: places for keys and values in each row, longest + room.
+        key_grid: spreads the rows' keys and values over (B, width).
+        query_grid: spreads the rows' asking tokens over (B, longest of them).
+        mask: (B or 1, 1, asking tokens of a row, prefix_length + width), 0 where a query sees a
+            key and -inf where not.
+        prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
+        prefix_asks: whether its tokens ask.
+        asking_tokens: (A,) indices into the N tokens; None where all ask.
+        cache: by layer, what was kept where there is room.
+        lines, columns: (B,) where the new token of each row is written into the cache.
     """
 
     def __init__(
-        self, lengths: list[int], prefix: int = 0, device: str | torch.device = "cpu", room: int = 0
+        self,
+        lengths: list[int],
+        prefix_length: int = 0,
+        device: str | torch.device = "cpu",
+        room: int = 0,
     ):
         device = torch.device(device)
         longest = max(lengths)
         columns = torch.cat([torch.arange(length) for length in lengths])
-        positions = torch.cat((torch.arange(prefix), prefix + columns))
+        positions = torch.cat((torch.arange(prefix_length), prefix_length + columns))
 
-        self.prefix = prefix
-        self.room = room
         self.lengths = lengths
-        self.filled = lengths  # tokens of each row so far, in this call and earlier ones
-        self.width = longest + room  # places for keys and values in each row
-        self.positions = positions.to(device, non_blocking=True)  # (N,)
-        self.keys = Grid(lengths, self.width, device)
-        self.queries = Grid(lengths, longest, device)
+        self.prefix_length = prefix_length
+        self.room = room
+        self.positions = positions.to(device, non_blocking=True)
+        self.filled = lengths
+        self.width = longest + room
+        self.key_grid = Grid(lengths, self.width, device)
+        self.query_grid = Grid(lengths, longest, device)
+        # Every row has the same columns, so one mask serves all.
         self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
-        self.prefix_is_new = prefix > 0  # the prefix is among the N tokens of this call
-        self.prefix_asks = prefix > 0
-        self.asking_tokens = None  # (A,) indices into the N tokens; None: all
-        self.cache = {}  # layer: KeysAndValues, where there is room
+        self.prefix_is_new = prefix_length > 0
+        self.prefix_asks = prefix_length > 0
+        self.asking_tokens = None
+        self.cache = {}
+        self.lines = None
+        self.columns = None
 
     def causal_mask(self, columns: Tensor) -> Tensor:
-        """Returns the mask of queries at these columns (B or 1, A) of their rows.
-
-        It is (B or 1, 1, A, prefix + width), 0 where a query sees a key and -inf where not.
-        """
+        """Returns the mask of queries at these columns (B or 1, A) of their rows."""
         key_columns = torch.arange(self.width, device=columns.device)
         is_later = key_columns > columns[:, None, :, None]
         mask = torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
-        return F.pad(mask, (self.prefix, 0))  # everybody sees the whole prefix
+        return F.pad(mask, (self.prefix_length, 0))  # everybody sees the whole prefix
 
-    def asking(self, x: Tensor) -> Tensor:
-        """Returns x (N, ...) for the tokens whose output is wanted: all, but in the last block."""
+    def select_asking(self, x: Tensor) -> Tensor:
+        """Returns x (N, ...) of the tokens that ask, (A, ...)."""
         if self.asking_tokens is None:
             return x
         return x.index_select(0, self.asking_tokens)
@@ -294,51 +324,50 @@ class PackedRows:
         if min(self.lengths) < count:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
+        steps_back = torch.arange(-count, 0)
+        columns = torch.tensor(self.lengths)[:, None] + steps_back  # (B, count), of their rows
         ends = torch.tensor(self.lengths).cumsum(0)
         if self.prefix_is_new:
-            ends += self.prefix
-        steps_back = torch.arange(-count, 0)
-        columns = torch.tensor(self.lengths)[:, None] + steps_back  # (B, count)
+            ends += self.prefix_length
+        tokens = (ends[:, None] + steps_back).flatten()  # among the N
 
-        last = copy.copy(self)
-        last.asking_tokens = (ends[:, None] + steps_back).flatten().to(device, non_blocking=True)
-        last.queries = Grid([count] * len(self.lengths), count, device)
-        last.mask = self.causal_mask(columns.to(device, non_blocking=True))
-        last.prefix_asks = False
-        return last
+        narrowed = copy.copy(self)
+        narrowed.asking_tokens = tokens.to(device, non_blocking=True)
+        narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
+        narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
+        narrowed.prefix_asks = False
+        return narrowed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) v over the tokens that each asking token sees.
 
-        k and v are (N, H, D); q and the result are (A, H, D), for the A tokens that ask.
+        k and v are (N, H, D); q and the result are (A, H, D).
         """
         # The N tokens are the prefix, then the rows. After the first call of a generation the
         # prefix is in the cache, and the N tokens are those of the rows alone.
-        prefix_q, q = self.cut(q, self.prefix_asks)
-        prefix_k, k = self.cut(k, self.prefix_is_new)
-        prefix_v, v = self.cut(v, self.prefix_is_new)
-        known = self.remember(layer, prefix_k, prefix_v, k, v)
+        prefix_q, q = self.split_prefix(q, self.prefix_asks)
+        prefix_k, k = self.split_prefix(k, self.prefix_is_new)
+        prefix_v, v = self.split_prefix(v, self.prefix_is_new)
+        known = self.all_known(layer, prefix_k, prefix_v, k, v)
 
-        # The rows ask for the prefix and their own tokens; the prefix asks for itself alone.
-        q = self.queries.spread(q)
+        # The rows look at the prefix and at their own tokens, the prefix at itself alone.
+        q = self.query_grid.spread(q)
         if q.device.type == "cpu" and len(q) > GROUP:
             y = attention_in_groups(q, known, self.mask, self.filled)
         else:
             y = attention(q, known, self.mask)
-        y = self.queries.collect(y)
+        y = self.query_grid.collect(y)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
 
-    def cut(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
-        """Cuts x (N, H, D) into that of the prefix and that of the rows."""
+    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
+        """Splits x (N or A, H, D) into that of the prefix and that of the rows."""
         if not has_prefix:
             return None, x
-        return x.split((self.prefix, len(x) - self.prefix))
+        return x.split((self.prefix_length, len(x) - self.prefix_length))
 
-    # ---- Generation
-
-    def remember(
+    def all_known(
         self, layer: int, prefix_k: Tensor | None, prefix_v: Tensor | None, k: Tensor, v: Tensor
     ) -> "KeysAndValues":
         """Returns the keys and values that the tokens of this call may see in a layer.
@@ -351,28 +380,30 @@ class PackedRows:
             known.k[self.lines, :, self.columns] = k
             known.v[self.lines, :, self.columns] = v
             return known
-        known = KeysAndValues(self.keys.spread(k), self.keys.spread(v), prefix_k, prefix_v)
+        known = KeysAndValues(self.key_grid.spread(k), self.key_grid.spread(v), prefix_k, prefix_v)
         if self.room:
             self.cache[layer] = known
         return known
 
     def advance(self, going_on: list[int]) -> "PackedRows":
-        """Returns the rows at the indices `going_on` for the model's next call.
+        """Returns the rows at the indices `going_on` for the model's next call, in generation.
 
         That call takes one new token for each of them, and not the prefix. It writes into the
         cache, so this object must not be used again.
         """
         device = self.positions.device
         columns = [self.filled[row] for row in going_on]  # the first empty place of each row
-        following = PackedRows([1] * len(going_on), device=device)
-        following.prefix = self.prefix
-        following.width = self.width
+
+        following = copy.copy(self)
+        following.lengths = [1] * len(going_on)
         following.filled = [column + 1 for column in columns]
         following.lines = torch.arange(len(going_on), device=device)
         following.columns = torch.tensor(columns, device=device)
-        following.positions = self.prefix + following.columns
-        following.mask = following.causal_mask(following.columns[:, None])
-        following.cache = self.cache
+        following.positions = self.prefix_length + following.columns
+        following.query_grid = Grid(following.lengths, 1, device)
+        following.mask = self.causal_mask(following.columns[:, None])
+        following.prefix_is_new = False
+        following.prefix_asks = False
         if len(going_on) < len(self.filled):
             kept = torch.tensor(going_on, device=device)
             following.cache = {layer: known.select(kept) for layer, known in self.cache.items()}
@@ -381,10 +412,10 @@ class PackedRows:
 
 @dataclass
 class KeysAndValues:
-    """What the tokens of B rows may see in one layer.
+    """The keys and values of B rows in one layer.
 
-    k and v (B, H, S, D) are the rows' own; prefix_k and prefix_v (P, H, D) stand before each row's
-    own, and are None where there is no prefix.
+    k and v (B, H, S, D) are the rows' own, with empty places that the mask hides; prefix_k and
+    prefix_v (P, H, D) stand before each row's own, and are None where there is no prefix.
     """
 
     k: Tensor
@@ -393,9 +424,10 @@ class KeysAndValues:
     prefix_v: Tensor | None
 
     def select(self, rows: Tensor) -> "KeysAndValues":
+        """Returns those of some rows, copied."""
         return KeysAndValues(self.k[rows], self.v[rows], self.prefix_k, self.prefix_v)
 
-    def cut(self, rows: slice, width: int) -> "KeysAndValues":
+    def narrow(self, rows: slice, width: int) -> "KeysAndValues":
         """Returns the first `width` places of some rows, not copied."""
         k = self.k[rows, :, :width]
         v = self.v[rows, :, :width]
@@ -410,19 +442,23 @@ def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     k = known.k
     v = known.v
     if known.prefix_k is not None:
+        # A copy for each row: small beside the scores, (A, P + S) for each head.
         k = torch.cat((for_each_row(known.prefix_k, len(q)), k), dim=2)
         v = torch.cat((for_each_row(known.prefix_v, len(q)), v), dim=2)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
-    # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these three
-    # products. The scores are in fp32, as within the kernel.
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
-    weights = scores.add_(mask).softmax(dim=-1)
+    # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these two
+    # products and a softmax. The scores are in fp32, as within the kernel.
+    attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
+    weights = attention_scores.add_(mask).softmax(dim=-1)
     return weights.to(v.dtype) @ v
 
 
+GROUP = 32  # rows that attention takes at once on a CPU
+
+
 def attention_in_groups(
-    q: Tensor, known: KeysAndValues, mask: Tensor, lengths: list[int]
+    q: Tensor, known: KeysAndValues, mask: Tensor, filled: list[int]
 ) -> Tensor:
     """Returns what `attention` does, from a few rows at a time.
 
@@ -430,24 +466,29 @@ def attention_in_groups(
     length, as in training and evaluation, most of the padding is gone, and a group's scores fit
     into the cache of a CPU.
     """
+    prefix_length = mask.shape[-1] - known.k.shape[2]
     parts = []
     for start in range(0, len(q), GROUP):
         rows = slice(start, start + GROUP)
-        width = max(lengths[rows])
+        width = max(filled[rows])
         asking = min(width, q.shape[2])
-        visible = mask[rows] if len(mask) > 1 else mask  # one mask may serve all rows
-        visible = visible[:, :, :asking, : mask.shape[-1] - known.k.shape[2] + width]
-        part = attention(q[rows, :, :asking], known.cut(rows, width), visible)
+        group_mask = mask[rows] if len(mask) > 1 else mask  # one mask may serve all rows
+        group_mask = group_mask[:, :, :asking, : prefix_length + width]
+        part = attention(q[rows, :, :asking], known.narrow(rows, width), group_mask)
         parts.append(F.pad(part, (0, 0, 0, q.shape[2] - asking)))
     return torch.cat(parts)
 
 
-def for_each_row(x: Tensor, rows: int) -> Tensor:
-    return x.transpose(0, 1).expand(rows, -1, -1, -1)  # (P, H, D) -> (B, H, P, D), not copied
+def for_each_row(x: Tensor, count: int) -> Tensor:
+    """(P, H, D) -> (B, H, P, D), the same for each of `count` rows."""
+    return x.transpose(0, 1).expand(count, -1, -1, -1)
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns causal attention of the prefix on itself, (P, H, D)."""
+    """Returns causal attention of the prefix on itself, (P, H, D).
+
+    There is one prefix, so even on a CPU torch's kernel costs little here.
+    """
     q = q.transpose(0, 1)[None]  # (1, H, P, D)
     k = k.transpose(0, 1)[None]
     v = v.transpose(0, 1)[None]
@@ -508,13 +549,18 @@ def load_weights(
                 f"config.json asks for {tuple(expected[key].shape)}"
             )
         tensor = tensor.to(device).to(dtype)  # in this order, so that a GPU converts
-        # NaN would be both, infinity one of them. Unlike isfinite() this makes no copy.
+        # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
+        # tensor.isfinite() this makes no tensor of the same size.
         low, high = tensor.aminmax()
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         path, _, leaf = key.rpartition(".")
+        # strict=False, because each tensor comes alone. Then a name that the module does not know
+        # would be left out in silence.
         module = model.get_submodule(path)
-        module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        result = module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        if result.unexpected_keys:
+            raise ValueError(f"{path} takes no {leaf}: load the weights before lora.inject")
         missing.discard(key)
     if missing:
         raise ValueError(
@@ -658,7 +704,7 @@ def number(value: object, kind: type, place: str) -> int | float:
         return value
     if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
         return float(value)
-    raise ValueError(f"{place} = {value!r} cannot be")
+    raise ValueError(f"{place} = {value!r} cannot be a number of a model")
 
 
 def check_sizes(config: Phi2Config, path: Path) -> None:

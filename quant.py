@@ -8,11 +8,11 @@ A weight is cut into blocks of 64 consecutive values. Each block keeps its large
     w  =  LEVELS[index] * absmax[block]         4 bits + 32 / 64 bits = 4.5 bits a weight
 
 Weights of a trained network are roughly normal, so the levels are quantiles of a normal
-distribution: each of the 16 is used about equally often. Double quantisation stores absmax itself
-in 8 bits, which makes it 4.13 bits a weight.
+distribution: they lie close where weights are many. Double quantisation stores absmax itself in 8
+bits, which makes it 4.13 bits a weight.
 
-`quantize` and `dequantize` below are all of NF4 in plain torch. The layers use bitsandbytes'
-kernels, which give the same bits and are faster.
+`quantize` and `dequantize` below are all of NF4 in plain torch, for reading and testing. The layers
+do the same with bitsandbytes' kernels, which are faster (tests/test_quant.py: the same bits).
 Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode;
 8-bit weights; fp4.
 
@@ -52,6 +52,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     scaled = blocks / nonzero[:, None]  # now within [-1, 1]
 
     # The nearest level is found by the borders between levels: there are 15.
+    # A value on a border goes to the lower level.
     borders = (LEVELS[1:] + LEVELS[:-1]) / 2
     indices = torch.bucketize(scaled, borders.to(weight.device))
 
@@ -63,8 +64,8 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Returns the weight of this shape that the packed indices stand for."""
-    bytes_ = packed.flatten()
-    indices = torch.stack((bytes_ >> 4, bytes_ & 15), dim=1)
+    pairs = packed.flatten()
+    indices = torch.stack((pairs >> 4, pairs & 15), dim=1)  # the first in the high half
     levels = LEVELS.to(packed.device)[indices.long()]
     values = levels.reshape(-1, BLOCK) * absmax[:, None]
     return values.reshape(shape).to(dtype)
@@ -96,13 +97,17 @@ def nested_code(device: torch.device) -> Tensor:
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight (out_features, in_features) is held in NF4.
 
-    Buffers:
+    Buffers, with numel = in_features * out_features, all sizes rounded up:
         weight: (numel / 2, 1) uint8, two indices to a byte.
-        absmax: (numel / 64,) fp32; uint8 with `double_quant`.
-        nested_absmax, offset: with `double_quant` alone. They restore absmax.
+        absmax: (numel / 64,) fp32.
+    With `double_quant` absmax is (numel / 64,) uint8, and two more restore it, with a table `code`
+    of 256 levels: absmax = code[absmax] * nested_absmax[block of 256] + offset.
+        nested_absmax: (numel / 64 / 256,) fp32.
+        offset: () fp32.
 
-    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer computes
-    in the dtype in which that weight arrives, and its inputs must have this dtype too.
+    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer computes in
+    the dtype of that tensor, and its inputs must have this dtype too. The dtype is no part of the
+    state_dict: it is `torch.get_default_dtype()` where buffers are loaded instead.
     """
 
     def __init__(
@@ -134,7 +139,7 @@ class NF4Linear(nn.Module):
         return DequantizedLinear.apply(x, self)
 
     def dequantize(self) -> Tensor:
-        """Returns the weight (out_features, in_features) that the indices stand for."""
+        """Returns the weight (out_features, in_features), as `dequantize` above computes it."""
         if self.kept is not None:
             return self.kept
         absmax = self.absmax
@@ -154,12 +159,14 @@ class NF4Linear(nn.Module):
             if weight.shape != shape:
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
             self.dtype = weight.dtype
+            self.kept = None  # it belongs to the weight before
+            # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the buffers that hold this weight."""
+        """Returns the buffers that hold this weight, as `quantize` above computes them."""
         size = PIECE if weight.device.type == "cpu" else weight.numel()
         pieces = [
             kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
@@ -172,7 +179,8 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             absmax = buffers["absmax"]
             code = nested_code(absmax.device)
-            buffers["offset"] = absmax.mean()  # absmax is positive; around its mean it is not
+            # The table has levels of both signs. absmax is positive, but not around its mean.
+            buffers["offset"] = absmax.mean()
             buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
                 absmax - buffers["offset"], code, NESTED_BLOCK
             )
@@ -189,8 +197,8 @@ class DequantizedLinear(torch.autograd.Function):
     """Computes x W^T + b for x (..., in), with W in full only while it is used.
 
     Backward: the gradient of x is g W, for the gradient g (..., out) of the output. W is frozen, so
-    it has no gradient, which is why x itself need not be stored. W is dequantised a second time
-    rather than stored: in bf16 it is three and a half times as large as in NF4.
+    it has no gradient, and nor has b, which is why x need not be stored. W is dequantised a second
+    time rather than stored: in bf16 it is three and a half times as large as in NF4.
     """
 
     @staticmethod
@@ -214,14 +222,16 @@ def quantize_linears(
     """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
 
     A layer with weights is quantised; an empty one (on the meta device) stays empty until its
-    weight is loaded. The head is skipped, as transformers does: it is one layer, and it decides
-    between tokens.
+    weight is loaded. The head is skipped, as transformers does: it is one layer of many, and its
+    errors would go into the logits directly. To be called before lora.inject, whose A and B are
+    linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:
         has_bias = linear.bias is not None
-        with linear.weight.device:
+        with linear.weight.device:  # where the new buffers are made
             layer = NF4Linear(linear.in_features, linear.out_features, has_bias, double_quant)
+        layer.train(linear.training)
         if not linear.weight.is_meta:
             layer.load_state_dict(linear.state_dict(), strict=False, assign=True)
         return layer
@@ -238,6 +248,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
         linear.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
         if has_bias:
             linear.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        linear.train(layer.training)
         return linear
 
     return replace(model, NF4Linear, make)

@@ -1,6 +1,6 @@
 """LoRA fine-tuning on MNLI, from top to bottom. Last in the reading order.
 
-    python train.py --rank 8                                      # phi-2 with a GPU, else tiny/
+    python train.py --rank 8                    # phi-2 with a GPU, else the small model in tiny/
     python train.py --rank 16 --targets all-linear --steps 2000 --out out/wide
     python train.py --model ~/phi-2 --dataset ~/mnli --limit 2000 --eval-limit 500
     python train.py --resume out/wide                             # after Ctrl-C or a crash
@@ -66,13 +66,13 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over its targets.
 
-    The prefix that all rows share goes through the model once, and gradients flow into it from
-    every row. The head runs on the tokens that predict a target, and on no other.
+    The prefix that all rows share goes through the model once (phi2.PackedRows). The head runs on
+    the tokens that have a target, and on no other.
     """
     device = model.lm_head.weight.device
-    rows = phi2.PackedRows(batch.lengths, batch.prefix, device)
-    logits = model(batch.ids.to(device), rows, batch.last)
-    # In fp32: the sum of 51,200 exponentials needs more than the 8 bits of bf16.
+    packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
+    logits = model(batch.ids.to(device), packed, batch.last)
+    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
     return F.cross_entropy(logits.float(), batch.targets.to(device), reduction="sum")
 
 
@@ -84,29 +84,32 @@ def count_targets(encoded: list[tuple[list[int], list[int]]], loss: str) -> int:
     return answers + sum(len(prompt) - 1 for prompt, _ in encoded)
 
 
-def prefix_to_share(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
-    """Returns how many ids all rows share in a batch. The full loss has targets among them."""
+def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
+    """Returns how many ids the rows of a batch share. The full loss has targets among them."""
     if args.loss == "full" or not args.share_prefix:
         return 0
-    prefix, _, _ = data.fixed_ids(tokenizer)
-    return len(prefix)
+    prefix_ids, _, _ = data.fixed_ids(tokenizer)
+    return len(prefix_ids)
 
 
 def accumulate_gradients(
-    model: phi2.Phi2, encoded: list, prefix: int, args: argparse.Namespace
+    model: phi2.Phi2, encoded: list, prefix_length: int, args: argparse.Namespace
 ) -> tuple[Tensor, int]:
     """Runs this rank's rows of a step forward and backward, `batch_size` of them at a time.
 
-    Returns this rank's part of the loss, and how many ids the model has read. The loss is the mean
-    over all targets of the step, on all ranks, however the rows fall into batches: a mean of the
-    batches' means would give a target in a short batch more weight.
+    Returns this rank's part of the loss, and how many ids the model has read. Loss and gradients
+    of all ranks are then added up. The sum is the mean over all targets of the step, on all ranks,
+    however the rows fall into batches: a mean of the batches' means would give a target in a short
+    batch more weight. A rank may have no row in the last step of an epoch; its part is 0.
     """
     device = model.lm_head.weight.device
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
     loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
     tokens = 0
     for start in range(0, len(encoded), args.batch_size):
-        batch = data.collate(encoded[start : start + args.batch_size], prefix, args.loss)
+        batch = data.collate(
+            encoded[start : start + args.batch_size], prefix_length, args.loss
+        )
         part = batch_loss(model, batch) / targets
         part.backward()
         loss += part.detach()
@@ -127,10 +130,10 @@ def evaluate(
     """
     protocol = protocol_of(args)
     results = {}
-    for split, rows in splits.items():
+    for split, pairs in splits.items():
         title = f"{stage}, {split}"
-        results[split], predictions = evaluation.evaluate(model, tokenizer, rows, protocol, title)
-        results[split]["loss"] = validation_loss(model, tokenizer, rows, args)
+        results[split], predictions = evaluation.evaluate(model, tokenizer, pairs, protocol, title)
+        results[split]["loss"] = validation_loss(model, tokenizer, pairs, args)
         # Those of evaluations on the way would be many, and nobody reads them.
         if ranks.FIRST and stage == "baseline":
             files.write_lines(args.out / f"baseline_{split}.jsonl", predictions)
@@ -140,24 +143,25 @@ def evaluate(
 
 
 def protocol_of(args: argparse.Namespace) -> evaluation.Protocol:
+    # Its batch size is not that of training: without a backward pass a row needs little memory.
     return evaluation.Protocol(max_new_tokens=args.max_new_tokens, max_length=args.max_length)
 
 
 @torch.no_grad()
 def validation_loss(
-    model: phi2.Phi2, tokenizer: Tokenizer, rows, args: argparse.Namespace
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
 ) -> float:
     """Returns the mean loss over all targets of a split: the same function as in training."""
     was_training = model.training
     model.eval()
-    prefix = prefix_to_share(tokenizer, args)
-    encoded = [data.encode(row, tokenizer, args.max_length) for row in rows]
-    # Of one length together, for then attention has the least padding.
+    prefix_length = shared_prefix_length(tokenizer, args)
+    encoded = [data.encode(pair, tokenizer, args.max_length) for pair in pairs]
+    # Sorted by length, so that attention pads least.
     encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
     loss = 0.0
     for start in range(0, len(mine), args.batch_size):
-        batch = data.collate(mine[start : start + args.batch_size], prefix, args.loss)
+        batch = data.collate(mine[start : start + args.batch_size], prefix_length, args.loss)
         loss += batch_loss(model, batch).item()
     model.train(was_training)
     (total,) = ranks.total(model.lm_head.weight.device, loss)
@@ -183,7 +187,7 @@ def main() -> None:
     }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
-    prefix = prefix_to_share(tokenizer, args)
+    prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = phi2.read_config(directory).resid_pdrop
 
@@ -223,7 +227,8 @@ def main() -> None:
     # ---- The adapters: all that is trained --------------------------------------------------
     torch.manual_seed(args.seed)  # A is drawn first, as in PEFT
     adapted = lora.inject(model, adapter_config)
-    if not ranks.FIRST:  # the same adapter, another dropout
+    # All ranks have drawn the same A. From here on each draws a dropout of its own.
+    if not ranks.FIRST:
         torch.manual_seed(args.seed + ranks.RANK)
     adapter = lora.lora_parameters(model)
     parameters = list(adapter.values())
@@ -246,7 +251,7 @@ def main() -> None:
         saved.restore(adapter, optimizer, ranks.RANK, device)
         log.say(saved.state.describe_resumption(steps))
     else:
-        save()
+        save()  # step 0, so that whatever stops the run, it can be resumed
 
     # ---- Training ---------------------------------------------------------------------------
     model.train()
@@ -262,12 +267,12 @@ def main() -> None:
         encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
         cut = sum(data.is_cut(row, tokenizer, args.max_length) for row in mine)
 
-        # Forward, backward, and one sum over all ranks.
-        loss, tokens = accumulate_gradients(model, encoded, prefix, args)
+        # Forward and backward on each rank's rows, then one sum over all ranks.
+        loss, tokens = accumulate_gradients(model, encoded, prefix_length, args)
         ranks.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         loss, tokens, cut, stops = ranks.total(device, loss, tokens, cut, bool(stop))
-        if not math.isfinite(grad_norm):  # one such step would spoil every weight for good
+        if not math.isfinite(grad_norm):  # such a step would spoil every weight of the adapter
             numbers = sorted(row["row"] for row in rows)
             raise ValueError(
                 f"step {step + 1}: the loss is {loss:.4g}, the norm of its gradient "

@@ -104,7 +104,7 @@ def longest_rows(
     """Returns the `count` encoded rows with the most tokens: no batch of an epoch holds more."""
     characters = [
         len(premise) + len(hypothesis)
-        for premise, hypothesis in zip(rows["premise"], rows["hypothesis"])
+        for premise, hypothesis in zip(rows["premise"][:], rows["hypothesis"][:])
     ]
     by_characters = sorted(range(len(characters)), key=characters.__getitem__)
     candidates = by_characters[-(CANDIDATES + count) :]
@@ -194,7 +194,7 @@ def main() -> None:
     tokenizer = data.load_tokenizer(directory)
     rows = examples.load_examples(args.dataset, "train", args.limit)
     encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)
-    bytes_of = memory(directory, args, encoded, train.prefix_to_share(tokenizer, args))
+    bytes_of = memory(directory, args, encoded, train.shared_prefix_length(tokenizer, args))
 
     tokens = sum(len(prompt) + len(answer) for prompt, answer in encoded)
     print(

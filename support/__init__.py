@@ -1,1 +1,1 @@
-"""What makes a run survive the world: files, flags, ranks, reports. A reader may skip it."""
+"""What a run needs around its six files: safe writes, flags, ranks, reports."""

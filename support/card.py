@@ -1,7 +1,7 @@
-"""The model card of a run: a README.md as the Hub shows it, from the template card.md.jinja.
+"""The model card of a run: the README.md that the Hub shows, from card.md.jinja.
 
-A card is for others, so it holds no path of this machine: a model or a dataset that is a directory
-is named by the last part of its path alone.
+A card is for others, so it holds no path of this machine: a model or a dataset that is a
+directory is named by the last part of its path alone.
 """
 
 from pathlib import Path, PureWindowsPath
@@ -10,10 +10,13 @@ from support import files, metrics
 
 # What others may read of args.json. Everything else stays here: paths, devices, the commit.
 SETTINGS = (
+    # the adapter and its base
     "rank", "alpha", "dropout", "quant", "double_quant", "dtype",
+    # the optimiser: with these and the data others can train it again
     "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
     "warmup_steps", "max_length", "loss", "limit", "seed", "ranks",
 )  # fmt: skip
+# --dtype, and the attribute of torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
@@ -21,7 +24,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
     """Returns the text of a run's README.md.
 
     Args:
-        directory: the run, of which args.json, adapter_config.json and results.json are read
+        directory: the run; its args.json, adapter_config.json and results.json are read
         prompt: the template that the adapter was trained with, for the example on the card
         repo: owner/name on the Hub; without it the example loads "path/to/this/folder"
 
@@ -35,7 +38,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
     targets = config["target_modules"]  # a list of names, or one text such as "all-linear"
     if not isinstance(targets, str):
         targets = " ".join(targets)
-    settings = {name: args[name] for name in SETTINGS if is_set(args.get(name))}
+    settings = {key: args[key] for key in SETTINGS if is_set(args.get(key))}
     name = repo or directory.resolve().name
     return render(
         metadata=metadata(directory, args, config, results, name),
@@ -43,9 +46,11 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         config=config,
         targets=targets,
         base=base,
+        # A directory means nothing to others, so the example shows where theirs goes.
         base_path=base if is_on_hub(base, directory) else f"path/to/{base}",
         adapter_path=repo or "path/to/this/folder",
         dataset=args["dataset"],
+        # Results in 4 bits hold for a base in 4 bits only: the example loads it so.
         quantized=args["quant"] == "nf4",
         double_quantized=bool(args.get("double_quant")),
         dtype=DTYPES[args["dtype"]],
@@ -57,19 +62,23 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
 
 
 def render(**values) -> str:
+    """Returns the template with these values filled in."""
     import jinja2
 
     environment = jinja2.Environment(
+        # A line that holds only {% ... %} leaves no empty line: one would end a table.
         trim_blocks=True,
+        # jinja drops the last line break of a template otherwise.
         keep_trailing_newline=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
-    # HTML's escapes would be wrong in Markdown, so each value passes this filter in the template.
+    # HTML's escapes would be wrong in Markdown: in the template values pass this filter.
     environment.filters["plain"] = plain
     return environment.get_template("card.md.jinja").render(values)
 
 
 def write_card(directory: Path, prompt: str) -> None:
+    """Writes the card into the run's directory. Its example loads a folder."""
     with files.replacing(Path(directory) / "README.md") as temporary:
         temporary.write_text(card(directory, prompt), encoding="utf-8")
 
@@ -81,7 +90,7 @@ def write_card(directory: Path, prompt: str) -> None:
 def public_args(directory: Path) -> dict:
     """Returns of args.json the settings, the versions and the dataset's public name."""
     args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
-    public = {name: args[name] for name in SETTINGS if name in args}
+    public = {key: args[key] for key in SETTINGS if key in args}
     return public | {
         "dataset": public_name(args["dataset"], directory),
         "versions": args["versions"],
@@ -97,7 +106,7 @@ def public_config(directory: Path) -> dict:
 
 
 def read_results(directory: Path) -> dict:
-    """Returns results.json, or nothing for a run that has not come to its evaluation."""
+    """Returns results.json, or {} for a run that has not reached its last evaluation."""
     path = directory / "results.json"
     return files.read_json(path) if path.is_file() else {}
 
@@ -115,19 +124,21 @@ def public_name(name: str, directory: Path) -> str:
     """Returns a name on the Hub as it is, and the last part of a path."""
     if is_on_hub(name, directory):
         return name
-    # A Windows path may be separated by / as well as by \, so this reads the paths of any system.
+    # A Windows path may hold / as well as \, so this reads the paths of any system.
+    # A path such as / has no last part.
     return PureWindowsPath(name).name or "unnamed"
 
 
 def is_on_hub(name: str, directory: Path) -> bool:
-    """Returns whether a model or dataset is on the Hub: owner/name, and no directory is called so.
+    """Returns whether a name is one on the Hub: owner/name, and not a directory here.
 
-    "tiny/data" could be either. A run's files hold paths as they were typed, in most cases from a
-    directory above the run, so a directory of that name is looked for there too.
+    "tiny/data" could be either. A run's files hold paths as they were typed, in most cases
+    from a directory above the run, so a directory of that name is looked for there too.
     """
     if not is_repository(name):
         return False
-    return not any((folder / name).is_dir() for folder in (Path(), *directory.resolve().parents))
+    folders = (Path(), *directory.resolve().parents)
+    return not any((folder / name).is_dir() for folder in folders)
 
 
 def is_repository(name: str) -> bool:
@@ -139,11 +150,12 @@ def is_repository(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
+    # validate_repo_id also accepts a name without an owner, such as "gpt2".
     return name.count("/") == 1
 
 
 def is_set(value) -> bool:
-    """Returns whether a setting is worth a line: flags that are off are not, a seed of 0 is."""
+    """Returns whether a setting is worth a line: a flag that is off is not, seed 0 is."""
     return value is not None and value is not False
 
 
@@ -160,7 +172,7 @@ def plain(value) -> str:
 
 
 def metadata(directory: Path, args: dict, config: dict, results: dict, name: str) -> str:
-    """Returns the YAML at the head of a card, by which the Hub finds and lists the model."""
+    """Returns the YAML at the head of a card, by which the Hub lists the model."""
     from huggingface_hub import ModelCardData
 
     base = config["base_model_name_or_path"]
@@ -168,7 +180,8 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
     tags = ["lora", "nli"]
     if args["quant"] == "nf4":
         tags.append("qlora")
-    # What is None is left out.
+    # What is None is left out. The Hub makes links of base_model and datasets, so a
+    # directory is left out too.
     data = ModelCardData(
         language="en",
         base_model=base if is_on_hub(base, directory) else None,
@@ -189,11 +202,13 @@ def evaluations(dataset: str, results: dict, on_hub: bool) -> list:
 
     return [
         EvalResult(
+            # one of the Hub's own names for tasks
             task_type="text-classification",
             task_name="Natural language inference",
             dataset_type=dataset if on_hub else plain(dataset),
             dataset_name=plain(dataset),
-            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,  # GLUE is ten datasets
+            # GLUE holds several datasets, of which MNLI is one.
+            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
             dataset_split=plain(split),
             metric_type="accuracy",
             metric_value=result["accuracy"],

@@ -1,7 +1,7 @@
 """Files that are there whole or not at all, and JSON that people may have edited.
 
-A file is written under another name, flushed to the disk, and renamed. So whatever ends a run, a
-kill or a full disk, what it saved before is still there.
+A file is written under another name, flushed to the disk, and renamed. So whatever ends a
+run, a kill or a full disk, what it saved before is still there.
 """
 
 import json
@@ -16,6 +16,10 @@ from safetensors import SafetensorError
 UNFINISHED = ".unfinished"  # how a temporary name ends
 
 
+# -----------------------------------------------------------------------------
+# Writing
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path. On success it is flushed to the disk and renamed to `path`.
@@ -27,10 +31,12 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         flush(temporary)
+        # A rename within a directory is atomic: a reader sees the old file or the new.
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(failure(f"cannot write {path}", error)) from None
     finally:
+        # It is there still when anything was raised, a Ctrl-C too.
         temporary.unlink(missing_ok=True)
 
 
@@ -38,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def replacing_files(directory: Path) -> Iterator[Path]:
     """Yields a temporary folder. On success each file in it takes its place in `directory`.
 
-    All of them are on the disk before the first one is renamed, so a full disk changes none.
+    All of them are on the disk before the first one is renamed: a full disk changes none.
     Raises OSError, in one line, when one of them cannot be written.
     """
     directory = Path(directory)
@@ -48,7 +54,8 @@ def replacing_files(directory: Path) -> Iterator[Path]:
         yield folder
         paths = sorted(folder.iterdir())
         for path in paths:
-            # safetensors lets only the owner read its files; here the umask decides, as elsewhere.
+            # safetensors lets only the owner read its files. Here the umask decides, as for
+            # all others: the folder was made under it, and files are not executable.
             path.chmod(folder.stat().st_mode & 0o666)
             flush(path)
         for path in paths:
@@ -61,17 +68,20 @@ def replacing_files(directory: Path) -> Iterator[Path]:
 
 def temporary_path(path: Path) -> Path:
     """Returns a hidden path beside `path`, which no other process uses."""
+    # Beside it, because a rename cannot cross from one file system to another.
     return path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
 
 
 def flush(path: Path) -> None:
-    """Waits until a file's content is on the disk, because a rename may get there before it."""
+    """Waits until a file's content is on the disk: a rename may get there before it."""
+    # "+", because some systems flush only what is open for writing.
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def failure(what: str, error: Exception) -> str:
-    """Returns one line on a failed write. safetensors has errors of its own, without strerror."""
+    """Returns one line on a failed write."""
+    # strerror is the reason without the temporary name. safetensors' own errors have none.
     reason = getattr(error, "strerror", None) or error
     return f"{what}: {reason}; what was saved before is as it was"
 
@@ -90,11 +100,12 @@ def remove_unfinished(directory: Path) -> None:
 
 
 def read_json(path: Path) -> dict:
-    """Returns the object in a JSON file. Raises ValueError when the file holds anything else."""
+    """Returns the object in a JSON file. Raises ValueError when it holds anything else."""
     return parse_line(Path(path).read_bytes(), str(path))
 
 
 def write_json(path: Path, value) -> None:
+    """Writes a value as indented JSON, which people read and compare."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -109,23 +120,26 @@ def read_lines(path: Path) -> list[dict]:
         raise ValueError(f"{path} is not there")
     return [
         parse_line(line, f"{path}, line {number}")
+        # Bytes: a text would also be split at U+2028, which a line may hold as it is.
         for number, line in enumerate(path.read_bytes().split(b"\n"), 1)
         if line.strip()
     ]
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    """Writes one JSON object a line, in UTF-8, so that people can read it in any language."""
+    """Writes one JSON object a line, in UTF-8: people can read it in any language."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with replacing(path) as temporary:
-        # UTF-8 cannot hold half of a surrogate pair. JSON can: a backslash, u, and its number.
+        # UTF-8 cannot hold half of a surrogate pair, which a tokenizer can produce. JSON
+        # can: a backslash, u and its number, which is what "backslashreplace" writes.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def parse_line(line: bytes | str, place: str) -> dict:
-    """Returns the JSON object in a line. `place` says in an error where the line is from."""
+    """Returns the JSON object in a line. An error begins with `place`: where it is from."""
     try:
         value = json.loads(line)
+    # RecursionError: ten thousand brackets, one within the other.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -1,6 +1,7 @@
-"""The flags of train.py and eval.py: their names, what they may hold, and what --help prints.
+"""The flags of train.py and eval.py: names, what they may hold, and what --help prints.
 
-A default of None depends on the machine or on a file; support/cli.py fills it in.
+A default of None depends on the machine or on a file; support/cli.py fills it in. In a help
+text %% is one percent sign, because argparse formats it.
 """
 
 import math
@@ -12,8 +13,11 @@ from support import hub
 # -----------------------------------------------------------------------------
 # What a flag may hold, as types for argparse
 
+# They raise ArgumentTypeError: of a ValueError argparse does not print the message.
+
 
 def whole_number(text: str, least: int = 0) -> int:
+    """Returns a whole number of at least `least`."""
     try:
         number = int(text)
     except ValueError:
@@ -24,12 +28,14 @@ def whole_number(text: str, least: int = 0) -> int:
 
 
 def count(text: str) -> int:
+    """Returns a whole number of at least 1: rows, steps, tokens, a rank."""
     return whole_number(text, least=1)
 
 
 def seed(text: str) -> int:
     number = whole_number(text)
-    if number >= 2**32:  # torch's generators end at 2^64, and a seed is multiplied on the way
+    # torch's generators end at 2^64, and data.batches multiplies the seed by about 2^20.
+    if number >= 2**32:
         raise ArgumentTypeError(f"must be below 2^32, not {text}")
     return number
 
@@ -39,6 +45,7 @@ def finite_number(text: str) -> float:
         number = float(text)
     except ValueError:
         number = math.nan
+    # float() also reads "nan" and "inf", which no flag can use.
     if not math.isfinite(number):
         raise ArgumentTypeError(f"must be a number, not {text}")
     return number
@@ -66,9 +73,11 @@ def dropout_share(text: str) -> float:
 
 
 def dtype_name(text: str) -> str:
+    """Returns the text as it is; `choices` checks it. fp16 is refused with its reason."""
     if text in ("fp16", "float16", "half"):
         raise ArgumentTypeError(
-            "fp16 ends at 65,504, and the attention of phi-2 goes beyond it: take bf16, or fp32"
+            "fp16 ends at 65,504, and the attention of phi-2 goes beyond it: "
+            "take bf16, or fp32"
         )
     return text
 
@@ -77,6 +86,8 @@ def dtype_name(text: str) -> str:
 # The flags, by groups of --help
 
 
+# The model and the data, for train.py, eval.py and several scripts. The first two flags
+# are what a user with other weights or other rows changes.
 def add_model_arguments(parser: ArgumentParser) -> None:
     """Adds the flags on model and data."""
     group = parser.add_argument_group("model and data")
@@ -89,6 +100,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="Hub id, or directory of train.* and validation*.* "
         "(default: nyu-mll/glue, no GPU: tiny/data)",
     )
+    # Memory: for a GPU that is too small for phi-2, or larger than it needs.
     group.add_argument(
         "--quant",
         choices=["nf4", "none"],
@@ -106,6 +118,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="hold NF4's values in --dtype beside the codes: "
         "the same bits, faster, more memory (phi-2: 5 GB)",
     )
+    # What the arithmetic is done in: fp32 for comparisons to the last digit.
     group.add_argument(
         "--dtype",
         type=dtype_name,
@@ -113,15 +126,19 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="of weights and activations "
         "(default: bf16; on a CPU without instructions for it, fp32)",
     )
+    # For texts longer than MNLI's, or to bound the memory that the longest row takes.
     group.add_argument(
         "--max-length",
         type=count,
         default=512,
-        help="tokens of prompt and answer; longer ones lose the end of the premise (default: 512)",
+        help="tokens of prompt and answer; "
+        "longer ones lose the end of the premise (default: 512)",
     )
+    # For one GPU of several, cuda:1, or for a CPU beside a GPU that is in use.
     group.add_argument("--device", help="default: cuda where there is one")
 
 
+# How much the adapter can learn. A user of other data changes --rank and --targets first.
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
     group.add_argument("--rank", type=count, default=8, help="default: 8")
@@ -140,13 +157,16 @@ def add_adapter_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--targets",
         nargs="+",
+        # what the LoRA paper adapts
         default=["q_proj", "v_proj"],
         help='linear layers to adapt, or "all-linear" (default: q_proj v_proj)',
     )
 
 
+# The optimiser. Most runs change the number of steps and the batch alone.
 def add_training_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("training")
+    # How long: --epochs for those who think in passes over their data.
     length = group.add_mutually_exclusive_group()
     length.add_argument("--steps", type=count, help="optimiser steps (default: 40000)")
     length.add_argument(
@@ -154,6 +174,8 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         type=number_above_0,
         help="passes over the training rows, instead of --steps",
     )
+    # Rows of a step = batch size * accumulate * ranks. When memory runs out, half the
+    # first and twice the second make steps of the same rows.
     group.add_argument(
         "--batch-size",
         type=count,
@@ -166,6 +188,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         default=1,
         help="batches to a step (default: 1)",
     )
+    # AdamW and its schedule, for those who tune. A small model wants more: tiny/ has 3e-3.
     group.add_argument(
         "--learning-rate",
         type=number_above_0,
@@ -189,6 +212,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         default=1.0,
         help="gradients are clipped to this norm (default: 1)",
     )
+    # For a trial on a part of the data, and for the spread between runs.
     group.add_argument("--limit", type=count, help="first training rows only")
     group.add_argument(
         "--seed",
@@ -198,14 +222,17 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     )
 
 
+# What a step computes, and how. The defaults are the fastest; most runs leave them alone.
 def add_forward_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("forward and backward pass")
+    # For comparisons with code that trains on the prompt's tokens too.
     group.add_argument(
         "--loss",
         choices=["answer", "full"],
         default="answer",
         help="on the answer's tokens, or on all of them (default: answer)",
     )
+    # Off for comparisons: slower, and dropout is drawn for each row alone.
     group.add_argument(
         "--share-prefix",
         action=BooleanOptionalAction,
@@ -218,6 +245,7 @@ def add_forward_arguments(parser: ArgumentParser) -> None:
         type=dropout_share,
         help="on the base's branches (default: that of config.json, 0.1 for phi-2)",
     )
+    # For long rows or large batches that do not fit otherwise.
     group.add_argument(
         "--checkpointing",
         action="store_true",
@@ -225,20 +253,25 @@ def add_forward_arguments(parser: ArgumentParser) -> None:
     )
 
 
+# What is measured, saved and sent. None of these flags changes how the adapter is trained.
 def add_output_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation and output")
+    # How much is evaluated, which can take longer than a short training.
     group.add_argument(
         "--eval-limit",
         type=count,
         help="first rows of each validation split only, in every evaluation",
     )
-    group.add_argument("--eval-every", type=count, help="evaluate after each so many steps too")
+    group.add_argument(
+        "--eval-every", type=count, help="evaluate after each so many steps too"
+    )
     group.add_argument(
         "--max-new-tokens",
         type=count,
         default=32,
         help="written to each prompt in evaluation (default: 32)",
     )
+    # Against crashes: at most --save-every steps are lost, and --resume takes the rest.
     group.add_argument(
         "--save-every",
         type=count,
@@ -256,6 +289,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         type=Path,
         help="default: out/ and a name made of model, dataset, rank and time",
     )
+    # To share a result, or to watch a run from elsewhere. Without them nothing is sent.
     group.add_argument(
         "--push",
         metavar="OWNER/NAME",
@@ -271,6 +305,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
 
 def add_eval_arguments(parser: ArgumentParser) -> None:
     """Adds what eval.py has besides the flags on model and data."""
+    # What is evaluated: without --adapter the base alone.
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -278,11 +313,14 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--split", nargs="+", help="default: every validation split")
     parser.add_argument("--limit", type=count, help="first rows of each split only")
+    # How: "generate" writes an answer and reads the number in it; "score" compares the
+    # probabilities of the three answers, so that none is unparsed.
     parser.add_argument("--mode", choices=["generate", "score"], default="generate")
     parser.add_argument(
         "--max-new-tokens", type=count, default=32, help="in mode generate (default: 32)"
     )
     parser.add_argument("--batch-size", type=count, default=64, help="default: 64")
+    # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.
     parser.add_argument(
         "--force",
         action="store_true",
@@ -294,7 +332,10 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
         metavar="RUN",
         help="McNemar's test against the predictions of another run or --out",
     )
-    parser.add_argument("--premise", help="one pair instead of a dataset; with --hypothesis")
+    # To try an adapter by hand.
+    parser.add_argument(
+        "--premise", help="one pair instead of a dataset; with --hypothesis"
+    )
     parser.add_argument("--hypothesis")
     parser.add_argument(
         "--out", type=Path, help="write results.json and predictions_SPLIT.jsonl here"

@@ -1,4 +1,7 @@
-"""What a run depends on besides its arguments: the processor or GPU, the versions, the memory."""
+"""What a run depends on besides its arguments: processor or GPU, versions, memory.
+
+torch takes seconds to import, so the functions that ask it import it.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,30 @@ from support import ranks
 if TYPE_CHECKING:
     import torch
 
+# The libraries whose versions can change a result or a file.
 PACKAGES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
 STATUS = Path("/proc/self/status")  # what Linux says about this process
-RESET = Path("/proc/self/clear_refs")  # a "5" written here starts its peak of memory again
+RESET = Path("/proc/self/clear_refs")  # a "5" written here resets its peak of memory
+
+
+# -----------------------------------------------------------------------------
+# What it runs on
 
 
 def fast_dtype() -> str:
-    """Returns "bf16", or "fp32" on a CPU without instructions for bf16, some ten times slower."""
+    """Returns "bf16", or "fp32" on a CPU without instructions for bf16."""
     import torch
 
     if torch.cuda.is_available():
         return "bf16"
+    # Without the instructions torch emulates bf16, some ten times slower than fp32. Only
+    # this private operator says which it is.
     mkldnn = torch.backends.mkldnn.is_available()
     return "bf16" if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
 
 
 def environment(device: torch.device) -> dict:
-    """Returns versions, the project's commit, the name of the device and the number of ranks."""
+    """Returns versions, the project's commit, the device's name and the number of ranks."""
     return {
         "versions": versions(),
         "commit": commit(),
@@ -41,6 +51,7 @@ def environment(device: torch.device) -> dict:
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of those libraries that are installed."""
+    # From the packages' metadata: importing them would take seconds.
     numbers = {}
     for package in PACKAGES:
         try:
@@ -57,32 +68,43 @@ def commit() -> str | None:
             ["git", "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
+            # the project's repository, not one that the user works in
             cwd=Path(__file__).parent,
+            # outside a repository git fails, with nothing on standard output
             check=False,
         )
-    except OSError:
+    except OSError:  # no git
         return None
     return git.stdout.strip() or None
 
 
 def device_name(device: torch.device) -> str:
+    """Returns the name of a GPU, or what is known of the CPU."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    # On many Linux systems processor() is empty, and machine() says x86_64 or aarch64.
     return platform.processor() or platform.machine()
+
+
+# -----------------------------------------------------------------------------
+# Memory
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Returns the most bytes so far: allocated on a GPU, resident on a CPU.
 
-    With `reset` it starts again from what is in use now. None where the system does not say.
+    With `reset` it starts again from what is in use now. Returns None where the system does
+    not say.
     """
     if device.type == "cuda":
         return peak_of_gpu(device, reset)
     try:
+        # First, so that the number returned is what is in use now: a level to compare with.
         if reset:
             RESET.write_text("5")
+        # "high water mark"; its kB are 1024 bytes
         peak = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
     except OSError:  # no Linux, or a container that hides it
         return None
@@ -90,8 +112,10 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
 
 
 def peak_of_gpu(device: torch.device, reset: bool) -> int:
+    """Returns the most bytes of a GPU so far, as `peak_memory` does."""
     import torch
 
     if reset:
         torch.cuda.reset_peak_memory_stats(device)
+    # By tensors. nvidia-smi shows more: the CUDA context, and what torch reserves.
     return torch.cuda.max_memory_allocated(device)

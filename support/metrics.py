@@ -3,12 +3,12 @@
 A prediction is one line of predictions_<split>.jsonl, a dictionary:
 
     idx, prompt, label     the row's number, the text that the model read, the right answer
-    prediction             the number that the model wrote; -1 where its completion holds none
+    prediction             the number that the model wrote; -1 where it wrote none
     completion             what it wrote, in mode "generate"
     scores                 its probabilities of the three answers
-    tokens, genre          the prompt's length; the kind of text the row is from, where known
+    tokens, genre          the prompt's length in tokens; the kind of text, where known
 
-scipy and scikit-learn take seconds to import, so each is imported in the function that uses it.
+scipy and scikit-learn take seconds to import, so the functions that use them import them.
 """
 
 from collections.abc import Iterable
@@ -25,15 +25,17 @@ OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 
 
 
 def statistics(predictions: list[dict]) -> dict:
-    """Returns what results.json says about one split, of numbers, lists and dictionaries alone.
+    """Returns what results.json says about one split, as JSON can hold it.
 
     accuracy, ci95, n, correct, unparsed, confusion, labels and macro_f1 are always there;
-    score_accuracy and nll where the rows have scores, genres and lengths where they have those.
+    score_accuracy and nll where the rows have scores; genres where a row has one; lengths
+    where the rows have tokens.
     Raises ValueError when there are no predictions.
     """
     if not predictions:
         raise ValueError("there are no predictions to count; is --limit above 0?")
     result = count_correct(predictions) | by_label(predictions)
+    # These depend on the mode and the dataset: a mean over some of the rows would mislead.
     if all("scores" in row for row in predictions):
         result |= by_scores(predictions)
     if any(row.get("genre") is not None for row in predictions):
@@ -44,19 +46,20 @@ def statistics(predictions: list[dict]) -> dict:
 
 
 def is_right(row: dict) -> bool:
+    """Returns whether the model wrote the right number; none (-1) is wrong."""
     return row["prediction"] == row["label"]
 
 
 def accuracy(rows: list[dict]) -> dict:
-    """Returns the accuracy over some of the rows, and how many they are."""
+    """Returns the accuracy over these rows, and their number."""
     return {"accuracy": sum(map(is_right, rows)) / len(rows), "n": len(rows)}
 
 
 def count_correct(predictions: list[dict]) -> dict:
-    """Returns the accuracy and its 95 % confidence interval. Unparsed completions count as wrong.
+    """Returns the accuracy and its 95 % confidence interval. Unparsed rows count as wrong.
 
-    The interval is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0 and 1
-    and does not shrink to nothing when all rows are right or all are wrong.
+    The interval is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0
+    and 1, and does not shrink to nothing when all rows are right or all are wrong.
     """
     from scipy.stats import binomtest
 
@@ -71,7 +74,7 @@ def count_correct(predictions: list[dict]) -> dict:
 
 
 def by_label(predictions: list[dict]) -> dict:
-    """Returns the confusion matrix, precision, recall and F1 of each label, and their mean F1.
+    """Returns the confusion matrix; each label's precision, recall and F1; the mean F1.
 
     confusion[i][j] counts the rows of label i answered j; the last column is `OTHER`.
     """
@@ -79,10 +82,13 @@ def by_label(predictions: list[dict]) -> dict:
 
     labels = [row["label"] for row in predictions]
     answers = [
-        row["prediction"] if row["prediction"] in (0, 1, 2) else OTHER for row in predictions
+        row["prediction"] if row["prediction"] in (0, 1, 2) else OTHER
+        for row in predictions
     ]
-    # The matrix is square, but no row has the label OTHER: its last line is always empty.
+    # All labels are named here and below, because a few rows may lack one of them. The
+    # matrix is square, but no row has the label OTHER: its last line is always empty.
     confusion = confusion_matrix(labels, answers, labels=[0, 1, 2, OTHER])[:3]
+    # A label that is never answered has no precision; 0 spares a warning for each.
     precision, recall, f1, counts = precision_recall_fscore_support(
         labels, answers, labels=[0, 1, 2], zero_division=0
     )
@@ -95,7 +101,7 @@ def by_label(predictions: list[dict]) -> dict:
             "f1": float(f1[label]),
             "n": int(counts[label]),
         }
-    # The mean over the labels, not over the rows: a rare label counts as much as a frequent one.
+    # The mean over labels, not over rows: a rare label counts as much as a frequent one.
     macro_f1 = float(f1.mean())
     return {"confusion": confusion.tolist(), "labels": figures, "macro_f1": macro_f1}
 
@@ -111,7 +117,7 @@ def by_scores(predictions: list[dict]) -> dict:
 
     labels = numpy.array([row["label"] for row in predictions])
     scores = numpy.array([row["scores"] for row in predictions], dtype=float)
-    scores /= scores.sum(axis=1, keepdims=True)  # they are stored rounded to six digits
+    scores /= scores.sum(axis=1, keepdims=True)  # stored rounded to six digits
     likeliest = scores.argmax(axis=1)
     return {
         "score_accuracy": float((likeliest == labels).mean()),
@@ -120,10 +126,11 @@ def by_scores(predictions: list[dict]) -> dict:
 
 
 def by_genre(predictions: list[dict]) -> dict[str, dict]:
-    """Returns the accuracy of each genre (in MNLI: fiction, telephone, ...), by its name."""
+    """Returns the accuracy of each genre (in MNLI: fiction, telephone, ...) by its name."""
     genres: dict[str, list[dict]] = {}
     for row in predictions:
         if row.get("genre") is not None:
+            # A text, because JSON has no other keys.
             genres.setdefault(str(row["genre"]), []).append(row)
     return {genre: accuracy(genres[genre]) for genre in sorted(genres)}
 
@@ -132,6 +139,7 @@ def by_length(predictions: list[dict]) -> list[dict]:
     """Returns the accuracy of each quarter of the rows, the shortest prompts first."""
     ordered = sorted(predictions, key=lambda row: row["tokens"])
     quarters = []
+    # Cut by rows, not by tokens: each quarter is as certain as the others.
     for number in range(4):
         start = len(ordered) * number // 4
         end = len(ordered) * (number + 1) // 4
@@ -140,6 +148,10 @@ def by_length(predictions: list[dict]) -> list[dict]:
             tokens = {"from": rows[0]["tokens"], "to": rows[-1]["tokens"]}
             quarters.append(tokens | accuracy(rows))
     return quarters
+
+
+# -----------------------------------------------------------------------------
+# Two runs, row by row
 
 
 def compare(first: list[dict], second: list[dict]) -> dict:
@@ -156,8 +168,9 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     if first_right.keys() != second_right.keys():
         shared = len(first_right.keys() & second_right.keys())
         raise ValueError(
-            f"the two sets of predictions are not of the same rows: {len(first_right):,} and "
-            f"{len(second_right):,} rows, {shared:,} of them in both; "
+            "the two sets of predictions are not of the same rows: "
+            f"{len(first_right):,} and {len(second_right):,} rows, "
+            f"{shared:,} of them in both; "
             "pass the --dataset and --limit of the other run"
         )
     # Both sets may be in any order, so rows are paired by their content.
@@ -165,28 +178,40 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     only_second = sum(second_right[row] and not first_right[row] for row in first_right)
     p = 1.0  # where no row differs there is nothing to test
     if only_first + only_second:
+        # Two-sided, against a coin: either model could be the better one.
         p = float(binomtest(only_first, only_first + only_second).pvalue)
-    return {"n": len(first_right), "only_first": only_first, "only_second": only_second, "p": p}
+    return {
+        "n": len(first_right),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": p,
+    }
 
 
 def right_by_row(predictions: list[dict]) -> dict[tuple, bool]:
-    """Returns whether each row is right. A row is known by its prompt and label too."""
+    """Returns whether each row is right, by what it is known by."""
+    # Its number alone would match a row of another dataset, or under another prompt.
     return {(row["idx"], row["prompt"], row["label"]): is_right(row) for row in predictions}
 
 
+# -----------------------------------------------------------------------------
+# predictions_<split>.jsonl
+
+
 def read_predictions(path: Path) -> list[dict]:
-    """Reads a predictions_<split>.jsonl. Raises ValueError where a line is not a prediction."""
+    """Returns the predictions in a file. Raises ValueError where a line is none."""
     predictions = files.read_lines(path)
     for number, row in enumerate(predictions, 1):
         if not is_prediction(row):
             raise ValueError(
-                f"{path}, line {number}: not a prediction, "
-                "which has idx, prompt, label (0, 1, 2) and prediction; write it with eval.py --out"
+                f"{path}, line {number}: not a prediction, which has idx, prompt, "
+                "label (0, 1, 2) and prediction; write it with eval.py --out"
             )
     return predictions
 
 
 def is_prediction(row: dict) -> bool:
+    """Returns whether a line has all that statistics, comparison and page rely on."""
     return (
         isinstance(row.get("idx"), int | str)
         and isinstance(row.get("prompt"), str)
@@ -209,11 +234,12 @@ def stages(results: dict) -> Iterable[tuple[str, str, dict]]:
 
 def accuracies(splits: dict[str, dict]) -> str:
     """Returns the accuracy of each split in one line, from {split: its statistics}."""
-    return ", ".join(f"{split} {result['accuracy']:.4f}" for split, result in splits.items())
+    parts = [f"{split} {result['accuracy']:.4f}" for split, result in splits.items()]
+    return ", ".join(parts)
 
 
 def table(results: dict) -> str:
-    """Returns a line for each stage and split of results.json, and one for each comparison."""
+    """Returns a line for each stage and split of results.json, and for each comparison."""
     lines = [
         f"{'':9} {'split':21} {'accuracy':>8} {'95% interval':>15} "
         f"{'rows':>6} {'unparsed':>8} {'scored':>6}"
@@ -225,7 +251,7 @@ def table(results: dict) -> str:
             f"{stage:9} {split[:21]:21} {result['accuracy']:8.4f} {low:8.4f}-{high:.4f} "
             f"{result['n']:6,} {result['unparsed']:8,}"
         )
-        if "score_accuracy" in result:
+        if "score_accuracy" in result:  # the last column, so that it may be absent
             line += f" {result['score_accuracy']:6.4f}"
         lines.append(line)
     for split, test in results.get("compared", {}).items():
@@ -237,7 +263,8 @@ def table(results: dict) -> str:
 
 
 def details(result: dict) -> str:
-    """Returns the other statistics of a split: by label, by length of the prompt, by genre."""
+    """Returns the other statistics of a split: by label, by length, by genre."""
+    # A confusion matrix: how often each label was answered 0, 1, 2 or anything else.
     lines = [
         f"{'label':13} {'->0':>6} {'->1':>6} {'->2':>6} {'other':>6} "
         f"{'precision':>10} {'recall':>7} {'F1':>7}"
@@ -248,11 +275,13 @@ def details(result: dict) -> str:
             f"{name:13} {columns} "
             f"{figures['precision']:10.4f} {figures['recall']:7.4f} {figures['f1']:7.4f}"
         )
+    # Means over the split. `loss` is train.py's, on all target tokens.
     summary = f"macro F1 {result['macro_f1']:.4f}"
     for name, key in (("negative log-likelihood", "nll"), ("loss", "loss")):
         if key in result:
             summary += f", {name} {result[key]:.4f}"
     lines.append(summary)
+    # Quarters by length, then genres, in one column so that accuracies stand below another.
     for part in result.get("lengths", []):
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
         lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")

@@ -1,7 +1,7 @@
-"""Draws the pictures of a finished run and writes report.html, one file that needs no other.
+"""Draws the pictures of a finished run and writes report.html, which needs no other file.
 
-The page is the template report.html.jinja. Models and datasets write whatever they like, so the
-template escapes every text: nothing of theirs can act on the page.
+The page is the template report.html.jinja. A model or a dataset may hold any text, HTML and
+scripts too, so the template escapes every text: none can act on the page.
 """
 
 import base64
@@ -19,12 +19,17 @@ def write(directory: Path) -> None:
     directory = Path(directory)
     args = files.read_json(directory / "args.json")
     results = files.read_json(directory / "results.json")
-    draw_pictures(directory, results)
+    draw_pictures(directory, results)  # first: the page holds what they draw
+
+    # The rows to read.
     rows = read_rows(directory, results)
-    # A confident mistake says more than a close one: a wrong label in the data, a pattern missed.
+    # A confident mistake says more than a close one: a wrong label, a pattern missed.
+    # -1 is not an answer, so it has no confidence and a list of its own.
     wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
     wrong.sort(key=confidence, reverse=True)
     unparsed = [row for row in rows if row["prediction"] == -1]
+
+    # The page.
     page = render(
         args=args,
         results=results,
@@ -37,13 +42,14 @@ def write(directory: Path) -> None:
         unparsed_count=len(unparsed),
     )
     with files.replacing(directory / "report.html") as temporary:
-        # Half of a surrogate pair, which a tokenizer can produce, cannot be written as UTF-8.
+        # Half of a surrogate pair, which a tokenizer can produce, has no form in UTF-8.
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def draw_pictures(directory: Path, results: dict) -> None:
     """Draws those pictures for which the run has numbers."""
     rows = files.read_lines(directory / "metrics.jsonl")
+    # "loss" is the training loss; a line of an evaluation has SPLIT_loss.
     if any("loss" in row for row in rows):
         pictures.draw_loss(rows, directory / "loss.png")
     if results.get("finetuned"):
@@ -51,7 +57,7 @@ def draw_pictures(directory: Path, results: dict) -> None:
 
 
 def read_pictures(directory: Path) -> dict[str, str]:
-    """Returns the run's pictures in base64, by their headings."""
+    """Returns the run's pictures by their headings, in base64: a page can hold them so."""
     contents = {}
     for name, heading in pictures.PICTURES.items():
         path = directory / name
@@ -63,6 +69,7 @@ def read_pictures(directory: Path) -> dict[str, str]:
 def read_rows(directory: Path, results: dict) -> list[dict]:
     """Returns the predictions of all splits, each with its split."""
     rows = []
+    # The base model's mistakes are not shown: a user can do nothing about them.
     for split in results.get("finetuned", {}):
         for row in metrics.read_predictions(directory / f"predictions_{split}.jsonl"):
             rows.append(row | {"split": split})
@@ -71,16 +78,19 @@ def read_rows(directory: Path, results: dict) -> list[dict]:
 
 def confidence(row: dict) -> float:
     """Returns the probability of the answer that was given, and 0 where it is not known."""
+    # `scores` has a place for 0, 1 and 2 only, and a model may answer 7.
     if "scores" not in row or row["prediction"] not in (0, 1, 2):
         return 0.0
     return row["scores"][row["prediction"]]
 
 
 def render(**values) -> str:
+    """Returns the template with these values filled in."""
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True,  # for every text of a model or a dataset: see above
+        autoescape=True,  # jinja's default is False, and would let every text act
+        # These two leave no empty lines where a line holds only {% ... %}.
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

@@ -1,8 +1,8 @@
 """The pictures of a run and of a dataset.
 
-What is drawn together differs in its line, marker or hatching and not in its colour alone, so
-that it can be told apart in print and by readers who see colours differently. matplotlib takes
-about a second to import, so only `draw` imports it.
+What is drawn together differs in its line, marker or hatching and not in its colour alone,
+so that it can be told apart in print and by readers who see colours differently. matplotlib
+takes about a second to import, so only `draw` imports it.
 """
 
 import itertools
@@ -18,14 +18,15 @@ PICTURES = {
     "loss.png": "Training and validation loss, and the learning rate",
     "confusion.png": "Answers by label",
 }
-LINES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "d", "^")
-HATCHES = ("", "///", "...", "xxx")
+# matplotlib's codes. There are rarely more than four splits; then they start again.
+LINES = ("-", "--", ":", "-.")  # full, dashed, dotted, both
+MARKERS = ("o", "s", "d", "^")  # circle, square, diamond, triangle
+HATCHES = ("", "///", "...", "xxx")  # none, lines, dots, crosses
 
 
 @contextmanager
 def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator:
-    """Yields the axes of a picture, one for each column of `size` inches; then writes `path`."""
+    """Yields the axes of a picture, one for each column of `size` inches; writes `path`."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws without a screen
@@ -33,7 +34,13 @@ def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> It
 
     width, height = size
     figure, axes = pyplot.subplots(
-        1, columns, figsize=(width * columns, height), squeeze=False, layout="constrained"
+        1,
+        columns,
+        figsize=(width * columns, height),
+        # always rows of axes, even when there is one
+        squeeze=False,
+        # makes room for the legend outside the axes
+        layout="constrained",
     )
     try:
         yield axes[0]
@@ -41,6 +48,7 @@ def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> It
             # The temporary name has no suffix to take the format from.
             figure.savefig(temporary, format="png", dpi=120)
     finally:
+        # pyplot keeps every figure until it is closed.
         pyplot.close(figure)
 
 
@@ -48,35 +56,38 @@ def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> It
 # A run
 
 
-def draw_loss(metrics: list[dict], path: Path) -> None:
+def draw_loss(entries: list[dict], path: Path) -> None:
     """Draws the losses of metrics.jsonl, and the learning rate on an axis at the right."""
-    training = [row for row in metrics if "loss" in row]
-    steps = [row["step"] for row in training]
+    training = [entry for entry in entries if "loss" in entry]
+    steps = [entry["step"] for entry in training]
     with draw(path) as (left,):
-        losses = [row["loss"] for row in training]
+        losses = [entry["loss"] for entry in training]
         # The dots are for a run so short that it has only one of them.
         left.plot(steps, losses, "k.-", markersize=3, label="training")
-        draw_validation_losses(left, metrics)
+        draw_validation_losses(left, entries)
+        # From 0, so that a small change does not look like a large one.
         left.set(xlabel="step", ylabel="loss per target token", ylim=(0, None))
+        # The rate, thin and grey: it explains the loss and is not the subject.
         right = left.twinx()
-        rates = [row["learning_rate"] for row in training]
-        right.plot(steps, rates, color="0.7", linewidth=1, label="learning rate (right axis)")
+        rates = [entry["learning_rate"] for entry in training]
+        label = "learning rate (right axis)"
+        right.plot(steps, rates, color="0.7", linewidth=1, label=label)
         right.set(ylim=(0, None))
         right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
         # One legend for both axes. Inside them there is no place that is free in every run.
         left.figure.legend(loc="outside upper center", ncols=4, fontsize="small")
 
 
-def draw_validation_losses(axis, metrics: list[dict]) -> None:
-    """Draws a line for each key SPLIT_loss of the rows."""
-    keys = sorted({key for row in metrics for key in row if key.endswith("_loss")})
-    styles = itertools.cycle(zip(LINES[1:], MARKERS))  # the first line is the training loss's
+def draw_validation_losses(axis, entries: list[dict]) -> None:
+    """Draws a line for each key SPLIT_loss of the entries."""
+    keys = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
+    styles = itertools.cycle(zip(LINES[1:], MARKERS))  # LINES[0] is the training loss's
     for key, (line, marker) in zip(keys, styles):
-        # Step 0 is the base model, whose loss is so large that it would flatten all other lines.
-        rows = [row for row in metrics if key in row and row["step"] > 0]
+        # Step 0 is the base model: its loss is so large that it would flatten all lines.
+        shown = [entry for entry in entries if key in entry and entry["step"] > 0]
         axis.plot(
-            [row["step"] for row in rows],
-            [row[key] for row in rows],
+            [entry["step"] for entry in shown],
+            [entry[key] for entry in shown],
             linestyle=line,
             marker=marker,
             color="0.35",
@@ -89,6 +100,7 @@ def draw_confusion(splits: dict[str, dict], path: Path) -> None:
     with draw(path, len(splits), (4.6, 3.4)) as axes:
         for axis, (split, result) in zip(axes, splits.items()):
             draw_matrix(axis, result["confusion"])
+            # confusion[label][answer]: lines are labels, columns answers.
             axis.set(
                 title=split,
                 xlabel="answer",
@@ -100,11 +112,13 @@ def draw_confusion(splits: dict[str, dict], path: Path) -> None:
 
 
 def draw_matrix(axis, confusion: list[list[int]]) -> None:
-    """Draws each count with its share of the label's rows: the larger the share, the darker."""
+    """Draws each count with its share of the label's rows, darker for a larger share."""
+    # Shares of the label and not of all rows: a frequent label would be darker throughout.
     shares = []
     for counts in confusion:
         total = max(1, sum(counts))  # a label may have no rows
         shares.append([count / total for count in counts])
+    # vmin and vmax: a grey means the same share in each split's picture.
     axis.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
     for y, counts in enumerate(confusion):
         for x, count in enumerate(counts):
@@ -121,8 +135,8 @@ def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
     """Draws the token lengths and the labels of a dataset.
 
     Args:
-        lengths: {split: the tokens of prompt and answer of each row}
-        labels: {split: how many rows have label 0, 1 and 2}
+        lengths: {split: the number of tokens of prompt and answer, for each row}
+        labels: {split: how many rows have label 0, 1 and 2, as a numpy array (3,)}
     """
     with draw(path, 2, (6, 4)) as (left, right):
         draw_histogram(left, lengths)
@@ -136,15 +150,18 @@ def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
 
 
 def draw_histogram(axis, lengths: dict) -> None:
-    """Draws each split's histogram as an outline, with at most 61 bins of equal whole widths."""
+    """Draws each split's histogram as an outline, with at most 61 bins of one width."""
     import numpy
 
     shortest = min(min(values) for values in lengths.values())
     longest = max(max(values) for values in lengths.values())
+    # The same edges for all splits, each half a token below a whole number: the width is
+    # whole, so every bin holds equally many lengths.
     width = 1 + (longest - shortest) // 60
     edges = numpy.arange(shortest, longest + 1 + width, width) - 0.5
     for (split, values), line in zip(lengths.items(), itertools.cycle(LINES)):
         label = f"{split} ({len(values):,} rows)"
+        # A density, because a training split has forty times the rows of a validation split.
         axis.hist(values, edges, density=True, histtype="step", linestyle=line, label=label)
 
 
@@ -153,11 +170,19 @@ def draw_bars(axis, labels: dict) -> None:
     import numpy
 
     width = 0.8 / len(labels)  # 0.2 is left between the groups
-    centre = (len(labels) - 1) / 2
+    centre = (len(labels) - 1) / 2  # the number of the bar, or half a one, above the tick
     splits = zip(labels.items(), itertools.cycle(HATCHES))
     for number, ((split, counts), hatch) in enumerate(splits):
         places = numpy.arange(3) + (number - centre) * width
-        color = "white" if hatch else "0.6"
+        color = "white" if hatch else "0.6"  # hatching shows on white
         shares = counts / counts.sum()
-        axis.bar(places, shares, width, label=split, color=color, edgecolor="black", hatch=hatch)
+        axis.bar(
+            places,
+            shares,
+            width,
+            label=split,
+            color=color,
+            edgecolor="black",
+            hatch=hatch,
+        )
     axis.set(xticks=range(3), xticklabels=LABELS)

@@ -1,10 +1,11 @@
 """Several GPUs, several machines: what the processes that torchrun starts exchange.
 
-Each process, a rank, holds the whole model on a device of its own and takes every WORLD-th row of
-each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2 at rank 8,
-in one message, so nothing needs to be hidden behind the backward pass. Without torchrun there is
-one rank, and every function here returns what it was given. When a rank dies, torchrun ends the
-others; with --max-restarts it starts all of them again, and they resume from the last save.
+Each process, a rank, holds the whole model on its own device and takes every WORLD-th row of
+each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2 at
+adapter rank 8, in one message, which is too little to be worth overlapping with the backward
+pass. Without torchrun there is one rank, and every function here returns what it was given.
+When a rank dies, torchrun ends the others; with --max-restarts it starts all of them again,
+and they resume from the last save.
 
     torchrun --nproc-per-node 8 train.py --rank 8
 
@@ -24,19 +25,23 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-# One of these alone may be left over in a shell from something else: such a process is alone.
+# -----------------------------------------------------------------------------
+# What torchrun says in the environment
+
+# All four, because one or two may be left over in a shell from something else.
 IN_TORCHRUN = all(
     name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 )
 
 
 def number_from_torchrun(name: str, alone: int) -> int:
+    """Returns a variable of torchrun, and `alone` in a process that it has not started."""
     return int(os.environ.get(name, alone)) if IN_TORCHRUN else alone
 
 
-RANK = number_from_torchrun("RANK", 0)
+RANK = number_from_torchrun("RANK", 0)  # this process, counted over all machines
 WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
-LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)
+LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)  # this process on this machine
 LOCAL_WORLD = number_from_torchrun("LOCAL_WORLD_SIZE", WORLD)  # ranks on this machine
 FIRST = RANK == 0  # the rank that prints and writes
 
@@ -48,14 +53,19 @@ MAX_RESTARTS = number_from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0)
 RESTARTS = number_from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
 
 
+# -----------------------------------------------------------------------------
+# Start and end
+
+
 def start(device: str) -> torch.device:
-    """Returns the device of this rank, once all ranks have met. Then only the first one prints.
+    """Returns this rank's device, once all ranks have met. Then only the first one prints.
 
     Raises ValueError for a device that does not exist, or that several ranks would share.
     """
     own = own_device(device)
     if WORLD == 1:
         return own
+    # Otherwise each line would be printed WORLD times. Errors go to stderr, from every rank.
     if not FIRST:
         sys.stdout = open(os.devnull, "w")
     meet(own)
@@ -65,8 +75,8 @@ def start(device: str) -> torch.device:
 def own_device(name: str) -> torch.device:
     """Returns the device that --device names, and makes it this process's default GPU.
 
-    A GPU is chosen before anything touches it. Otherwise every rank would also take memory on the
-    first one.
+    The default is set before anything is allocated. Otherwise every rank would also take
+    memory on the first GPU.
     """
     import torch
 
@@ -78,13 +88,16 @@ def own_device(name: str) -> torch.device:
     if WORLD > 1 and name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch finds no CUDA device here; pass --device cpu")
+        raise ValueError(
+            f"--device {name}: torch finds no CUDA device here; pass --device cpu"
+        )
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
+        # A device that is not there shows here, and not after the model is read.
         torch.empty(0, device=device)
-    # What torch raises for a device that it does not know, does not find, or was not built for.
+    # torch's errors for a device that it does not know, find, or have support for.
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
     return device
@@ -96,20 +109,23 @@ def meet(device: torch.device) -> None:
 
     store = None
     if RESTARTS and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's store still holds the addresses of the ranks that died.
+        # torchrun's store still holds the addresses of the ranks that died, so the new ones
+        # meet under another name. On several machines README.md's variable sees to it.
         old_store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {RESTARTS}", old_store)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
+        # torch would read these two itself, but not when it is given a store
         rank=RANK,
         world_size=WORLD,
+        # as long as NCCL waits by default; gloo would wait half an hour for a dead machine
         timeout=timedelta(minutes=10),
     )
 
 
 def stop() -> None:
-    """Ends the exchange. Call it after success only: it could wait for a rank that has failed."""
+    """Ends the exchange. For success only: it could wait for a rank that has failed."""
     if WORLD == 1:
         return
     import torch.distributed as dist
@@ -118,12 +134,17 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+# -----------------------------------------------------------------------------
+# The exchange. Every rank must make the same calls in the same order, or all of them wait
+
+
 @contextmanager
 def blaming_another_rank() -> Iterator[None]:
-    """Turns what NCCL or gloo raise when another rank has ended into an error of one line."""
+    """Turns what NCCL or gloo raise when another rank has ended into one line."""
     try:
         yield
     except RuntimeError as error:
+        # ConnectionError is an OSError, which cli.run prints without a traceback.
         reason = str(error).splitlines()[0][:150]
         raise ConnectionError(
             f"another rank has ended, whose own error says why ({reason})"
@@ -138,14 +159,15 @@ def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
     import torch.distributed as dist
 
     # fp64 holds whole numbers up to 2^53 exactly: counts stay counts.
-    sums = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=device)
+    values = [float(number) for number in numbers]
+    sums = torch.tensor(values, dtype=torch.float64, device=device)
     with blaming_another_rank():
         dist.all_reduce(sums)
     return sums.tolist()
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums the gradients over all ranks, in place. A rank without a row in a step adds zeros."""
+    """Sums the gradients over all ranks, in place."""
     if WORLD == 1:
         return
     import torch
@@ -153,19 +175,25 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     parameters = list(parameters)
     for parameter in parameters:
+        # The last step of an epoch may have fewer rows than there are ranks. A rank without a
+        # row adds zeros, because the others wait for a message of the same length.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+
+    # One message: each has a latency, and there are two gradients for each adapted layer.
     gradients = [parameter.grad for parameter in parameters]
     message = torch.cat([gradient.flatten() for gradient in gradients])
     with blaming_another_rank():
         dist.all_reduce(message)
+
+    # The sums go back into the gradients, which the optimiser reads.
     parts = message.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts):
         gradient.copy_(part.view_as(gradient))
 
 
 def gather(value: Any) -> list:
-    """Returns the values of all ranks, in the order of the ranks. Tensors must be on the CPU."""
+    """Returns the values of all ranks, in their order. Tensors must be on the CPU."""
     if WORLD == 1:
         return [value]
     import torch.distributed as dist

@@ -1,8 +1,14 @@
 """What a run resumes from: trainer.safetensors, and nothing else.
 
-It holds the adapter, the optimiser and the random generators as tensors, and everything else as
-JSON in the metadata: no pickle. The order of the rows needs nothing, because it is a function of
-seed and step.
+Its tensors, for adapter parameters numbered n in the order of lora_parameters:
+
+    adapter.NAME                        the parameter called NAME
+    optimizer.n.step                    () fp32: how often AdamW has updated parameter n
+    optimizer.n.exp_avg, .exp_avg_sq    its two moments, shaped like the parameter
+    random                              (ranks, bytes) uint8: each rank's random generators
+
+Everything else is JSON in the metadata (`State`): no pickle, which could run code. The order
+of the rows needs nothing, because it is a function of seed and step.
 """
 
 import json
@@ -19,14 +25,22 @@ from support import files
 NAME = "trainer.safetensors"
 
 
+# -----------------------------------------------------------------------------
+# What is not a tensor
+
+
 @dataclass
 class Progress:
-    """How far a run has come, and its sums since the last line of metrics.jsonl."""
+    """How far a run has come, and its sums since the last line of metrics.jsonl.
+
+    Rows, tokens and losses are of all ranks together.
+    """
 
     step: int = 0  # optimiser steps taken
     cut: int = 0  # prompts that --max-length has cut so far
     logged: int = 0  # the step of the last line
-    loss: float = 0.0  # sum of the steps' losses since then
+    # Saved too, so that the first line after a resume is over as many steps as any other.
+    loss: float = 0.0  # sum of the steps' losses since then, each a mean over its targets
     rows: int = 0  # rows since then
     tokens: int = 0  # ids that the model has read since then
 
@@ -50,29 +64,34 @@ class Progress:
 class State:
     """All that is saved beside tensors."""
 
-    arguments: dict
+    arguments: dict  # of train.py, as args.json holds them
     steps: int  # that the run is to take
-    train_rows: int
-    rows_per_step: int
-    fingerprint: dict
+    train_rows: int  # after --limit
+    rows_per_step: int  # batch size * accumulate * ranks
+    fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
 
     def check(self, run: Path, now: "State") -> None:
-        """Raises ValueError when going on as `now` would be another run than the saved one."""
+        """Raises ValueError when the state `now` belongs to another run than this one."""
+        # The order of rows depends on these two numbers.
         if self.train_rows != now.train_rows:
             raise ValueError(
-                f"{run} was trained on {self.train_rows:,} rows, now there are {now.train_rows:,}"
+                f"{run} was trained on {self.train_rows:,} rows, "
+                f"now there are {now.train_rows:,}"
             )
         if self.rows_per_step != now.rows_per_step:
             raise ValueError(
                 f"{run} was trained with {self.rows_per_step:,} rows a step, "
                 f"with this number of processes there are {now.rows_per_step:,}"
             )
+        # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
-                f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
+                f"{run} has taken {self.progress.step:,} steps already, "
+                f"more than {now.steps:,}"
             )
+        # What a fingerprint of an older version lacks cannot be compared.
         for name, here in now.fingerprint.items():
             there = self.fingerprint.get(name, here)
             if there != here:
@@ -81,7 +100,6 @@ class State:
                     f"({there}, here {here}): that would be another run"
                 )
 
-
     def describe_resumption(self, steps: int) -> str:
         """Returns what a run prints when it resumes from here to take `steps` in all."""
         text = f"resuming after step {self.progress.step:,} of {steps:,}"
@@ -89,10 +107,14 @@ class State:
             text += ": only the evaluation is left to do"
         if self.steps != steps:
             text += (
-                f"; {steps:,} steps instead of {self.steps:,}: from here on the learning rate "
-                "follows the new schedule"
+                f"; {steps:,} steps instead of {self.steps:,}: "
+                "from here on the learning rate follows the new schedule"
             )
         return text
+
+
+# -----------------------------------------------------------------------------
+# The file
 
 
 @dataclass
@@ -100,8 +122,8 @@ class Saved:
     """The content of trainer.safetensors."""
 
     state: State
-    tensors: dict[str, Tensor]
-    path: Path
+    tensors: dict[str, Tensor]  # on the CPU, by the names at the top of this file
+    path: Path  # for errors
 
     def restore(
         self, adapter: dict[str, Tensor], optimizer, rank: int, device: torch.device
@@ -110,7 +132,10 @@ class Saved:
 
         Raises ValueError when the tensors are not those of this adapter.
         """
+        # All shapes first, so that no copy fails half-way.
         self.check_shapes(adapter, rank)
+
+        # Copied in place, because the layers and the optimiser hold these very tensors.
         with torch.no_grad():
             for name, tensor in adapter.items():
                 tensor.copy_(self.tensors[f"adapter.{name}"])
@@ -122,7 +147,10 @@ class Saved:
                 _, number, key = name.split(".")
                 entries.setdefault(int(number), {})[key] = tensor
         # The groups hold this run's flags, such as the weight decay: they stay.
+        # load_state_dict moves the entries to the device of their parameters.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+        # Last, because nothing here may draw from the generators any more.
         try:
             set_random_state(self.tensors["random"][rank], device)
         except (RuntimeError, TypeError) as error:
@@ -140,6 +168,7 @@ class Saved:
                 expected[f"optimizer.{number}.exp_avg"] = tensor.shape
                 expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        # Its second size depends on the device and on torch: the generators check it.
         random = shapes.pop("random", ())  # (ranks, bytes)
         if shapes != expected or len(random) != 2 or random[0] <= rank:
             raise ValueError(f"{self.path} does not hold the tensors of this adapter")
@@ -148,18 +177,20 @@ class Saved:
 def write(
     path: Path, adapter: dict[str, Tensor], optimizer, random: list[Tensor], state: State
 ) -> None:
-    """Writes trainer.safetensors. `random` holds each rank's random_state, in their order."""
+    """Writes trainer.safetensors. `random` holds each rank's random_state, in order."""
     tensors = {f"adapter.{name}": tensor.detach() for name, tensor in adapter.items()}
     tensors["random"] = torch.stack(random)
     for number, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             tensors[f"optimizer.{number}.{key}"] = value
+    # safetensors refuses views whose values are not one after the other.
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    # The metadata may hold texts only. Readers of other libraries ask for "format".
     save_file(tensors, path, {"format": "pt", "state": json.dumps(asdict(state))})
 
 
 def load(run: Path) -> Saved:
-    """Reads trainer.safetensors of a run. Raises ValueError when there is none, or no sound one."""
+    """Returns what a run has saved. Raises ValueError when there is none, or it is damaged."""
     path = Path(run) / NAME
     if not path.is_file():
         raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
@@ -171,15 +202,18 @@ def load(run: Path) -> Saved:
         raise ValueError(f"{path} is damaged or cut short ({error})") from None
     place = f"{path}: its state"
     raw = files.parse_line(metadata.get("state", ""), place)
+    # Fields that another version has added or dropped are a TypeError of the dataclass.
     try:
         state = State(**(raw | {"progress": Progress(**raw["progress"])}))
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{place} was not written by this version of train.py ({error})") from None
+        raise ValueError(
+            f"{place} was not written by this version of train.py ({error})"
+        ) from None
     return Saved(state, tensors, path)
 
 
 def load_if_begun(run: Path | None) -> Saved | None:
-    """Reads what a run has saved. None without a run, or when it was stopped before its step 0."""
+    """Returns what a run has saved; None without a run, or when it stopped before step 1."""
     if run is None or not (run / NAME).is_file():
         return None
     return load(run)
@@ -191,35 +225,44 @@ def saved_arguments(run: Path) -> dict:
         return load(run).state.arguments
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(
-            f"{run} holds a finished adapter and no {NAME}: there is nothing to resume from, "
-            "and starting again would write over the adapter"
+            f"{run} holds a finished adapter and no {NAME}: "
+            "there is nothing to resume from, and starting again would write over the adapter"
         )
     if (run / "args.json").is_file():  # it was stopped before its first save
         return files.read_json(run / "args.json")
     raise ValueError(f"{run} holds no run to resume: no {NAME} and no args.json")
 
 
+# -----------------------------------------------------------------------------
+# What a resumed run keeps and restores besides
+
+
 def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to `step`.
+    """Returns the whole lines of a metrics.jsonl up to `step`; later ones are written again.
 
     The final evaluation, at step `steps`, is left out, because it will be repeated.
     """
     if not path.is_file():
         return []
     kept = []
+    # With their ends: a line without one was cut short by a kill.
     for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
         try:
             entry = json.loads(line)
+            # A line of training has "loss", one of an evaluation SPLIT_loss.
             is_final_evaluation = "loss" not in entry and entry["step"] >= steps
             if line.endswith("\n") and entry["step"] <= step and not is_final_evaluation:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # a kill has cut it short
+        except (ValueError, KeyError, TypeError):  # cut short, or not a line of ours
             continue
     return kept
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Returns the state of the CPU's generator and, on a GPU, of that GPU's, as bytes (n,)."""
+    """Returns the state of the CPU's generator and, on a GPU, of that GPU's: (bytes,) uint8.
+
+    The adapter's dropout draws from the generator of its device, the data from neither.
+    """
     state = torch.get_rng_state()
     if device.type != "cuda":
         return state
@@ -227,7 +270,9 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
+    """Sets the generators to a `random_state`. A GPU's part is ignored on a CPU."""
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())
+    # A run that was begun on a CPU has no state for a GPU: its generator stays as it is.
     if len(state) > size and device.type == "cuda":
         torch.cuda.set_rng_state(state[size:].clone(), device)

@@ -1,4 +1,9 @@
-"""What a run says while it goes on: on the console, in metrics.jsonl, and to Weights & Biases."""
+"""What a run reports: on the console, in metrics.jsonl, and to Weights & Biases.
+
+A line of metrics.jsonl is a JSON object with "step". A line of training also has loss,
+learning_rate, grad_norm, examples_per_second, tokens_per_second and peak_memory_gib; a line of
+an evaluation has SPLIT_accuracy and SPLIT_loss for each split.
+"""
 
 import argparse
 import json
@@ -23,40 +28,45 @@ class RunLog:
         self.device = device
         self.folder = Path(args.out)
         self.peak_memory = None  # of training above that of the empty process, in GiB
-        self.memory_before = machine.peak_memory(device, reset=True)
-        self.clock = time.perf_counter()
-        self.file = None
-        self.wandb = None
+        self.memory_before = machine.peak_memory(device, reset=True)  # bytes
+        self.clock = time.perf_counter()  # when the steps since the last report began
+        self.file = None  # metrics.jsonl
+        self.wandb_run = None  # with --wandb
         if not ranks.FIRST:
             return
         record = state.arguments | machine.environment(device)
         path = self.folder / "metrics.jsonl"
+
+        # Lines after the last save are dropped: their steps are taken again.
         lines = []
         if state.progress.step or state.baseline:
             lines = lines_up_to(path, state.progress.step, state.steps)
         self.folder.mkdir(parents=True, exist_ok=True)
+        # A run that was killed while it wrote has left its temporary files.
         files.remove_unfinished(self.folder)
         files.write_json(self.folder / "args.json", record)
         with files.replacing(path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
+        # Line by line, so that a kill loses none and `tail -f` shows each at once.
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         if args.wandb:
-            self.wandb = start_wandb(self.folder, record)
+            self.wandb_run = start_wandb(self.folder, record)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if ranks.FIRST:
+        if ranks.FIRST:  # print would write into the bar
             tqdm.write(text)
 
     def bar(self, steps: range, total: int) -> tqdm:
         """Returns a progress bar over the steps that are left of `total`."""
-        disable = None if ranks.FIRST else True  # None: where the output is no terminal
+        # To tqdm None means: no bar where the output is not a terminal.
+        disable = None if ranks.FIRST else True
         return tqdm(
             steps, "training", total, initial=steps.start, unit="step", disable=disable
         )
 
     def start_clock(self) -> None:
-        """Starts to measure speed and memory again: what came before was not training."""
+        """Starts to measure speed and memory again, after what was not training."""
         self.clock = time.perf_counter()
         machine.peak_memory(self.device, reset=True)
 
@@ -64,14 +74,16 @@ class RunLog:
         """Adds a line to metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.wandb:
-            self.wandb.log(values, step=step)
+        if self.wandb_run:
+            self.wandb_run.log(values, step=step)
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
         seconds = time.perf_counter() - self.clock
+        # A mean over the steps: the loss of one step says more about its rows than the model.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
+        # Above the empty process: the interpreter and torch take memory for any model.
         if self.memory_before is not None:
             peak = machine.peak_memory(self.device)
             self.peak_memory = (peak - self.memory_before) / 2**30
@@ -85,14 +97,14 @@ class RunLog:
             peak_memory_gib=self.peak_memory,
         )
         self.say(
-            f"step {progress.step:6,}  loss {loss:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  "
-            f"{rows_per_second:.0f} examples/s"
+            f"step {progress.step:6,}  loss {loss:.4f}  lr {rate:.2e}  "
+            f"grad {grad_norm:.3f}  {rows_per_second:.0f} examples/s"
         )
         progress.start_line()
         self.clock = time.perf_counter()
 
     def write_evaluation(self, step: int, results: dict[str, dict]) -> None:
-        """Adds a line with accuracy and loss of each split."""
+        """Adds a line with accuracy and loss of each split, under the names that W&B plots."""
         values = {
             f"{split}_{key}": statistics[key]
             for split, statistics in results.items()
@@ -101,11 +113,15 @@ class RunLog:
         self.write(step, **values)
 
     def finish(self, results: dict) -> None:
-        """Sends the final table and the pictures to W&B, where it is on, and ends its run."""
+        """Closes metrics.jsonl. With --wandb, sends the final table and the pictures."""
         if self.file:
             self.file.close()
-        if self.wandb:
-            finish_wandb(self.wandb, results, self.folder)
+        if self.wandb_run:
+            finish_wandb(self.wandb_run, results, self.folder)
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases, a library that only --wandb needs and imports
 
 
 def start_wandb(folder: Path, record: dict):
@@ -115,6 +131,7 @@ def start_wandb(folder: Path, record: dict):
     """
     import wandb
 
+    # A user who has set the mode has decided. prompt=False: a batch job cannot type a key.
     try:
         offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
     except wandb.Error as error:
@@ -125,13 +142,17 @@ def start_wandb(folder: Path, record: dict):
             f"W&B: not logged in, so this run is kept offline in {folder}/wandb; "
             "send it later with `wandb sync`"
         )
-    mode = "offline" if offline else None
-    return wandb.init(project="flora", name=folder.name, dir=folder, config=record, mode=mode)
+    mode = "offline" if offline else None  # None leaves it to WANDB_MODE
+    return wandb.init(
+        project="flora", name=folder.name, dir=folder, config=record, mode=mode
+    )
 
 
 def finish_wandb(run, results: dict, folder: Path) -> None:
+    """Sends results.json as a table, and the pictures, and ends the run."""
     import wandb
 
+    # The numbers alone: a cell cannot hold a confusion matrix. nll may be missing.
     columns = ["accuracy", "n", "correct", "unparsed", "macro_f1", "nll"]
     rows = [
         [stage, split, *(statistics.get(column) for column in columns)]

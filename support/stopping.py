@@ -5,8 +5,9 @@ import sys
 
 
 class StopRequest:
-    """Becomes true at the first Ctrl-C or SIGTERM; the second one ends the process at once."""
+    """Becomes true at the first Ctrl-C or SIGTERM; the same one again ends the process."""
 
+    # Ctrl-C, and what torchrun, Slurm and Docker send before they kill.
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
@@ -15,14 +16,17 @@ class StopRequest:
             signal.signal(number, self.receive)
 
     def receive(self, number: int, _frame) -> None:
+        # Nothing is saved here: a signal may come in the middle of a step.
         self.received = True
+        # It raises KeyboardInterrupt, for SIGTERM too, so temporary files are removed.
         signal.signal(number, signal.default_int_handler)
-        print("\nstopping after this step; once more ends it at once", file=sys.stderr, flush=True)
+        message = "\nstopping after this step; once more ends it at once"
+        print(message, file=sys.stderr, flush=True)
 
     def __bool__(self) -> bool:
         return self.received
 
     def release(self) -> None:
-        """From here on a signal ends the process: everything is saved."""
+        """Lets a signal end the process again: from here on everything is saved."""
         for number in self.SIGNALS:
             signal.signal(number, signal.default_int_handler)

@@ -43,7 +43,7 @@ def main() -> None:
             mine = step[ranks.RANK :: ranks.WORLD]
             encoded = [data.encode(example, tokenizer) for example in mine]
             args = Namespace(loss=loss, share_prefix=True, batch_size=2)
-            prefix = train.prefix_to_share(tokenizer, args)
+            prefix = train.shared_prefix_length(tokenizer, args)
             train.accumulate_gradients(model, encoded, prefix, args)
             ranks.add_gradients(parameters.values())
             for name, parameter in parameters.items():

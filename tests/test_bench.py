@@ -168,5 +168,5 @@ def test_a_contender_is_a_process_that_answers_task_after_task(job, both, tmp_pa
 
 def test_a_contender_that_fails_is_an_error(job, capfd):
     with pytest.raises(ValueError, match="a contender ended with status 1"):
-        bench.Process(replace(job, model="nowhere"))
+        bench.Process(replace(job, rows="nowhere"))
     assert "nowhere" in capfd.readouterr().err

@@ -224,22 +224,22 @@ ENCODED = [([5, 6, 7, 8], [9, 0]), ([5, 6, 7, 8, 3, 4], [1, 0])]
 
 
 def test_a_batch_takes_the_prefix_once_and_predicts_the_answers():
-    batch = data.collate(ENCODED, prefix=2, loss="answer")
+    batch = data.collate(ENCODED, prefix_length=2, loss="answer")
     #                           prefix  row 0    row 1
     assert batch.ids.tolist() == [5, 6, 7, 8, 9, 7, 8, 3, 4, 1]
     assert batch.lengths == [3, 5]
-    assert batch.prefix == 2
+    assert batch.prefix_length == 2
     assert batch.last == 2
     assert batch.targets.tolist() == [9, 0, 1, 0]
 
 
 def test_a_batch_of_whole_rows_predicts_the_answers_or_every_id():
-    answer = data.collate(ENCODED, prefix=0, loss="answer")
-    full = data.collate(ENCODED, prefix=0, loss="full")
+    answer = data.collate(ENCODED, prefix_length=0, loss="answer")
+    full = data.collate(ENCODED, prefix_length=0, loss="full")
     for batch in (answer, full):
         assert batch.ids.tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 8, 3, 4, 1]
         assert batch.lengths == [5, 7]
-        assert batch.prefix == 0
+        assert batch.prefix_length == 0
     assert answer.last == 2
     assert answer.targets.tolist() == [9, 0, 1, 0]
     assert full.last is None
@@ -248,7 +248,7 @@ def test_a_batch_of_whole_rows_predicts_the_answers_or_every_id():
 
 def test_the_full_loss_needs_whole_rows():
     with pytest.raises(ValueError, match="the full loss has targets in the prefix"):
-        data.collate(ENCODED, prefix=2, loss="full")
+        data.collate(ENCODED, prefix_length=2, loss="full")
 
 
 @pytest.mark.parametrize("loss, prefix", [("answer", 0), ("answer", 5), ("full", 0)])

@@ -217,7 +217,7 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
     command = ["--premise", pair["premise"], "--hypothesis", pair["hypothesis"]]
     in_process(evaluation, "--adapter", run, *command)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{run}: rank 8, 12/12 modules adapted"
+    assert first == f"{run}: rank 8, 12 layers adapted"
 
     prompt, _ = data.encode(pair | {"label": 0}, tokenizer)
     model = adapted(tiny, run, torch.float32)
@@ -240,7 +240,7 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
     monkeypatch.setattr("sys.stdin", io.StringIO(text))
     in_process(evaluation, "--adapter", run, "--dataset", "-", "--batch-size", 4)
     captured = capsys.readouterr()
-    assert "modules adapted" in captured.err, "the output holds answers alone"
+    assert "layers adapted" in captured.err, "the output holds answers alone"
 
     found = [json.loads(line) for line in captured.out.splitlines()]
     model = adapted(tiny, run, torch.float32)

@@ -20,7 +20,7 @@ def run(tmp_path_factory):
     """A real run over NF4, in fp32."""
     out = tmp_path_factory.mktemp("run") / "run"
     command = ["train.py", "--model", ROOT / "tiny/model", "--dataset", ROOT / "tiny/data"]
-    command += ["--steps", 40, "--batch-size", 32, "--learning-rate", 3e-3, "--dtype", "fp32"]
+    command += ["--steps", 20, "--batch-size", 8, "--learning-rate", 1e-2, "--dtype", "fp32"]
     command += ["--eval-limit", 1, "--max-new-tokens", 1, "--out", out]
     done = script(*command)
     assert done.returncode == 0, done.stderr
@@ -218,11 +218,16 @@ def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
         (["--adapter", "tiny", "--out", "y"], 1, "is not an adapter"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, status, message):
-    done = script("-m", "scripts.merge", *arguments)
-    assert done.returncode == status
-    assert message in done.stderr
-    assert len(done.stderr.splitlines()) == 1, done.stderr
+def test_a_mistake_is_one_line(capsys, arguments, status, message):
+    with pytest.raises(SystemExit) as stopped:
+        in_process(merge, *arguments)
+    if status == 2:
+        assert stopped.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+    else:
+        (line,) = stopped.value.code.splitlines()
+        assert capsys.readouterr().err == ""
+    assert line.startswith("error: ") and message in line
 
 
 def test_requantize_alone_is_a_mistake(run, tmp_path, capsys):

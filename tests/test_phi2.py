@@ -117,30 +117,59 @@ def test_residual_dropout_is_what_config_says_and_off_in_eval_mode(tiny, p):
 # -----------------------------------------------------------------------------
 # Packed rows
 
-LENGTHS = [3, 17, 9, 30, 2, 4]
+# On a CPU attention takes more rows than phi2.GROUP in groups.
+FEW = [3, 17, 9, 30, 2, 4]
+MANY = torch.randint(2, 40, (2 * phi2.GROUP + 5,), generator=torch.Generator().manual_seed(2))
+LENGTHS = pytest.mark.parametrize("lengths", [FEW, MANY.tolist()], ids=["few rows", "many rows"])
 
 
+@LENGTHS
 @pytest.mark.parametrize("prefix_length", [0, 1, 5])
 @torch.no_grad()
-def test_packed_rows_behind_a_prefix_give_the_logits_of_each_row_alone(tiny, prefix_length):
+def test_packed_rows_behind_a_prefix_give_the_logits_of_each_row_alone(
+    tiny, lengths, prefix_length
+):
     mine = ours(tiny, torch.float32)
     (prefix,) = drawn_ids([prefix_length], seed=1)
-    own = drawn_ids(LENGTHS)
+    own = drawn_ids(lengths)
     alone = [mine(torch.tensor(prefix + row)) for row in own]
 
     ids = torch.tensor(prefix + flattened(own))
-    packed = mine(ids, phi2.PackedRows(LENGTHS, prefix_length))
-    of_prefix, of_rows = packed.split([prefix_length, sum(LENGTHS)])
-    for row, expected in zip(of_rows.split(LENGTHS), alone):
+    packed = mine(ids, phi2.PackedRows(lengths, prefix_length))
+    of_prefix, of_rows = packed.split([prefix_length, sum(lengths)])
+    for row, expected in zip(of_rows.split(lengths), alone):
         assert distance(row, expected[prefix_length:]) < TOLERANCE
         if prefix:
             assert distance(of_prefix, expected[:prefix_length]) < TOLERANCE
 
     for last in (1, 2):
-        ends = mine(ids, phi2.PackedRows(LENGTHS, prefix_length), last)
-        assert len(ends) == last * len(LENGTHS)
+        ends = mine(ids, phi2.PackedRows(lengths, prefix_length), last)
+        assert len(ends) == last * len(lengths)
         for row, expected in zip(ends.split(last), alone):
             assert distance(row, expected[-last:]) < TOLERANCE
+
+
+class OnGpu(Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda")
+
+
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_length):
+    torch.manual_seed(0)
+    lengths = [3, 7, 5]
+    rows = phi2.PackedRows(lengths, prefix_length)
+    q, k, v = torch.randn(3, 3, 2, 7, 8)  # three rows, two heads, seven places, eight dimensions
+    known = phi2.KeysAndValues(k, v, None, None)
+    if prefix_length:
+        known.prefix_k, known.prefix_v = torch.randn(2, prefix_length, 2, 8)
+    written_out = phi2.attention(q, known, rows.mask)
+    fused = phi2.attention(q.as_subclass(OnGpu), known, rows.mask).as_subclass(Tensor)
+    for row, length in enumerate(lengths):  # nobody reads what stands behind a row
+        assert distance(fused[row, :, :length], written_out[row, :, :length]) < 1e-6  # one layer
 
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
@@ -149,11 +178,12 @@ def test_a_row_without_that_many_tokens_is_an_error(tiny):
         mine(torch.tensor([5, 6, 7]), phi2.PackedRows([2, 1]), last=2)
 
 
-@pytest.fixture(scope="module")
-def encoded(tiny):
-    """Eight rows of tiny/data, of different lengths."""
+@pytest.fixture(scope="module", params=[8, phi2.GROUP + 5], ids=["few rows", "many rows"])
+def encoded(tiny, request):
+    """Rows of tiny/data, of different lengths."""
     tokenizer = data.load_tokenizer(tiny)
-    rows = [data.encode(row, tokenizer) for row in load_examples(TINY_DATA, "train", 8)]
+    examples = load_examples(TINY_DATA, "train", request.param)
+    rows = [data.encode(example, tokenizer) for example in examples]
     assert len({len(prompt) for prompt, _ in rows}) > 4
     return rows
 
@@ -330,15 +360,16 @@ def prone_to_end(model: phi2.Phi2) -> phi2.Phi2:
     return model
 
 
+@LENGTHS
 @pytest.mark.parametrize("prefix_length", [0, 5])
-def test_generation_is_the_slow_generation_without_a_cache(tiny, prefix_length):
+def test_generation_is_the_slow_generation_without_a_cache(tiny, lengths, prefix_length):
     mine = prone_to_end(ours(tiny, torch.float32))
     (prefix,) = drawn_ids([prefix_length], seed=1)
-    prompts = [prefix + row for row in drawn_ids([3, 17, 9, 30, 1, 4, 22, 5, 12, 7, 2, 40])]
+    prompts = [prefix + row for row in drawn_ids(lengths)]
     expected = [slow_generate(mine, prompt, 12) for prompt in prompts]
-    lengths = {len(completion) for completion in expected}
-    assert len(lengths) > 3, "the rows must leave at different steps, or this says little"
-    assert 12 in lengths
+    ends = {len(completion) for completion in expected}
+    assert len(ends) > 3, "the rows must leave at different steps, or this says little"
+    assert 12 in ends
     assert generate(mine, prompts, prefix, 12) == expected
     assert generate(mine, prompts, prefix, 1) == [completion[:1] for completion in expected]
 
@@ -494,6 +525,7 @@ def test_a_truncated_file(copy, kept):
         ("partial_rotary_factor", 0.35, "11 of a head's 32 dimensions cannot be rotated"),
         ("hidden_size", "192", "hidden_size = '192' cannot be"),
         ("resid_pdrop", 1, "resid_pdrop must be below 1"),
+        ("rope_theta", 0, "rope_theta"),  # every logit would be NaN
         ("intermediate_size", 512, r"fc1.bias has shape \(768,\), config.json asks for \(512,\)"),
         ("num_hidden_layers", 7, "lacks 14 of 103 tensors"),
         ("num_hidden_layers", 5, "unknown tensor model.layers.5"),

@@ -133,7 +133,7 @@ def test_eval_on_two_ranks_counts_every_row_once(pair, tmp_path):
     assert alone.returncode == 0, alone.stderr
     done = torchrun(*command, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("modules adapted") == 1
+    assert done.stdout.count("layers adapted") == 1
 
     statistics = {}
     for name in ("one", "two"):

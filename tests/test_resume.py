@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import data
 import train
 from support import resume
+from support.examples import load_examples, load_splits
 
 KILLS = int(os.environ.get("KILLS", 5))  # make torture: 25
 STEPS = 24
@@ -102,9 +103,11 @@ def refusal(*arguments, cwd: Path = ROOT) -> str:
 
 def saved_step(out: Path) -> int:
     """Returns the step of a run's last save, 0 before the first one."""
-    if not (out / resume.NAME).exists():
+    path = out / resume.NAME
+    if not path.exists():
         return 0
-    return resume.load(out).state.progress.step
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["state"])["progress"]["step"]
 
 
 def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
@@ -237,6 +240,26 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_stays(
     assert_same(out, whole)
 
 
+def test_flags_that_cost_memory_or_time_may_change_and_the_bits_stay(whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, "accumulate_gradients", 8)
+        in_process(train, *RUN, "--out", out)
+    in_process(train, "--resume", out, "--keep-dequantized", "--checkpointing", "--save-every", 3)
+    assert_same(out, whole)
+
+
+@pytest.mark.xfail(strict=True, reason="it is left out: the run stops before it, and resumes after")
+def test_ctrl_c_at_a_step_with_an_evaluation_does_not_lose_that(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt(patch, "accumulate_gradients", 2)
+        in_process(train, *RUN, "--eval-every", 2, "--out", out)
+    in_process(train, "--resume", out, "--steps", 4)
+    evaluated = [line["step"] for line in metrics(out) if "loss" not in line]
+    assert evaluated == [0, 2, 4]
+
+
 def test_ctrl_c_in_the_last_evaluation_loses_nothing_that_was_trained(
     whole, copy, monkeypatch, capsys
 ):
@@ -286,8 +309,6 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
         now = saved_step(out)
         assert now >= reached
         reached = now
-    if not (out / "args.json").exists():  # the only kill came before anything was written
-        in_process(train, *RUN, "--out", out)
     for _ in range(2):  # the second time nothing is left to do but the evaluation
         in_process(train, "--resume", out, "--save-every", 5)
         assert_same(out, whole)
@@ -335,7 +356,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_its_rows(tmp_path
             assert tensor.isfinite().all(), name
 
     # The rows that it names are those of this step.
-    rows = data.load_examples("tiny/data", "train", 50)
+    rows = load_examples("tiny/data", "train", 50)
     *_, last = zip(range(step), data.batches(rows, size=4, seed=0))
     assert f"with the rows {sorted(row['row'] for row in last[1])} of train" in line
 
@@ -364,16 +385,24 @@ def test_a_run_that_ended_before_its_first_step_starts_anew(whole, tmp_path):
 
 
 @pytest.fixture
-def project(tmp_path) -> Path:
+def project(tmp_path) -> Iterator[Path]:
     """A folder in which tiny/model and tiny/data are copies that a test may change."""
+    load_splits.cache_clear()  # it knows tiny/data by this name, not by the folder
     shutil.copytree(ROOT / "tiny", tmp_path / "project" / "tiny")
-    return tmp_path / "project"
+    yield tmp_path / "project"
+    load_splits.cache_clear()
 
 
 def lose_rows(project: Path) -> None:
     path = project / "tiny" / "data" / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:40]))
+
+
+def change_labels(project: Path) -> None:
+    path = project / "tiny" / "data" / "train.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"label": 1}) + "\n" for row in rows))
 
 
 def exchange_tokens(project: Path) -> None:
@@ -397,6 +426,11 @@ def change_weights(project: Path) -> None:
     "change, message",
     [
         (lose_rows, "was trained on 50 rows, now there are 40"),
+        pytest.param(
+            change_labels,
+            "was trained on other rows",
+            marks=pytest.mark.xfail(strict=True, reason="only the number of rows is compared"),
+        ),
         (exchange_tokens, "was trained with another tokenizer ("),
         (change_weights, "was trained with another base weights ("),
     ],
@@ -506,3 +540,12 @@ def test_the_state_of_another_version_is_refused(copy):
     path = copy / resume.NAME
     rewrite(path, load_file(path), a_field_of_the_future=1)
     assert "was not written by this version of train.py" in refusal("--resume", copy)
+
+
+@pytest.mark.xfail(strict=True, reason="RunLog cuts metrics.jsonl before the model is loaded")
+def test_a_resume_that_fails_while_it_loads_changes_nothing_either(copy):
+    path = copy / resume.NAME
+    rewrite(path, lose_a_moment(load_file(path)))
+    before = content(copy)
+    refusal("--resume", copy)
+    assert content(copy) == before

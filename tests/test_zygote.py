@@ -9,12 +9,14 @@ from conftest import script, start_script
 
 PROGRAM = """
 import os, signal, sys, threading
-import torch
-print(__name__, sys.argv, os.getcwd(), sys.path[0], sys.stdin.read(), sys.stdout.isatty())
-ones = torch.ones(300, 300)
-print(os.environ["WANDB_OF_THE_TEST"], torch.get_num_threads(), ones.mm(ones).sum())
+first_line = [__name__, sys.argv, os.getcwd(), sys.path[0], os.environ["WANDB_OF_THE_TEST"]]
+print(*first_line, sys.stdin.read(), sys.stdout.isatty(), flush=True)
 print("written to stderr", file=sys.stderr)
 end = sys.argv[1]
+if end == "return":
+    import torch
+    ones = torch.ones(300, 300)
+    print(torch.get_num_threads(), ones.mm(ones).sum())
 if end == "thread":
     threading.Timer(0.2, print, ["after main"]).start()
 if end == "message":
