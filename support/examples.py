@@ -77,7 +77,7 @@ def read_files(paths: list[Path]) -> "Dataset":
     """Reads the files of one split, which all have the format of the first."""
     import datasets
 
-    # The library's own error for empty files does not say that they are empty.
+    # Of an empty JSON file the library makes a StopIteration without a message.
     if not any(path.stat().st_size for path in paths):
         raise ValueError(f"{paths[0]} is empty")
     loader, options = FORMATS[paths[0].suffix]

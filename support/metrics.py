@@ -35,7 +35,8 @@ def statistics(predictions: list[dict]) -> dict:
     if not predictions:
         raise ValueError("there are no predictions to count; is --limit above 0?")
     result = count_correct(predictions) | by_label(predictions)
-    # These depend on the mode and the dataset: a mean over some of the rows would mislead.
+    # Scores depend on the mode, genres on the dataset. A mean over some rows would mislead,
+    # hence `all`; a genre is a mean over its own rows.
     if all("scores" in row for row in predictions):
         result |= by_scores(predictions)
     if any(row.get("genre") is not None for row in predictions):

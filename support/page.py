@@ -67,9 +67,8 @@ def read_pictures(directory: Path) -> dict[str, str]:
 
 
 def read_rows(directory: Path, results: dict) -> list[dict]:
-    """Returns the predictions of all splits, each with its split."""
+    """Returns the fine-tuned model's predictions on all splits, each with its split."""
     rows = []
-    # The base model's mistakes are not shown: a user can do nothing about them.
     for split in results.get("finetuned", {}):
         for row in metrics.read_predictions(directory / f"predictions_{split}.jsonl"):
             rows.append(row | {"split": split})

@@ -161,7 +161,7 @@ def draw_histogram(axis, lengths: dict) -> None:
     edges = numpy.arange(shortest, longest + 1 + width, width) - 0.5
     for (split, values), line in zip(lengths.items(), itertools.cycle(LINES)):
         label = f"{split} ({len(values):,} rows)"
-        # A density, because a training split has forty times the rows of a validation split.
+        # A density: MNLI's training split has forty times the rows of a validation split.
         axis.hist(values, edges, density=True, histtype="step", linestyle=line, label=label)
 
 

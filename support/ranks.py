@@ -1,8 +1,8 @@
 """Several GPUs, several machines: what the processes that torchrun starts exchange.
 
-Each process, a rank, holds the whole model on its own device and takes every WORLD-th row of
-each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2 at
-adapter rank 8, in one message, which is too little to be worth overlapping with the backward
+Each process, a rank, holds the whole model on its own device and takes every WORLD-th row
+of each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2
+with --rank 8, in one message, which is too little to be worth overlapping with the backward
 pass. Without torchrun there is one rank, and every function here returns what it was given.
 When a rank dies, torchrun ends the others; with --max-restarts it starts all of them again,
 and they resume from the last save.
@@ -65,7 +65,7 @@ def start(device: str) -> torch.device:
     own = own_device(device)
     if WORLD == 1:
         return own
-    # Otherwise each line would be printed WORLD times. Errors go to stderr, from every rank.
+    # Otherwise each line would be printed WORLD times. Errors go to stderr, from each.
     if not FIRST:
         sys.stdout = open(os.devnull, "w")
     meet(own)
@@ -110,7 +110,7 @@ def meet(device: torch.device) -> None:
     store = None
     if RESTARTS and os.environ.get("GROUP_WORLD_SIZE") == "1":
         # torchrun's store still holds the addresses of the ranks that died, so the new ones
-        # meet under another name. On several machines README.md's variable sees to it.
+        # meet under another name. On several machines the variable in README.md does this.
         old_store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {RESTARTS}", old_store)
     dist.init_process_group(
@@ -175,8 +175,8 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     parameters = list(parameters)
     for parameter in parameters:
-        # The last step of an epoch may have fewer rows than there are ranks. A rank without a
-        # row adds zeros, because the others wait for a message of the same length.
+        # The last step of an epoch may have fewer rows than there are ranks. A rank without
+        # a row adds zeros, because the others wait for a message of the same length.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 

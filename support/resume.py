@@ -7,8 +7,8 @@ Its tensors, for adapter parameters numbered n in the order of lora_parameters:
     optimizer.n.exp_avg, .exp_avg_sq    its two moments, shaped like the parameter
     random                              (ranks, bytes) uint8: each rank's random generators
 
-Everything else is JSON in the metadata (`State`): no pickle, which could run code. The order
-of the rows needs nothing, because it is a function of seed and step.
+Everything else is JSON in the metadata (`State`): no pickle, which could run code. The
+order of the rows needs nothing, because it is a function of seed and step.
 """
 
 import json
@@ -190,7 +190,7 @@ def write(
 
 
 def load(run: Path) -> Saved:
-    """Returns what a run has saved. Raises ValueError when there is none, or it is damaged."""
+    """Returns what a run has saved. Raises ValueError for no file or a damaged one."""
     path = Path(run) / NAME
     if not path.is_file():
         raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
@@ -213,7 +213,7 @@ def load(run: Path) -> Saved:
 
 
 def load_if_begun(run: Path | None) -> Saved | None:
-    """Returns what a run has saved; None without a run, or when it stopped before step 1."""
+    """Returns what a run has saved; None without a run, or before its first save."""
     if run is None or not (run / NAME).is_file():
         return None
     return load(run)
@@ -226,7 +226,8 @@ def saved_arguments(run: Path) -> dict:
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"{run} holds a finished adapter and no {NAME}: "
-            "there is nothing to resume from, and starting again would write over the adapter"
+            "there is nothing to resume from, "
+            "and starting again would write over the adapter"
         )
     if (run / "args.json").is_file():  # it was stopped before its first save
         return files.read_json(run / "args.json")
@@ -238,9 +239,10 @@ def saved_arguments(run: Path) -> dict:
 
 
 def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to `step`; later ones are written again.
+    """Returns the whole lines of a metrics.jsonl up to `step`.
 
-    The final evaluation, at step `steps`, is left out, because it will be repeated.
+    Later steps are taken again. The final evaluation, at step `steps`, is left out, because
+    it will be repeated.
     """
     if not path.is_file():
         return []
@@ -259,9 +261,9 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Returns the state of the CPU's generator and, on a GPU, of that GPU's: (bytes,) uint8.
+    """Returns the state of the CPU's generator and, on a GPU, that GPU's: (bytes,) uint8.
 
-    The adapter's dropout draws from the generator of its device, the data from neither.
+    Dropout draws from the generator of its device, the order of rows from neither.
     """
     state = torch.get_rng_state()
     if device.type != "cuda":

@@ -1,8 +1,8 @@
 """What a run reports: on the console, in metrics.jsonl, and to Weights & Biases.
 
 A line of metrics.jsonl is a JSON object with "step". A line of training also has loss,
-learning_rate, grad_norm, examples_per_second, tokens_per_second and peak_memory_gib; a line of
-an evaluation has SPLIT_accuracy and SPLIT_loss for each split.
+learning_rate, grad_norm, examples_per_second, tokens_per_second and peak_memory_gib; a line
+of an evaluation has SPLIT_accuracy and SPLIT_loss for each split.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class RunLog:
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
         seconds = time.perf_counter() - self.clock
-        # A mean over the steps: the loss of one step says more about its rows than the model.
+        # A mean over steps: the loss of one says more about its rows than about the model.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
         # Above the empty process: the interpreter and torch take memory for any model.
@@ -104,7 +104,7 @@ class RunLog:
         self.clock = time.perf_counter()
 
     def write_evaluation(self, step: int, results: dict[str, dict]) -> None:
-        """Adds a line with accuracy and loss of each split, under the names that W&B plots."""
+        """Adds a line with accuracy and loss of each split."""
         values = {
             f"{split}_{key}": statistics[key]
             for split, statistics in results.items()

@@ -5,7 +5,7 @@ import sys
 
 
 class StopRequest:
-    """Becomes true at the first Ctrl-C or SIGTERM; the same one again ends the process."""
+    """Becomes true at the first Ctrl-C or SIGTERM; the second one ends the process."""
 
     # Ctrl-C, and what torchrun, Slurm and Docker send before they kill.
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -15,11 +15,10 @@ class StopRequest:
         for number in self.SIGNALS:
             signal.signal(number, self.receive)
 
-    def receive(self, number: int, _frame) -> None:
+    def receive(self, _number: int, _frame) -> None:
         # Nothing is saved here: a signal may come in the middle of a step.
         self.received = True
-        # It raises KeyboardInterrupt, for SIGTERM too, so temporary files are removed.
-        signal.signal(number, signal.default_int_handler)
+        self.release()
         message = "\nstopping after this step; once more ends it at once"
         print(message, file=sys.stderr, flush=True)
 
@@ -27,6 +26,9 @@ class StopRequest:
         return self.received
 
     def release(self) -> None:
-        """Lets a signal end the process again: from here on everything is saved."""
+        """Lets a signal end the process again.
+
+        It raises KeyboardInterrupt, for SIGTERM too, so temporary files are removed.
+        """
         for number in self.SIGNALS:
             signal.signal(number, signal.default_int_handler)
