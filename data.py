@@ -1,9 +1,10 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
-Fourth in the reading order. A prompt ends in "### Label:". The answer is one token, " 0", " 1" or
-" 2", followed by the end-of-text token, so that the model learns to stop. Prompt and answer are
-tokenised separately and joined as lists of ids: at evaluation the model is asked, id for id, what
-it saw in training. Reading people's files is support/examples.py's task.
+Fourth in the reading order. A prompt ends in "### Label:". The answer is one token,
+" 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop. Prompt and
+answer are tokenised separately and joined as lists of ids: at evaluation the model is
+asked, id for id, what it saw in training. Reading people's files is support/examples.py's
+task.
 """
 
 import functools
@@ -23,7 +24,7 @@ PROMPT = (
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-# What all prompts share, and what follows a premise. The double spaces are the original notebooks'.
+# What all prompts share, and what follows a premise.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
 EOS = "<|endoftext|>"
 # 1 or 1.5 or 1,000
@@ -63,8 +64,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
     """Returns the ids that all examples share.
 
-    They are those of the prefix, those of the answers " 0", " 1", " 2" (phi-2: 657, 352, 362), and
-    the id of the end of text.
+    They are those of the prefix, those of the answers " 0", " 1", " 2" (phi-2: 657, 352,
+    362), and the id of the end of text.
     """
     prefix = tokenizer.encode(PREFIX).ids
     answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
@@ -76,8 +77,8 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids) of an example: premise, hypothesis, and a label of 0 to 2.
 
-    Where both together are longer than `max_length`, the premise loses its end, and nothing else
-    is cut. Raises ValueError when the rest alone is too long.
+    Where both together are longer than `max_length`, the premise loses its end, and nothing
+    else is cut. Raises ValueError when the rest alone is too long.
     """
     prefix, answers, eos = fixed_ids(tokenizer)
     answer = [answers[example["label"]], eos]
@@ -100,7 +101,7 @@ def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
     """Returns whether `encode` cuts the premise of an example."""
     if max_length is None:
         return False
-    # A token has at least one byte, so many rows are short enough without being tokenised again.
+    # A token has at least one byte: many rows are short enough without being tokenised.
     text = PROMPT.format(premise=example["premise"], hypothesis=example["hypothesis"])
     answer_tokens = 2  # the label and the end of text
     if len(text.encode("utf-8")) + answer_tokens <= max_length:
@@ -112,8 +113,8 @@ def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
 def parse(completion: str) -> int:
     """Returns the integer part of the first number in a completion, or -1 where there is none.
 
-    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has up to
-    three digits before a comma, so "2019" is read as 201.
+    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
+    up to three digits before a comma, so "2019" is read as 201.
     """
     number = NUMBER.search(completion)
     if number is None:
@@ -124,8 +125,8 @@ def parse(completion: str) -> int:
 def is_settled(completion: str) -> bool:
     """Returns True when nothing that could follow would change what `parse` reads.
 
-    That is so once a character after the first number has ended it. A comma may still be part of
-    "1,000", and U+FFFD stands for a character whose bytes are not complete.
+    That is so once a character after the first number has ended it. A comma may still be
+    part of "1,000", and U+FFFD stands for a character whose bytes are not complete.
     """
     number = NUMBER.search(completion)
     if number is None:
@@ -141,10 +142,10 @@ def is_settled(completion: str) -> bool:
 def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
     """Yields endless lists of `size` examples, one for each optimiser step, from number `start`.
 
-    Within a list the shortest come first. Each epoch is a permutation that is drawn from (seed,
-    epoch) alone. So list n depends on nothing that came before, and a run can resume at any n. An
-    epoch takes each row once; its last list holds what is left. Each example has its number in
-    `row`.
+    Within a list the shortest come first. Each epoch is a permutation that is drawn from
+    (seed, epoch) alone. So list n depends on nothing that came before, and a run can resume
+    at any n. An epoch takes each row once; its last list holds what is left. Each example
+    has its number in `row`.
     """
     lengths = [
         len(premise) + len(hypothesis)
@@ -155,7 +156,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
     for number in itertools.count(start):
         epoch, place = divmod(number, lists_in_epoch)
         if epoch != order_epoch:
-            # Multiplied, so that the next seed does not begin with this seed's second epoch.
+            # Multiplied, so that the next seed has none of this seed's epochs.
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             order = torch.randperm(len(examples), generator=generator).tolist()
             order_epoch = epoch
@@ -191,9 +192,9 @@ class Batch:
 def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str) -> Batch:
     """Packs (prompt ids, answer ids) of several examples for a loss.
 
-    The first `prefix_length` ids, which all prompts share, are taken once. Loss "answer" has two
-    targets a row, the label and the end of text. Loss "full" has every id after a row's first;
-    each row needs its own prefix for that.
+    The first `prefix_length` ids, which all prompts share, are taken once. Loss "answer"
+    has two targets a row, the label and the end of text. Loss "full" has every id after a
+    row's first; each row needs its own prefix for that.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss has targets in the prefix, so rows cannot share it")

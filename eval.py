@@ -1,9 +1,9 @@
 """Accuracy on a split, and the answer to a single pair.
 
-Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads the first
-number of what it wrote: a model that writes no number is wrong. Mode "score" compares the
-probabilities of the three answers after "### Label:", in one forward pass: it shows what a model
-knows even if it would not say it.
+Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads the
+first number of what it wrote: a model that writes no number is wrong. Mode "score" compares
+the probabilities of the three answers after "### Label:", in one forward pass: it shows
+what a model knows even if it would not say it.
 
     python eval.py --adapter out/demo                                       # every validation split
     python eval.py --model microsoft/phi-2 --split validation_matched --mode score
@@ -65,9 +65,9 @@ def load_model(
 ) -> phi2.Phi2:
     """Loads the base. This is the project in four lines; the fourth is lora.inject(model, config).
 
-    The order matters: an empty layer is replaced by an empty quantised one, weights quantise when
-    they arrive, and adapters are put around layers that have their weights. `quantization` is
-    "nf4" or "none", `dtype` is "bf16" or "fp32".
+    The order matters: an empty layer is replaced by an empty quantised one, weights
+    quantise when they arrive, and adapters are put around layers that have their weights.
+    `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -113,12 +113,12 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns greedy completions of prompts that begin with `prefix`, and their first logits.
 
-    A row leaves the batch as soon as is_finished(its new ids) or at max_new_tokens. Ids from
-    `vocab_size` on, which the head has but no text ever had, are never chosen. The first logits
-    (B, vocabulary) are those after the prompts.
+    A row leaves the batch as soon as is_finished(its new ids) or at max_new_tokens. Ids
+    from `vocab_size` on, which the head has but no text ever had, are never chosen. The
+    first logits (B, vocabulary) are those after the prompts.
     """
     device = model.lm_head.weight.device
-    # 1. Run all prompts at once. Their keys and values are kept, with room for the completions.
+    # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
     ids, packed = pack(prompts, prefix, device, room=max_new_tokens)
     first_logits = model(ids, packed, last=1)
@@ -153,13 +153,14 @@ def complete(
 ) -> list[dict]:
     """Returns completion, prediction and scores of each prompt.
 
-    A completion ends at the end of text, or as soon as its first number is settled: what follows
-    would not change the prediction. The scores are those of `score`.
+    A completion ends at the end of text, or as soon as its first number is settled: what
+    follows would not change the prediction. The scores are those of `score`.
     """
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again for each token: a token may end in the middle of a character.
+        # The text is decoded again for each token: a token may end in the middle of a
+        # character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, logits = generate(
@@ -199,16 +200,16 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and a prediction for each of them, in their order.
 
-    Dropout is off meanwhile. Of several ranks each answers its share, and all return all answers.
-    An answer depends on its prompt alone; a batch of another size only rounds differently. In fp32
-    that changes the last digits of the scores. In bf16 it may turn two answers that are nearly
-    even.
+    Dropout is off meanwhile. Of several ranks each answers its share, and all return all
+    answers. An answer depends on its prompt alone; a batch of another size only rounds
+    differently. In fp32 that changes the last digits of the scores. In bf16 it may turn two
+    answers that are nearly even.
     """
     was_training = model.training
     model.eval()
     prompts = [data.encode(pair, tokenizer, protocol.max_length)[0] for pair in pairs]
-    # Sorted, so that the rows of a batch are of similar length. The longest first, so that a batch
-    # that is too large for the memory shows at once, and not after an hour.
+    # Sorted, so that the rows of a batch are of similar length. The longest first, so that
+    # a batch that is too large for the memory shows at once, and not after an hour.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
     mine = order[ranks.RANK :: ranks.WORLD]
 
@@ -320,7 +321,8 @@ def read_pairs(lines) -> Iterator[dict]:
 
 def evaluate_splits(args: argparse.Namespace) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
-    # What the arguments name is read first, so that a mistake shows before the model is loaded.
+    # What the arguments name is read first, so that a mistake shows before the model is
+    # loaded.
     names = args.split or examples.validation_splits(args.dataset)
     splits = {name: examples.load_examples(args.dataset, name, args.limit) for name in names}
     others = read_others(args.compare, names) if args.compare else {}

@@ -2,8 +2,8 @@
 
 First in the reading order. The paper is arXiv:2106.09685.
 
-Full fine-tuning of a weight W (out, in) needs a gradient as large as W, and optimiser state twice
-as large. LoRA freezes W and learns a correction of low rank beside it:
+Full fine-tuning of a weight W (out, in) needs a gradient as large as W, and optimiser state
+twice as large. LoRA freezes W and learns a correction of low rank beside it:
 
                          W x  +  (alpha / rank) B A x
 
@@ -20,13 +20,13 @@ as large. LoRA freezes W and learns a correction of low rank beside it:
                           ^              ^
                           +------ x -----+
 
-B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on q_proj and
-v_proj, 2.6 million of 2.8 billion parameters are trained.
+B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on q_proj
+and v_proj, 2.6 million of 2.8 billion parameters are trained.
 
-The layer that is wrapped may be any linear layer, a quantised one too: QLoRA is this file over
-quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of `state_dict()`,
-with PREFIX before each name.
-Left out: DoRA, rsLoRA, trained biases, adapters on embeddings. A file that uses them is refused.
+The layer that is wrapped may be any linear layer, a quantised one too: QLoRA is this file
+over quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of
+`state_dict()`, with PREFIX before each name. Left out: DoRA, rsLoRA, trained biases,
+adapters on embeddings. A file that uses them is refused.
 
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
 """
@@ -50,16 +50,21 @@ PREFIX = "base_model.model."  # PEFT puts this before each module's path in its 
 class LoRAConfig:
     """The four choices of LoRA.
 
-    rank: the width of the bottleneck, and the rank of the learned correction. The paper's section
+    rank: the width of the bottleneck, and the rank of the learned correction. The paper's
+    section
         7.2 finds that 1 to 8 is enough on q and v; parameters grow in proportion to it.
-    alpha: the correction is multiplied by alpha / rank (section 4.1). Divided by rank, so that
-        the learning rate may stay when the rank changes. Doubling alpha doubles the correction.
-    dropout: the share of the adapter's inputs that is set to zero in training. The base always
+    alpha: the correction is multiplied by alpha / rank (section 4.1). Divided by rank, so
+    that
+        the learning rate may stay when the rank changes. Doubling alpha doubles the
+        correction.
+    dropout: the share of the adapter's inputs that is set to zero in training. The base
+    always
         sees all of its input.
-    targets: which linear layers get an adapter: a tuple of names, or the word "all-linear" (all
-        but the head), or any other text as a regular expression for a whole path. The paper adapts
-        q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all layers
-        matters more than rank.
+    targets: which linear layers get an adapter: a tuple of names, or the word "all-linear"
+    (all
+        but the head), or any other text as a regular expression for a whole path. The paper
+        adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to
+        adapt all layers matters more than rank.
     """
 
     rank: int = 8
@@ -87,7 +92,8 @@ class LoRAConfig:
     def to_peft(self, base_model: str) -> dict:
         """Returns the content of adapter_config.json.
 
-        Only keys that PEFT has had for long: older versions refuse those that they do not know.
+        Only keys that PEFT has had for long: older versions refuse those that they do not
+        know.
         """
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {
@@ -99,7 +105,8 @@ class LoRAConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
-            # The rest is what PEFT does without these keys, said for people who read the file.
+            # The rest is what PEFT does without these keys, said for people who read the
+            # file.
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -130,8 +137,8 @@ class LoRAConfig:
         return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
-# Keys of adapter_config.json that LoRAConfig is made of, and keys that change nothing in what
-# the adapter computes.
+# Keys of adapter_config.json that LoRAConfig is made of, and keys that change nothing in
+# what the adapter computes.
 REQUIRED = ("r", "lora_alpha", "target_modules")
 HARMLESS = {
     "auto_mapping",
@@ -163,8 +170,8 @@ def check_options(raw: dict) -> None:
     initialisation = raw.get("init_lora_weights", True)
     if initialisation not in (True, False, "gaussian"):
         raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
-    # PEFT has more options than this file knows. One that is off changes nothing. (0 == False, and
-    # a list cannot be looked up in a set.)
+    # PEFT has more options than this file knows. One that is off changes nothing. (0 ==
+    # False, and a list cannot be looked up in a set.)
     for key, value in raw.items():
         is_off = value in (None, False, "none") or value in ({}, [])
         if key not in REQUIRED and key not in HARMLESS and not is_off:
@@ -174,12 +181,13 @@ def check_options(raw: dict) -> None:
 class LoRALinear(nn.Module):
     """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (..., in): (..., out).
 
-    A and B are fp32 whatever the base is, as in PEFT. bf16 has 8 bits, so the small steps at the
-    end of a training would be rounded away.
+    A and B are fp32 whatever the base is, as in PEFT. bf16 has 8 bits, so the small steps
+    at the end of a training would be rounded away.
 
-    Backward, for x (N, in), u = x A^T (N, rank), scale = alpha / rank, the gradient g (N, out) of
-    the output, and dropout off: B's gradient is scale g^T u, A's is scale (g B)^T x, and that of x
-    is g W + scale g B A. W has none. Stored for it are x in fp32 (for A) and u (for B).
+    Backward, for x (N, in), u = x A^T (N, rank), scale = alpha / rank, the gradient g (N,
+    out) of the output, and dropout off: B's gradient is scale g^T u, A's is scale (g B)^T
+    x, and that of x is g W + scale g B A. W has none. Stored for it are x in fp32 (for A)
+    and u (for B).
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -187,8 +195,9 @@ class LoRALinear(nn.Module):
         self.base_layer = base_layer
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        # The order of draws from the CPU's generator is PEFT's: one in each of the constructors,
-        # then a second one for A. So one seed gives the same adapter here and there.
+        # The order of draws from the CPU's generator is PEFT's: one in each of the
+        # constructors, then a second one for A. So one seed gives the same adapter here and
+        # there.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
@@ -217,13 +226,14 @@ class LoRALinear(nn.Module):
 def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    Returns the paths of the wrapped layers. Raises ValueError when a target matches nothing, and
-    when the model has adapters already.
+    Returns the paths of the wrapped layers. Raises ValueError when a target matches
+    nothing, and when the model has adapters already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
     paths = match_targets(model, config.targets)
-    # Everything is frozen first. The adapters that follow are new, so they alone have gradients.
+    # Everything is frozen first. The adapters that follow are new, so they alone have
+    # gradients.
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
@@ -240,8 +250,8 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
 def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
     """Returns the paths of the linear layers that `targets` names, in module order.
 
-    The rules are PEFT's: a name matches the end of a path at a dot, a string must match a whole
-    path as a regular expression. Raises ValueError when a target matches no layer.
+    The rules are PEFT's: a name matches the end of a path at a dot, a string must match a
+    whole path as a regular expression. Raises ValueError when a target matches no layer.
     """
     linears = linear_paths(model)
     if targets == "all-linear":
@@ -260,7 +270,8 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
         if not matched:
             raise ValueError(describe_missing_target(target, linears))
         chosen |= matched
-    # In module order, because the adapters are initialised one after another from one generator.
+    # In module order, because the adapters are initialised one after another from one
+    # generator.
     return [path for path in linears if path in chosen]
 
 
@@ -312,8 +323,8 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    The sum is made in fp32 and rounded once to the dtype of W. Raises ValueError over a quantised
-    base, because rounding the sum to 4 bits again erases most of a small update.
+    The sum is made in fp32 and rounded once to the dtype of W. Raises ValueError over a
+    quantised base, because rounding the sum to 4 bits again erases most of a small update.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -343,8 +354,8 @@ def save_adapter(
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
-    `fingerprint` says what the adapter was trained over. It is stored in the metadata of the
-    tensors, and `load_adapter` compares it.
+    `fingerprint` says what the adapter was trained over. It is stored in the metadata of
+    the tensors, and `load_adapter` compares it.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -363,10 +374,11 @@ def load_adapter(
 ) -> LoRAConfig:
     """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
 
-    Raises ValueError where PEFT would continue with a model that is not the trained one: a tensor
-    is missing, unknown or of another shape; every B is zero; adapter_config.json has an option
-    that is not implemented here; the adapter was saved with another `fingerprint`. The model must
-    not be used after that: it may be wrapped already. Numbers of any dtype become fp32.
+    Raises ValueError where PEFT would continue with a model that is not the trained one: a
+    tensor is missing, unknown or of another shape; every B is zero; adapter_config.json has
+    an option that is not implemented here; the adapter was saved with another
+    `fingerprint`. The model must not be used after that: it may be wrapped already. Numbers
+    of any dtype become fp32.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
@@ -433,7 +445,8 @@ def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
     """Raises ValueError unless the file has exactly these names and shapes, and was trained."""
-    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
+    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in
+    # silence.
     check_keys("lacks", parameters.keys() - tensors.keys(), file)
     check_keys("holds unknown", tensors.keys() - parameters.keys(), file)
     for key, parameter in parameters.items():

@@ -1,15 +1,15 @@
 """phi-2 in one file: the model, what makes it fast, and loading.
 
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
-(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key. phi-1 and
-phi-1.5 differ only in config.json. Left out: long-context rotary scaling, grouped-query attention
-(no phi has it), and the checkpoint layouts of 2023.
+(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key.
+phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scaling,
+grouped-query attention (no phi has it), and the checkpoint layouts of 2023.
 
-A transformer treats each token by itself; only attention lets tokens look at one another. So the
-model runs on flat tokens, (N, C), and everything about rows is in one object, `PackedRows`, which
-knows where each token stands and which tokens it sees. The first half of this file can be read
-without it: think of one row, for which `packed.attend` is softmax(q k^T / sqrt(D)) v under a
-causal mask, and `packed.select_asking(x)` is x.
+A transformer treats each token by itself; only attention lets tokens look at one another.
+So the model runs on flat tokens, (N, C), and everything about rows is in one object,
+`PackedRows`, which knows where each token stands and which tokens it sees. The first half
+of this file can be read without it: think of one row, for which `packed.attend` is
+softmax(q k^T / sqrt(D)) v under a causal mask, and `packed.select_asking(x)` is x.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -42,7 +42,8 @@ from tqdm import tqdm
 class Phi2Config:
     """The fields of config.json that matter, under Hugging Face's names, with phi-2's values.
 
-    What a config.json leaves out is in ABSENT below: there transformers' values hold, not these.
+    What a config.json leaves out is in ABSENT below: there transformers' values hold, not
+    these.
     """
 
     vocab_size: int = 51200
@@ -69,7 +70,8 @@ def rotary_tables(
     """
     head_dim = config.hidden_size // config.num_attention_heads
     rotary_dim = int(head_dim * config.partial_rotary_factor)
-    # The first pair of dimensions turns by one radian a token, the last by 1 / rope_theta or so.
+    # The first pair of dimensions turns by one radian a token, the last by 1 / rope_theta
+    # or so.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -102,13 +104,14 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, packed: "PackedRows") -> Tensor:
-        # Every token gives a key and a value. Only those whose output is wanted have a query: all
-        # of them, but in the last block.
+        # Every token gives a key and a value. Only those whose output is wanted have a
+        # query: all of them, but in the last block.
         q = self.split_heads(self.q_proj(packed.select_asking(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # Turned by its position each, the product of q and k depends on their distance alone.
+        # Turned by its position each, the product of q and k depends on their distance
+        # alone.
         q = rotate(q, packed.select_asking(cos), packed.select_asking(sin))
         k = rotate(k, cos, sin)
 
@@ -154,8 +157,8 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # With checkpointing the forward pass stores each block's input alone, and the backward
-        # pass runs the block again.
+        # With checkpointing the forward pass stores each block's input alone, and the
+        # backward pass runs the block again.
         self.checkpointing = False
         # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -167,13 +170,15 @@ class PhiModel(nn.Module):
     def forward(self, ids: Tensor, packed: "PackedRows", last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
-        With `last` only those of the last tokens of each row, `last` for each: (B * last, C).
+        With `last` only those of the last tokens of each row, `last` for each: (B * last,
+        C).
         """
         # No position is added to x. Attention turns q and k instead.
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, packed.positions, x.dtype)
         for block in self.layers:
-            # In the last block only some tokens are wanted. The others give keys and values.
+            # In the last block only some tokens are wanted. The others give keys and
+            # values.
             if last is not None and block is self.layers[-1]:
                 packed = packed.only_last(last)
             if self.checkpointing and torch.is_grad_enabled():
@@ -197,8 +202,8 @@ class Phi2(nn.Module):
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
-        Without `packed` the ids are one row. With `last` only the last tokens of each row have
-        logits, `last` for each: (B * last, vocabulary).
+        Without `packed` the ids are one row. With `last` only the last tokens of each row
+        have logits, `last` for each: (B * last, vocabulary).
         """
         if packed is None:
             packed = PackedRows([len(ids)], device=ids.device)
@@ -238,8 +243,9 @@ class Grid:
 class PackedRows:
     """Where the tokens of a flat batch stand, and which tokens each of them sees.
 
-    The N tokens of a call are a prefix that all B rows share (it may be empty), then row after row,
-    `lengths` tokens each, without padding. A prefix of two tokens and rows of two and one:
+    The N tokens of a call are a prefix that all B rows share (it may be empty), then row
+    after row, `lengths` tokens each, without padding. A prefix of two tokens and rows of
+    two and one:
 
                P0 P1 a0 a1 b0
         P0      x                        a token sees the prefix and its own row, up to and
@@ -248,27 +254,27 @@ class PackedRows:
         a1      x  x  x  x
         b0      x  x        x
 
-    So the prefix runs through the model once for all rows. Its keys and values are what each row
-    would have computed for itself, and the gradients that reach them are the sum over the rows:
-    without dropout the result is that of whole prompts. (With dropout all rows share the mask that
-    is drawn on the prefix.)
+    So the prefix runs through the model once for all rows. Its keys and values are what
+    each row would have computed for itself, and the gradients that reach them are the sum
+    over the rows: without dropout the result is that of whole prompts. (With dropout all
+    rows share the mask that is drawn on the prefix.)
 
-    A token *asks* when its output is wanted: it has a query. All tokens ask, but in the last block
-    only those whose logits are wanted; the others give keys and values alone.
+    A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
+    last block only those whose logits are wanted; the others give keys and values alone.
 
-    Only for attention are the rows spread into a grid (B, longest). Nobody sees the empty places
-    behind a short row, because they come after all of its tokens.
+    Only for attention are the rows spread into a grid (B, longest). Nobody sees the empty
+    places behind a short row, because they come after all of its tokens.
 
-    For generation, `room` is the number of tokens that may be added to each row. The keys and
-    values of all layers are then kept, and `advance` goes on to the next token.
+    For generation, `room` is the number of tokens that may be added to each row. The keys
+    and values of all layers are then kept, and `advance` goes on to the next token.
 
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
-        filled: tokens of each row so far, those of earlier calls included.
-        width: places for keys and values in each row, longest + room.
-        key_grid: spreads the rows' keys and values over (B, width).
-        query_grid: spreads the rows' asking tokens over (B, longest of them).
-        mask: (B or 1, 1, asking tokens of a row, prefix_length + width), 0 where a query sees a
+        filled: tokens of each row so far, those of earlier calls included. width: places
+        for keys and values in each row, longest + room. key_grid: spreads the rows' keys
+        and values over (B, width). query_grid: spreads the rows' asking tokens over (B,
+        longest of them). mask: (B or 1, 1, asking tokens of a row, prefix_length + width),
+        0 where a query sees a
             key and -inf where not.
         prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
         prefix_asks: whether its tokens ask.
@@ -343,8 +349,8 @@ class PackedRows:
 
         k and v are (N, H, D); q and the result are (A, H, D).
         """
-        # The N tokens are the prefix, then the rows. After the first call of a generation the
-        # prefix is in the cache, and the N tokens are those of the rows alone.
+        # The N tokens are the prefix, then the rows. After the first call of a generation
+        # the prefix is in the cache, and the N tokens are those of the rows alone.
         prefix_q, q = self.split_prefix(q, self.prefix_asks)
         prefix_k, k = self.split_prefix(k, self.prefix_is_new)
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
@@ -372,10 +378,12 @@ class PackedRows:
     ) -> "KeysAndValues":
         """Returns the keys and values that the tokens of this call may see in a layer.
 
-        Where there is room they are kept, and later calls write theirs into the empty places.
+        Where there is room they are kept, and later calls write theirs into the empty
+        places.
         """
         if layer in self.cache:
-            # One new token in each row. It is written in place: nothing here has a gradient.
+            # One new token in each row. It is written in place: nothing here has a
+            # gradient.
             known = self.cache[layer]
             known.k[self.lines, :, self.columns] = k
             known.v[self.lines, :, self.columns] = v
@@ -388,8 +396,8 @@ class PackedRows:
     def advance(self, going_on: list[int]) -> "PackedRows":
         """Returns the rows at the indices `going_on` for the model's next call, in generation.
 
-        That call takes one new token for each of them, and not the prefix. It writes into the
-        cache, so this object must not be used again.
+        That call takes one new token for each of them, and not the prefix. It writes into
+        the cache, so this object must not be used again.
         """
         device = self.positions.device
         columns = [self.filled[row] for row in going_on]  # the first empty place of each row
@@ -414,8 +422,9 @@ class PackedRows:
 class KeysAndValues:
     """The keys and values of B rows in one layer.
 
-    k and v (B, H, S, D) are the rows' own, with empty places that the mask hides; prefix_k and
-    prefix_v (P, H, D) stand before each row's own, and are None where there is no prefix.
+    k and v (B, H, S, D) are the rows' own, with empty places that the mask hides; prefix_k
+    and prefix_v (P, H, D) stand before each row's own, and are None where there is no
+    prefix.
     """
 
     k: Tensor
@@ -462,9 +471,9 @@ def attention_in_groups(
 ) -> Tensor:
     """Returns what `attention` does, from a few rows at a time.
 
-    A group is as wide as its own longest row, not as the longest of all. Where rows come sorted by
-    length, as in training and evaluation, most of the padding is gone, and a group's scores fit
-    into the cache of a CPU.
+    A group is as wide as its own longest row, not as the longest of all. Where rows come
+    sorted by length, as in training and evaluation, most of the padding is gone, and a
+    group's scores fit into the cache of a CPU.
     """
     prefix_length = mask.shape[-1] - known.k.shape[2]
     parts = []
@@ -500,8 +509,8 @@ def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 
-# Options of config.json that change the result and are not implemented, with the one value that
-# is accepted.
+# Options of config.json that change the result and are not implemented, with the one value
+# that is accepted.
 FIXED = {
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
@@ -530,9 +539,9 @@ def load_weights(
 ) -> Phi2:
     """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
 
-    Each tensor goes to its module's own `load_state_dict`, where a quantised layer quantises it:
-    at the peak the memory holds the model and one tensor. Raises ValueError for missing, unknown,
-    misshapen or damaged tensors; the model is then unusable.
+    Each tensor goes to its module's own `load_state_dict`, where a quantised layer
+    quantises it: at the peak the memory holds the model and one tensor. Raises ValueError
+    for missing, unknown, misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     with torch.device("meta"):
@@ -555,8 +564,8 @@ def load_weights(
         if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         path, _, leaf = key.rpartition(".")
-        # strict=False, because each tensor comes alone. Then a name that the module does not know
-        # would be left out in silence.
+        # strict=False, because each tensor comes alone. Then a name that the module does
+        # not know would be left out in silence.
         module = model.get_submodule(path)
         result = module.load_state_dict({leaf: tensor}, strict=False, assign=True)
         if result.unexpected_keys:
@@ -609,8 +618,8 @@ def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
 def weight_files(directory: Path) -> list[Path]:
     """Returns the safetensors files of a model directory.
 
-    As in transformers, model.safetensors comes before an index, which may be that of an earlier
-    save.
+    As in transformers, model.safetensors comes before an index, which may be that of an
+    earlier save.
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
@@ -633,8 +642,8 @@ def weight_files(directory: Path) -> list[Path]:
 def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
     """Returns the directory of a model: `name` itself, or its download from the Hub.
 
-    Files that are in the Hub's local cache are not downloaded again. Raises ValueError when there
-    is neither a directory nor a model on the Hub.
+    Files that are in the Hub's local cache are not downloaded again. Raises ValueError when
+    there is neither a directory nor a model on the Hub.
     """
     directory = Path(name)
     if directory.is_dir():
@@ -666,8 +675,8 @@ def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
 def read_config(directory: Path) -> Phi2Config:
     """Reads config.json of a model directory.
 
-    Raises ValueError for an architecture that is not a phi, for an option that is not implemented,
-    and for impossible sizes.
+    Raises ValueError for an architecture that is not a phi, for an option that is not
+    implemented, and for impossible sizes.
     """
     path = Path(directory) / "config.json"
     raw = read_json(path)

@@ -8,13 +8,13 @@ A weight is cut into blocks of 64 consecutive values. Each block keeps its large
     w  =  LEVELS[index] * absmax[block]         4 bits + 32 / 64 bits = 4.5 bits a weight
 
 Weights of a trained network are roughly normal, so the levels are quantiles of a normal
-distribution: they lie close where weights are many. Double quantisation stores absmax itself in 8
-bits, which makes it 4.13 bits a weight.
+distribution: they lie close where weights are many. Double quantisation stores absmax
+itself in 8 bits, which makes it 4.13 bits a weight.
 
-`quantize` and `dequantize` below are all of NF4 in plain torch, for reading and testing. The layers
-do the same with bitsandbytes' kernels, which are faster (tests/test_quant.py: the same bits).
-Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode;
-8-bit weights; fp4.
+`quantize` and `dequantize` below are all of NF4 in plain torch, for reading and testing.
+The layers do the same with bitsandbytes' kernels, which are faster (tests/test_quant.py:
+the same bits). Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its
+weight in place in eval mode; 8-bit weights; fp4.
 
     quant.quantize_linears(model)           # before phi2.load_weights: weights quantise on arrival
 """
@@ -100,14 +100,15 @@ class NF4Linear(nn.Module):
     Buffers, with numel = in_features * out_features, all sizes rounded up:
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
-    With `double_quant` absmax is (numel / 64,) uint8, and two more restore it, with a table `code`
-    of 256 levels: absmax = code[absmax] * nested_absmax[block of 256] + offset.
+    With `double_quant` absmax is (numel / 64,) uint8, and two more restore it, with a table
+    `code` of 256 levels: absmax = code[absmax] * nested_absmax[block of 256] + offset.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer computes in
-    the dtype of that tensor, and its inputs must have this dtype too. The dtype is no part of the
-    state_dict: it is `torch.get_default_dtype()` where buffers are loaded instead.
+    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer
+    computes in the dtype of that tensor, and its inputs must have this dtype too. The dtype
+    is no part of the state_dict: it is `torch.get_default_dtype()` where buffers are loaded
+    instead.
     """
 
     def __init__(
@@ -160,7 +161,8 @@ class NF4Linear(nn.Module):
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
             self.dtype = weight.dtype
             self.kept = None  # it belongs to the weight before
-            # load_state_dict has given us a copy of its dictionary, so it may be written to.
+            # load_state_dict has given us a copy of its dictionary, so it may be written
+            # to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -179,7 +181,8 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             absmax = buffers["absmax"]
             code = nested_code(absmax.device)
-            # The table has levels of both signs. absmax is positive, but not around its mean.
+            # The table has levels of both signs. absmax is positive, but not around its
+            # mean.
             buffers["offset"] = absmax.mean()
             buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
                 absmax - buffers["offset"], code, NESTED_BLOCK
@@ -196,9 +199,10 @@ class NF4Linear(nn.Module):
 class DequantizedLinear(torch.autograd.Function):
     """Computes x W^T + b for x (..., in), with W in full only while it is used.
 
-    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. W is frozen, so
-    it has no gradient, and nor has b, which is why x need not be stored. W is dequantised a second
-    time rather than stored: in bf16 it is three and a half times as large as in NF4.
+    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. W is
+    frozen, so it has no gradient, and nor has b, which is why x need not be stored. W is
+    dequantised a second time rather than stored: in bf16 it is three and a half times as
+    large as in NF4.
     """
 
     @staticmethod
@@ -221,10 +225,10 @@ def quantize_linears(
 ) -> list[str]:
     """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
 
-    A layer with weights is quantised; an empty one (on the meta device) stays empty until its
-    weight is loaded. The head is skipped, as transformers does: it is one layer of many, and its
-    errors would go into the logits directly. To be called before lora.inject, whose A and B are
-    linear layers too.
+    A layer with weights is quantised; an empty one (on the meta device) stays empty until
+    its weight is loaded. The head is skipped, as transformers does: it is one layer of
+    many, and its errors would go into the logits directly. To be called before lora.inject,
+    whose A and B are linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:

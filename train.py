@@ -7,9 +7,10 @@
     torchrun --nproc-per-node 8 train.py --rank 8                 # eight GPUs, 16 rows on each
     python eval.py --adapter out/wide
 
-It leaves in --out: the adapter in PEFT's format with its model card, args.json, metrics.jsonl,
-predictions, results.json, report.html, and trainer.safetensors to resume from. Of several ranks
-(support/ranks.py) each takes its part of every step, and the first alone writes.
+It leaves in --out: the adapter in PEFT's format with its model card, args.json,
+metrics.jsonl, predictions, results.json, report.html, and trainer.safetensors to resume
+from. Of several ranks (support/ranks.py) each takes its part of every step, and the first
+alone writes.
 """
 
 import argparse
@@ -34,8 +35,8 @@ LOG_EVERY = 50  # steps between lines
 def learning_rate(step: int, steps: int, warmup: int | None) -> float:
     """Returns the factor on the learning rate at a step, counted from 0.
 
-    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along half a
-    cosine. The first step is not at 0, which would waste it.
+    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along
+    half a cosine. The first step is not at 0, which would waste it.
     """
     if warmup is None:
         warmup = round(0.03 * steps)
@@ -66,13 +67,14 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over its targets.
 
-    The prefix that all rows share goes through the model once (phi2.PackedRows). The head runs on
-    the tokens that have a target, and on no other.
+    The prefix that all rows share goes through the model once (phi2.PackedRows). The head
+    runs on the tokens that have a target, and on no other.
     """
     device = model.lm_head.weight.device
     packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
     logits = model(batch.ids.to(device), packed, batch.last)
-    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
+    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of
+    # bf16.
     return F.cross_entropy(logits.float(), batch.targets.to(device), reduction="sum")
 
 
@@ -97,10 +99,11 @@ def accumulate_gradients(
 ) -> tuple[Tensor, int]:
     """Runs this rank's rows of a step forward and backward, `batch_size` of them at a time.
 
-    Returns this rank's part of the loss, and how many ids the model has read. Loss and gradients
-    of all ranks are then added up. The sum is the mean over all targets of the step, on all ranks,
-    however the rows fall into batches: a mean of the batches' means would give a target in a short
-    batch more weight. A rank may have no row in the last step of an epoch; its part is 0.
+    Returns this rank's part of the loss, and how many ids the model has read. Loss and
+    gradients of all ranks are then added up. The sum is the mean over all targets of the
+    step, on all ranks, however the rows fall into batches: a mean of the batches' means
+    would give a target in a short batch more weight. A rank may have no row in the last
+    step of an epoch; its part is 0.
     """
     device = model.lm_head.weight.device
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
@@ -143,7 +146,8 @@ def evaluate(
 
 
 def protocol_of(args: argparse.Namespace) -> evaluation.Protocol:
-    # Its batch size is not that of training: without a backward pass a row needs little memory.
+    # Its batch size is not that of training: without a backward pass a row needs little
+    # memory.
     return evaluation.Protocol(max_new_tokens=args.max_new_tokens, max_length=args.max_length)
 
 
@@ -255,7 +259,8 @@ def main() -> None:
 
     # ---- Training ---------------------------------------------------------------------------
     model.train()
-    # The order of rows is a function of seed and step: a resumed run sees the rows it would have.
+    # The order of rows is a function of seed and step: a resumed run sees the rows it would
+    # have.
     step_rows = data.batches(train_rows, rows_per_step, args.seed, progress.step)
     stop = StopRequest()
     log.start_clock()

@@ -63,11 +63,10 @@ def run(finished) -> Path:
     return finished[0]
 
 
-def test_a_run_learns_and_leaves_what_the_readme_lists(finished):
-    out, printed = finished
+def test_a_run_leaves_what_the_readme_lists(run):
     by_split = [f"baseline_{split}.jsonl" for split in SPLITS]
     by_split += [f"predictions_{split}.jsonl" for split in SPLITS]
-    assert {path.name for path in out.iterdir()} == {
+    assert {path.name for path in run.iterdir()} == {
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -80,6 +79,10 @@ def test_a_run_learns_and_leaves_what_the_readme_lists(finished):
         "trainer.safetensors",
         *by_split,
     }
+
+
+def test_a_run_learns_and_prints_what_it_has_learned(finished):
+    out, printed = finished
     lines = [line for line in read_rows(out / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [50, 100, 150]
     assert all(math.isfinite(line["loss"]) for line in lines)
