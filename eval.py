@@ -159,8 +159,7 @@ def complete(
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again for each token: a token may end in the middle of a
-        # character.
+        # The text is decoded again for each token: a token may end in the middle of a character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, logits = generate(
@@ -321,8 +320,7 @@ def read_pairs(lines) -> Iterator[dict]:
 
 def evaluate_splits(args: argparse.Namespace) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
-    # What the arguments name is read first, so that a mistake shows before the model is
-    # loaded.
+    # What the arguments name is read first, so that a mistake shows before the model is loaded.
     names = args.split or examples.validation_splits(args.dataset)
     splits = {name: examples.load_examples(args.dataset, name, args.limit) for name in names}
     others = read_others(args.compare, names) if args.compare else {}

@@ -105,8 +105,7 @@ class LoRAConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
-            # The rest is what PEFT does without these keys, said for people who read the
-            # file.
+            # The rest is what PEFT does without these keys, said for people who read the file.
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
@@ -196,8 +195,7 @@ class LoRALinear(nn.Module):
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
         # The order of draws from the CPU's generator is PEFT's: one in each of the
-        # constructors, then a second one for A. So one seed gives the same adapter here and
-        # there.
+        # constructors, then a second one for A. So one seed gives the same adapter here and there.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
@@ -232,8 +230,7 @@ def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
     paths = match_targets(model, config.targets)
-    # Everything is frozen first. The adapters that follow are new, so they alone have
-    # gradients.
+    # Everything is frozen first. The adapters that follow are new, so they alone have gradients.
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
@@ -270,8 +267,7 @@ def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]
         if not matched:
             raise ValueError(describe_missing_target(target, linears))
         chosen |= matched
-    # In module order, because the adapters are initialised one after another from one
-    # generator.
+    # In module order, because the adapters are initialised one after another from one generator.
     return [path for path in linears if path in chosen]
 
 
@@ -445,8 +441,7 @@ def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
     """Raises ValueError unless the file has exactly these names and shapes, and was trained."""
-    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in
-    # silence.
+    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
     check_keys("lacks", parameters.keys() - tensors.keys(), file)
     check_keys("holds unknown", tensors.keys() - parameters.keys(), file)
     for key, parameter in parameters.items():

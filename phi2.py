@@ -110,8 +110,7 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # Turned by its position each, the product of q and k depends on their distance
-        # alone.
+        # Turned by its position each, the product of q and k depends on their distance alone.
         q = rotate(q, packed.select_asking(cos), packed.select_asking(sin))
         k = rotate(k, cos, sin)
 
@@ -177,8 +176,7 @@ class PhiModel(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, packed.positions, x.dtype)
         for block in self.layers:
-            # In the last block only some tokens are wanted. The others give keys and
-            # values.
+            # In the last block only some tokens are wanted. The others give keys and values.
             if last is not None and block is self.layers[-1]:
                 packed = packed.only_last(last)
             if self.checkpointing and torch.is_grad_enabled():
@@ -382,8 +380,7 @@ class PackedRows:
         places.
         """
         if layer in self.cache:
-            # One new token in each row. It is written in place: nothing here has a
-            # gradient.
+            # One new token in each row. It is written in place: nothing here has a gradient.
             known = self.cache[layer]
             known.k[self.lines, :, self.columns] = k
             known.v[self.lines, :, self.columns] = v

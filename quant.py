@@ -161,8 +161,7 @@ class NF4Linear(nn.Module):
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
             self.dtype = weight.dtype
             self.kept = None  # it belongs to the weight before
-            # load_state_dict has given us a copy of its dictionary, so it may be written
-            # to.
+            # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -181,8 +180,7 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             absmax = buffers["absmax"]
             code = nested_code(absmax.device)
-            # The table has levels of both signs. absmax is positive, but not around its
-            # mean.
+            # The table has levels of both signs. absmax is positive, but not around its mean.
             buffers["offset"] = absmax.mean()
             buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
                 absmax - buffers["offset"], code, NESTED_BLOCK

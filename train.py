@@ -73,8 +73,7 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     device = model.lm_head.weight.device
     packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
     logits = model(batch.ids.to(device), packed, batch.last)
-    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of
-    # bf16.
+    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
     return F.cross_entropy(logits.float(), batch.targets.to(device), reduction="sum")
 
 
@@ -146,8 +145,7 @@ def evaluate(
 
 
 def protocol_of(args: argparse.Namespace) -> evaluation.Protocol:
-    # Its batch size is not that of training: without a backward pass a row needs little
-    # memory.
+    # Its batch size is not that of training: without a backward pass a row needs little memory.
     return evaluation.Protocol(max_new_tokens=args.max_new_tokens, max_length=args.max_length)
 
 
@@ -259,8 +257,7 @@ def main() -> None:
 
     # ---- Training ---------------------------------------------------------------------------
     model.train()
-    # The order of rows is a function of seed and step: a resumed run sees the rows it would
-    # have.
+    # The order of rows is a function of seed and step: a resumed run sees the rows it would have.
     step_rows = data.batches(train_rows, rows_per_step, args.seed, progress.step)
     stop = StopRequest()
     log.start_clock()
