@@ -284,7 +284,7 @@ def matches_name(path: str, name: str) -> bool:
 def matches_pattern(path: str, pattern: str) -> bool:
     try:
         return re.fullmatch(pattern, path) is not None
-    except re.error as error:
+    except (re.error, OverflowError) as error:  # the latter for a{99999999999}
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
 
 

@@ -625,15 +625,15 @@ def weight_files(directory: Path) -> list[Path]:
     if not index.is_file():
         raise ValueError(f"{directory} holds no {single.name} and no {index.name}")
     weight_map = read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-    if not names:
+    if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
+    names = weight_map.values()
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise ValueError(f"{index}: {name!r} in its weight_map is no plain file name")
         if not (directory / name).is_file():
             raise ValueError(f"{index} lists {name}, which is not there: download it again")
-    return [directory / name for name in names]
+    return [directory / name for name in sorted(set(names))]
 
 
 def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
@@ -706,9 +706,9 @@ def read_config(directory: Path) -> Phi2Config:
 
 def number(value: object, kind: type, place: str) -> int | float:
     """Returns `value` if it is a number of this kind that a model can have."""
-    if kind is int and type(value) is int and value > 0:
+    if kind is int and type(value) is int and 0 < value < 2**31:
         return value
-    if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
+    if kind is float and type(value) in (int, float) and 0 <= value < 1e30:
         return float(value)
     raise ValueError(f"{place} = {value!r} cannot be a number of a model")
 
@@ -726,6 +726,8 @@ def check_sizes(config: Phi2Config, path: Path) -> None:
             f"{path}: {rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
             "it must be an even number of them"
         )
+    if config.rope_theta < 1:
+        raise ValueError(f"{path}: rope_theta must be at least 1, not {config.rope_theta}")
     if config.resid_pdrop >= 1:
         raise ValueError(f"{path}: resid_pdrop must be below 1, not {config.resid_pdrop}")
 

@@ -48,7 +48,7 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """
     blocks = weight.float().reshape(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
-    nonzero = absmax.clamp_min(1e-30)  # a block of zeros stays zero
+    nonzero = absmax.masked_fill(absmax == 0, 1)  # a block of zeros stays zero
     scaled = blocks / nonzero[:, None]  # now within [-1, 1]
 
     # The nearest level is found by the borders between levels: there are 15.
