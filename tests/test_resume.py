@@ -249,6 +249,21 @@ def test_flags_that_cost_memory_or_time_may_change_and_the_bits_stay(whole, tmp_
     assert_same(out, whole)
 
 
+def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
+    """The last save is of step 5, the last line of step 7."""
+    out = tmp_path / "run"
+    more = ["--steps", 9, "--eval-every", 7]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(
+            patch, "accumulate_gradients", 8, lambda: signal.raise_signal(signal.SIGINT)
+        )
+        in_process(train, *RUN, *more, "--out", out)
+    assert [line["step"] for line in metrics(out)] == [0, 7]
+    in_process(train, "--resume", out)
+    # Step 9 has a line for its training and one for the last evaluation.
+    assert [line["step"] for line in metrics(out)] == [0, 7, 9, 9]
+
+
 @pytest.mark.xfail(strict=True, reason="it is left out: the run stops before it, and resumes after")
 def test_ctrl_c_at_a_step_with_an_evaluation_does_not_lose_that(tmp_path, monkeypatch):
     out = tmp_path / "run"
