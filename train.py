@@ -26,6 +26,7 @@ import eval as evaluation
 import lora
 import phi2
 from support import card, cli, examples, files, hub, metrics, page, ranks, resume
+from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
 
@@ -200,6 +201,7 @@ def main() -> None:
         steps=steps,
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
+        rows_digest=digest_rows(train_rows),
         fingerprint=made_for,
     )
     saved = resume.load_if_begun(args.resume)
@@ -222,6 +224,7 @@ def main() -> None:
     )
     # What the base can do alone. A resumed run has measured it already.
     if not saved:
+        log.open()
         state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
         log.write_evaluation(0, state.baseline)
     log.say(f"baseline: {metrics.accuracies(state.baseline)}")
@@ -251,6 +254,7 @@ def main() -> None:
 
     if saved:
         saved.restore(adapter, optimizer, ranks.RANK, device)
+        log.open()  # only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
     else:
         save()  # step 0, so that whatever stops the run, it can be resumed
@@ -288,13 +292,19 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # Report, save, stop, evaluate, where it is time for it.
+        # Report, save, evaluate, stop, where it is time for it.
         progress.add(loss, len(rows), int(tokens), int(cut))
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
         if progress.step % args.save_every == 0 or is_last or stops:
             save()
+        if args.eval_every and progress.step % args.eval_every == 0 and not is_last:
+            title = f"step {progress.step:6,}"
+            results = evaluate(model, tokenizer, validation, args, title)
+            log.write_evaluation(progress.step, results)
+            log.say(f"{title}  {metrics.accuracies(results)}")
+            log.start_clock()
         if stops:
             bar.close()
             log.say(
@@ -302,12 +312,6 @@ def main() -> None:
                 f"to resume: {ranks.COMMAND} train.py --resume {args.out}"
             )
             return
-        if args.eval_every and progress.step % args.eval_every == 0 and not is_last:
-            title = f"step {progress.step:6,}"
-            results = evaluate(model, tokenizer, validation, args, title)
-            log.write_evaluation(progress.step, results)
-            log.say(f"{title}  {metrics.accuracies(results)}")
-            log.start_clock()
     stop.release()
 
     # ---- Results. All is saved: nothing that happens from here on can lose it -----------------

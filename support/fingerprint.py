@@ -52,6 +52,15 @@ def digest_weights(weight_files: list[Path]) -> str:
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
 
 
+def digest_rows(rows) -> str:
+    """Returns a digest of what a training sees of its rows: both texts and the label."""
+    content = hashlib.sha256()
+    for column in ("premise", "hypothesis", "label"):
+        for value in rows[column][:]:
+            content.update(f"{value}\0".encode("utf-8", "surrogatepass"))
+    return content.hexdigest()[:16]
+
+
 def first_values(tensor) -> bytes:
     """Returns up to 64 values of a tensor's first row, as fp32."""
     # numpy has no bf16; fp32 holds each value of bf16 and fp16 exactly.

@@ -68,6 +68,7 @@ class State:
     steps: int  # that the run is to take
     train_rows: int  # after --limit
     rows_per_step: int  # batch size * accumulate * ranks
+    rows_digest: str  # of the rows' content
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
@@ -86,6 +87,11 @@ class State:
                 f"with this number of processes there are {now.rows_per_step:,}"
             )
         # The schedule of the learning rate ends at the last step.
+        if self.rows_digest != now.rows_digest:
+            raise ValueError(
+                f"{run} was trained on other rows ({self.rows_digest}, here {now.rows_digest}): "
+                "that would be another run"
+            )
         if self.progress.step > now.steps:
             raise ValueError(
                 f"{run} has taken {self.progress.step:,} steps already, "

@@ -25,6 +25,8 @@ class RunLog:
     """
 
     def __init__(self, args: argparse.Namespace, state: State, device: torch.device):
+        self.args = args
+        self.state = state
         self.device = device
         self.folder = Path(args.out)
         self.peak_memory = None  # of training above that of the empty process, in GiB
@@ -32,15 +34,19 @@ class RunLog:
         self.clock = time.perf_counter()  # when the steps since the last report began
         self.file = None  # metrics.jsonl
         self.wandb_run = None  # with --wandb
+
+    def open(self) -> None:
+        """Writes args.json, and opens metrics.jsonl. Until then nothing in the folder changes."""
         if not ranks.FIRST:
             return
-        record = state.arguments | machine.environment(device)
+        record = self.state.arguments | machine.environment(self.device)
         path = self.folder / "metrics.jsonl"
 
-        # Lines after the last save are dropped: their steps are taken again.
+        # Lines after the last save are dropped: their steps are taken again. A new run has no
+        # baseline yet, and keeps none.
         lines = []
-        if state.progress.step or state.baseline:
-            lines = lines_up_to(path, state.progress.step, state.steps)
+        if self.state.baseline:
+            lines = lines_up_to(path, self.state.progress.step, self.state.steps)
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that was killed while it wrote has left its temporary files.
         files.remove_unfinished(self.folder)
@@ -49,7 +55,7 @@ class RunLog:
             temporary.write_text("".join(lines), encoding="utf-8")
         # Line by line, so that a kill loses none and `tail -f` shows each at once.
         self.file = open(path, "a", buffering=1, encoding="utf-8")
-        if args.wandb:
+        if self.args.wandb:
             self.wandb_run = start_wandb(self.folder, record)
 
     def say(self, text: str) -> None:

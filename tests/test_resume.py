@@ -264,7 +264,6 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
     assert [line["step"] for line in metrics(out)] == [0, 7, 9, 9]
 
 
-@pytest.mark.xfail(strict=True, reason="it is left out: the run stops before it, and resumes after")
 def test_ctrl_c_at_a_step_with_an_evaluation_does_not_lose_that(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
@@ -441,11 +440,7 @@ def change_weights(project: Path) -> None:
     "change, message",
     [
         (lose_rows, "was trained on 50 rows, now there are 40"),
-        pytest.param(
-            change_labels,
-            "was trained on other rows",
-            marks=pytest.mark.xfail(strict=True, reason="only the number of rows is compared"),
-        ),
+        (change_labels, "was trained on other rows ("),
         (exchange_tokens, "was trained with another tokenizer ("),
         (change_weights, "was trained with another base weights ("),
     ],
@@ -557,7 +552,6 @@ def test_the_state_of_another_version_is_refused(copy):
     assert "was not written by this version of train.py" in refusal("--resume", copy)
 
 
-@pytest.mark.xfail(strict=True, reason="RunLog cuts metrics.jsonl before the model is loaded")
 def test_a_resume_that_fails_while_it_loads_changes_nothing_either(copy):
     path = copy / resume.NAME
     rewrite(path, lose_a_moment(load_file(path)))
