@@ -521,7 +521,9 @@ def compare(job: Job, folder: Path) -> None:
 
 def measure(job: Job, rows: Rows, rounds: int) -> dict:
     """Returns {task: {arm: [rows a second in each round]}}, and the peaks of memory."""
-    tasks = [task for task in TASKS if task != "train128" or len(rows.training) >= 128]
+    tasks = list(TASKS)
+    if len(rows.training) < 128:
+        tasks.remove("train128")
     turns = [(task, arm) for task in tasks for arm in ARMS]
     rates = {task: {arm: [] for arm in ARMS} for task in tasks}
     with ExitStack() as stack:
@@ -530,14 +532,15 @@ def measure(job: Job, rows: Rows, rounds: int) -> dict:
         for arm in ARMS:
             adapted[arm] = stack.enter_context(Process(replace(job, arm=arm)))
             base[arm] = stack.enter_context(Process(replace(job, arm=arm, adapter=None)))
-        for number in tqdm(range(rounds + 1), desc="rounds", disable=None):
+        for _ in tqdm(range(rounds + 1), desc="rounds", disable=None):
             for task, arm in turns:
                 process = adapted[arm] if TASKS[task].has_adapter else base[arm]
                 seconds = process.ask(task=task)["seconds"]
-                if number:  # the first round warms up
-                    rows_done = rows_of(task, arm, len(rows.evaluation))
-                    rates[task][arm].append(rows_done / seconds)
-    return {"rates": rates, "training_peak_mib": measure_memory(job)}
+                rates[task][arm].append(rows_of(task, arm, len(rows.evaluation)) / seconds)
+    without_warm_up = {
+        task: {arm: rounds_of[1:] for arm, rounds_of in rates[task].items()} for task in rates
+    }
+    return {"rates": without_warm_up, "training_peak_mib": measure_memory(job)}
 
 
 def measure_memory(job: Job) -> dict[str, float]:

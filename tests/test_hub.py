@@ -78,6 +78,12 @@ def assert_one_line(done, error: str) -> None:
     assert done.stderr.splitlines()[-1].startswith(error), done.stderr
 
 
+def assert_right_files(downloads: list[str]) -> None:
+    shards = {request for request in downloads if "GET" in request and "model-0000" in request}
+    assert len(shards) >= 2
+    assert not any("pytorch_model" in request for request in downloads)
+
+
 def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offline(
     repositories, tmp_path
 ):
@@ -87,9 +93,7 @@ def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offli
         done = script(*RUN, "--out", run, env=environment(address, home))
         assert done.returncode == 0, done.stderr
         downloads = [request for request in requests if "/resolve/" in request]
-    shards = {request for request in downloads if "GET" in request and "model-0000" in request}
-    assert len(shards) >= 2
-    assert not any("pytorch_model" in request for request in downloads)
+    assert_right_files(downloads)
     config = read_json(run / "adapter_config.json")
     assert config["base_model_name_or_path"] == "microsoft/phi-2"
     results = read_json(run / "results.json")

@@ -1,6 +1,7 @@
 """A merged model is the base with its adapter, for transformers too, and says what it cost."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -129,38 +130,42 @@ def test_a_merge_rounds_once(tiny, run):
 # The script
 
 
-def test_merge_writes_a_checkpoint_that_answers_as_the_run_and_says_what_it_cost(
-    run, tmp_path, capsys
-):
-    out = tmp_path / "merged"
+def merge_and_measure(run: Path, out: Path) -> dict:
+    """Merges a run with its accuracy before and after. Returns the content of merge.json."""
     out.mkdir()  # an empty directory is as good as none
     options = ("--dataset", "tiny/data", "--limit", 20)
     in_process(merge, "--adapter", run, "--out", out, *options)
-    printed = capsys.readouterr().out
+    return read_json(out / "merge.json")
 
+
+def test_merge_writes_a_checkpoint_that_answers_as_the_run(run, tmp_path):
+    out = tmp_path / "merged"
+    cost = merge_and_measure(run, out)
     modes = {path.name: path.stat().st_mode for path in out.iterdir()}
     assert modes.keys() == {"config.json", "tokenizer.json", "model.safetensors", "merge.json"}
     assert len(set(modes.values())) == 1, "whoever may read one of them may read all"
-    cost = read_json(out / "merge.json")
+    command = ("--model", out, "--dataset", "tiny/data", "--quant", "none", "--dtype", "fp32")
+    in_process(evaluation, *command, "--limit", 20, "--out", tmp_path / "eval")
+    again = read_json(tmp_path / "eval" / "results.json")["baseline"]
+    for split, accuracy in cost["accuracy"].items():
+        assert again[split]["accuracy"] == accuracy["merged"] == accuracy["adapter"]
+
+
+def test_merge_says_what_it_cost(run, tmp_path, capsys):
+    cost = merge_and_measure(run, tmp_path / "merged")
+    printed = capsys.readouterr().out
     shares = cost["layers"].values()
     assert (cost["into"], cost["requantized"], len(shares)) == ("fp32", False, 12)
     assert cost["worst"] == max(shares) < 1e-5
     assert cost["mean"] == pytest.approx(sum(shares) / 12)
     for accuracy in cost["accuracy"].values():
         assert accuracy["n"] == 20
-        assert accuracy["adapter"] == accuracy["merged"]
         assert f"{accuracy['merged']:.4f} merged" in printed
 
     for path in [*cost["layers"], "mean", "worst"]:
         assert f"  {path.removeprefix('model.')} " in printed
     assert "W as the NF4 indices say, stored in fp32" in printed
     assert all(len(line) <= 79 for line in printed.splitlines()[:-1])
-
-    command = ("--model", out, "--dataset", "tiny/data", "--quant", "none", "--dtype", "fp32")
-    in_process(evaluation, *command, "--limit", 20, "--out", tmp_path / "eval")
-    again = read_json(tmp_path / "eval" / "results.json")["baseline"]
-    for split, accuracy in cost["accuracy"].items():
-        assert again[split]["accuracy"] == accuracy["merged"]
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, read_json, script
@@ -242,6 +243,18 @@ def test_a_path_that_looks_like_a_name_on_the_hub_is_one_if_it_is_there_above_th
 # ---- The upload
 
 
+def assert_same_files(folder: Path, other: Path, names) -> None:
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def assert_no_secret(folder: Path, *secrets: str) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            content = path.read_bytes()
+            assert not any(secret.encode() in content for secret in secrets), path.name
+
+
 def test_what_is_pushed_comes_back_byte_for_byte_and_answers(run, uploads, tmp_path):
     back = tmp_path / "back"
     with serving({}, tmp_path / "uploads") as (address, requests):
@@ -252,19 +265,14 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_answers(run, uploads, tmp_p
         assert any(request.startswith("PUT /lfs/") for request in requests), "the adapter's way"
         download = f"snapshot_download('me/adapter', local_dir={str(back)!r})"
         code = f"from huggingface_hub import snapshot_download; {download}"
-        done = script("-c", code, env=variables)
-        assert done.returncode == 0, done.stderr
+        assert script("-c", code, env=variables).returncode == 0
 
     names = {path.name for path in back.iterdir() if path.is_file()}
     assert names == set(hub.UPLOADED), "nothing of the rows, nothing to resume"
-    for name in names:
-        content = (back / name).read_bytes()
-        for secret in (TOKEN, str(ROOT), str(run.parent)):
-            assert secret.encode() not in content
-        if name != "README.md":  # it names its own repository
-            assert content == (uploads / "me" / "trained" / name).read_bytes(), "train.py --push"
-        if name in hub.COPIED:
-            assert content == (run / name).read_bytes()
+    # README.md names its own repository.
+    assert_same_files(back, uploads / "me" / "trained", names - {"README.md"})
+    assert_same_files(back, run, hub.COPIED)
+    assert_no_secret(back, TOKEN, str(ROOT), str(run.parent))
 
     done = script(
         *("eval.py", "--adapter", back, "--limit", 8),

@@ -50,18 +50,23 @@ LIBRARIES = [
     "httpx",
 ]
 
-# Environment variables that no library has read before a script runs. A run in which another one
-# differs gets a new Python. TORCHINDUCTOR_CACHE_DIR is set by torch itself.
+# How the environment variables begin that no library has read before a script runs. A run that is
+# given another one gets a new Python.
 LATE = (
     "CUDA_VISIBLE_DEVICES",
     "HF_",
+    "LOCAL_",
+    "MASTER_",
     "OMP_NUM_THREADS",
-    "PYTEST_",
-    "TORCHINDUCTOR_CACHE_DIR",
+    "RANK",
     "WANDB_",
+    "WORLD_SIZE",
 )
 
 LONGEST_REQUEST = 2**20  # bytes
+
+# The environment of all scripts. Libraries that a test imports later add variables to its own.
+START = dict(os.environ)
 
 
 # -----------------------------------------------------------------------------
@@ -147,36 +152,29 @@ def zygote() -> socket.socket:
     return mine
 
 
-START = dict(os.environ)  # as conftest.py leaves it
-
-
 def start_script(
     *arguments, env: dict[str, str] | None = None, cwd: Path = ROOT, fresh: bool = False
 ) -> ForkedScript | subprocess.Popen:
     """Starts `python ARGUMENTS`, with `env` added to the environment.
 
-    It is a new Python with `fresh`, for -c and other options of Python's own but -m, and where a
-    variable differs that a library may have read already.
+    It is a new Python with `fresh`, for -c and other options of Python's own but -m, and with a
+    variable in `env` that a library may have read already.
     """
     command = [str(argument) for argument in arguments]
-    environment = os.environ | (env or {})
+    env = env or {}
     is_option = command[0].startswith("-") and command[0] != "-m"
-    if fresh or is_option or not is_late_enough(environment):
+    is_late = all(name.startswith(LATE) for name in env)
+    if fresh or is_option or not is_late:
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,
-            env=environment,
+            env=START | env,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-    return ForkedScript(command, cwd, environment)
-
-
-def is_late_enough(environment: dict[str, str]) -> bool:
-    differences = environment.items() ^ START.items()
-    return all(name.startswith(LATE) for name, _ in differences)
+    return ForkedScript(command, cwd, START | env)
 
 
 def script(
