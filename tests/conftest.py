@@ -10,7 +10,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"  # real MNLI and phi-2's tokenizer, where they are
 TARGETS = ("q_proj", "v_proj")
 
-# Before torch is imported: with two test processes on one core, threads that spin wait for ever.
+# Before torch is imported: pytest-xdist's processes share the cores. With more threads than cores,
+# those that wait awake keep the others from working.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # The tests need no network. Those of the Hub set what they need.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,9 +28,6 @@ import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
 from support import cli  # noqa: E402
-
-torch.set_num_threads(os.cpu_count() or 1)
-
 
 # -----------------------------------------------------------------------------
 # Models

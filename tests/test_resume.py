@@ -23,11 +23,11 @@ from safetensors.torch import load_file, save_file
 
 import data
 import train
-from support import resume
+from support import files, resume
 from support.examples import load_examples, load_splits
 
 KILLS = int(os.environ.get("KILLS", 5))  # make torture: 25
-STEPS = 18
+STEPS = max(18, 3 * KILLS)  # so that each kill can come at a later step
 # With dropout, accumulation, and steps that are not all alike: an epoch of 50 rows, 4 a step, ends
 # with a step of 2.
 RUN = (
@@ -110,9 +110,10 @@ def saved_step(out: Path) -> int:
         return json.loads(file.metadata()["state"])["progress"]["step"]
 
 
-def wait_for(out: Path, step: int, process: subprocess.Popen) -> None:
-    """Waits until a run has saved `step`, or has ended."""
-    while saved_step(out) < step and process.poll() is None:
+def wait_for(out: Path, step: int, process: subprocess.Popen, seconds: float = 60) -> None:
+    """Waits until a run has saved `step` or has ended, and no longer than `seconds`."""
+    end = time.monotonic() + seconds
+    while saved_step(out) < step and process.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
 
 
@@ -259,6 +260,8 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
         )
         in_process(train, *RUN, *more, "--out", out)
     assert [line["step"] for line in metrics(out)] == [0, 7]
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # a kill has cut it short
     in_process(train, "--resume", out)
     # Step 9 has a line for its training and one for the last evaluation.
     assert [line["step"] for line in metrics(out)] == [0, 7, 9, 9]
@@ -313,16 +316,19 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
     reached = 0
     for number in range(KILLS):
         process = start(out, "--save-every", 1)
-        if number == 0:  # at any moment: while it loads or evaluates, or before anything is saved
-            time.sleep(draw.uniform(0, 6))
+        if number == 0:  # while it loads or evaluates, or in its first steps
+            wait_for(out, 2, process, seconds=draw.uniform(0, 6))
         else:
             wait_for(out, min(reached + 1, STEPS - 1), process)
-            time.sleep(draw.uniform(0, 0.4))
+            time.sleep(draw.uniform(0, 0.15))  # one to three steps on a quiet machine
         process.kill()
-        process.communicate()
+        _, errors = process.communicate()
+        assert process.returncode == -signal.SIGKILL, errors
         now = saved_step(out)
         assert now >= reached
         reached = now
+    # A kill in the middle of a write is rare. This is what it leaves.
+    (out / f".args.json.1{files.UNFINISHED}").write_text("{")
     for _ in range(2):  # the second time nothing is left to do but the evaluation
         in_process(train, "--resume", out, "--save-every", 5)
         assert_same(out, whole)

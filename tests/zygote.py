@@ -12,7 +12,7 @@ The script's process has the command line, the folder, the environment and the f
 Python would have. It imports the project's modules itself, and ends as Python ends.
 
 The tests import `script` and `start_script` from conftest.py. As a program,
-`python tests/zygote.py FD`, this file is the zygote.
+`python tests/zygote.py FD LIBRARY ...`, this file is the zygote.
 """
 
 import functools
@@ -32,7 +32,7 @@ from typing import TextIO
 ROOT = Path(__file__).resolve().parent.parent
 
 # What is imported beforehand. Not bitsandbytes itself, which prints a message that the project has
-# to silence, and not huggingface_hub and datasets, which read HF_* variables when imported.
+# to silence.
 LIBRARIES = [
     "torch",
     "torch._dynamo",
@@ -49,6 +49,9 @@ LIBRARIES = [
     "fsspec",
     "httpx",
 ]
+# These read HF_* variables when they are imported. So there are two zygotes, and that for runs in
+# which such a variable differs has not imported them.
+HUB_LIBRARIES = ["huggingface_hub.hf_api", "datasets"]
 
 # How the environment variables begin that no library has read before a script runs. A run that is
 # given another one gets a new Python.
@@ -65,7 +68,7 @@ LATE = (
 
 LONGEST_REQUEST = 2**20  # bytes
 
-# The environment of all scripts. Libraries that a test imports later add variables to its own.
+# What the environment of all scripts begins as.
 START = dict(os.environ)
 
 
@@ -74,16 +77,21 @@ START = dict(os.environ)
 
 
 class ForkedScript:
-    """A running script, with the part of subprocess.Popen's interface that the tests use."""
+    """A running script that a zygote has forked.
 
-    def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str]):
+    It has the part of subprocess.Popen's interface that the tests use.
+    """
+
+    def __init__(
+        self, arguments: list[str], cwd: Path, environment: dict[str, str], zygote: socket.socket
+    ):
         output, output_end = os.pipe()
         errors, errors_end = os.pipe()
         report, report_end = os.pipe()
         with open(os.devnull) as nothing:
             request = {"arguments": arguments, "cwd": str(cwd), "environment": environment}
             files = [nothing.fileno(), output_end, errors_end, report_end]
-            socket.send_fds(zygote(), [json.dumps(request).encode()], files)
+            socket.send_fds(zygote, [json.dumps(request).encode()], files)
         for end in (output_end, errors_end, report_end):
             os.close(end)
 
@@ -137,12 +145,12 @@ class ForkedScript:
 
 
 @functools.cache
-def zygote() -> socket.socket:
-    """Starts the zygote at its first use. It ends with the process of the tests."""
+def start_zygote(*libraries: str) -> socket.socket:
+    """Starts a zygote at its first use. It ends with the process of the tests."""
     mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
+            [sys.executable, __file__, str(theirs.fileno()), *libraries],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -161,20 +169,34 @@ def start_script(
     variable in `env` that a library may have read already.
     """
     command = [str(argument) for argument in arguments]
-    env = env or {}
+    changes = changed_variables(env or {})
+    environment = START | changes
     is_option = command[0].startswith("-") and command[0] != "-m"
-    is_late = all(name.startswith(LATE) for name in env)
+    is_late = all(name.startswith(LATE) for name in changes)
     if fresh or is_option or not is_late:
         return subprocess.Popen(
             [sys.executable, *command],
             cwd=cwd,
-            env=START | env,
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-    return ForkedScript(command, cwd, START | env)
+    libraries = LIBRARIES
+    if not any(name.startswith("HF_") for name in changes):
+        libraries = LIBRARIES + HUB_LIBRARIES
+    return ForkedScript(command, cwd, environment, start_zygote(*libraries))
+
+
+def changed_variables(env: dict[str, str]) -> dict[str, str]:
+    """Returns the variables that are to differ from START: those of `env`, and some others.
+
+    A test may set those of LATE for its own process too. Other changes there are by libraries.
+    """
+    late = {name: value for name, value in os.environ.items() if name.startswith(LATE)}
+    asked = late | env
+    return {name: value for name, value in asked.items() if START.get(name) != value}
 
 
 def script(
@@ -255,7 +277,7 @@ def run(request: dict) -> None:
 
 
 if __name__ == "__main__":
-    for library in LIBRARIES:
+    for library in sys.argv[2:]:
         importlib.import_module(library)
     # The forks then leave these objects alone when they end, which saves 1.5 s for each.
     gc.collect()
