@@ -218,6 +218,7 @@ def main() -> None:
     )
     model.model.checkpointing = args.checkpointing
     set_residual_dropout(model, args.residual_dropout)
+    lora.match_targets(model, adapter_config.targets)  # a wrong name is found before the baseline
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
         f"{len(train_rows):,} rows, {steps:,} steps of {rows_per_step}, into {args.out}"

@@ -86,12 +86,12 @@ class State:
                 f"{run} was trained with {self.rows_per_step:,} rows a step, "
                 f"with this number of processes there are {now.rows_per_step:,}"
             )
-        # The schedule of the learning rate ends at the last step.
         if self.rows_digest != now.rows_digest:
             raise ValueError(
                 f"{run} was trained on other rows ({self.rows_digest}, here {now.rows_digest}): "
                 "that would be another run"
             )
+        # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
                 f"{run} has taken {self.progress.step:,} steps already, "
