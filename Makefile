@@ -19,7 +19,7 @@ demo: .venv/run
 
 test: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: .venv/dev
 	KILLS=25 CASES=2000 $(BIN)/python -m pytest -n 2 --dist loadfile \

@@ -29,6 +29,14 @@ import phi2  # noqa: E402
 import quant  # noqa: E402
 from support import cli  # noqa: E402
 
+# The files that take longest. They begin first, so that no process waits for the other at the end.
+SLOWEST = ("test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in SLOWEST)
+
+
 # -----------------------------------------------------------------------------
 # Models
 
