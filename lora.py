@@ -51,20 +51,17 @@ class LoRAConfig:
     """The four choices of LoRA.
 
     rank: the width of the bottleneck, and the rank of the learned correction. The paper's
-    section
-        7.2 finds that 1 to 8 is enough on q and v; parameters grow in proportion to it.
+        section 7.2 finds that 1 to 8 is enough on q and v; parameters grow in proportion
+        to it.
     alpha: the correction is multiplied by alpha / rank (section 4.1). Divided by rank, so
-    that
-        the learning rate may stay when the rank changes. Doubling alpha doubles the
+        that the learning rate may stay when the rank changes. Doubling alpha doubles the
         correction.
     dropout: the share of the adapter's inputs that is set to zero in training. The base
-    always
-        sees all of its input.
+        always sees all of its input.
     targets: which linear layers get an adapter: a tuple of names, or the word "all-linear"
-    (all
-        but the head), or any other text as a regular expression for a whole path. The paper
-        adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to
-        adapt all layers matters more than rank.
+        (all but the head), or any other text as a regular expression for a whole path. The
+        paper adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that
+        to adapt all layers matters more than rank.
     """
 
     rank: int = 8

@@ -169,8 +169,8 @@ class PhiModel(nn.Module):
     def forward(self, ids: Tensor, packed: "PackedRows", last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
-        With `last` only those of the last tokens of each row, `last` for each: (B * last,
-        C).
+        With `last` only those of the last tokens of each row, `last` for each:
+        (B * last, C).
         """
         # No position is added to x. Attention turns q and k instead.
         x = self.embed_tokens(ids)
@@ -268,12 +268,12 @@ class PackedRows:
 
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
-        filled: tokens of each row so far, those of earlier calls included. width: places
-        for keys and values in each row, longest + room. key_grid: spreads the rows' keys
-        and values over (B, width). query_grid: spreads the rows' asking tokens over (B,
-        longest of them). mask: (B or 1, 1, asking tokens of a row, prefix_length + width),
-        0 where a query sees a
-            key and -inf where not.
+        filled: tokens of each row so far, those of earlier calls included.
+        width: places for keys and values in each row, longest + room.
+        key_grid: spreads the rows' keys and values over (B, width).
+        query_grid: spreads the rows' asking tokens over (B, longest of them).
+        mask: (B or 1, 1, asking tokens of a row, prefix_length + width), 0 where a query
+            sees a key and -inf where not.
         prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
         prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
