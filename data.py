@@ -1,10 +1,10 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
 Fourth in the reading order. A prompt ends in "### Label:". The answer is one token,
-" 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop. Prompt and
-answer are tokenised separately and joined as lists of ids: at evaluation the model is
-asked, id for id, what it saw in training. Reading people's files is support/examples.py's
-task.
+" 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop.
+Prompt and answer are tokenised separately and joined as lists of ids: at evaluation the
+model is asked, id for id, what it saw in training. Reading people's files is
+support/examples.py's task.
 """
 
 import functools
@@ -97,14 +97,22 @@ def encode(
     return prefix + tokenizer.encode(premise).ids[:room] + after_ids, answer
 
 
+def count_cut(
+    examples: list[dict], encoded: list, tokenizer: Tokenizer, max_length: int | None
+) -> int:
+    """Returns how many of these examples have lost a part of their premise in `encoded`."""
+    # A row that was cut has just max_length tokens, so few rows are tokenised once more.
+    at_the_limit = [
+        example
+        for example, (prompt, answer) in zip(examples, encoded)
+        if len(prompt) + len(answer) == max_length
+    ]
+    return sum(is_cut(example, tokenizer, max_length) for example in at_the_limit)
+
+
 def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
     """Returns whether `encode` cuts the premise of an example."""
     if max_length is None:
-        return False
-    # A token has at least one byte: many rows are short enough without being tokenised.
-    text = PROMPT.format(premise=example["premise"], hypothesis=example["hypothesis"])
-    answer_tokens = 2  # the label and the end of text
-    if len(text.encode("utf-8")) + answer_tokens <= max_length:
         return False
     prompt, answer = encode(example, tokenizer)
     return len(prompt) + len(answer) > max_length
@@ -189,6 +197,16 @@ class Batch:
     targets: Tensor
 
 
+def pack(sequences: list[list[int]], prefix_length: int) -> tuple[Tensor, list[int]]:
+    """Returns the flat ids (N,) of sequences that begin with the same ids, and their lengths.
+
+    The first `prefix_length` ids are taken once, and are in no length.
+    """
+    rows = [sequence[prefix_length:] for sequence in sequences]
+    ids = sequences[0][:prefix_length] + list(itertools.chain.from_iterable(rows))
+    return torch.tensor(ids), [len(row) for row in rows]
+
+
 def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str) -> Batch:
     """Packs (prompt ids, answer ids) of several examples for a loss.
 
@@ -199,8 +217,8 @@ def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss
     if prefix_length and loss == "full":
         raise ValueError("the full loss has targets in the prefix, so rows cannot share it")
     # The end of text is a target, but nothing is predicted from it.
-    rows = [(prompt + answer)[prefix_length:-1] for prompt, answer in encoded]
-    ids = encoded[0][0][:prefix_length] + list(itertools.chain.from_iterable(rows))
+    sequences = [(prompt + answer)[:-1] for prompt, answer in encoded]
+    ids, lengths = pack(sequences, prefix_length)
     if loss == "answer":
         targets = [token for _, answer in encoded for token in answer]
         last = 2  # after the prompt's last token comes the label, after the label the end of text
@@ -208,8 +226,8 @@ def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss
         targets = [token for prompt, answer in encoded for token in (prompt + answer)[1:]]
         last = None
     return Batch(
-        ids=torch.tensor(ids),
-        lengths=[len(row) for row in rows],
+        ids=ids,
+        lengths=lengths,
         prefix_length=prefix_length,
         last=last,
         targets=torch.tensor(targets),

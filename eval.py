@@ -92,16 +92,6 @@ def fingerprint_of(
 # Answers
 
 
-def pack(
-    prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
-) -> tuple[Tensor, phi2.PackedRows]:
-    """Packs prompts that begin with `prefix`: flat ids (N,), the prefix once, and their rows."""
-    own = [prompt[len(prefix) :] for prompt in prompts]  # what is not shared
-    ids = torch.tensor(prefix + list(itertools.chain.from_iterable(own)), device=device)
-    lengths = [len(row) for row in own]
-    return ids, phi2.PackedRows(lengths, len(prefix), device, room)
-
-
 @torch.no_grad()
 def generate(
     model: phi2.Phi2,
@@ -120,8 +110,9 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, packed = pack(prompts, prefix, device, room=max_new_tokens)
-    first_logits = model(ids, packed, last=1)
+    ids, lengths = data.pack(prompts, len(prefix))
+    packed = phi2.PackedRows(lengths, len(prefix), device, room=max_new_tokens)
+    first_logits = model(ids.to(device), packed, last=1)
 
     completions = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt's number of each row still in the batch
@@ -177,8 +168,9 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, packed = pack(prompts, prefix, model.lm_head.weight.device)
-    logits = model(ids, packed, last=1)
+    device = model.lm_head.weight.device
+    ids, lengths = data.pack(prompts, len(prefix))
+    logits = model(ids.to(device), phi2.PackedRows(lengths, len(prefix), device), last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(logits, answers)

@@ -213,6 +213,10 @@ class LoRALinear(nn.Module):
         update = self.lora_B(down * self.scale)  # (..., out), scaled where it is narrow
         return result + update.to(result.dtype)
 
+    def delta_weight(self) -> Tensor:
+        """Returns what the adapter adds to W: scale B A, (out, in), in fp32."""
+        return self.scale * self.lora_B.weight @ self.lora_A.weight
+
 
 # -----------------------------------------------------------------------------
 # Putting adapters into a model
@@ -231,14 +235,9 @@ def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
-        replace(model, path, LoRALinear(layer, config.rank, config.alpha, config.dropout))
+        adapted = LoRALinear(layer, config.rank, config.alpha, config.dropout)
+        model.set_submodule(path, adapted)
     return paths
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the submodule at `path`."""
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
@@ -329,9 +328,8 @@ def merge(model: nn.Module) -> None:
             raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
     for path, module in adapted.items():
         weight = module.base_layer.weight
-        update = module.scale * module.lora_B.weight @ module.lora_A.weight  # (out, in)
-        weight.copy_(weight.float() + update)
-        replace(model, path, module.base_layer)
+        weight.copy_(weight.float() + module.delta_weight())
+        model.set_submodule(path, module.base_layer)
 
 
 # -----------------------------------------------------------------------------

@@ -13,8 +13,9 @@ itself in 8 bits, which makes it 4.13 bits a weight.
 
 `quantize` and `dequantize` below are all of NF4 in plain torch, for reading and testing.
 The layers do the same with bitsandbytes' kernels, which are faster (tests/test_quant.py:
-the same bits). Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its
-weight in place in eval mode; 8-bit weights; fp4.
+the same bits).
+Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in
+eval mode; 8-bit weights; fp4.
 
     quant.quantize_linears(model)           # before phi2.load_weights: weights quantise on arrival
 """
@@ -279,6 +280,5 @@ def replace(
     paths = [path for path, module in model.named_modules() if type(module) is kind]
     paths = [path for path in paths if path.rpartition(".")[2] not in skip]
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, make(model.get_submodule(path)))
+        model.set_submodule(path, make(model.get_submodule(path)))
     return paths

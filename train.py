@@ -15,6 +15,7 @@ alone writes.
 
 import argparse
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +49,7 @@ def learning_rate(step: int, steps: int, warmup: int | None) -> float:
 
 
 def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
+    """Sets the dropout on what each of the base's blocks adds to the residual stream."""
     for block in model.model.layers:
         block.resid_dropout.p = share
 
@@ -94,6 +96,15 @@ def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
     return len(prefix_ids)
 
 
+def collated(
+    encoded: list, prefix_length: int, args: argparse.Namespace
+) -> Iterator[data.Batch]:
+    """Yields batches of `batch_size` encoded rows."""
+    for start in range(0, len(encoded), args.batch_size):
+        rows = encoded[start : start + args.batch_size]
+        yield data.collate(rows, prefix_length, args.loss)
+
+
 def accumulate_gradients(
     model: phi2.Phi2, encoded: list, prefix_length: int, args: argparse.Namespace
 ) -> tuple[Tensor, int]:
@@ -109,10 +120,7 @@ def accumulate_gradients(
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
     loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
     tokens = 0
-    for start in range(0, len(encoded), args.batch_size):
-        batch = data.collate(
-            encoded[start : start + args.batch_size], prefix_length, args.loss
-        )
+    for batch in collated(encoded, prefix_length, args):
         part = batch_loss(model, batch) / targets
         part.backward()
         loss += part.detach()
@@ -163,8 +171,7 @@ def validation_loss(
     encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
     loss = 0.0
-    for start in range(0, len(mine), args.batch_size):
-        batch = data.collate(mine[start : start + args.batch_size], prefix_length, args.loss)
+    for batch in collated(mine, prefix_length, args):
         loss += batch_loss(model, batch).item()
     model.train(was_training)
     (total,) = ranks.total(model.lm_head.weight.device, loss)
@@ -272,7 +279,7 @@ def main() -> None:
         rows = next(step_rows)
         mine = rows[ranks.RANK :: ranks.WORLD]
         encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
-        cut = sum(data.is_cut(row, tokenizer, args.max_length) for row in mine)
+        cut = data.count_cut(mine, encoded, tokenizer, args.max_length)
 
         # Forward and backward on each rank's rows, then one sum over all ranks.
         loss, tokens = accumulate_gradients(model, encoded, prefix_length, args)

@@ -80,7 +80,7 @@ def merge_part(
         if isinstance(layer, lora.LoRALinear):
             layer.float()
             bases[path] = layer.base_layer.weight.clone()
-            updates[path] = layer.scale * layer.lora_B.weight @ layer.lora_A.weight
+            updates[path] = layer.delta_weight()
     lora.merge(part)
     part.to(dtype)
 
@@ -116,9 +116,7 @@ def write_model(
     try:
         temporary.mkdir(parents=True)
         save_torch_state_dict(model.state_dict(), temporary, max_shard_size=shard_size)
-        # The library lets only the owner read its files; here the umask decides, as elsewhere.
-        for path in temporary.iterdir():
-            path.chmod(temporary.stat().st_mode & 0o666)
+        files.apply_umask(temporary)
         for name in COPIED:
             if (base / name).is_file():
                 shutil.copy(base / name, temporary)
@@ -217,7 +215,6 @@ def main() -> None:
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
     here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
     lora.load_adapter(model, args.adapter, here)
-    model.eval()
     # NF4's 16 levels cannot be stored as a checkpoint that others load, so they are written out.
     stored_as = args.dtype if args.into in (None, "nf4") else args.into
     print(describe_sum(args, stored_as))

@@ -134,9 +134,8 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
         quant.keep_dequantized(model)
 
     model.model.checkpointing = args.checkpointing
-    for block in model.model.layers:
-        if args.residual_dropout is not None:
-            block.resid_dropout.p = args.residual_dropout
+    if args.residual_dropout is not None:
+        train.set_residual_dropout(model, args.residual_dropout)
     return model
 
 

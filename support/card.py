@@ -132,13 +132,9 @@ def public_name(name: str, directory: Path) -> str:
 def is_on_hub(name: str, directory: Path) -> bool:
     """Returns whether a name is one on the Hub: owner/name, and not a directory here.
 
-    "tiny/data" could be either. A run's files hold paths as they were typed, in most cases
-    from a directory above the run, so a directory of that name is looked for there too.
+    "tiny/data" could be either.
     """
-    if not is_repository(name):
-        return False
-    folders = (Path(), *directory.resolve().parents)
-    return not any((folder / name).is_dir() for folder in folders)
+    return is_repository(name) and not Path(files.find_path(name, directory)).is_dir()
 
 
 def is_repository(name: str) -> bool:

@@ -248,20 +248,8 @@ def adapter_defaults(adapter: Path) -> dict:
         values["model"] = base
     for name in ("model", "dataset"):
         if isinstance(values.get(name), str):
-            values[name] = find_path(values[name], adapter)
+            values[name] = files.find_path(values[name], adapter)
     return values
-
-
-def find_path(name: str, run: Path) -> str:
-    """Returns the path from here of a directory that a run names; any other name unchanged.
-
-    A run's files hold paths as they were typed, in most cases in a directory above the run.
-    """
-    # The current directory comes first: there a path means what it meant when it was typed.
-    for folder in (Path(), *run.resolve().parents):
-        if (folder / name).is_dir():
-            return str(folder / name)
-    return name
 
 
 # -----------------------------------------------------------------------------

@@ -52,11 +52,9 @@ def replacing_files(directory: Path) -> Iterator[Path]:
     try:
         folder.mkdir()
         yield folder
+        apply_umask(folder)
         paths = sorted(folder.iterdir())
         for path in paths:
-            # safetensors lets only the owner read its files. Here the umask decides, as for
-            # all others: the folder was made under it, and files are not executable.
-            path.chmod(folder.stat().st_mode & 0o666)
             flush(path)
         for path in paths:
             os.replace(path, directory / path.name)
@@ -64,6 +62,16 @@ def replacing_files(directory: Path) -> Iterator[Path]:
         raise OSError(failure(f"cannot write into {directory}", error)) from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def apply_umask(folder: Path) -> None:
+    """Lets those read the files of a new folder who may read other new files.
+
+    safetensors lets only the owner read its files. The folder was made under the umask, and
+    files are not executable.
+    """
+    for path in folder.iterdir():
+        path.chmod(folder.stat().st_mode & 0o666)
 
 
 def temporary_path(path: Path) -> Path:
@@ -93,6 +101,18 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def find_path(name: str, run: Path) -> str:
+    """Returns the path from here of a directory that a run names; any other name unchanged.
+
+    A run's files hold paths as they were typed, in most cases in a directory above the run.
+    """
+    # The current directory comes first: there a path means what it meant when it was typed.
+    for folder in (Path(), *run.resolve().parents):
+        if (folder / name).is_dir():
+            return str(folder / name)
+    return name
 
 
 # -----------------------------------------------------------------------------

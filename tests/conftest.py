@@ -2,7 +2,10 @@
 
 import json
 import os
+import resource
+import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -207,3 +210,30 @@ def in_process(module: ModuleType, *arguments, cwd: Path = ROOT) -> None:
 
 def read_json(path: Path) -> dict:
     return json.loads(Path(path).read_text())
+
+
+# -----------------------------------------------------------------------------
+# What runs leave, and what happens to them
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run in this process leaves handlers of its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
+def full_disk(size: int):
+    """No file can grow beyond `size` bytes: what a full disk does to a write, without filling it.
+
+    The system sends a signal too, which Python ignores, so that the write fails with an error.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train
-from support import cli, ranks
+from support import cli, files, ranks
 
 CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
@@ -262,8 +262,8 @@ def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
     (home / "models" / "mine").mkdir(parents=True)
     (home / "out" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert cli.find_path("models/mine", home / "out" / "run") == str(home / "models" / "mine")
-    assert cli.find_path("microsoft/phi-2", home / "out" / "run") == "microsoft/phi-2"
+    assert files.find_path("models/mine", home / "out" / "run") == str(home / "models" / "mine")
+    assert files.find_path("microsoft/phi-2", home / "out" / "run") == "microsoft/phi-2"
 
 
 def test_an_adapter_that_names_no_model_needs_one_to_be_typed(adapter):

@@ -77,6 +77,15 @@ def test_is_cut_says_whether_encode_cuts(tokenizer, max_length):
     assert {75, 76, 80, 81} <= set(lengths), "some rows just fit, some by one token do not"
 
 
+@pytest.mark.parametrize("max_length", [75, 80, 512])
+def test_rows_that_were_cut_are_counted_and_those_that_just_fit_are_not(tokenizer, max_length):
+    rows = list(load_examples(TINY, "validation_matched", 200))
+    encoded = [data.encode(row, tokenizer, max_length) for row in rows]
+    expected = sum(data.encode(row, tokenizer) != pair for row, pair in zip(rows, encoded))
+    assert data.count_cut(rows, encoded, tokenizer, max_length) == expected
+    assert (expected > 0) == (max_length < 87)
+
+
 def test_a_hypothesis_that_is_too_long_is_an_error(tokenizer):
     example = {"premise": "Anna.", "hypothesis": "Ben saw a fox. " * 9, "label": 2}
     message = r"the hypothesis 'Ben saw a fox\. .*'\.\.\. alone exceeds --max-length 60"

@@ -2,16 +2,14 @@
 
 import json
 import os
-import resource
 import signal
 import stat
 import subprocess
 import sys
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,20 +21,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6,
 )
-
-
-@contextmanager
-def full_disk(size: int):
-    """No file can grow beyond `size` bytes: what a full disk does to a write, without filling it.
-
-    The system sends a signal too, which Python ignores, so that the write fails with an error.
-    """
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def write_together(directory, names, number: int, size: int = 4) -> None:

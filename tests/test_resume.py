@@ -6,18 +6,16 @@ And a resume that is refused changes nothing.
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_process, read_json, script, start_script
+from conftest import ROOT, full_disk, in_process, read_json, script, start_script
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -59,15 +57,6 @@ def one_thread():
         torch.set_num_threads(1)
         yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run in this process leaves handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -334,17 +323,6 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
         assert_same(out, whole)
     hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert hidden == [], "what a killed save has left is removed"
-
-
-@contextmanager
-def full_disk(size: int):
-    """No file can grow beyond `size` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_is_one_line_and_the_last_save_still_loads(whole, tmp_path):
