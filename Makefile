@@ -6,8 +6,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-# Threads that wait asleep cost a tenth when nothing else runs, and leave the processor to others.
-export OMP_WAIT_POLICY = passive
+# Threads that wait for one another spin before they sleep: fast on an idle machine, and several
+# times slower than sleep on a busy one. This is a short spin, for machines of either kind.
+demo test torture: export GOMP_SPINCOUNT = 1000
 # glibc keeps up to 256 MiB of freed memory, and takes blocks of up to 32 MiB from it. Otherwise
 # each layer's tensors are new pages, which the system has to clear first.
 export MALLOC_TRIM_THRESHOLD_ = 268435456

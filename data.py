@@ -35,10 +35,11 @@ NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 # Tokens
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
+def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """Reads tokenizer.json of a model directory.
 
-    Raises ValueError unless each answer is one token.
+    Raises ValueError unless each answer is one token, and when a token has an id that is
+    not below `vocab_size`: the embedding has no row for it.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -52,6 +53,12 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer.no_padding()
     if tokenizer.token_to_id(EOS) is None:
         raise ValueError(f"{path} has no token {EOS}")
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if vocab_size and largest >= vocab_size:
+        raise ValueError(
+            f"{path}: token {token!r} has the id {largest}, the model ends at {vocab_size - 1}; "
+            "take the tokenizer.json that belongs to it"
+        )
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
             raise ValueError(
@@ -165,7 +172,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
         epoch, place = divmod(number, lists_in_epoch)
         if epoch != order_epoch:
             # Multiplied, so that the next seed has none of this seed's epochs.
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
             order = torch.randperm(len(examples), generator=generator).tolist()
             order_epoch = epoch
         chosen = order[place * size : (place + 1) * size]

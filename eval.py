@@ -18,6 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support import cli
+
+if __name__ == "__main__":
+    cli.answer_help(cli.eval_parser)  # before torch is imported, which takes seconds
+
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -27,7 +32,7 @@ import data
 import lora
 import phi2
 import quant
-from support import cli, examples, files, metrics, ranks
+from support import examples, files, metrics, ranks
 from support.fingerprint import fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -71,7 +76,8 @@ def load_model(
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
-        quant.quantize_linears(model, double_quant=double_quant)
+        skip = ("lm_head", *phi2.not_quantized(directory))
+        quant.quantize_linears(model, skip, double_quant)
     phi2.load_weights(model, directory, device, DTYPES[dtype])
     if keep:
         quant.keep_dequantized(model)
@@ -198,7 +204,8 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    prompts = [data.encode(pair, tokenizer, protocol.max_length)[0] for pair in pairs]
+    encoded = [data.encode(pair, tokenizer, protocol.max_length) for pair in pairs]
+    prompts = [prompt for prompt, _ in encoded]
     # Sorted, so that the rows of a batch are of similar length. The longest first, so that
     # a batch that is too large for the memory shows at once, and not after an hour.
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
@@ -225,7 +232,8 @@ def evaluate(
         describe(pair, number, len(prompts[number])) | answer_of[number]
         for number, pair in enumerate(pairs)
     ]
-    return metrics.statistics(predictions), predictions
+    cut = data.count_cut(pairs, encoded, tokenizer, protocol.max_length)
+    return metrics.statistics(predictions) | {"cut": cut}, predictions
 
 
 def describe(pair: dict, number: int, tokens: int) -> dict:
@@ -254,7 +262,7 @@ def main() -> None:
 def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
     directory = phi2.locate(args.model)
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     device = ranks.start(args.device)
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
@@ -281,6 +289,10 @@ def answer_pair(args: argparse.Namespace) -> None:
 
 def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
     """Returns the prompt ids of a pair whose label nobody knows."""
+    for name in ("premise", "hypothesis"):
+        # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
+        if any("\ud800" <= letter <= "\udfff" for letter in pair[name]):
+            raise ValueError(f"the {name} {pair[name]!r} is not Unicode")
     # The label decides on the answer's ids alone, which are not used here.
     prompt, _ = data.encode(pair | {"label": 0}, tokenizer, args.max_length)
     return prompt
@@ -289,7 +301,7 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
 def answer_lines(args: argparse.Namespace) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
-    pairs = read_pairs(sys.stdin)
+    pairs = read_pairs(sys.stdin.buffer)
     # As many lines as a batch takes are read at a time, so a stream may be endless.
     while batch := list(itertools.islice(pairs, args.batch_size)):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
@@ -313,15 +325,19 @@ def read_pairs(lines) -> Iterator[dict]:
 def evaluate_splits(args: argparse.Namespace) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
-    names = args.split or examples.validation_splits(args.dataset)
-    splits = {name: examples.load_examples(args.dataset, name, args.limit) for name in names}
+    reading = examples.Reading.of(args)
+    names = args.split or examples.validation_splits(args.dataset, reading)
+    splits = {
+        name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
+    }
     others = read_others(args.compare, names) if args.compare else {}
 
     model, tokenizer = load(args)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
-    results = {"protocol": protocol.record(), stage: {}}
+    counts = examples.count_rows(args.dataset, splits, reading)
+    results = {"protocol": protocol.record(), "rows": counts, stage: {}}
     for name, rows in splits.items():
         results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
         if name in others:

@@ -26,7 +26,7 @@ and v_proj, 2.6 million of 2.8 billion parameters are trained.
 The layer that is wrapped may be any linear layer, a quantised one too: QLoRA is this file
 over quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of
 `state_dict()`, with PREFIX before each name. Left out: DoRA, rsLoRA, trained biases,
-adapters on embeddings. A file that uses them is refused.
+adapters on embeddings or on the head. A file that uses them is refused.
 
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
 """
@@ -35,6 +35,8 @@ import difflib
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +61,7 @@ class LoRAConfig:
     dropout: the share of the adapter's inputs that is set to zero in training. The base
         always sees all of its input.
     targets: which linear layers get an adapter: a tuple of names, or the word "all-linear"
-        (all but the head), or any other text as a regular expression for a whole path. The
+        (all but the head, lm_head), or any other text as a regular expression for a whole path. The
         paper adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that
         to adapt all layers matters more than rank.
     """
@@ -89,8 +91,8 @@ class LoRAConfig:
     def to_peft(self, base_model: str) -> dict:
         """Returns the content of adapter_config.json.
 
-        Only keys that PEFT has had for long: older versions refuse those that they do not
-        know.
+        Only keys that PEFT has had from its beginning: a version refuses those that it does
+        not know.
         """
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {
@@ -102,16 +104,10 @@ class LoRAConfig:
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
             "target_modules": targets,
-            # The rest is what PEFT does without these keys, said for people who read the file.
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
             "init_lora_weights": True,
-            "use_rslora": False,
-            "use_dora": False,
-            "modules_to_save": None,
-            "rank_pattern": {},
-            "alpha_pattern": {},
         }
 
     @classmethod
@@ -134,23 +130,22 @@ class LoRAConfig:
 
 
 # Keys of adapter_config.json that LoRAConfig is made of, and keys that change nothing in
-# what the adapter computes.
+# what a trained adapter computes.
 REQUIRED = ("r", "lora_alpha", "target_modules")
 HARMLESS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "corda_config",
-    "eva_config",
-    "inference_mode",
-    "init_lora_weights",
-    "loftq_config",
-    "lora_dropout",
-    "megatron_core",
-    "peft_type",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "task_type",
+    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
+    *("lora_dropout", "revision", "task_type", "ensure_weight_tying"),
+    "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
+    "rank_pattern",  # where it changes a rank, a tensor has another shape: see check_ranks
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # how A and B began
+}
+# How A and B can begin while the base stays as it is. Other ways change its weights too.
+INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# What PEFT takes for a key that is not there (0.21), where that is not off.
+PEFT_DEFAULTS = {
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "runtime_config": {"ephemeral_gpu_offload": False},
 }
 
 
@@ -161,17 +156,19 @@ def check_options(raw: dict) -> None:
     for key in REQUIRED:
         if raw.get(key) is None:
             raise ValueError(f"it lacks {key}")
-    # How A and B began does not matter after training, but some ways to initialise them
-    # change the weights of the base too.
     initialisation = raw.get("init_lora_weights", True)
-    if initialisation not in (True, False, "gaussian"):
+    if initialisation not in INITIALISATIONS:
         raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
-    # PEFT has more options than this file knows. One that is off changes nothing. (0 ==
-    # False, and a list cannot be looked up in a set.)
+    # PEFT has more options than this file knows. One that is at its default, or off, changes
+    # nothing. (0 == False, and a list cannot be looked up in a set.)
+    known = {*REQUIRED, *HARMLESS, "init_lora_weights"}
     for key, value in raw.items():
         is_off = value in (None, False, "none") or value in ({}, [])
-        if key not in REQUIRED and key not in HARMLESS and not is_off:
-            raise ValueError(f"{key} = {value!r} is not supported")
+        if key not in known and not is_off and value != PEFT_DEFAULTS.get(key):
+            raise ValueError(
+                f"{key} = {value!r} is not supported; merge the adapter with PEFT "
+                "(merge_and_unload), and use the merged model"
+            )
 
 
 class LoRALinear(nn.Module):
@@ -222,15 +219,16 @@ class LoRALinear(nn.Module):
 # Putting adapters into a model
 
 
-def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
+def inject(model: nn.Module, config: LoRAConfig, each: bool = True) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
     Returns the paths of the wrapped layers. Raises ValueError when a target matches
-    nothing, and when the model has adapters already.
+    nothing, and when the model has adapters already. With each=False one match among all
+    targets is enough, as in PEFT.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
-    paths = match_targets(model, config.targets)
+    paths = match_targets(model, config.targets, each)
     # Everything is frozen first. The adapters that follow are new, so they alone have gradients.
     model.requires_grad_(False)
     for path in paths:
@@ -240,48 +238,64 @@ def inject(model: nn.Module, config: LoRAConfig) -> list[str]:
     return paths
 
 
-def match_targets(model: nn.Module, targets: tuple[str, ...] | str) -> list[str]:
+def match_targets(
+    model: nn.Module, targets: tuple[str, ...] | str, each: bool = True
+) -> list[str]:
     """Returns the paths of the linear layers that `targets` names, in module order.
 
     The rules are PEFT's: a name matches the end of a path at a dot, a string must match a
-    whole path as a regular expression. Raises ValueError when a target matches no layer.
+    whole path as a regular expression. Raises ValueError when a target matches no layer;
+    with each=False, when none does.
     """
     linears = linear_paths(model)
-    if targets == "all-linear":
-        return [path for path in linears if path.rpartition(".")[2] != "lm_head"]
     if not targets:
         raise ValueError("no target given: name at least one linear layer")
-
     if isinstance(targets, str):
-        targets = (targets,)
-        matches = matches_pattern
+        if targets.lower() == "all-linear":
+            return linears
+        matched = {targets: matches_pattern(linears, targets)}
     else:
-        matches = matches_name
-    chosen = set()
-    for target in targets:
-        matched = {path for path in linears if matches(path, target)}
-        if not matched:
+        matched = {name: matches_name(linears, name) for name in targets}
+
+    chosen = set().union(*matched.values())
+    for target, paths in matched.items():
+        if not paths and (each or not chosen):
             raise ValueError(describe_missing_target(target, linears))
-        chosen |= matched
     # In module order, because the adapters are initialised one after another from one generator.
     return [path for path in linears if path in chosen]
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of all linear layers. A quantised one is known by its sizes."""
-    return [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+    """Returns the paths of all linear layers but the head. A quantised one is known by its sizes.
+
+    An adapter on the head is left out: PEFT saves the head's own weight with it.
+    """
+    paths = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
+    return [path for path in paths if path.rpartition(".")[2] != "lm_head"]
 
 
-def matches_name(path: str, name: str) -> bool:
+def matches_name(paths: list[str], name: str) -> set[str]:
     # At a dot, so that "proj" does not match q_proj.
-    return path == name or path.endswith("." + name)
+    return {path for path in paths if path == name or path.endswith("." + name)}
 
 
-def matches_pattern(path: str, pattern: str) -> bool:
+def matches_pattern(paths: list[str], pattern: str) -> set[str]:
+    """Returns the paths that a regular expression matches as a whole.
+
+    It is matched by another process, which can be stopped: an expression from somebody
+    else's file, such as (a+)+b, can take years.
+    """
+    script = "import re, sys; print(*filter(re.compile(sys.argv[1]).fullmatch, sys.argv[2:]))"
     try:
-        return re.fullmatch(pattern, path) is not None
-    except (re.error, OverflowError) as error:  # the latter for a{99999999999}
+        re.compile(pattern)
+        command = [sys.executable, "-I", "-c", script, pattern, *paths]
+        matched = subprocess.run(command, capture_output=True, check=True, timeout=10, text=True)
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"target {pattern!r} takes more than 10 seconds to match") from None
+    # OverflowError for a{99999999999}, ValueError for a zero byte.
+    except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
+    return set(matched.stdout.split())
 
 
 def describe_missing_target(target: str, linears: list[str]) -> str:
@@ -385,7 +399,8 @@ def load_adapter(
             )
     check_ranks(tensors, config, file)  # before anything of that size is allocated
 
-    inject(model, config)
+    # PEFT takes an adapter of which one target matches. Its tensors need their places all the same.
+    inject(model, config, each=False)
     parameters = {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)
     with torch.no_grad():
@@ -427,8 +442,8 @@ def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> N
         # [:1], because a damaged file may hold a single number here, which has no shape[0].
         if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
             raise ValueError(
-                f"{file}: {key} has shape {tuple(tensor.shape)}, "
-                f"adapter_config.json says rank {config.rank}"
+                f"{file}: {key} has shape {tuple(tensor.shape)}, adapter_config.json says "
+                f"rank {config.rank}; layers with a rank of their own are not supported"
             )
 
 

@@ -212,6 +212,9 @@ class Phi2(nn.Module):
 # What makes it fast: rows without padding, a shared prefix, a cache for generation
 
 
+PART = 8  # rows that attention takes at once on a CPU
+
+
 class Grid:
     """Places for rows of different lengths side by side: (N, H, D) <-> (B, H, width, D).
 
@@ -278,6 +281,9 @@ class PackedRows:
         prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
         cache: by layer, what was kept where there is room.
+        parts: on a CPU, where there is no room, the same rows a few at a time. Each part has
+            a grid as wide as its own longest row. Where rows come sorted by length, as in
+            training and evaluation, most of the padding is gone.
         lines, columns: (B,) where the new token of each row is written into the cache.
     """
 
@@ -309,6 +315,10 @@ class PackedRows:
         self.cache = {}
         self.lines = None
         self.columns = None
+        self.parts = []
+        if device.type == "cpu" and not room and len(lengths) > PART:
+            starts = range(0, len(lengths), PART)
+            self.parts = [PackedRows(lengths[i : i + PART], prefix_length) for i in starts]
 
     def causal_mask(self, columns: Tensor) -> Tensor:
         """Returns the mask of queries at these columns (B or 1, A) of their rows."""
@@ -340,6 +350,7 @@ class PackedRows:
         narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
         narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
         narrowed.prefix_asks = False
+        narrowed.parts = [part.only_last(count) for part in self.parts]
         return narrowed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -352,18 +363,35 @@ class PackedRows:
         prefix_q, q = self.split_prefix(q, self.prefix_asks)
         prefix_k, k = self.split_prefix(k, self.prefix_is_new)
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
-        known = self.all_known(layer, prefix_k, prefix_v, k, v)
+        prefix = (prefix_k, prefix_v)
 
         # The rows look at the prefix and at their own tokens, the prefix at itself alone.
-        q = self.query_grid.spread(q)
-        if q.device.type == "cpu" and len(q) > GROUP:
-            y = attention_in_groups(q, known, self.mask, self.filled)
+        if self.parts:
+            y = self.attend_in_parts(q, k, v, prefix)
         else:
-            y = attention(q, known, self.mask)
-        y = self.query_grid.collect(y)
+            y = self.attend_as_grid(layer, q, k, v, prefix)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
+
+    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, prefix: tuple) -> Tensor:
+        """Does what `attend_as_grid` does, a few rows at a time."""
+        rows_k = k.split([len(part.key_grid.places) for part in self.parts])
+        rows_v = v.split([len(part.key_grid.places) for part in self.parts])
+        rows_q = q.split([len(part.query_grid.places) for part in self.parts])
+        return torch.cat(
+            [
+                part.attend_as_grid(0, part_q, part_k, part_v, prefix)
+                for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v)
+            ]
+        )
+
+    def attend_as_grid(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple
+    ) -> Tensor:
+        """Returns what the rows' tokens see. `prefix` holds its keys and values, or None twice."""
+        known = self.all_known(layer, *prefix, k, v)
+        return self.query_grid.collect(attention(self.query_grid.spread(q), known, self.mask))
 
     def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
         """Splits x (N or A, H, D) into that of the prefix and that of the rows."""
@@ -433,12 +461,6 @@ class KeysAndValues:
         """Returns those of some rows, copied."""
         return KeysAndValues(self.k[rows], self.v[rows], self.prefix_k, self.prefix_v)
 
-    def narrow(self, rows: slice, width: int) -> "KeysAndValues":
-        """Returns the first `width` places of some rows, not copied."""
-        k = self.k[rows, :, :width]
-        v = self.v[rows, :, :width]
-        return KeysAndValues(k, v, self.prefix_k, self.prefix_v)
-
 
 def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     """Returns softmax(q k^T / sqrt(D) + mask) v, (B, H, A, D).
@@ -458,31 +480,6 @@ def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
     return weights.to(v.dtype) @ v
-
-
-GROUP = 32  # rows that attention takes at once on a CPU
-
-
-def attention_in_groups(
-    q: Tensor, known: KeysAndValues, mask: Tensor, filled: list[int]
-) -> Tensor:
-    """Returns what `attention` does, from a few rows at a time.
-
-    A group is as wide as its own longest row, not as the longest of all. Where rows come
-    sorted by length, as in training and evaluation, most of the padding is gone, and a
-    group's scores fit into the cache of a CPU.
-    """
-    prefix_length = mask.shape[-1] - known.k.shape[2]
-    parts = []
-    for start in range(0, len(q), GROUP):
-        rows = slice(start, start + GROUP)
-        width = max(filled[rows])
-        asking = min(width, q.shape[2])
-        group_mask = mask[rows] if len(mask) > 1 else mask  # one mask may serve all rows
-        group_mask = group_mask[:, :, :asking, : prefix_length + width]
-        part = attention(q[rows, :, :asking], known.narrow(rows, width), group_mask)
-        parts.append(F.pad(part, (0, 0, 0, q.shape[2] - asking)))
-    return torch.cat(parts)
 
 
 def for_each_row(x: Tensor, count: int) -> Tensor:
@@ -537,8 +534,9 @@ def load_weights(
     """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
 
     Each tensor goes to its module's own `load_state_dict`, where a quantised layer
-    quantises it: at the peak the memory holds the model and one tensor. Raises ValueError
-    for missing, unknown, misshapen or damaged tensors; the model is then unusable.
+    quantises it: at the peak the memory holds the model and one tensor. A weight that the
+    checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
+    misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     with torch.device("meta"):
@@ -546,25 +544,32 @@ def load_weights(
     missing = set(expected)
     tensors = stream_tensors(directory)
     bar = tqdm(tensors, "loading", len(expected), unit="tensor", leave=False, delay=2, disable=None)
-    for key, tensor in bar:
+    for key, tensor, parts in bar:
         if key not in expected:
             raise ValueError(unknown_key(key, directory, model.config))
-        if tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{directory}: {key} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(expected[key].shape)}"
-            )
-        tensor = tensor.to(device).to(dtype)  # in this order, so that a GPU converts
-        # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
-        # tensor.isfinite() this makes no tensor of the same size.
-        low, high = tensor.aminmax()
-        if not (low.isfinite() and high.isfinite()):
-            raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         path, _, leaf = key.rpartition(".")
+        module = model.get_submodule(path)
+        state = {leaf: tensor.to(device)}
+        if parts:
+            if not hasattr(module, "absmax"):
+                raise ValueError(f"{directory} holds {key} in NF4; it needs --quant nf4")
+            state |= {f"{leaf}.{part}": value.to(device) for part, value in parts.items()}
+            module.dtype = dtype
+        else:
+            if tensor.shape != expected[key].shape:
+                raise ValueError(
+                    f"{directory}: {key} has shape {tuple(tensor.shape)}, "
+                    f"config.json asks for {tuple(expected[key].shape)}"
+                )
+            state[leaf] = state[leaf].to(dtype)  # only now, so that a GPU converts
+            # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
+            # tensor.isfinite() this makes no tensor of the same size.
+            low, high = state[leaf].aminmax()
+            if not (low.isfinite() and high.isfinite()):
+                raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         # strict=False, because each tensor comes alone. Then a name that the module does
         # not know would be left out in silence.
-        module = model.get_submodule(path)
-        result = module.load_state_dict({leaf: tensor}, strict=False, assign=True)
+        result = module.load_state_dict(state, strict=False, assign=True)
         if result.unexpected_keys:
             raise ValueError(f"{path} takes no {leaf}: load the weights before lora.inject")
         missing.discard(key)
@@ -588,28 +593,33 @@ def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
     )
 
 
-def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yields (key, tensor) of all tensors of a checkpoint.
+def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+    """Yields (key, tensor, parts) of all tensors of a checkpoint.
 
-    A file is opened again for each of its tensors, so that what was read leaves the memory.
+    A weight in bitsandbytes' NF4 has parts, such as "absmax". For all others `parts` is
+    empty. A file is opened again for each tensor, so that what was read leaves the memory.
     """
-    for path in weight_files(directory):
-        try:
+    files = {}
+    try:
+        for path in weight_files(directory):
             with safe_open(path, framework="pt") as file:
-                keys = list(file.keys())
-            for key in keys:
-                # Some fine-tuned uploads store the rotary tables, which are computed here.
-                if key.endswith("inv_freq"):
-                    continue
-                with safe_open(path, framework="pt") as file:
-                    tensor = file.get_tensor(key)
-                if not tensor.is_floating_point():
-                    raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
-                yield key, tensor
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or cut short ({error}): download it again"
-            ) from None
+                files |= dict.fromkeys(file.keys(), path)
+        for key, path in files.items():
+            # Some fine-tuned uploads store the rotary tables, which are computed here.
+            if key.endswith("inv_freq") or ".weight." in key:
+                continue
+            parts = {name: read(files[name], name) for name in files if name.startswith(f"{key}.")}
+            tensor = read(path, key)
+            if not tensor.is_floating_point() and not parts:
+                raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
+            yield key, tensor, {name.removeprefix(f"{key}."): parts[name] for name in parts}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
+
+
+def read(path: Path, key: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -682,6 +692,7 @@ def read_config(directory: Path) -> Phi2Config:
             f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' "
             "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
+    check_quantization(raw.get("quantization_config"), path)
     if isinstance(raw.get("rope_parameters"), dict):  # where transformers 5 keeps them
         raw = raw | raw["rope_parameters"]
     # Grouped-query attention has fewer heads for keys and values than for queries.
@@ -702,6 +713,28 @@ def read_config(directory: Path) -> Phi2Config:
     config = Phi2Config(**values)
     check_sizes(config, path)
     return config
+
+
+def check_quantization(quantization: dict | None, path: Path) -> None:
+    """Raises ValueError where the checkpoint is quantised, but not in bitsandbytes' NF4."""
+    if quantization is None:
+        return
+    is_nf4 = (
+        isinstance(quantization, dict)
+        and bool(quantization.get("load_in_4bit"))
+        and quantization.get("bnb_4bit_quant_type") == "nf4"
+    )
+    if not is_nf4:
+        raise ValueError(
+            f"{path}: weights quantised as {quantization} are not supported, only "
+            "bitsandbytes' NF4; take the model that they were made from"
+        )
+
+
+def not_quantized(directory: Path) -> tuple[str, ...]:
+    """Returns the layers that a checkpoint in NF4 holds in 16 bits. Its config.json names them."""
+    quantization = read_json(Path(directory) / "config.json").get("quantization_config") or {}
+    return tuple(quantization.get("llm_int8_skip_modules") or ())
 
 
 def number(value: object, kind: type, place: str) -> int | float:

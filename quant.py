@@ -21,6 +21,7 @@ eval mode; 8-bit weights; fp4.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 
@@ -35,6 +36,7 @@ LEVELS = torch.tensor(
 )
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
+QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"  # in a checkpoint: JSON, as bytes
 PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
 
 
@@ -110,6 +112,9 @@ class NF4Linear(nn.Module):
     computes in the dtype of that tensor, and its inputs must have this dtype too. The dtype
     is no part of the state_dict: it is `torch.get_default_dtype()` where buffers are loaded
     instead.
+
+    A weight that bitsandbytes has quantised is taken as it is: `load_state_dict` then finds
+    its codes as `weight`, and weight.absmax, weight.quant_state.bitsandbytes__nf4 and more.
     """
 
     def __init__(
@@ -118,22 +123,28 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
-        self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
         self.kept = None  # the dequantised weight, once keep_dequantized has put it here
 
         numel = in_features * out_features
-        blocks = -(-numel // BLOCK)  # rounded up
-        absmax_dtype = torch.uint8 if double_quant else torch.float32
         self.register_buffer("weight", torch.empty((numel + 1) // 2, 1, dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(blocks, dtype=absmax_dtype))
-        if double_quant:
-            nested_blocks = -(-blocks // NESTED_BLOCK)
-            self.register_buffer("nested_absmax", torch.empty(nested_blocks))
-            self.register_buffer("offset", torch.empty(()))
+        self.make_absmax(double_quant)
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
+
+    def make_absmax(self, double_quant: bool) -> None:
+        """Makes the empty buffers that hold absmax."""
+        self.double_quant = double_quant
+        blocks = -(-self.in_features * self.out_features // BLOCK)  # rounded up
+        nested_blocks = -(-blocks // NESTED_BLOCK)
+        dtype = torch.uint8 if double_quant else torch.float32
+        # A buffer of None is none: it is not in the state_dict either.
+        nested_absmax = torch.empty(nested_blocks) if double_quant else None
+        offset = torch.empty(()) if double_quant else None
+        self.register_buffer("absmax", torch.empty(blocks, dtype=dtype))
+        self.register_buffer("nested_absmax", nested_absmax)
+        self.register_buffer("offset", offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is not None:
@@ -165,7 +176,34 @@ class NF4Linear(nn.Module):
             # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
+        elif prefix + QUANT_STATE in state_dict:
+            self.rename_parts(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def rename_parts(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Gives the parts of a weight that bitsandbytes has quantised our buffers' names.
+
+        Raises ValueError for parts of another format, or of a weight of another shape.
+        """
+        names = [name for name in state_dict if name.startswith(f"{prefix}weight.")]
+        parts = {name.removeprefix(f"{prefix}weight."): state_dict.pop(name) for name in names}
+        record = json.loads(bytes(parts[QUANT_STATE.removeprefix("weight.")].tolist()))
+        is_nested = "nested_absmax" in parts
+        expected = {"blocksize": BLOCK, "shape": [self.out_features, self.in_features]}
+        if is_nested:
+            expected["nested_blocksize"] = NESTED_BLOCK
+        for key, value in expected.items():
+            if record.get(key) != value:
+                raise ValueError(f"{prefix}weight in NF4 has {key} {record.get(key)}, not {value}")
+        self.kept = None
+        self.make_absmax(double_quant=is_nested)
+        # Some uploads store the codes under another dtype than uint8, with the same bits.
+        codes = state_dict[prefix + "weight"].view(torch.uint8)
+        state_dict[prefix + "weight"] = codes.reshape(-1, 1)
+        state_dict[prefix + "absmax"] = parts["absmax"]
+        if is_nested:
+            state_dict[prefix + "nested_absmax"] = parts["nested_absmax"]
+            state_dict[prefix + "offset"] = torch.tensor(record["nested_offset"])
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the buffers that hold this weight, as `quantize` above computes them."""
@@ -275,10 +313,13 @@ def replace(
 ) -> list[str]:
     """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
 
-    Modules whose name is in `skip` stay.
+    Modules that `skip` names, by a path or by its end, stay, with all that is in them.
     """
-    paths = [path for path, module in model.named_modules() if type(module) is kind]
-    paths = [path for path in paths if path.rpartition(".")[2] not in skip]
+    paths = []
+    for path, module in model.named_modules():
+        is_skipped = any(f".{name}." in f".{path}." for name in skip)
+        if type(module) is kind and not is_skipped:
+            paths.append(path)
     for path in paths:
         model.set_submodule(path, make(model.get_submodule(path)))
     return paths

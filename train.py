@@ -17,6 +17,11 @@ import argparse
 import math
 from collections.abc import Iterator
 
+from support import cli
+
+if __name__ == "__main__":
+    cli.answer_help(cli.train_parser)  # before torch is imported, which takes seconds
+
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
@@ -26,7 +31,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import card, cli, examples, files, hub, metrics, page, ranks, resume
+from support import card, examples, files, hub, metrics, page, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -189,17 +194,19 @@ def main() -> None:
 
     # ---- Data -------------------------------------------------------------------------------
     directory = phi2.locate(args.model)
-    tokenizer = data.load_tokenizer(directory)
-    train_rows = examples.load_examples(args.dataset, "train", args.limit)
+    base_config = phi2.read_config(directory)
+    tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
+    reading = examples.Reading.of(args)
+    train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     validation = {
-        split: examples.load_examples(args.dataset, split, args.eval_limit)
-        for split in examples.validation_splits(args.dataset)
+        split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
+        for split in examples.validation_splits(args.dataset, reading)
     }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
     prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
-        args.residual_dropout = phi2.read_config(directory).resid_pdrop
+        args.residual_dropout = base_config.resid_pdrop
 
     # ---- A resume is checked first: one that is refused changes nothing ---------------------
     made_for = evaluation.fingerprint_of(args, directory, tokenizer)
@@ -330,16 +337,19 @@ def main() -> None:
         )
     finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
     log.write_evaluation(steps, finetuned)
+    rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
+    rows["train"]["cut"] = progress.cut
     if ranks.FIRST:
-        write_results(args, state.baseline, finetuned, log)
+        write_results(args, rows, state.baseline, finetuned, log)
 
 
 def write_results(
-    args: argparse.Namespace, baseline: dict, finetuned: dict, log: RunLog
+    args: argparse.Namespace, rows: dict, baseline: dict, finetuned: dict, log: RunLog
 ) -> None:
     """Writes results.json, the pictures, the page and the model card, and prints the table."""
     results = {
         "protocol": protocol_of(args).record(),
+        "rows": rows,
         "baseline": baseline,
         "finetuned": finetuned,
         "training_memory_gib": log.peak_memory,

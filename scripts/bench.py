@@ -106,7 +106,9 @@ class Ours:
         self.optimizer = make_optimizer(self.parameters)
 
     def step(self, count: int, update: bool = True):
-        batch = data.collate(self.rows.training[:count], len(self.prefix), "answer")
+        # In the order in which data.batches gives the rows of a step: by length.
+        rows = sorted(self.rows.training[:count], key=lambda row: len(row[0]))
+        batch = data.collate(rows, len(self.prefix), "answer")
         loss = train.batch_loss(self.model, batch) / len(batch.targets)
         loss.backward()
         return finish_step(loss, self.parameters, self.optimizer, update)

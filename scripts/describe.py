@@ -1,27 +1,26 @@
-"""Prints what a dataset holds: rows, labels, token lengths, and one example of each label.
+"""Prints how a dataset is read: files, columns, labels, token lengths, an example of each label.
 
     python -m scripts.describe                        # tiny/data, or MNLI where there is a GPU
     python -m scripts.describe --dataset nyu-mll/glue --model microsoft/phi-2 --plot lengths.png
+    python -m scripts.describe --dataset my-rows --columns text claim verdict
 
-The longest prompt and answer say what --max-length has to be so that no premise is cut.
+A wrong column or a wrong order of the labels shows in the examples, before a long training. The
+longest prompt and answer say what --max-length has to be so that no premise is cut.
 """
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import data
 import phi2
-from support import cli, flags, pictures
-from support.examples import LABELS, load_examples, load_splits
+from support import cli, examples, flags, pictures
+from support.examples import LABELS
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser("what a dataset holds: rows, labels, token lengths, examples")
-    parser.add_argument(
-        "--dataset",
-        help="Hub id or directory of train.* and validation*.* (default: nyu-mll/glue, "
-        "no GPU: tiny/data)",
-    )
+    parser = cli.Parser("how a dataset is read: files, columns, labels, lengths, examples")
+    flags.add_dataset_arguments(parser)
     parser.add_argument(
         "--model",
         help="the model whose tokenizer counts (default: microsoft/phi-2, no GPU: tiny/model)",
@@ -31,23 +30,40 @@ def parse_arguments() -> argparse.Namespace:
     return cli.parse_arguments(parser)
 
 
-def token_lengths(examples, tokenizer, split: str):
+def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
+    """Prints the files of a split, and what its columns and its labels are taken for."""
+    if Path(dataset).is_dir():
+        for path in examples.find_files(Path(dataset)).get(split, []):
+            print(f"  file {path}")
+    rows = examples.load_splits(dataset, reading.validation)[split]
+    columns = examples.find_columns(rows.column_names, reading.columns, split)
+    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
+    _, numbers = examples.read_split(dataset, split, reading)
+    labels = rows[columns["label"]][:]
+    names = getattr(rows.features[columns["label"]], "names", [])
+    for (label, number), count in sorted(Counter(zip(labels, numbers)).items(), key=str):
+        name = f", called {names[label]}" if label in range(len(names)) else ""
+        meaning = "no label" if number == examples.HIDDEN else f"{number} {LABELS[number]}"
+        print(f"  label {label!r}{name}: {meaning}, {count:,} rows")
+
+
+def token_lengths(rows, tokenizer, split: str):
     """Returns the tokens of prompt and label of each row, (rows,): what --max-length must hold."""
     import numpy
     from tqdm import tqdm
 
     # delay and disable: no bar for a moment's work, and none in a log file.
-    rows = tqdm(examples, desc=split, leave=False, delay=2, disable=None)
-    encoded = (data.encode(example, tokenizer) for example in rows)
+    bar = tqdm(rows, desc=split, leave=False, delay=2, disable=None)
+    encoded = (data.encode(row, tokenizer) for row in bar)
     return numpy.array([len(prompt) + len(answer) for prompt, answer in encoded])
 
 
-def describe(split: str, examples, lengths, counts) -> None:
+def describe_rows(rows, lengths, counts) -> None:
     """Prints a split's rows by label, the percentiles of its lengths and its first examples."""
     import numpy
 
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
-    print(f"\n{split}: {len(examples):,} rows; {by_label}")
+    print(f"  {len(rows):,} rows taken: {by_label}")
     percentiles = numpy.percentile(lengths, [0, 50, 95, 99, 100]).astype(int)
     shortest, median, p95, p99, longest = percentiles
     print(
@@ -56,7 +72,7 @@ def describe(split: str, examples, lengths, counts) -> None:
     )
     for label, name in enumerate(LABELS):
         # Of few rows none may have this label.
-        first = next((example for example in examples if example["label"] == label), None)
+        first = next((row for row in rows if row["label"] == label), None)
         if first is not None:
             print(f"  {label} {name}: {first['premise'][:120]} -> {first['hypothesis'][:80]}")
 
@@ -65,16 +81,20 @@ def main() -> None:
     import numpy
 
     args = parse_arguments()
-    tokenizer = data.load_tokenizer(phi2.locate(args.model, ["config.json", "tokenizer.json"]))
+    directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])
+    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    reading = examples.Reading.of(args)
     lengths = {}
     labels = {}
-    for split in load_splits(args.dataset):
+    for split in examples.load_splits(args.dataset, args.validation):
         if split.startswith("test"):  # GLUE publishes no labels for its test splits
             continue
-        examples = load_examples(args.dataset, split, args.limit)
-        lengths[split] = token_lengths(examples, tokenizer, split)
-        labels[split] = numpy.bincount(examples["label"], minlength=3)
-        describe(split, examples, lengths[split], labels[split])
+        print(f"\n{split}")
+        describe_reading(args.dataset, split, reading)
+        rows = examples.load_examples(args.dataset, split, args.limit, reading)
+        lengths[split] = token_lengths(rows, tokenizer, split)
+        labels[split] = numpy.bincount(rows["label"], minlength=3)
+        describe_rows(rows, lengths[split], labels[split])
     if args.plot:
         pictures.draw_lengths(lengths, labels, args.dataset, args.plot)
         print(f"\nlengths and labels are drawn in {args.plot}")

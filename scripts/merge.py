@@ -5,7 +5,7 @@
 
 An adapter that was trained over NF4 is merged into the values that the indices stand for, not into
 the 16-bit weights that they were made from: it has learned beside the former, and the latter differ
-from them by more than the adapter does.
+from them by more than the adapter does. Any other adapter is merged into the weights as they are.
 
 The sum W + B A is then rounded to the type that it is stored in. What that loses of an adapter is
 small in 16 bits and most of it in NF4. It is measured for each layer, on the weights alone: the
@@ -130,7 +130,8 @@ def write_model(
 def merged_config(model: phi2.Phi2, base: Path) -> dict:
     """Returns the base's config.json, changed to what the merged model is."""
     config = files.read_json(base / "config.json")
-    for key in ("dtype", "torch_dtype"):  # the newer and the older name for the same
+    # The newer and the older name for the same, and how the base was stored.
+    for key in ("dtype", "torch_dtype", "quantization_config"):
         config.pop(key, None)
     config |= asdict(model.config)
     config["architectures"] = ["PhiForCausalLM"]
@@ -146,6 +147,8 @@ def parse_arguments() -> argparse.Namespace:
     """Returns the arguments. `measure` says whether the accuracy is to be measured."""
     parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
     flags.add_model_arguments(parser)
+    # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
+    parser.set_defaults(quant="none")
     parser.add_argument(
         "--adapter",
         type=Path,
@@ -205,11 +208,12 @@ def accuracies(
 def main() -> None:
     args = parse_arguments()
     directory = phi2.locate(args.model, [*phi2.FILES, *COPIED])
-    tokenizer = data.load_tokenizer(directory)
+    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     splits = {}
     if args.measure:
-        for split in examples.validation_splits(args.dataset):
-            splits[split] = examples.load_examples(args.dataset, split, args.limit)
+        reading = examples.Reading.of(args)
+        for split in examples.validation_splits(args.dataset, reading):
+            splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
     device = ranks.start(args.device)
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)

@@ -190,8 +190,9 @@ def memory(
 def main() -> None:
     args = cli.train_arguments()
     directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])  # no weights
-    tokenizer = data.load_tokenizer(directory)
-    rows = examples.load_examples(args.dataset, "train", args.limit)
+    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    reading = examples.Reading.of(args)
+    rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)
     bytes_of = memory(directory, args, encoded, train.shared_prefix_length(tokenizer, args))
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import files, machine, ranks, resume
+from support import files, fingerprint, hub, machine, ranks
 from support.flags import (
     add_adapter_arguments,
     add_eval_arguments,
@@ -37,11 +37,14 @@ For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
 
 # The arguments of a training that its adapter is also evaluated and merged with.
 OF_AN_ADAPTER = (
-    "dataset", "quant", "double_quant", "keep_dequantized", "dtype", "max_length",
+    "dataset", "columns", "labels", "validation",
+    "quant", "double_quant", "keep_dequantized", "dtype", "max_length",
 )
 
 # What may be typed beside --resume. Any other flag would change what the run computes.
 FREE = (
+    # where the model and the rows are now; digests tell whether they are the same
+    "model", "dataset",
     # how long it trains, and what it writes on the way
     "steps", "epochs", "eval_every", "save_every",
     # memory against speed, with the same results
@@ -64,8 +67,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=command_name(),
             description=description,
-            # python train.py @tiny/args
-            fromfile_prefix_chars="@",
             # With abbreviations a new flag could change what an old command means.
             allow_abbrev=False,
             **options,
@@ -77,6 +78,29 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         # argparse would print the whole usage before the mistake.
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse's own @FILE would also open a --premise that begins with @.
+        argv = self.expand_files(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(argv, namespace)
+
+    def expand_files(self, argv: list[str]) -> list[str]:
+        """Returns the command line with the lines of each @FILE in its place.
+
+        Behind a flag that takes a value, a text that begins with @ is that value.
+        """
+        expanded = []
+        flag = None  # the argparse action of the word before
+        for word in argv:
+            if word.startswith("@") and (flag is None or flag.nargs == 0):
+                try:
+                    expanded += Path(word[1:]).read_text(encoding="utf-8").splitlines()
+                except (OSError, ValueError) as error:
+                    self.error(f"cannot read the flags in {word}: {error}")
+            else:
+                expanded.append(word)
+            flag = self._option_string_actions.get(word)
+        return expanded
 
     def typed(self, argv: list[str] | None = None) -> dict:
         """Returns what is typed, without any default."""
@@ -137,7 +161,7 @@ def as_typed(action: argparse.Action, value):
         return None
     if action.nargs == 0:  # a flag that is on or off
         return require(value, bool, "true or false")
-    if action.nargs == "+":
+    if action.nargs in ("+", 3):
         if isinstance(value, str):  # --targets all-linear is saved as one text
             return [value]
         return [require(item, str, "text") for item in require(value, list, "a list")]
@@ -175,8 +199,11 @@ def parse_arguments(
     # First pass: what is typed decides where the defaults come from.
     typed = parser.typed(argv)
     if "adapter" in typed:
-        adapter = typed["adapter"]
+        adapter = hub.find_adapter(str(typed["adapter"]))
         saved = adapter_defaults(adapter)
+        if "dataset" in typed:  # how the rows of the training were read is not how these are
+            for name in ("columns", "labels", "validation"):
+                saved.pop(name, None)
         if "model" not in typed | saved:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
         parser.set_saved_defaults(saved, adapter)
@@ -186,6 +213,8 @@ def parse_arguments(
 
     # Second pass: the same command line over these defaults.
     args = parser.parse_args(argv)
+    if "adapter" in typed:
+        args.adapter = adapter
     fill_in(args)
     if check:
         check(parser, args)
@@ -230,20 +259,15 @@ def fill_in(args: argparse.Namespace) -> None:
 def adapter_defaults(adapter: Path) -> dict:
     """Returns those arguments of an adapter's training that a user of it needs.
 
-    A directory that PEFT has written holds no args.json; then only the model is known.
+    A directory that PEFT has written holds no args.json; then only the model is known, and
+    where our adapter file is alone, the quantisation.
     """
-    path = adapter / "adapter_config.json"
-    if not path.is_file():
-        reason = "there is no such folder"
-        if adapter.is_dir():
-            reason = "it has no adapter_config.json"
-        raise ValueError(f"{adapter} is not an adapter: {reason}")
-    values = {}
+    values = fingerprint.recorded_quantization(adapter)
     if (adapter / "args.json").is_file():
         saved = files.read_json(adapter / "args.json")
-        values = {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
+        values |= {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
     # PEFT's file has the last word on the model: its writer may have no args.json at all.
-    base = files.read_json(path).get("base_model_name_or_path")
+    base = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if base:
         values["model"] = base
     for name in ("model", "dataset"):
@@ -313,7 +337,13 @@ def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     typed = parser.typed(argv)
     run = run_to_resume(parser, typed)
     if run:
-        saved = parser.set_saved_defaults(resume.saved_arguments(run), run)
+        from support import resume  # it imports torch
+
+        arguments = resume.saved_arguments(run)
+        for name in ("model", "dataset"):
+            if isinstance(arguments.get(name), str):
+                arguments[name] = files.find_path(arguments[name], run)
+        saved = parser.set_saved_defaults(arguments, run)
         refuse_another_run(parser, run, saved, typed)
         parser.set_defaults(resume=run, out=run)
     args = parse_arguments(parser, argv, check_train)
@@ -402,11 +432,24 @@ def as_json(args: argparse.Namespace) -> dict:
 # The frame of every script
 
 
+def answer_help(make_parser: Callable[[], Parser]) -> None:
+    """Prints the help of a script and ends it, where --help is typed.
+
+    To be called before torch is imported, which takes seconds.
+    """
+    if "--help" in sys.argv or "-h" in sys.argv:
+        make_parser().parse_args()
+
+
 def run(main: Callable[[], None]) -> None:
     """Calls a script's main. An error that a user can cause is one line and exit status 1.
 
     With --debug it is a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            # Whatever the locale says. JSON can hold what backslashreplace writes.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if hasattr(sys.stdout, "reconfigure"):
         # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
         sys.stdout.reconfigure(line_buffering=True)
@@ -415,10 +458,23 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit("interrupted")
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and reader_has_gone():
+            sys.exit(1)
         # From sys.argv, because the error may come before the arguments are parsed.
         if "--debug" in sys.argv or not is_users(error):
             raise
         sys.exit(one_line(error))
+
+
+def reader_has_gone() -> bool:
+    """Returns whether nobody reads standard output any more, as after `| head`."""
+    try:
+        sys.stdout.flush()
+        return False
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
 
 
 def is_users(error: Exception) -> bool:

@@ -1,95 +1,203 @@
-"""Premises, hypotheses and labels from a directory of files or from the Hub.
+"""Premises, hypotheses and labels from people's files, or from the Hub.
 
-A directory holds a file for each split, train.* and validation*.*, or several of them, such
-as train-00000-of-00002.parquet and train-00001-of-00002.parquet.
+What files, columns and labels may be called stands in the tables at the top: to read one
+more form, add a word there. `python -m scripts.describe` shows how a dataset is read.
 
 `datasets` takes about a second to import, so the functions that load something import it.
 """
 
+import csv
 import functools
+import glob
+import gzip
 import re
 import sys
+from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+from support import ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
-HIDDEN = -1  # the label of GLUE's test rows
-COLUMNS = ("premise", "hypothesis", "label")
+HIDDEN = -1  # stands for the label of a row that has none
 
-# How a file is read, by its suffix: the loader's name in `datasets`, and options for it.
+# The word in a file's name that says its split. What follows it is kept: dev_matched is
+# validation_matched.
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
+}
+# What a column may be called, in any case. The first that a file has is taken.
+COLUMNS = {
+    "premise": ("premise", "sentence1", "context"),
+    "hypothesis": ("hypothesis", "sentence2", "hypo"),
+    "label": ("label", "gold_label", "gold"),
+}
+KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
+# What a label may be called, in any case.
+MEANINGS = {
+    0: ("0", "entailment", "entails", "entail", "e"),
+    1: ("1", "neutral", "n"),
+    2: ("2", "contradiction", "contradicts", "contradict", "c"),
+    HIDDEN: ("-1", "-"),
+}
+# How a file is read, by its suffix: the loader's name in `datasets`, and options for it. In
+# a text None, NA and null are words: only an empty field is a missing one.
+WORDS = {"keep_default_na": False, "na_values": [""]}
 FORMATS = {
     ".parquet": ("parquet", {}),
+    ".arrow": ("arrow", {}),
     ".jsonl": ("json", {}),
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
+    ".json": ("json", {}),
+    ".csv": ("csv", WORDS),
+    ".tsv": ("csv", WORDS | {"sep": "\t"}),
 }
-SPLIT_FILE = re.compile("train|validation|test")  # how its name begins
-SHARD = re.compile(r"-\d+-of-\d+$")  # how its name ends, before the suffix
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
+
+SHARD = re.compile(r"-\d+-of-(\d+)$")  # train-00000-of-00002
+# A field in quotes, and a file in which every quote belongs to such a field.
+QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
+ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
+
+
+class Reading(NamedTuple):
+    """What the flags say about a dataset that the tables do not."""
+
+    columns: list[str] | None = None  # the names of premise, hypothesis and label
+    labels: list[str] | None = None  # the meanings of 0, 1 and 2, or three VALUE=MEANING
+    validation: float | None = None  # the share of train that is kept for validation
+
+    @classmethod
+    def of(cls, args: Namespace) -> "Reading":
+        return cls(args.columns, args.labels, args.validation)
+
+
+BY_THE_TABLES = Reading()
 
 
 # -----------------------------------------------------------------------------
-# Splits
+# Files
 
 
-# Cached, because a run asks for each split and for their names: it is read once.
-@functools.cache
-def load_splits(dataset: str) -> dict[str, "Dataset"]:
-    """Returns all splits of a directory, or of a dataset on the Hub, by their names.
+def find_files(directory: Path) -> dict[str, list[Path]]:
+    """Returns the files of each split: those in the directory, or up to two folders below."""
+    for depth in (1, 2, 3):
+        splits = {}
+        # Sorted, because glob has no order and the order of the rows decides the batches.
+        for path in sorted(directory.glob("/".join(["[!.]*"] * depth))):
+            split = split_of(path)
+            if split:
+                splits.setdefault(split, []).append(path)
+        for split, paths in splits.items():
+            check_parts(split, paths)
+        if splits:
+            return splits
+    suffixes = ", ".join(FORMATS)
+    raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
 
-    Raises ValueError when there is no such dataset or a file of it cannot be read.
+
+def stem_and_suffix(path: Path) -> tuple[str, str]:
+    """Returns "train" and ".jsonl" for Train.jsonl.gz."""
+    name = Path(path.name.lower().removesuffix(".gz"))
+    return name.stem, name.suffix
+
+
+def split_of(path: Path) -> str | None:
+    """Returns the split that a file holds, or None when its name does not say."""
+    stem, suffix = stem_and_suffix(path)
+    if suffix not in FORMATS or not path.is_file():
+        return None
+    stem = SHARD.sub("", stem)
+    if stem == "data" or stem.isdigit():  # train/0000.parquet
+        stem = path.parent.name.lower()
+    return split_name(stem)
+
+
+def split_name(name: str) -> str | None:
+    """Returns "validation_matched" for multinli_1.0_dev_matched, None for notes."""
+    words = re.findall("[a-z]+[0-9]*|[0-9]+", name)
+    for place, word in enumerate(words):
+        for split, aliases in SPLITS.items():
+            if word in aliases:
+                return "_".join([split, *words[place + 1 :]])
+    return None
+
+
+def check_parts(split: str, paths: list[Path]) -> None:
+    """Raises ValueError unless the files are one, or all the parts of one.
+
+    Otherwise they are two formats of the same rows, two datasets, or of two exports.
     """
-    import datasets
-
-    # In a log file each movement of a bar would be one more line.
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    directory = Path(dataset)
-    if directory.is_dir():
-        files = split_files(directory)
-        return {split: read_files(paths) for split, paths in files.items()}
-    # A mistyped path is said to be one, instead of being looked for on the Hub.
-    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+    kinds = set()
+    for path in paths:
+        stem, _ = stem_and_suffix(path)
+        shard = SHARD.search(stem)
+        parts = int(shard[1]) if shard else 1
+        if stem.isdigit():  # the name does not say how many there are
+            parts = len(paths)
+        kinds.add((path.parent, path.suffix, parts))
+    if kinds != {(paths[0].parent, paths[0].suffix, len(paths))}:
+        names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
         raise ValueError(
-            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name)"
+            f"{names}: not one file, and not all parts of one, for the split {split}; "
+            "remove what is not meant, or pass the folder that is"
         )
-    return load_from_hub(dataset)
-
-
-def split_files(directory: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split, in the order of their names."""
-    files = {}
-    # Sorted, because iterdir has no order and the order of the rows decides the batches.
-    for path in sorted(directory.iterdir()):
-        if path.suffix in FORMATS and SPLIT_FILE.match(path.name):
-            split = SHARD.sub("", path.stem)
-            files.setdefault(split, []).append(path)
-    if not files:
-        suffixes = ", ".join(FORMATS)
-        raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
-    return files
 
 
 def read_files(paths: list[Path]) -> "Dataset":
-    """Reads the files of one split, which all have the format of the first."""
+    """Reads the files of one split, which must have the same columns."""
+    import datasets
+
+    parts = [read_file(path) for path in paths]
+    for path, part in zip(paths, parts):
+        differing = sorted(set(part.column_names) ^ set(parts[0].column_names))
+        if differing:
+            raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
+    return datasets.concatenate_datasets(parts)
+
+
+def read_file(path: Path) -> "Dataset":
     import datasets
 
     # Of an empty JSON file the library makes a StopIteration without a message.
-    if not any(path.stat().st_size for path in paths):
-        raise ValueError(f"{paths[0]} is empty")
-    loader, options = FORMATS[paths[0].suffix]
-    names = [str(path) for path in paths]
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty")
+    _, suffix = stem_and_suffix(path)
+    loader, options = FORMATS[suffix]
+    if suffix == ".tsv":
+        options = options | {"quoting": quoting(path)}
+    # Escaped, because the library takes a name with brackets for a pattern.
+    name = glob.escape(str(path.absolute()))
     try:
-        # A loader that is given a plain list calls the whole of it "train".
-        return datasets.load_dataset(loader, data_files=names, split="train", **options)
+        # A loader that is given a file alone calls it "train".
+        return datasets.load_dataset(loader, data_files=name, split="train", **options)
     # pyarrow's errors are ValueErrors.
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         # The library says only that reading failed; why is in the error that it came from.
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise ValueError(f"cannot read {paths[0]}: {reason}") from None
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def quoting(path: Path) -> int:
+    """Returns how the quotes of a .tsv file are meant, as a number of the csv module.
+
+    GLUE's files know no quoting: a quote is a character like any other. A spreadsheet puts
+    a field in quotes where it holds a quote, which is then doubled, a tab or a line end. A
+    file is a spreadsheet's when all its quotes are of that kind and some were needed.
+    """
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rb") as file:
+        content = file.read()
+    if not ALL_QUOTED.fullmatch(content):
+        return csv.QUOTE_NONE
+    fields = re.findall(QUOTED, content)
+    needed = any(re.search(rb'""|[\t\n]', field[1:-1]) for field in fields)
+    has_quoted_header = content.startswith(b'"')
+    return csv.QUOTE_MINIMAL if needed or has_quoted_header else csv.QUOTE_NONE
 
 
 def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
@@ -97,26 +205,76 @@ def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
     import datasets
 
     try:
-        return dict(datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset)))
+        splits = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
     # The library raises these when it does not reach the Hub or find the dataset there.
     except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
         raise ValueError(
             f"cannot load {dataset!r} from the Hub, and it is no directory here "
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
+    return {split_name(name) or name: rows for name, rows in splits.items()}
 
 
-def validation_splits(dataset: str) -> list[str]:
+# -----------------------------------------------------------------------------
+# Splits
+
+
+# Cached, because a run asks for the names and for each split: it is read once.
+@functools.cache
+def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dataset"]:
+    """Returns all splits of a directory, or of a dataset on the Hub, as they are there.
+
+    Where none of them is for validation, `validation` is the share of train that becomes
+    one. Raises ValueError when there is no such dataset or a file of it cannot be read.
+    """
+    from datasets import config, disable_progress_bars
+
+    # In a log file each movement of a bar would be one more line.
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"cannot write the cache of the datasets library, {config.HF_DATASETS_CACHE} "
+            f"({error.strerror}): set HF_HOME to a folder that can be written"
+        ) from None
+
+    if Path(dataset).is_dir():
+        files = find_files(Path(dataset))
+        splits = {split: read_files(paths) for split, paths in files.items()}
+    # A mistyped path is said to be one, instead of being looked for on the Hub.
+    elif dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+        raise ValueError(
+            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name)"
+        )
+    else:
+        splits = load_from_hub(dataset)
+    if validation and "train" in splits and not validation_names(splits):
+        # From a seed of its own: runs that differ in theirs are measured on the same rows.
+        parts = splits["train"].train_test_split(validation, seed=0)
+        splits |= {"train": parts["train"], "validation": parts["test"]}
+    return splits
+
+
+def validation_names(splits: dict) -> list[str]:
+    return [name for name in splits if name.startswith("validation")]
+
+
+def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[str]:
     """Returns the names of the splits that are evaluated by default.
 
     In MNLI they are validation_matched and validation_mismatched.
     """
-    splits = load_splits(dataset)
-    names = [name for name in splits if name.startswith("validation")]
+    splits = load_splits(dataset, reading.validation)
+    names = validation_names(splits)
     if not names:
-        raise ValueError(f"{dataset} has no validation split, only {', '.join(splits)}")
+        raise ValueError(
+            f"{dataset} has no validation split, only {', '.join(splits)}; "
+            "--validation 0.05 takes a part of train for it"
+        )
     return names
 
 
@@ -124,62 +282,71 @@ def validation_splits(dataset: str) -> list[str]:
 # Examples
 
 
-def load_examples(dataset: str, split: str, limit: int | None = None) -> "Dataset":
+def load_examples(
+    dataset: str, split: str, limit: int | None = None, reading: Reading = BY_THE_TABLES
+) -> "Dataset":
     """Returns the first `limit` labelled rows: premise, hypothesis, label (0, 1, 2).
 
-    Labels may be numbers or the words of LABELS. Rows with GLUE's hidden label are dropped,
-    and a line on stderr says so. Raises ValueError for a split or a column that is missing,
-    for any other label, for a text that is missing, and when no row is left.
+    All rows are checked, not in the middle of a training. Raises ValueError for a split or
+    a column that is missing, a text that is missing, a label that has no meaning, and when
+    no row is left.
     """
-    splits = load_splits(dataset)
+    rows, labels = read_split(dataset, split, reading)
+    rows = rows.remove_columns("label").add_column("label", labels)
+    labelled = [index for index, label in enumerate(labels) if label != HIDDEN]
+    if not labelled:
+        raise ValueError(f"{dataset}, {split}: no labelled row")
+    dropped = len(labels) - len(labelled)
+    reason = f", {dropped:,} without a label dropped" if dropped else ""
+    chosen = labelled[:limit]
+    if ranks.FIRST:
+        print(f"{split}: {len(labels):,} rows{reason}; {len(chosen):,} taken", file=sys.stderr)
+    # `select` adds a table of indices, through which every later access would go.
+    return rows if len(chosen) == len(rows) else rows.select(chosen)
+
+
+def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> dict:
+    """Returns how many rows the files of these splits hold, without a label, and used."""
+    counts = {}
+    for split, rows in used.items():
+        _, labels = read_split(dataset, split, reading)
+        unlabelled = labels.count(HIDDEN)
+        counts[split] = {"read": len(labels), "without_label": unlabelled, "used": len(rows)}
+    return counts
+
+
+def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", list[int]]:
+    """Returns all rows of a split, under our columns' names, and their labels as numbers."""
+    splits = load_splits(dataset, reading.validation)
     if split not in splits:
         raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(splits)}")
     rows = splits[split]
     place = f"{dataset}, {split}"  # how every error begins
-
-    # All rows are checked before the first is used, not in the middle of a training.
-    check_columns(rows, place)
-    raw = rows["label"][:]  # a list: the library's column would read each value anew
-    labels = [
-        label_number(label, f"{place}, row {index}") for index, label in enumerate(raw)
-    ]
+    columns = find_columns(rows.column_names, reading.columns, place)
+    others = [name for name in KEPT if name in rows.column_names and name not in columns.values()]
+    rows = rows.select_columns([*columns.values(), *others])
+    rows = rows.rename_columns({name: column for column, name in columns.items()})
     check_texts(rows, place)
-
-    # Rows without a label go.
-    labelled = [index for index, label in enumerate(labels) if label != HIDDEN]
-    if not labelled:
-        raise ValueError(f"{place}: no labelled row")
-    dropped = len(labels) - len(labelled)
-    if dropped:
-        print(f"{split}: {dropped} rows without a label dropped", file=sys.stderr)
-    # From here on every label is an int, whatever the file holds.
-    if any(type(label) is not int for label in raw):  # words, or numbers with a point
-        rows = rows.remove_columns("label").add_column("label", labels)
-    chosen = labelled[:limit]
-    # `select` adds a table of indices, through which every later access would go.
-    if len(chosen) == len(rows):
-        return rows
-    return rows.select(chosen)
+    return rows, read_labels(rows, reading.labels, place)
 
 
-def check_columns(rows: "Dataset", place: str) -> None:
-    """Raises ValueError when a column is missing."""
-    names = rows.column_names
-    missing = sorted(set(COLUMNS) - set(names))
-    if missing:
-        raise ValueError(
-            f"{place}: no column {', '.join(missing)}; there are {', '.join(names)}"
-        )
-
-
-def label_number(label, place: str) -> int:
-    """Returns a label as 0, 1, 2, or HIDDEN. Raises ValueError for any other."""
-    if label in LABELS:
-        return LABELS.index(label)
-    # True is 1 and False is 0 to Python, but nobody means that by a label.
-    if label not in (HIDDEN, 0, 1, 2) or isinstance(label, bool):
-        raise ValueError(f"{place}: label {label!r} is not 0, 1, 2 or {', '.join(LABELS)}")
-    return int(label)  # 1.0 is in (0, 1, 2) too
+def find_columns(names: list[str], given: list[str] | None, place: str) -> dict[str, str]:
+    """Returns which of the columns `names` are premise, hypothesis and label."""
+    columns = {}
+    for number, (column, aliases) in enumerate(COLUMNS.items()):
+        if given:
+            found = [name for name in names if name == given[number]]
+        else:
+            lower = {name.strip().lower(): name for name in names}
+            found = [lower[alias] for alias in aliases if alias in lower]
+        if not found:
+            wanted = given[number] if given else " or ".join(aliases)
+            raise ValueError(
+                f"{place}: no column {wanted}; there are {', '.join(names)}; "
+                "--columns PREMISE HYPOTHESIS LABEL says which are meant"
+            )
+        columns[column] = found[0]
+    return columns
 
 
 def check_texts(rows: "Dataset", place: str) -> None:
@@ -193,3 +360,46 @@ def check_texts(rows: "Dataset", place: str) -> None:
         texts = rows[column][:]
         if None in texts:
             raise ValueError(f"{place}, row {texts.index(None)}: no {column}")
+
+
+def read_labels(rows: "Dataset", given: list[str] | None, place: str) -> list[int]:
+    """Returns the labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
+
+    Where the file has names for its numbers (`ClassLabel`), the names decide.
+    """
+    meanings = label_meanings(given)
+    names = [] if given else getattr(rows.features["label"], "names", [])
+    # All names, because the one that is no answer here may come late in the file.
+    if not {as_word(name) for name in names} <= meanings.keys():
+        raise ValueError(
+            f"{place}: its labels are {', '.join(names)}, not {', '.join(LABELS)}; "
+            "--labels says what others mean"
+        )
+    labels = rows["label"][:]  # a list: the library's column would read each value anew
+    words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
+    for word in set(words) - meanings.keys():
+        row = words.index(word)
+        raise ValueError(
+            f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {', '.join(LABELS)}; "
+            "--labels says what others mean"
+        )
+    return [meanings[word] for word in words]
+
+
+def as_word(label) -> str:
+    """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"."""
+    return str(label).strip().lower().removesuffix(".0")
+
+
+def label_meanings(given: list[str] | None) -> dict[str, int]:
+    """Returns the number of each word that a label may be, those of --labels included."""
+    meanings = {word: number for number, words in MEANINGS.items() for word in words}
+    new = {}
+    for number, text in enumerate(given or []):
+        value, _, meaning = text.rpartition("=")
+        new[as_word(value or number)] = meanings.get(as_word(meaning))
+    if given and sorted(new.values(), key=str) != [0, 1, 2]:
+        raise ValueError(
+            f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once"
+        )
+    return meanings | new

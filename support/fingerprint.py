@@ -31,6 +31,19 @@ def fingerprint(
     }
 
 
+def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
+    """Returns the arguments that an adapter's file says it was quantised with, if it does."""
+    try:
+        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+            recorded = (file.metadata() or {}).get("quantization", "")
+    except (SafetensorError, OSError):  # who loads the adapter says what is wrong
+        return {}
+    if not recorded:
+        return {}
+    name, _, double = recorded.partition(", ")
+    return {"quant": name, "double_quant": double == "double"}
+
+
 def digest_weights(weight_files: list[Path]) -> str:
     """Returns a digest of all names and of the first values of each tensor.
 

@@ -1,6 +1,7 @@
-"""Uploads a run to the Hugging Face Hub: the adapter, its card and its results.
+"""Adapters on the Hugging Face Hub: finds and downloads one, and uploads a run.
 
-No row of the data, no path of this machine and nothing that only --resume needs is sent.
+Uploaded are the adapter, its card and its results: no row of the data, no path of this
+machine and nothing that only --resume needs.
 """
 
 import argparse
@@ -11,6 +12,7 @@ from pathlib import Path
 from support import card, files
 from support.pictures import PICTURES
 
+CONFIG = "adapter_config.json"
 # What makes a directory a run that can be used by others.
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "args.json")
 # What holds no path and no row of the data, and is copied as it is, where it is there.
@@ -27,6 +29,44 @@ def repository(name: str) -> str:
             "owner/name, of letters, digits, - _ and ."
         )
     return name
+
+
+def find_adapter(name: str) -> Path:
+    """Returns the folder of an adapter.
+
+    It is `name` itself, the one folder below it that holds an adapter (such as a
+    checkpoint), or the download of a repository on the Hub. Raises ValueError when there is
+    none, or more than one.
+    """
+    directory = Path(name)
+    if not directory.is_dir():
+        if not card.is_repository(name):
+            raise ValueError(f"{name} is not an adapter: there is no such folder")
+        directory = download_adapter(name)
+    if (directory / CONFIG).is_file():
+        return directory
+    below = [path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{CONFIG}")]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        names = ", ".join(sorted(str(path) for path in below))
+        raise ValueError(f"{name} holds several adapters, pass one of them: {names}")
+    raise ValueError(f"{name} is not an adapter: it has no {CONFIG}")
+
+
+def download_adapter(repo: str) -> Path:
+    """Returns the local folder of an adapter's repository. What is there is not loaded again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
+    # Without a connection and a copy the library raises an OSError or a ValueError.
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{repo} is not an adapter: there is no such folder, "
+            f"and the Hub gives none ({type(error).__name__})"
+        ) from None
 
 
 def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:

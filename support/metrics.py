@@ -27,7 +27,8 @@ OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 
 def statistics(predictions: list[dict]) -> dict:
     """Returns what results.json says about one split, as JSON can hold it.
 
-    accuracy, ci95, n, correct, unparsed, confusion, labels and macro_f1 are always there;
+    accuracy, ci95, n, correct, unparsed, majority, confusion, labels and macro_f1 are
+    always there; majority is the accuracy of always answering the most frequent label;
     score_accuracy and nll where the rows have scores; genres where a row has one; lengths
     where the rows have tokens.
     Raises ValueError when there are no predictions.
@@ -75,7 +76,8 @@ def count_correct(predictions: list[dict]) -> dict:
 
 
 def by_label(predictions: list[dict]) -> dict:
-    """Returns the confusion matrix; each label's precision, recall and F1; the mean F1.
+    """Returns the confusion matrix; each label's precision, recall and F1; the mean F1; and
+    the share of the most frequent label.
 
     confusion[i][j] counts the rows of label i answered j; the last column is `OTHER`.
     """
@@ -102,9 +104,13 @@ def by_label(predictions: list[dict]) -> dict:
             "f1": float(f1[label]),
             "n": int(counts[label]),
         }
-    # The mean over labels, not over rows: a rare label counts as much as a frequent one.
-    macro_f1 = float(f1.mean())
-    return {"confusion": confusion.tolist(), "labels": figures, "macro_f1": macro_f1}
+    return {
+        "majority": int(counts.max()) / len(labels),
+        "confusion": confusion.tolist(),
+        "labels": figures,
+        # The mean over labels, not over rows: a rare label counts as much as a frequent one.
+        "macro_f1": float(f1.mean()),
+    }
 
 
 def by_scores(predictions: list[dict]) -> dict:
@@ -159,8 +165,9 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     """Returns McNemar's exact test: could two models' accuracies differ by chance alone?
 
     Rows that both models answer correctly, or both wrongly, say nothing about that. If the
-    models were equally good, each of the other rows would be a toss of a coin. Raises
-    ValueError unless both sets of predictions are of the same rows.
+    models were equally good, each of the other rows would be a toss of a coin. There is no
+    p where most answers of one model hold no number: such a test would compare forms of
+    answers. Raises ValueError unless both sets of predictions are of the same rows.
     """
     from scipy.stats import binomtest
 
@@ -178,7 +185,9 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     only_first = sum(first_right[row] and not second_right[row] for row in first_right)
     only_second = sum(second_right[row] and not first_right[row] for row in first_right)
     p = 1.0  # where no row differs there is nothing to test
-    if only_first + only_second:
+    if is_unreadable(first) or is_unreadable(second):
+        p = None
+    elif only_first + only_second:
         # Two-sided, against a coin: either model could be the better one.
         p = float(binomtest(only_first, only_first + only_second).pvalue)
     return {
@@ -187,6 +196,11 @@ def compare(first: list[dict], second: list[dict]) -> dict:
         "only_second": only_second,
         "p": p,
     }
+
+
+def is_unreadable(predictions: list[dict]) -> bool:
+    """Returns whether most completions hold no number."""
+    return sum(row["prediction"] == -1 for row in predictions) > len(predictions) / 2
 
 
 def right_by_row(predictions: list[dict]) -> dict[tuple, bool]:
@@ -241,26 +255,33 @@ def accuracies(splits: dict[str, dict]) -> str:
 
 def table(results: dict) -> str:
     """Returns a line for each stage and split of results.json, and for each comparison."""
+    # validation_mismatched, the longest name in MNLI, has 21 letters.
     lines = [
-        f"{'':9} {'split':21} {'accuracy':>8} {'95% interval':>15} "
+        f"{'':21} {'accuracy':>8} {'majority':>8} {'95% interval':>13} "
         f"{'rows':>6} {'unparsed':>8} {'scored':>6}"
     ]
     for stage, split, result in stages(results):
-        low, high = result["ci95"]
-        # validation_mismatched, the longest name in MNLI, has 21 letters.
-        line = (
-            f"{stage:9} {split[:21]:21} {result['accuracy']:8.4f} {low:8.4f}-{high:.4f} "
-            f"{result['n']:6,} {result['unparsed']:8,}"
-        )
-        if "score_accuracy" in result:  # the last column, so that it may be absent
-            line += f" {result['score_accuracy']:6.4f}"
-        lines.append(line)
+        if stage not in lines:
+            lines.append(stage)
+        lines.append(table_line(split, result))
     for split, test in results.get("compared", {}).items():
-        lines.append(
-            f"{split[:21]:21} McNemar p = {test['p']:.2g}: "
-            f"{test['only_second']:,} rows gained, {test['only_first']:,} lost"
-        )
+        gained = f"{test['only_second']:,} rows gained, {test['only_first']:,} lost"
+        if test["p"] is None:
+            lines.append(f"{split[:21]:21} {gained}; most of one were unparsed, so no p")
+        else:
+            lines.append(f"{split[:21]:21} McNemar p = {test['p']:.2g}: {gained}")
     return "\n".join(lines)
+
+
+def table_line(split: str, result: dict) -> str:
+    low, high = result["ci95"]
+    line = (
+        f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} "
+        f"{low:.4f}-{high:.4f} {result['n']:6,} {result['unparsed']:8,}"
+    )
+    if "score_accuracy" in result:  # the last column, so that it may be absent
+        line += f" {result['score_accuracy']:6.4f}"
+    return line
 
 
 def details(result: dict) -> str:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import time
+import uuid
 from pathlib import Path
 
 import torch
@@ -50,6 +51,8 @@ class RunLog:
         self.folder.mkdir(parents=True, exist_ok=True)
         # A run that was killed while it wrote has left its temporary files.
         files.remove_unfinished(self.folder)
+        if self.args.wandb:
+            record["wandb_run"] = self.wandb_id()
         files.write_json(self.folder / "args.json", record)
         with files.replacing(path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -57,6 +60,13 @@ class RunLog:
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         if self.args.wandb:
             self.wandb_run = start_wandb(self.folder, record)
+
+    def wandb_id(self) -> str:
+        """Returns the id of this run at W&B. A resumed run has that of its beginning."""
+        path = self.folder / "args.json"
+        if self.args.resume and path.is_file():
+            return files.read_json(path).get("wandb_run") or uuid.uuid4().hex
+        return uuid.uuid4().hex
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -137,21 +147,29 @@ def start_wandb(folder: Path, record: dict):
     """
     import wandb
 
-    # A user who has set the mode has decided. prompt=False: a batch job cannot type a key.
+    options = {
+        "project": "flora",
+        "name": folder.name,
+        "id": record["wandb_run"],
+        "resume": "allow",  # if there is one of this id, it goes on
+        "dir": folder,
+        "config": record,
+    }
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":  # a user who has chosen another one has decided
+        return wandb.init(**options)
     try:
-        offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False)
+        # prompt=False: a batch job cannot type a key.
+        if wandb.login(prompt=False):
+            return wandb.init(**options, mode="online")
+        reason = "not logged in"
     except wandb.Error as error:
-        print(f"W&B: {str(error).splitlines()[0]}")
-        offline = True
-    if offline:
-        print(
-            f"W&B: not logged in, so this run is kept offline in {folder}/wandb; "
-            "send it later with `wandb sync`"
-        )
-    mode = "offline" if offline else None  # None leaves it to WANDB_MODE
-    return wandb.init(
-        project="flora", name=folder.name, dir=folder, config=record, mode=mode
+        reason = " ".join(str(error).split())
+    print(
+        f"W&B: {reason}, so this run is kept offline in {folder}/wandb; "
+        "send it later with `wandb sync`"
     )
+    return wandb.init(**options, mode="offline")
 
 
 def finish_wandb(run, results: dict, folder: Path) -> None:

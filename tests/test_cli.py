@@ -79,7 +79,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--max-new-tokens", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--max-length", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
-        ("train.py", "--seed", "4294967296", "must be below 2^32, not 4294967296"),
+        ("train.py", "--validation", "1", "must be above 0 and below 1, not 1"),
         ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
         ("train.py", "--dtype", "fp16", "fp16 ends at 65,504, and the attention of phi-2 goes"),
         ("train.py", "--push", "phi-2", "'phi-2' is no repository on the Hub: owner/name"),
@@ -102,7 +102,7 @@ def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag(
         (["--rnak", 8], "unrecognized arguments: --rnak 8"),
         (["--lim", 8], "unrecognized arguments: --lim 8"),  # no abbreviations
         (["--steps", 5, "--epochs", 1], "not allowed with argument --steps"),
-        (["@no/such/file"], "No such file or directory: 'no/such/file'"),
+        (["@no/such/file"], "cannot read the flags in @no/such/file: [Errno 2] No such file"),
     ],
 )
 def test_flags_that_cannot_be_are_named(capsys, flags, message):
@@ -214,6 +214,19 @@ def test_flags_come_from_a_file_one_to_a_line(tmp_path):
     assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
 
 
+def test_a_text_behind_a_flag_may_begin_with_an_at_sign():
+    pair = ["--premise", "@Emma found a tulip.", "--hypothesis", "@b"]
+    args = parse("eval.py", *TINY, *pair)
+    assert (args.premise, args.hypothesis) == ("@Emma found a tulip.", "@b")
+    assert parse("train.py", "--debug", "@tiny/args").steps == 900  # --debug takes no value
+
+
+def test_any_seed_is_one_that_torch_takes():
+    for seed in (2**32, 2**64 - 1, 10**40):
+        torch.manual_seed(parse("train.py", *TINY, "--seed", seed).seed)
+    assert parse("train.py", *TINY, "--seed", 2**32).seed == 2**32
+
+
 def test_all_linear_is_a_word_and_not_a_name():
     assert parse("train.py", *TINY, "--targets", "all-linear").targets == "all-linear"
 
@@ -319,10 +332,13 @@ def test_a_run_is_resumed_with_its_own_arguments(tmp_path, flags):
 def test_what_makes_no_other_run_may_be_typed(tmp_path):
     run = begin(tmp_path / "run", *TINY, "--epochs", 1)
     free = ["--steps", 90, "--eval-every", 5, "--save-every", 6, "--checkpointing", "--wandb"]
+    # The model and the rows may have moved: their digests are compared when they are read.
+    free += ["--model", "elsewhere/model", "--dataset", "elsewhere/data"]
     args = parse("train.py", "--resume", run, "--out", run, *free, "--rank", 8)
     assert (args.steps, args.epochs) == (90, None)
     assert (args.eval_every, args.save_every) == (5, 6)
     assert args.checkpointing and args.wandb
+    assert (args.model, args.dataset) == ("elsewhere/model", "elsewhere/data")
 
 
 @pytest.mark.parametrize(
@@ -330,8 +346,7 @@ def test_what_makes_no_other_run_may_be_typed(tmp_path):
     [
         (["--rank", 16], "--rank 16 (it has 8)"),
         (["--seed", 5], "--seed 5 (it has 0)"),
-        (["--model", "tiny/other"], "--model tiny/other (it has tiny/model)"),
-        (["--dataset", "other"], "--dataset other (it has tiny/data)"),
+        (["--validation", 0.1], "--validation 0.1 (it has None)"),
         (["--targets", "fc1", "fc2"], "--targets fc1 fc2 (it has q_proj v_proj)"),
         (["--no-share-prefix"], "--share-prefix False (it has True)"),
         (["--rank", 4, "--limit", 7], "--rank 4 (it has 8), --limit 7 (it has None)"),
@@ -571,7 +586,7 @@ def broken_data(folder: Path, *rows: dict) -> list:
 
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
 TARGET = (
-    "target 'q_porj' matches no linear layer; there are dense, fc1, fc2, k_proj, lm_head, q_proj, "
+    "target 'q_porj' matches no linear layer; there are dense, fc1, fc2, k_proj, q_proj, "
     "v_proj; nearest: q_proj"
 )
 # By what is wrong: the flags, or what makes them from an empty folder, and a part of the line.

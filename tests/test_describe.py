@@ -18,9 +18,12 @@ def test_a_dataset_is_described_and_drawn(tmp_path):
     done = script("-m", "scripts.describe", *TINY, "--limit", 300, "--plot", picture)
     assert done.returncode == 0, done.stderr
     for split in ("train", "validation_matched", "validation_mismatched"):
-        assert f"{split}: 300 rows" in done.stdout
+        assert f"\n{split}\n  file tiny/data/{split}.jsonl\n" in done.stdout
+    assert done.stdout.count("  columns premise (the premise), hypothesis (the hypothesis), ") == 3
+    assert done.stdout.count("  300 rows taken: ") == 3
     for label, name in enumerate(LABELS):
         assert done.stdout.count(f"  {label} {name}: ") == 3, "an example of each label and split"
+        assert done.stdout.count(f"  label {label}: {label} {name}, ") == 3
 
     from matplotlib import image
 
@@ -37,7 +40,7 @@ def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):
         examples = load_examples("tiny/data", split, 50)
         counts = [sum(example["label"] == label for example in examples) for label in range(3)]
         expected = ", ".join(f"{count} {name}" for count, name in zip(counts, LABELS))
-        assert f"{split}: 50 rows; {expected}" in printed
+        assert f"  50 rows taken: {expected}" in printed
         lengths = []
         for example in examples:
             prompt = tokenizer.encode(data.PROMPT.format(**example)).ids
@@ -52,9 +55,25 @@ def test_hidden_labels_are_left_out(tmp_path, capsys):
         (tmp_path / f"{split}.jsonl").write_text(json.dumps(row) + "\n")
     in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
     printed = capsys.readouterr().out
-    assert "train: 1 rows" in printed
-    assert "validation: 1 rows" in printed
+    assert printed.count("  1 rows taken: ") == 2
     assert "test" not in printed.replace(str(tmp_path), "")
+
+
+def test_how_names_and_labels_are_taken_is_shown(tmp_path, capsys):
+    """Enough to see that a column or the order of the labels was taken wrongly."""
+    words = ["no", "yes", "perhaps", "yes"]
+    rows = [{"text": "A.", "claim": "B.", "verdict": word} for word in words]
+    content = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "dev.jsonl").write_text(content)
+    command = ["--model", "tiny/model", "--dataset", tmp_path, "--columns", "text", "claim"]
+    labels = ["--labels", "yes=entailment", "perhaps=neutral", "no=contradiction"]
+    in_process(describe, *command, "verdict", *labels)
+    printed = capsys.readouterr().out
+    assert f"validation\n  file {tmp_path}/dev.jsonl\n" in printed
+    assert "  columns text (the premise), claim (the hypothesis), verdict (the label)\n" in printed
+    assert "  label 'no': 2 contradiction, 1 rows\n" in printed
+    assert "  label 'perhaps': 1 neutral, 1 rows\n" in printed
+    assert "  label 'yes': 0 entailment, 2 rows\n" in printed
 
 
 def test_a_wrong_label_is_one_line(tmp_path):

@@ -228,6 +228,11 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
         assert line.endswith("  <-") == (score == max(answer["scores"]))
 
 
+def standard_input(content: bytes) -> io.TextIOWrapper:
+    """A pipe as a badly set locale would decode it."""
+    return io.TextIOWrapper(io.BytesIO(content), encoding="ascii")
+
+
 def test_json_lines_go_in_and_come_out_with_their_answers(
     run, rows, monkeypatch, capsys, tiny, tokenizer
 ):
@@ -237,7 +242,7 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
         for number, row in enumerate(few)
     ]
     text = "\n".join(json.dumps(pair) + "\n" for pair in given)  # with empty lines between
-    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    monkeypatch.setattr("sys.stdin", standard_input(text.encode()))
     in_process(evaluation, "--adapter", run, "--dataset", "-", "--batch-size", 4)
     captured = capsys.readouterr()
     assert "layers adapted" in captured.err, "the output holds answers alone"
@@ -262,11 +267,14 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
         ('{"hypothesis": "a"}', "line 2 of standard input has no text as premise"),
         ('{"premise": "a"}', "line 2 of standard input has no text as hypothesis"),
         ('{"premise": "a", "hypothesis": 1}', "has no text as hypothesis"),
+        ('{"premise": "\\ud83d", "hypothesis": "b"}', "the premise '\\ud83d' is not Unicode"),
+        (b'{"premise": "caf\xe9", "hypothesis": "b"}', "line 2 of standard input is not JSON: "),
     ],
 )
 def test_a_bad_line_is_named(monkeypatch, capsys, line, message):
-    good = '{"premise": "A.", "hypothesis": "B."}'
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{good}\n{line}\n"))
+    good = b'{"premise": "A.", "hypothesis": "B."}\n'
+    line = line if isinstance(line, bytes) else line.encode()
+    monkeypatch.setattr("sys.stdin", standard_input(good + line + b"\n"))
     command = ["--model", "tiny/model", "--dataset", "-", "--batch-size", 1]
     with pytest.raises(SystemExit) as stopped:
         in_process(evaluation, *command, "--max-new-tokens", 1)

@@ -1,12 +1,24 @@
 """support/examples.py: datasets in every form that is read, and one clear line for all others."""
 
+import csv
+import gzip
 import json
+import random
 
 import datasets
+import pandas
+import pyarrow
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED, script
+from pyarrow import csv as arrow_csv
 
-from support.examples import load_examples, load_splits, validation_splits
+from support.examples import (
+    Reading,
+    count_rows,
+    load_examples,
+    load_splits,
+    validation_splits,
+)
 
 TINY = str(ROOT / "tiny" / "data")
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
@@ -65,10 +77,14 @@ def test_labels_with_a_point_become_whole_numbers(write):
     assert all(type(label) is int for label in labels)
 
 
-def test_rows_with_a_hidden_label_are_dropped_with_a_line_that_says_so(write, capsys):
+def test_rows_without_a_label_are_dropped_and_counted(write, capsys):
     directory = write(validation=[ROW | {"label": -1}, ROW, QUOTED, ROW | {"label": -1}])
-    assert list(load_examples(directory, "validation")) == [ROW, QUOTED]
-    assert capsys.readouterr().err == "validation: 2 rows without a label dropped\n"
+    rows = load_examples(directory, "validation")
+    assert list(rows) == [ROW, QUOTED]
+    line = "validation: 4 rows, 2 without a label dropped; 2 taken\n"
+    assert capsys.readouterr().err == line
+    counts = count_rows(directory, {"validation": rows}, Reading())
+    assert counts == {"validation": {"read": 4, "without_label": 2, "used": 2}}
 
 
 def test_a_limit_counts_labelled_rows_from_the_first(write):
@@ -77,9 +93,9 @@ def test_a_limit_counts_labelled_rows_from_the_first(write):
     assert list(load_examples(directory, "train", 9)) == [ROW, QUOTED, ROW]
 
 
-def test_other_columns_are_kept(write):
-    directory = write(train=[ROW | {"genre": "fiction"}])
-    assert load_examples(directory, "train")[0]["genre"] == "fiction"
+def test_only_the_columns_that_predictions_show_are_kept_besides(write):
+    directory = write(train=[ROW | {"genre": "fiction", "idx": 7, "annotator": "x"}])
+    assert load_examples(directory, "train")[0] == ROW | {"genre": "fiction", "idx": 7}
 
 
 def test_files_that_are_no_split_are_left_alone(write, tmp_path):
@@ -90,13 +106,324 @@ def test_files_that_are_no_split_are_left_alone(write, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# Names of files
+
+
+def put(directory, name: str, rows: list[dict] = (ROW, QUOTED)) -> None:
+    """Writes rows as JSON lines into a file, with the folders above it."""
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("train.jsonl", "train"),
+        ("Train.JSONL", "train"),
+        ("train.jsonl.gz", "train"),
+        ("snli_1.0_train.jsonl", "train"),
+        ("dev.jsonl", "validation"),
+        ("val.jsonl", "validation"),
+        ("valid.jsonl", "validation"),
+        ("dev_matched.jsonl", "validation_matched"),
+        ("multinli_1.0_dev_mismatched.jsonl", "validation_mismatched"),
+        ("validation-matched.jsonl", "validation_matched"),
+        ("test_matched.jsonl", "test_matched"),
+        ("data/train.jsonl", "train"),
+        ("plain/dev.jsonl", "validation"),
+        ("data/train-00000-of-00001.jsonl", "train"),
+        ("default/train/0000.jsonl", "train"),
+    ],
+)
+def test_names_of_files_and_folders_say_the_split(tmp_path, name, split):
+    put(tmp_path, name)
+    assert list(load_splits(str(tmp_path))) == [split]
+    assert list(load_examples(str(tmp_path), split)) == [ROW, QUOTED]
+
+
+@pytest.mark.parametrize(
+    "name", ["notes.jsonl", "training.jsonl", "validate.jsonl", ".train.jsonl", "train.txt"]
+)
+def test_other_names_say_nothing(tmp_path, name):
+    put(tmp_path, name)
+    with pytest.raises(ValueError, match="holds no train"):
+        load_splits(str(tmp_path))
+
+
+def test_files_below_a_dataset_are_not_mixed_with_its_own(tmp_path):
+    put(tmp_path, "train.jsonl", [ROW])
+    put(tmp_path, "original/train.jsonl", [QUOTED])
+    assert list(load_examples(str(tmp_path), "train")) == [ROW]
+
+
+def test_brackets_in_a_path_are_no_pattern(tmp_path):
+    put(tmp_path, "my [v2] {x} *?/train.jsonl", [ROW])
+    put(tmp_path, "my v {x} ab/train.jsonl", [QUOTED])
+    assert list(load_examples(str(tmp_path / "my [v2] {x} *?"), "train")) == [ROW]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train.jsonl", "train.csv"),
+        ("train.jsonl", "train.jsonl.gz"),
+        ("mnli/train.jsonl", "snli/train.jsonl"),
+        ("train.jsonl", "train-00000-of-00001.jsonl"),
+        ("train-00000-of-00002.jsonl", "train-00000-of-00003.jsonl"),
+        ("train-00000-of-00002.jsonl",),
+    ],
+    ids=lambda names: " and ".join(names),
+)
+def test_two_files_that_are_not_parts_of_one_are_named(tmp_path, names):
+    for name in names:
+        put(tmp_path, name)
+    with pytest.raises(ValueError, match="for the split train") as raised:
+        load_splits(str(tmp_path))
+    for name in names:
+        assert str(tmp_path / name) in str(raised.value)
+
+
+def test_parts_with_other_columns_are_named_with_the_column(tmp_path):
+    put(tmp_path, "train-00000-of-00002.jsonl", [ROW])
+    put(tmp_path, "train-00001-of-00002.jsonl", [ROW | {"source": "b"}])
+    message = "train-00001-of-00002.jsonl and .*train-00000-of-.* differ in columns: source"
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(tmp_path))
+
+
+def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
+    rows = [ROW | {"premise": f"Row {number}."} for number in range(100)]
+    directory = write(train=rows)
+    reading = Reading(validation=0.05)
+    assert validation_splits(directory, reading) == ["validation"]
+    train = load_examples(directory, "train", reading=reading)["premise"][:]
+    kept = load_examples(directory, "validation", reading=reading)["premise"][:]
+    assert (len(train), len(kept)) == (95, 5)
+    assert sorted(train + kept) == sorted(row["premise"] for row in rows)
+    load_splits.cache_clear()
+    assert load_examples(directory, "validation", reading=reading)["premise"][:] == kept
+    # Where there is a validation split, it is taken.
+    both = write(train=rows, validation=[ROW])
+    load_splits.cache_clear()
+    assert len(load_examples(both, "train", reading=reading)) == 100
+
+
+# -----------------------------------------------------------------------------
+# What is in them
+
+
+def test_texts_are_read_as_they_stand(tmp_path):
+    """Quotes that a tab-separated file has, words that stand for nothing elsewhere, any letter."""
+    texts = [
+        '"Oh," she said.', '"Why?"', 'He said "no".', '"', 'a "b', "None", "NA", "N/A", "null",
+        "nan", "NaN", "-", "1", "2019-01-01", "\u2028line", " spaces ", "caf\u00e9 \U0001f339", "#",
+    ]  # fmt: skip
+    rows = [{"premise": text, "hypothesis": text, "label": 1} for text in texts]
+    lines = ["premise\thypothesis\tlabel", *(f"{text}\t{text}\t1" for text in texts)]
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    pandas.DataFrame(rows).to_csv(tmp_path / "dev.csv", index=False)
+    pandas.DataFrame(rows).to_csv(tmp_path / "test.tsv", index=False, sep="\t")
+    for split in ("train", "validation", "test"):
+        assert list(load_examples(str(tmp_path), split)) == rows, split
+
+
+def test_a_quote_in_a_tab_separated_file_is_a_letter_unless_all_are_a_spreadsheets(tmp_path):
+    """The decision: a field is taken out of its quotes where the whole file is written so.
+
+    A spreadsheet puts a field in quotes for a reason; "Why?" alone gives it none.
+    """
+    for name, premise, read_as in [
+        ("bare", '"Why?"', '"Why?"'),
+        ("doubled", '"""Why?"""', '"Why?"'),
+        ("tab", '"a\tb"', "a\tb"),
+        ("line", '"a\nb"', "a\nb"),
+    ]:
+        path = tmp_path / name / "train.tsv"
+        path.parent.mkdir()
+        path.write_text(f"premise\thypothesis\tlabel\n{premise}\tx\t0\n")
+        assert load_examples(str(path.parent), "train")["premise"][:] == [read_as], name
+
+
+@pytest.mark.parametrize(
+    "label, number",
+    [
+        *[(0, 0), (1, 1), (2, 2), (2.0, 2), ("1", 1), ("1.0", 1)],
+        *[("entailment", 0), ("Neutral", 1), ("CONTRADICTION", 2), (" neutral ", 1)],
+        *[("e", 0), ("N", 1), ("c", 2), ("entails", 0), ("contradicts", 2)],
+    ],
+)
+def test_labels_in_every_spelling(write, label, number):
+    assert load_examples(write(train=[ROW | {"label": label}]), "train")["label"][:] == [number]
+
+
+def test_a_dash_is_no_label(write):
+    rows = [ROW | {"label": "-"}, ROW | {"label": "neutral"}]
+    assert load_examples(write(train=rows), "train")["label"][:] == [1]
+
+
+@pytest.mark.parametrize(
+    "names, numbers",
+    [
+        (["entailment", "neutral", "contradiction"], [0, 1, 2, 0]),
+        (["contradiction", "entailment", "neutral"], [2, 0, 1, 2]),
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 1, 0, 2]),
+    ],
+)
+def test_labels_with_names_follow_their_names(tmp_path, names, numbers):
+    save_with_names(tmp_path / "train.parquet", names, [0, 1, 2, 0])
+    assert load_examples(str(tmp_path), "train")["label"][:] == numbers
+
+
+def save_with_names(path, names: list[str], labels: list[int]) -> None:
+    features = datasets.Features(
+        premise=datasets.Value("string"),
+        hypothesis=datasets.Value("string"),
+        label=datasets.ClassLabel(names=names),
+    )
+    rows = [ROW | {"label": label} for label in labels]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+
+
+def test_two_classes_are_refused_by_name(tmp_path, write):
+    save_with_names(tmp_path / "train.parquet", ["entailment", "not_entailment"], [0, 0])
+    with pytest.raises(ValueError, match="its labels are entailment, not_entailment, not"):
+        load_examples(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "given, labels, numbers",
+    [
+        (["contradiction", "entailment", "neutral"], [0, 1, 2], [2, 0, 1]),
+        (["yes=entailment", "maybe=neutral", "no=contradiction"], ["no", "YES"], [2, 0]),
+        (["1=entailment", "2=neutral", "3=contradiction"], [1, 2, 3], [0, 1, 2]),
+        (["c", "n", "e"], ["0", "-", "entailment"], [2, 0]),
+    ],
+)
+def test_labels_of_any_other_meaning_can_be_said(write, given, labels, numbers):
+    directory = write(train=[ROW | {"label": label} for label in labels])
+    reading = Reading(labels=given)
+    assert load_examples(directory, "train", reading=reading)["label"][:] == numbers
+
+
+@pytest.mark.parametrize("given", [["e", "n", "n"], ["e", "n", "maybe"], ["e", "n", "x="]])
+def test_labels_that_are_not_the_three_are_refused(write, given):
+    with pytest.raises(ValueError, match="must mean each of entailment, neutral, contradiction"):
+        load_examples(write(train=[ROW]), "train", reading=Reading(labels=given))
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        ("sentence1", "sentence2", "gold_label"),
+        ("Premise", "Hypothesis", "Label"),
+        ("context", "hypothesis", "label"),
+        ("premise", "hypo", "gold"),
+    ],
+)
+def test_columns_under_their_usual_names(write, columns):
+    rows = [dict(zip(columns, row.values())) | {"other": 1} for row in (ROW, QUOTED)]
+    assert list(load_examples(write(train=rows), "train")) == [ROW, QUOTED]
+
+
+def test_columns_of_any_other_name_can_be_said(write):
+    row = {"a": "A dog.", "b": "An animal.", "c": 0, "premise": "x", "hypothesis": "y", "label": 2}
+    rows = load_examples(write(train=[row]), "train", reading=Reading(columns=["a", "b", "c"]))
+    assert list(rows) == [{"premise": "A dog.", "hypothesis": "An animal.", "label": 0}]
+    with pytest.raises(ValueError, match="no column z; there are a, b, c, premise"):
+        load_examples(write(train=[row]), "train", reading=Reading(columns=["a", "b", "z"]))
+
+
+# -----------------------------------------------------------------------------
+# Files that other tools have written
+
+
+def tab_joined(frame: pandas.DataFrame, path) -> None:
+    """As GLUE's files are: no quoting at all."""
+    lines = ["\t".join(map(str, row)) for row in [list(frame), *frame.values.tolist()]]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def csv_module(frame: pandas.DataFrame, path) -> None:
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:  # with a mark, as Excel's
+        csv.writer(file, delimiter="\t").writerows([list(frame), *frame.values.tolist()])
+
+
+def pyarrow_file(frame: pandas.DataFrame, path) -> None:
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
+
+
+def pyarrow_tsv(frame: pandas.DataFrame, path) -> None:
+    table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+    arrow_csv.write_csv(table, path, arrow_csv.WriteOptions(delimiter="\t"))
+
+
+def to_disk(frame: pandas.DataFrame, path) -> None:
+    rows = datasets.Dataset.from_pandas(frame, preserve_index=False)
+    datasets.DatasetDict(train=rows).save_to_disk(path)
+
+
+WRITERS = {
+    "train.csv": lambda frame, path: frame.to_csv(path, index=False),
+    "train.csv.gz": lambda frame, path: frame.to_csv(path, index=False),
+    "train.tsv": tab_joined,
+    "Train.tsv": csv_module,
+    "dev/train.tsv": lambda frame, path: frame.to_csv(path, index=False, sep="\t"),
+    "quoted/train.tsv": pyarrow_tsv,
+    "train.tsv.gz": lambda frame, path: frame.to_csv(path, index=False, sep="\t"),
+    "train.json": lambda frame, path: frame.to_json(path, orient="records"),
+    "train.jsonl": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "train.jsonl.gz": lambda frame, path: frame.to_json(path, orient="records", lines=True),
+    "train.parquet": lambda frame, path: frame.to_parquet(path),
+    "train.arrow": pyarrow_file,
+    "disk": to_disk,
+}
+
+
+def check_writer(name: str, frame: pandas.DataFrame, directory) -> None:
+    path = directory / name
+    path.parent.mkdir(exist_ok=True)
+    WRITERS[name](frame, path)
+    rows = load_examples(str(path if name == "disk" else path.parent), "train")
+    for column in ("premise", "hypothesis", "label", "idx"):
+        assert rows[column][:] == frame[column].tolist(), column
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_of_other_tools_hold_the_same_rows(tmp_path, name):
+    draw = random.Random(0)
+    words = ['"', '"Oh,"', "she said", '"no".', "N/A", "None", "a,b", ";", "'", "caf\u00e9", "\\"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(1, 6))) for _ in range(400)]
+    frame = pandas.DataFrame(
+        {
+            "premise": texts[:200],
+            "hypothesis": texts[200:],
+            "label": [draw.randrange(3) for _ in range(200)],
+            "idx": range(200),
+        }
+    )
+    check_writer(name, frame, tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/mnli, which is not there")
+@pytest.mark.parametrize("name", WRITERS)
+def test_shared_mnli_in_files_of_other_tools_holds_the_same_rows(tmp_path, name):
+    frame = pandas.read_parquet(SHARED / "mnli" / "validation_matched.parquet")
+    assert len(frame) == 9815
+    check_writer(name, frame, tmp_path)
+
+
+# -----------------------------------------------------------------------------
 # What is refused, in one line
 
 
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"premise": "a", "label": 0}], "no column hypothesis; there are premise, label"),
+        ([{"premise": "a", "label": 0}], "no column hypothesis or sentence2 or hypo; there"),
         ([ROW, ROW | {"label": 3}], "row 1: label 3 is not 0, 1, 2"),
         ([ROW | {"label": "maybe"}], "row 0: label 'maybe' is not 0, 1, 2"),
         ([ROW | {"label": None}], "row 0: label None is not 0, 1, 2"),
@@ -141,3 +468,14 @@ def test_damaged_files_are_named(tmp_path, name, content):
     with pytest.raises(ValueError, match=f"cannot read .*{name}: ") as raised:
         load_examples(str(tmp_path), "train")
     assert "\n" not in str(raised.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    put(tmp_path, "train.jsonl")
+    (tmp_path / "file").write_text("no folder")
+    home = {"HF_HOME": str(tmp_path / "file" / "cache")}
+    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", tmp_path)
+    done = script(*command, env=home, fresh=True)
+    assert done.returncode == 1
+    assert f"cannot write the cache of the datasets library, {tmp_path}/file/cache" in done.stderr
+    assert "set HF_HOME" in done.stderr

@@ -150,6 +150,96 @@ def test_an_adapter_of_peft_loads_here(tiny, tmp_path, targets):
         assert distance(logits(mine, ids), theirs(ids).logits) < TOLERANCE
 
 
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:q_proj|k_proj|v_proj|dense|fc1|fc2).*?)|(?:\bmodel\.layers\.[\d]{1,}\."
+    r"(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:q_proj|k_proj|v_proj|dense|fc1|fc2)))"
+)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj", "v_proj", "Wqkv", "o_proj"]},  # names of other models
+        {"target_modules": ["query_key_value", "dense", "dense_h_to_4h"]},
+        {"target_modules": ["self_attn.q_proj", "layers.1.self_attn.v_proj"]},
+        {"target_modules": UNSLOTH},
+        {"target_modules": "ALL-LINEAR"},
+        {"target_modules": ["q_proj"], "fan_in_fan_out": True},
+        {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 8}},
+        {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}},  # the rank of all
+        {"target_modules": ["q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
+    ],
+    ids=lambda options: str(options)[:60],
+)
+@pytest.mark.filterwarnings("ignore")  # PEFT says that it ignores fan_in_fan_out
+def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **options)
+    theirs = get_peft_model(reference(tiny, torch.float32), config)
+    with torch.no_grad():
+        for parameter in peft_tensors(theirs).values():
+            parameter.normal_(std=0.3)
+    theirs.save_pretrained(tmp_path)
+    write_config(tmp_path, read_config(tmp_path) | options)  # as it was typed
+
+    mine = ours(tiny, torch.float32)
+    lora.load_adapter(mine, tmp_path)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        assert distance(logits(mine, ids), theirs(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"rank_pattern": {"v_proj": 2}}, "layers with a rank of their own are not supported"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "unknown .*lm_head"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_has_an_effect_there_and_none_here_is_refused(tiny, tmp_path, options, message):
+    from peft import LoraConfig, get_peft_model
+
+    options = {"target_modules": ["q_proj", "v_proj"]} | options
+    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **options)
+    theirs = get_peft_model(reference(tiny, torch.float32), config)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        lora.load_adapter(ours(tiny, torch.float32), tmp_path)
+
+
+def test_targets_of_which_none_is_in_the_model_are_refused(tiny, saved):
+    write_config(saved, read_config(saved) | {"target_modules": ["Wqkv", "out_proj"]})
+    with pytest.raises(ValueError, match="'Wqkv' matches no linear layer"):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+    # One is enough to go on, but then a tensor has no place.
+    write_config(saved, read_config(saved) | {"target_modules": ["q_proj", "Wqkv"]})
+    with pytest.raises(ValueError, match="unknown 12 tensors, among them .*v_proj"):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+def test_an_expression_that_takes_years_is_stopped(tiny):
+    config = lora.LoRAConfig(targets=r"((([a-z0-9_.]+)+)+)+!")
+    with pytest.raises(ValueError, match="takes more than 10 seconds to match"):
+        lora.inject(ours(tiny, torch.float32), config)
+
+
+def test_the_config_has_only_keys_that_peft_has_had_from_its_beginning(tiny, saved):
+    """PEFT 0.6 to 0.8 refuse use_rslora and use_dora: these are the fields of 0.5's LoraConfig."""
+    fields = {
+        *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+        *("inference_mode", "r", "target_modules", "lora_alpha", "lora_dropout"),
+        *("fan_in_fan_out", "bias", "modules_to_save", "init_lora_weights"),
+        *("layers_to_transform", "layers_pattern"),
+    }
+    assert read_config(saved).keys() <= fields
+
+
 def test_the_files_hold_the_adapter_alone_under_pefts_keys(tiny, tmp_path):
     mine, theirs = pair(tiny)
     our_files = tmp_path / "ours"
@@ -266,10 +356,12 @@ def test_adapters_that_would_silently_do_nothing_are_errors(tiny, saved, change,
         ("use_rslora", True),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
-        ("rank_pattern", {"q_proj": 4}),
+        ("alpha_pattern", {"q_proj": 4}),
         ("layers_to_transform", [0]),
+        ("use_qalora", True),
         ("init_lora_weights", "pissa"),
         ("a_key_of_the_future", 3),
+        ("qalora_group_size", 8),
         ("peft_type", "IA3"),
     ],
 )
@@ -279,14 +371,22 @@ def test_active_options_that_are_not_implemented_are_refused_by_name(tiny, saved
         lora.load_adapter(ours(tiny, torch.float32), saved)
 
 
-def test_inactive_options_of_other_versions_are_accepted(tiny, saved):
+def test_options_that_are_off_or_at_pefts_default_are_accepted(tiny, saved):
+    """Every key of the installed PEFT at its default, and what other versions have."""
+    from peft import LoraConfig
+
+    defaults = LoraConfig().to_dict()
+    lora_keys = read_config(saved)
     inactive = {
         "lora_bias": False,
         "a_key_of_the_future": None,
         "layer_replication": None,
         "runtime_config": {},
+        "fan_in_fan_out": True,
+        "rank_pattern": {"k_proj": 4},
     }
-    write_config(saved, read_config(saved) | inactive)
+    defaults["runtime_config"] = {"ephemeral_gpu_offload": False}  # a dataclass until it is saved
+    write_config(saved, defaults | lora_keys | inactive)
     lora.load_adapter(ours(tiny, torch.float32), saved)
 
 
@@ -314,7 +414,7 @@ def test_a_folder_without_an_adapter_is_one_line(tiny, saved):
 def test_a_target_that_matches_nothing_lists_the_names_and_the_nearest(tiny):
     message = (
         "'query_proj' matches no linear layer; "
-        "there are dense, fc1, fc2, k_proj, lm_head, q_proj, v_proj; nearest: q_proj"
+        "there are dense, fc1, fc2, k_proj, q_proj, v_proj; nearest: q_proj"
     )
     with pytest.raises(ValueError, match=message):
         lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets=("v_proj", "query_proj")))

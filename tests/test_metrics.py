@@ -96,7 +96,8 @@ def test_the_quarters_of_length_hold_each_row_once(n):
 
 
 def test_what_the_rows_do_not_hold_is_not_in_the_statistics():
-    always = {"accuracy", "n", "ci95", "correct", "unparsed", "confusion", "labels", "macro_f1"}
+    always = {"accuracy", "n", "ci95", "correct", "unparsed", "majority"}
+    always |= {"confusion", "labels", "macro_f1"}
     assert metrics.statistics(predictions([0], [0])).keys() == always
     with pytest.raises(ValueError, match="no predictions to count"):
         metrics.statistics([])
@@ -132,6 +133,24 @@ def test_the_comparison_is_the_binomial_test_of_the_rows_that_differ():
     expected = {"n": 20, "only_first": 2, "only_second": 10, "p": p}
     assert metrics.compare(first, second) == expected
     assert metrics.compare(first, first)["p"] == 1
+
+
+def test_answers_that_cannot_be_read_have_no_p_value():
+    """Against a base that writes no numbers any adapter would be significant."""
+    first = predictions([0] * 20, [-1] * 11 + [0] * 9)
+    second = predictions([0] * 20, [0] * 20)
+    expected = {"n": 20, "only_first": 0, "only_second": 11, "p": None}
+    assert metrics.compare(first, second) == expected
+    table = metrics.table({"compared": {"validation": expected}})
+    assert "11 rows gained, 0 lost; most of one were unparsed, so no p" in table
+    readable = predictions([0] * 20, [-1] * 10 + [0] * 10)
+    assert metrics.compare(readable, second)["p"] < 0.01
+
+
+def test_majority_is_the_accuracy_of_always_answering_the_most_frequent_label():
+    labels = [2, 2, 0, 1, 2]
+    assert metrics.statistics(predictions(labels, [0] * 5))["majority"] == 0.6
+    assert metrics.statistics(predictions(labels, [2] * 5))["accuracy"] == 0.6
 
 
 @pytest.mark.parametrize("other", ["a row is missing", "other labels", "other prompts"])
@@ -187,7 +206,7 @@ def test_tables_fit_a_terminal():
     }
     table = metrics.table(results)
     details = metrics.details(results["finetuned"]["validation_mismatched"])
-    assert f"{2 / 3:.4f}" in table
+    assert f"validation_mismatched   {2 / 3:.4f}   {1 / 3:.4f} " in table
     assert "p = 1e-300: 5,000 rows gained, 4,000 lost" in table
     assert "3,277" in details
     assert "face-to-face" in details

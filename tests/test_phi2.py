@@ -117,9 +117,9 @@ def test_residual_dropout_is_what_config_says_and_off_in_eval_mode(tiny, p):
 # -----------------------------------------------------------------------------
 # Packed rows
 
-# On a CPU attention takes more rows than phi2.GROUP in groups.
+# On a CPU attention takes more rows than phi2.PART in parts.
 FEW = [3, 17, 9, 30, 2, 4]
-MANY = torch.randint(2, 40, (2 * phi2.GROUP + 5,), generator=torch.Generator().manual_seed(2))
+MANY = torch.randint(2, 40, (2 * phi2.PART + 5,), generator=torch.Generator().manual_seed(2))
 LENGTHS = pytest.mark.parametrize("lengths", [FEW, MANY.tolist()], ids=["few rows", "many rows"])
 
 
@@ -178,7 +178,7 @@ def test_a_row_without_that_many_tokens_is_an_error(tiny):
         mine(torch.tensor([5, 6, 7]), phi2.PackedRows([2, 1]), last=2)
 
 
-@pytest.fixture(scope="module", params=[8, phi2.GROUP + 5], ids=["few rows", "many rows"])
+@pytest.fixture(scope="module", params=[8, phi2.PART + 5], ids=["few rows", "many rows"])
 def encoded(tiny, request):
     """Rows of tiny/data, of different lengths."""
     tokenizer = data.load_tokenizer(tiny)

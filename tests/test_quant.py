@@ -1,14 +1,18 @@
 """quant.py beside bitsandbytes as transformers uses it, and beside the definition of NF4."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, distance, logits, ours, random_ids, reference
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import eval as evaluation
 import lora
+import phi2
 import quant
 
 DTYPES = pytest.mark.parametrize(
@@ -51,6 +55,103 @@ def test_what_is_stored_is_what_transformers_stores_from_each_dtype(tiny, dtype,
             assert torch.equal(layer.nested_absmax, expected.quant_state.state2.absmax)
             assert torch.equal(layer.offset, expected.quant_state.offset)
     assert type(mine.lm_head) is nn.Linear
+
+
+@DOUBLE
+@DTYPES
+def test_a_checkpoint_that_is_in_nf4_already_is_taken_bit_for_bit(
+    tiny, tmp_path, dtype, double_quant
+):
+    """As transformers and bitsandbytes upload it: the codes of the file, no second rounding."""
+    theirs = reference(tiny, dtype, "nf4", double_quant)
+    theirs.save_pretrained(tmp_path, max_shard_size="1MB")  # a weight's parts in several files
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    # Whatever --double-quant says: the file decides.
+    mine = phi2.build(tmp_path)
+    quant.quantize_linears(mine, double_quant=not double_quant)
+    phi2.load_weights(mine, tmp_path, "cpu", dtype)
+    mine.eval()
+    saved = tensors_of(tmp_path)
+    layers = {
+        path: layer for path, layer in mine.named_modules() if isinstance(layer, quant.NF4Linear)
+    }
+    assert len(layers) == 6 * mine.config.num_hidden_layers
+    for path, layer in layers.items():
+        expected = theirs.get_submodule(path).weight
+        assert torch.equal(layer.weight, saved[f"{path}.weight"])
+        assert torch.equal(layer.absmax, saved[f"{path}.weight.absmax"])
+        assert layer.double_quant == double_quant
+        values = functional().dequantize_4bit(expected.data, expected.quant_state)
+        assert layer.dequantize().dtype == dtype
+        assert torch.equal(layer.dequantize(), values)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        # In 16 bits sums are rounded, in another order: as in test_reference.py.
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        assert distance(logits(mine, ids), theirs(ids).logits) < bound
+
+
+def functional():
+    import bitsandbytes.functional
+
+    return bitsandbytes.functional
+
+
+def tensors_of(directory) -> dict[str, Tensor]:
+    tensors = {}
+    for path in directory.glob("*.safetensors"):
+        tensors |= load_file(path)
+    return tensors
+
+
+def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    kept = ["lm_head", "model.layers.1.mlp", "v_proj"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept
+    )
+    options = {"dtype": torch.float32, "quantization_config": config}
+    theirs = AutoModelForCausalLM.from_pretrained(tiny, **options).train()
+    theirs.save_pretrained(tmp_path)
+    mine = evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
+    for path, layer in theirs.named_modules():
+        if isinstance(layer, nn.Linear):
+            is_nf4 = type(layer).__name__ == "Linear4bit"
+            assert isinstance(mine.get_submodule(path), quant.NF4Linear) == is_nf4, path
+
+
+def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
+    reference(tiny, torch.float32, "nf4").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"in NF4; it needs --quant nf4"):
+        evaluation.load_model(tmp_path, "none", "fp32", "cpu")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    key = "model.layers.0.self_attn.q_proj.weight." + "quant_state.bitsandbytes__nf4"
+    record = json.loads(bytes(tensors[key].tolist())) | {"blocksize": 128}
+    tensors[key] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="weight in NF4 has blocksize 128, not 64"):
+        evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "bnb_4bit_quant_type": "fp4"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+        "nf4",
+    ],
+    ids=["gptq", "awq", "8 bits", "fp4", "no object"],
+)
+def test_other_quantisations_are_refused_from_config_json(tiny, tmp_path, quantization):
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json: weights quantised as .* only bitsandbytes"):
+        phi2.read_config(tmp_path)
 
 
 def test_the_levels_are_bitsandbytes_table():
