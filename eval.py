@@ -277,8 +277,9 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
 
 def answer_pair(args: argparse.Namespace) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
-    model, tokenizer = load(args)
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
+    check_texts(pair, "the command line")
+    model, tokenizer = load(args)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
     print(f"completion: {answer['completion']!r}")
@@ -289,10 +290,6 @@ def answer_pair(args: argparse.Namespace) -> None:
 
 def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
     """Returns the prompt ids of a pair whose label nobody knows."""
-    for name in ("premise", "hypothesis"):
-        # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
-        if any("\ud800" <= letter <= "\udfff" for letter in pair[name]):
-            raise ValueError(f"the {name} {pair[name]!r} is not Unicode")
     # The label decides on the answer's ids alone, which are not used here.
     prompt, _ = data.encode(pair | {"label": 0}, tokenizer, args.max_length)
     return prompt
@@ -316,10 +313,18 @@ def read_pairs(lines) -> Iterator[dict]:
         if not line.strip():
             continue
         pair = files.parse_line(line, place)
-        for key in ("premise", "hypothesis"):
-            if not isinstance(pair.get(key), str):
-                raise ValueError(f"{place} has no text as {key}")
+        check_texts(pair, place)
         yield pair
+
+
+def check_texts(pair: dict, place: str) -> None:
+    """Raises ValueError where a pair, typed or read, holds what no tokenizer can read."""
+    for key in ("premise", "hypothesis"):
+        if not isinstance(pair.get(key), str):
+            raise ValueError(f"{place} has no text as {key}")
+        # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
+        if any("\ud800" <= letter <= "\udfff" for letter in pair[key]):
+            raise ValueError(f"{place} has a {key} that is not Unicode, {pair[key]!r}")
 
 
 def evaluate_splits(args: argparse.Namespace) -> None:

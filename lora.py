@@ -308,8 +308,8 @@ def describe_missing_target(target: str, linears: list[str]) -> str:
     # A cutoff of 0 always finds one, and a typing error is mostly near its word.
     (nearest,) = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
     return (
-        f"target {target!r} matches no linear layer; there are {', '.join(names)}; "
-        f"nearest: {nearest}"
+        f"target {target!r} matches no linear layer that takes an adapter; "
+        f"there are {', '.join(names)}; nearest: {nearest}"
     )
 
 
@@ -452,8 +452,15 @@ def check_tensors(
 ) -> None:
     """Raises ValueError unless the file has exactly these names and shapes, and was trained."""
     # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
-    check_keys("lacks", parameters.keys() - tensors.keys(), file)
-    check_keys("holds unknown", tensors.keys() - parameters.keys(), file)
+    problems = []
+    for problem, keys in (
+        ("lacks", parameters.keys() - tensors.keys()),
+        ("holds unknown", tensors.keys() - parameters.keys()),
+    ):
+        if keys:
+            problems.append(f"{problem} {len(keys)} tensors, among them {min(keys)}")
+    if problems:
+        raise ValueError(f"{file} {', and '.join(problems)}")
     for key, parameter in parameters.items():
         tensor = tensors[key]
         if tensor.shape != parameter.shape:
@@ -468,8 +475,3 @@ def check_tensors(
             f"{file}: every B is zero, so the adapter changes nothing; "
             "it was saved before it was trained"
         )
-
-
-def check_keys(problem: str, keys: set[str], file: Path) -> None:
-    if keys:
-        raise ValueError(f"{file} {problem} {len(keys)} tensors, among them {min(keys)}")

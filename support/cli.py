@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import files, fingerprint, hub, machine, ranks
+from support import files, fingerprint, hub, machine, ranks, resume
 from support.flags import (
     add_adapter_arguments,
     add_eval_arguments,
@@ -263,16 +263,18 @@ def adapter_defaults(adapter: Path) -> dict:
     where our adapter file is alone, the quantisation.
     """
     values = fingerprint.recorded_quantization(adapter)
+    folder = "."
     if (adapter / "args.json").is_file():
         saved = files.read_json(adapter / "args.json")
         values |= {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
+        folder = str(saved.get("started_in", "."))
     # PEFT's file has the last word on the model: its writer may have no args.json at all.
     base = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
     if base:
         values["model"] = base
     for name in ("model", "dataset"):
         if isinstance(values.get(name), str):
-            values[name] = files.find_path(values[name], adapter)
+            values[name] = files.find_path(values[name], adapter, Path(folder))
     return values
 
 
@@ -337,12 +339,11 @@ def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     typed = parser.typed(argv)
     run = run_to_resume(parser, typed)
     if run:
-        from support import resume  # it imports torch
-
         arguments = resume.saved_arguments(run)
         for name in ("model", "dataset"):
             if isinstance(arguments.get(name), str):
-                arguments[name] = files.find_path(arguments[name], run)
+                folder = Path(str(arguments.get("started_in", ".")))
+                arguments[name] = files.find_path(arguments[name], run, folder)
         saved = parser.set_saved_defaults(arguments, run)
         refuse_another_run(parser, run, saved, typed)
         parser.set_defaults(resume=run, out=run)
@@ -421,11 +422,12 @@ def new_name(args: argparse.Namespace) -> str:
 
 
 def as_json(args: argparse.Namespace) -> dict:
-    """Returns the arguments as args.json holds them: paths are texts."""
-    return {
+    """Returns the arguments as args.json holds them: paths are texts, from `started_in`."""
+    arguments = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
     }
+    return arguments | {"started_in": str(Path.cwd())}
 
 
 # -----------------------------------------------------------------------------
@@ -457,24 +459,16 @@ def run(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except BrokenPipeError:
+        # Nobody reads standard output any more, as after `| head`. Python flushes it once
+        # more at its end, and would print a second error.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and reader_has_gone():
-            sys.exit(1)
         # From sys.argv, because the error may come before the arguments are parsed.
         if "--debug" in sys.argv or not is_users(error):
             raise
         sys.exit(one_line(error))
-
-
-def reader_has_gone() -> bool:
-    """Returns whether nobody reads standard output any more, as after `| head`."""
-    try:
-        sys.stdout.flush()
-        return False
-    except BrokenPipeError:
-        # Python flushes once more at its end, and would print a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
 
 
 def is_users(error: Exception) -> bool:

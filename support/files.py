@@ -103,13 +103,13 @@ def remove_unfinished(directory: Path) -> None:
             path.unlink()
 
 
-def find_path(name: str, run: Path) -> str:
+def find_path(name: str, run: Path, started_in: Path) -> str:
     """Returns the path from here of a directory that a run names; any other name unchanged.
 
-    A run's files hold paths as they were typed, in most cases in a directory above the run.
+    A run's files hold paths as they were typed, in the folder where it was started. It may
+    have moved since, with the model or without.
     """
-    # The current directory comes first: there a path means what it meant when it was typed.
-    for folder in (Path(), *run.resolve().parents):
+    for folder in (Path(), *run.resolve().parents, started_in):
         if (folder / name).is_dir():
             return str(folder / name)
     return name

@@ -9,18 +9,24 @@ Its tensors, for adapter parameters numbered n in the order of lora_parameters:
 
 Everything else is JSON in the metadata (`State`): no pickle, which could run code. The
 order of the rows needs nothing, because it is a function of seed and step.
+
+torch takes seconds to import, so the functions that use it import it.
 """
+
+from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from support import files
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 NAME = "trainer.safetensors"
 
@@ -73,7 +79,7 @@ class State:
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
 
-    def check(self, run: Path, now: "State") -> None:
+    def check(self, run: Path, now: State) -> None:
         """Raises ValueError when the state `now` belongs to another run than this one."""
         # The order of rows depends on these two numbers.
         if self.train_rows != now.train_rows:
@@ -138,6 +144,8 @@ class Saved:
 
         Raises ValueError when the tensors are not those of this adapter.
         """
+        import torch
+
         # All shapes first, so that no copy fails half-way.
         self.check_shapes(adapter, rank)
 
@@ -170,7 +178,7 @@ class Saved:
         # Before step 1 the optimiser has no entries.
         if any(name.startswith("optimizer.") for name in self.tensors):
             for number, tensor in enumerate(adapter.values()):
-                expected[f"optimizer.{number}.step"] = torch.Size()
+                expected[f"optimizer.{number}.step"] = ()
                 expected[f"optimizer.{number}.exp_avg"] = tensor.shape
                 expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
@@ -184,6 +192,9 @@ def write(
     path: Path, adapter: dict[str, Tensor], optimizer, random: list[Tensor], state: State
 ) -> None:
     """Writes trainer.safetensors. `random` holds each rank's random_state, in order."""
+    import torch
+    from safetensors.torch import save_file
+
     tensors = {f"adapter.{name}": tensor.detach() for name, tensor in adapter.items()}
     tensors["random"] = torch.stack(random)
     for number, entry in optimizer.state_dict()["state"].items():
@@ -271,6 +282,8 @@ def random_state(device: torch.device) -> Tensor:
 
     Dropout draws from the generator of its device, the order of rows from neither.
     """
+    import torch
+
     state = torch.get_rng_state()
     if device.type != "cuda":
         return state
@@ -279,6 +292,8 @@ def random_state(device: torch.device) -> Tensor:
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
     """Sets the generators to a `random_state`. A GPU's part is ignored on a CPU."""
+    import torch
+
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())
     # A run that was begun on a CPU has no state for a GPU: its generator stays as it is.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_process, read_json, script
+from conftest import ROOT, in_process, read_json, script, start_script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -275,8 +275,20 @@ def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
     (home / "models" / "mine").mkdir(parents=True)
     (home / "out" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert files.find_path("models/mine", home / "out" / "run") == str(home / "models" / "mine")
-    assert files.find_path("microsoft/phi-2", home / "out" / "run") == "microsoft/phi-2"
+    found = str(home / "models" / "mine")
+    here = Path()
+    assert files.find_path("models/mine", home / "out" / "run", here) == found
+    assert files.find_path("microsoft/phi-2", home / "out" / "run", here) == "microsoft/phi-2"
+    # A run that lies elsewhere says where it was started.
+    assert files.find_path("models/mine", tmp_path / "runs" / "run", home) == found
+
+
+def test_a_run_is_resumed_from_any_folder(monkeypatch, tmp_path):
+    run = begin(tmp_path / "run", "--model", "tiny/model", "--dataset", "tiny/data")
+    assert parse("train.py", "--resume", run).model == "tiny/model"
+    monkeypatch.chdir("/")
+    args = parse("train.py", "--resume", run)
+    assert (args.model, args.dataset) == (f"{ROOT}/tiny/model", f"{ROOT}/tiny/data")
 
 
 def test_an_adapter_that_names_no_model_needs_one_to_be_typed(adapter):
@@ -576,7 +588,7 @@ def lose_a_shard(model: Path) -> None:
     write_json(model / "model.safetensors.index.json", {"weight_map": weight_map})
 
 
-def broken_data(folder: Path, *rows: dict) -> list:
+def dataset_of(folder: Path, *rows: dict) -> list:
     """Returns the flags for a dataset of these rows."""
     for split in ("train", "validation"):
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -586,7 +598,7 @@ def broken_data(folder: Path, *rows: dict) -> list:
 
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
 TARGET = (
-    "target 'q_porj' matches no linear layer; there are dense, fc1, fc2, k_proj, q_proj, "
+    "matches no linear layer that takes an adapter; there are dense, fc1, fc2, k_proj, q_proj, "
     "v_proj; nearest: q_proj"
 )
 # By what is wrong: the flags, or what makes them from an empty folder, and a part of the line.
@@ -612,14 +624,14 @@ MISTAKES = {
         "model_type 'llama' is not supported",
     ),
     "a column": (
-        lambda folder: broken_data(folder, {"premise": "a", "label": 0}),
+        lambda folder: dataset_of(folder, {"premise": "a", "label": 0}),
         "no column hypothesis",
     ),
     "a label": (
-        lambda folder: broken_data(folder, ROW, ROW | {"label": 3}),
+        lambda folder: dataset_of(folder, ROW, ROW | {"label": 3}),
         "row 1: label 3 is not 0, 1, 2",
     ),
-    "an empty split": (broken_data, "train.jsonl is empty"),
+    "an empty split": (dataset_of, "train.jsonl is empty"),
 }
 
 
@@ -657,3 +669,40 @@ def test_a_script_ends_with_status_2_at_a_wrong_flag():
     line = "error: argument --limit: must be a whole number of at least 1, not -1; "
     assert (done.returncode, done.stdout) == (MISTAKE, "")
     assert done.stderr == line + "see python eval.py --help\n"
+
+
+# -----------------------------------------------------------------------------
+# Other machines
+
+
+@pytest.mark.parametrize("name", ["train.py", "eval.py"])
+def test_help_does_not_wait_for_torch(name):
+    code = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    done = script("-c", code, name, fresh=True)
+    assert done.stdout.startswith(f"usage: python {name} ")
+    assert done.stderr == "False\n"
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    """As `| head -1` does."""
+    process = start_script("-m", "scripts.describe", *TINY, fresh=True)
+    assert process.stdout.readline()
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait(60) == 1
+    assert "roken pipe" not in errors
+    assert "Traceback" not in errors
+
+
+def test_output_is_utf_8_whatever_the_locale_says(tmp_path):
+    rows = [ROW | {"premise": "\u00c9milie \u65e5\u672c.", "label": label} for label in range(3)]
+    flags = dataset_of(tmp_path, *rows)
+    command = ("-m", "scripts.describe", "--model", "tiny/model", *flags)
+    for encoding in ("ascii", "cp1252"):
+        done = script(*command, env={"PYTHONIOENCODING": encoding}, fresh=True)
+        assert done.returncode == 0, done.stderr
+        assert "0 entailment: \u00c9milie \u65e5\u672c. -> " in done.stdout

@@ -267,7 +267,7 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
         ('{"hypothesis": "a"}', "line 2 of standard input has no text as premise"),
         ('{"premise": "a"}', "line 2 of standard input has no text as hypothesis"),
         ('{"premise": "a", "hypothesis": 1}', "has no text as hypothesis"),
-        ('{"premise": "\\ud83d", "hypothesis": "b"}', "the premise '\\ud83d' is not Unicode"),
+        ('{"premise": "\\ud83d", "hypothesis": "b"}', "has a premise that is not Unicode"),
         (b'{"premise": "caf\xe9", "hypothesis": "b"}', "line 2 of standard input is not JSON: "),
     ],
 )

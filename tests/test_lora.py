@@ -413,7 +413,7 @@ def test_a_folder_without_an_adapter_is_one_line(tiny, saved):
 
 def test_a_target_that_matches_nothing_lists_the_names_and_the_nearest(tiny):
     message = (
-        "'query_proj' matches no linear layer; "
+        "'query_proj' matches no linear layer that takes an adapter; "
         "there are dense, fc1, fc2, k_proj, q_proj, v_proj; nearest: q_proj"
     )
     with pytest.raises(ValueError, match=message):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, distance, in_process, ours, read_json, reference, script
 from hub import serving
+from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
@@ -44,6 +45,34 @@ def adapted(tiny, run):
 
 # -----------------------------------------------------------------------------
 # The merged model
+
+
+def test_an_adapter_that_does_not_say_nf4_is_merged_into_16_bits(run, tiny, tmp_path):
+    """As PEFT's merge_and_unload; an adapter file of ours says it without its args.json too."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ours_alone = tmp_path / "ours"
+    ours_alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, ours_alone)
+    pefts = shutil.copytree(ours_alone, tmp_path / "pefts")
+    tensors = load_file(pefts / "adapter_model.safetensors")
+    save_file(tensors, pefts / "adapter_model.safetensors", {"format": "pt"})
+
+    for adapter, is_nf4 in ((run, True), (ours_alone, True), (pefts, False)):
+        out = tmp_path / f"merged {adapter.name}"
+        command = ("-m", "scripts.merge", "--adapter", adapter, "--dtype", "fp32", "--out", out)
+        done = script(*command)
+        assert done.returncode == 0, done.stderr
+        assert ("as the NF4 indices say" in done.stdout) == is_nf4
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    expected = PeftModel.from_pretrained(base, pefts).merge_and_unload().state_dict()
+    merged = load_file(tmp_path / "merged pefts" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    for key, tensor in merged.items():
+        # Of a layer with an adapter the sum is made in another order.
+        assert torch.allclose(tensor, expected[key], rtol=0, atol=1e-6), key
 
 
 @pytest.mark.parametrize("shard_size", ["5GB", "2MB"])

@@ -81,7 +81,8 @@ def test_the_statistics_of_a_run_are_those_of_its_predictions(run, stage, name):
     results = read_json(run / "results.json")
     assert results[stage].keys() == set(SPLITS)
     for split, result in results[stage].items():
-        del result["loss"]  # train.py measures it; the predictions do not hold it
+        for key in ("loss", "cut"):  # measured by train.py; the predictions do not hold them
+            del result[key]
         predictions = metrics.read_predictions(run / f"{name}_{split}.jsonl")
         assert metrics.statistics(predictions) == result
 

@@ -282,6 +282,42 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_answers(run, uploads, tmp_p
     assert "12 layers adapted" in done.stdout
 
 
+def test_an_adapter_on_the_hub_is_evaluated_by_its_name(run, tmp_path):
+    pair = ("--premise", "A red rose fell.", "--hypothesis", "A rose fell.")
+    here = script("eval.py", "--adapter", run, *pair)
+    assert here.returncode == 0, here.stderr
+    with serving({"models/me/adapter": run}) as (address, requests):
+        variables = environment(address, tmp_path / "home")
+        named = ("eval.py", "--adapter", "me/adapter", "--model", ROOT / "tiny/model", *pair)
+        done = script(*named, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[1:] == here.stdout.splitlines()[1:]
+        unknown = script("eval.py", "--adapter", "me/nothing", *pair, env=variables)
+    line = "error: me/nothing is not an adapter: there is no such folder, and the Hub gives none"
+    assert unknown.stderr.startswith(line)
+    # What was downloaded is found again without the Hub.
+    done = script(*named, env=variables | {"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_one_adapter_below_a_folder_is_found(run, tmp_path):
+    checkpoint = tmp_path / "trained" / "checkpoint-500"
+    checkpoint.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, checkpoint)
+    assert hub.find_adapter(str(run)) == run
+    assert hub.find_adapter(str(checkpoint)) == checkpoint
+    assert hub.find_adapter(str(checkpoint.parent)) == checkpoint
+    assert hub.find_adapter(str(tmp_path)) == checkpoint
+    second = shutil.copytree(checkpoint, checkpoint.parent / "checkpoint-900")
+    with pytest.raises(ValueError, match="holds several adapters") as raised:
+        hub.find_adapter(str(checkpoint.parent))
+    assert f"{checkpoint}, {second}" in str(raised.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):
+        hub.find_adapter(str(tmp_path / "empty"))
+
+
 def test_the_uploaded_card_names_its_repository(run, staged):
     hub.stage(run, "me/adapter", data.PROMPT, staged)
     local = (run / "README.md").read_text()

@@ -457,7 +457,7 @@ def test_a_run_whose_model_has_only_moved_is_resumed(copy, project, capsys):
     [
         (("--rank", 4), "--rank 4 (it has 8)"),
         (("--seed", 5), "--seed 5 (it has 0)"),
-        (("--dataset", "other"), "--dataset other (it has tiny/data)"),
+        (("--dataset", "tiny/model"), "tiny/model holds no train.* or validation*.* file"),
         (("--steps", STEPS - 1), f"has taken {STEPS} steps already, more than {STEPS - 1}"),
         (("--epochs", 0.5), f"has taken {STEPS} steps already, more than 7"),
         (("--device", "gpu"), "--device gpu"),

@@ -431,6 +431,26 @@ def test_weights_and_biases_is_offline_without_a_login_and_never_asks(tmp_path):
         assert history[2][name.replace(".png", "_picture._type")] == "image-file"
 
 
+def test_a_resumed_run_is_one_run_at_weights_and_biases(tmp_path):
+    """WANDB_MODE=online without a key is offline too, with a line."""
+    out = tmp_path / "run"
+    flags = ["--steps", 2, "--batch-size", 4, *SHORT, "--wandb"]
+    variables = {
+        "HOME": str(tmp_path),
+        "NETRC": str(tmp_path / "netrc"),
+        "WANDB_API_KEY": "",
+        "WANDB_SILENT": "true",
+        "WANDB_MODE": "online",
+    }
+    for command in ([*TINY, *flags, "--out", out], ["--resume", out, "--steps", 3]):
+        done = script("train.py", *command, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert "so this run is kept offline" in done.stdout
+    files = list((out / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 1, "both parts have one id"
+
+
 def numbers_in(row: dict) -> dict:
     """Returns what a line of W&B holds besides its own entries, the table and the pictures."""
     return {

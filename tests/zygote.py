@@ -262,6 +262,11 @@ def run(request: dict) -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    # Python's objects for them still describe the zygote's own streams.
+    encoding = os.environ.get("PYTHONIOENCODING")
+    sys.stdin = open(0, encoding=encoding, closefd=False)
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)
+    sys.stderr = open(2, "w", buffering=1, encoding=encoding, closefd=False)
     if "OMP_NUM_THREADS" in os.environ:  # OpenMP has read the zygote's
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
