@@ -289,9 +289,9 @@ def matches_pattern(paths: list[str], pattern: str) -> set[str]:
     try:
         re.compile(pattern)
         command = [sys.executable, "-I", "-c", script, pattern, *paths]
-        matched = subprocess.run(command, capture_output=True, check=True, timeout=10, text=True)
+        matched = subprocess.run(command, capture_output=True, check=True, timeout=5, text=True)
     except subprocess.TimeoutExpired:
-        raise ValueError(f"target {pattern!r} takes more than 10 seconds to match") from None
+        raise ValueError(f"target {pattern!r} takes more than 5 seconds to match") from None
     # OverflowError for a{99999999999}, ValueError for a zero byte.
     except (re.error, OverflowError, RecursionError, ValueError) as error:
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None

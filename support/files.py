@@ -103,7 +103,7 @@ def remove_unfinished(directory: Path) -> None:
             path.unlink()
 
 
-def find_path(name: str, run: Path, started_in: Path) -> str:
+def find_path(name: str, run: Path, started_in: Path = Path()) -> str:
     """Returns the path from here of a directory that a run names; any other name unchanged.
 
     A run's files hold paths as they were typed, in the folder where it was started. It may

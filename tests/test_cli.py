@@ -337,7 +337,8 @@ def test_a_run_is_resumed_with_its_own_arguments(tmp_path, flags):
     run = begin(tmp_path / "run", *flags)
     args = parse("train.py", "--resume", run)
     saved = read_json(run / "args.json")
-    expected = {name: saved[name] for name in vars(args)} | {"resume": str(run)}
+    kept = (*vars(args), "started_in")
+    expected = {name: saved[name] for name in kept} | {"resume": str(run)}
     assert cli.as_json(args) == expected
 
 

@@ -225,7 +225,7 @@ def test_targets_of_which_none_is_in_the_model_are_refused(tiny, saved):
 
 def test_an_expression_that_takes_years_is_stopped(tiny):
     config = lora.LoRAConfig(targets=r"((([a-z0-9_.]+)+)+)+!")
-    with pytest.raises(ValueError, match="takes more than 10 seconds to match"):
+    with pytest.raises(ValueError, match="takes more than 5 seconds to match"):
         lora.inject(ours(tiny, torch.float32), config)
 
 
