@@ -38,8 +38,8 @@ NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """Reads tokenizer.json of a model directory.
 
-    Raises ValueError unless each answer is one token, and when a token has an id that is
-    not below `vocab_size`: the embedding has no row for it.
+    Raises ValueError unless each answer is one token, and each id is below `vocab_size`,
+    the rows of the embedding.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -55,10 +55,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
         raise ValueError(f"{path} has no token {EOS}")
     token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if vocab_size and largest >= vocab_size:
-        raise ValueError(
-            f"{path}: token {token!r} has the id {largest}, the model ends at {vocab_size - 1}; "
-            "take the tokenizer.json that belongs to it"
-        )
+        raise ValueError(f"{path}: {token!r} has the id {largest}, the model has {vocab_size} ids")
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
             raise ValueError(
@@ -108,21 +105,14 @@ def count_cut(
     examples: list[dict], encoded: list, tokenizer: Tokenizer, max_length: int | None
 ) -> int:
     """Returns how many of these examples have lost a part of their premise in `encoded`."""
-    # A row that was cut has just max_length tokens, so few rows are tokenised once more.
-    at_the_limit = [
-        example
-        for example, (prompt, answer) in zip(examples, encoded)
-        if len(prompt) + len(answer) == max_length
-    ]
-    return sum(is_cut(example, tokenizer, max_length) for example in at_the_limit)
-
-
-def is_cut(example: dict, tokenizer: Tokenizer, max_length: int | None) -> bool:
-    """Returns whether `encode` cuts the premise of an example."""
-    if max_length is None:
-        return False
-    prompt, answer = encode(example, tokenizer)
-    return len(prompt) + len(answer) > max_length
+    cut = 0
+    for example, (prompt, answer) in zip(examples, encoded):
+        # A row that was cut has just max_length tokens, so few rows are tokenised once more.
+        if len(prompt) + len(answer) == max_length:
+            whole, _ = encode(example, tokenizer)
+            if len(whole) > len(prompt):
+                cut += 1
+    return cut
 
 
 def parse(completion: str) -> int:

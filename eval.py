@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import data
 import lora
 import phi2
 import quant
-from support import examples, files, metrics, ranks
+from support import examples, files, metrics, pairs, ranks
 from support.fingerprint import fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -278,7 +278,7 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
 def answer_pair(args: argparse.Namespace) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
-    check_texts(pair, "the command line")
+    pairs.check(pair, "the command line")
     model, tokenizer = load(args)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
@@ -298,33 +298,13 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
 def answer_lines(args: argparse.Namespace) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
-    pairs = read_pairs(sys.stdin.buffer)
+    lines = pairs.read(sys.stdin.buffer)
     # As many lines as a batch takes are read at a time, so a stream may be endless.
-    while batch := list(itertools.islice(pairs, args.batch_size)):
+    while batch := list(itertools.islice(lines, args.batch_size)):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
         answers = complete(model, tokenizer, prompts, args.max_new_tokens)
         for pair, answer in zip(batch, answers):
             print(json.dumps(pair | answer, ensure_ascii=False))
-
-
-def read_pairs(lines) -> Iterator[dict]:
-    for number, line in enumerate(lines, 1):
-        place = f"line {number} of standard input"
-        if not line.strip():
-            continue
-        pair = files.parse_line(line, place)
-        check_texts(pair, place)
-        yield pair
-
-
-def check_texts(pair: dict, place: str) -> None:
-    """Raises ValueError where a pair, typed or read, holds what no tokenizer can read."""
-    for key in ("premise", "hypothesis"):
-        if not isinstance(pair.get(key), str):
-            raise ValueError(f"{place} has no text as {key}")
-        # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
-        if any("\ud800" <= letter <= "\udfff" for letter in pair[key]):
-            raise ValueError(f"{place} has a {key} that is not Unicode, {pair[key]!r}")
 
 
 def evaluate_splits(args: argparse.Namespace) -> None:
@@ -335,7 +315,10 @@ def evaluate_splits(args: argparse.Namespace) -> None:
     splits = {
         name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
     }
-    others = read_others(args.compare, names) if args.compare else {}
+    others = {}
+    if args.compare:
+        for name in names:
+            others[name] = metrics.read_predictions(args.compare / f"predictions_{name}.jsonl")
 
     model, tokenizer = load(args)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
@@ -359,13 +342,6 @@ def evaluate_splits(args: argparse.Namespace) -> None:
         print(f"\n{name}\n{metrics.details(statistics)}")
     if args.out and ranks.FIRST:
         files.write_json(args.out / "results.json", results)
-
-
-def read_others(run: Path, splits: list[str]) -> dict[str, list[dict]]:
-    """Returns the predictions that another run has made, by split."""
-    return {
-        split: metrics.read_predictions(run / f"predictions_{split}.jsonl") for split in splits
-    }
 
 
 if __name__ == "__main__":

@@ -31,7 +31,6 @@ adapters on embeddings or on the head. A file that uses them is refused.
     lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
 """
 
-import difflib
 import json
 import math
 import re
@@ -133,11 +132,11 @@ class LoRAConfig:
 # what a trained adapter computes.
 REQUIRED = ("r", "lora_alpha", "target_modules")
 HARMLESS = {
-    *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version"),
-    *("lora_dropout", "revision", "task_type", "ensure_weight_tying"),
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type",
+    "peft_version", "revision", "task_type", "ensure_weight_tying",
     "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
     "rank_pattern",  # where it changes a rank, a tensor has another shape: see check_ranks
-    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),  # how A and B began
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began
 }
 # How A and B can begin while the base stays as it is. Other ways change its weights too.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -161,10 +160,10 @@ def check_options(raw: dict) -> None:
         raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
     # PEFT has more options than this file knows. One that is at its default, or off, changes
     # nothing. (0 == False, and a list cannot be looked up in a set.)
-    known = {*REQUIRED, *HARMLESS, "init_lora_weights"}
-    for key, value in raw.items():
+    for key in raw.keys() - HARMLESS - {*REQUIRED, "init_lora_weights"}:
+        value = raw[key]
         is_off = value in (None, False, "none") or value in ({}, [])
-        if key not in known and not is_off and value != PEFT_DEFAULTS.get(key):
+        if not is_off and value != PEFT_DEFAULTS.get(key):
             raise ValueError(
                 f"{key} = {value!r} is not supported; merge the adapter with PEFT "
                 "(merge_and_unload), and use the merged model"
@@ -300,17 +299,10 @@ def matches_pattern(paths: list[str], pattern: str) -> set[str]:
 
 def describe_missing_target(target: str, linears: list[str]) -> str:
     names = sorted({path.rpartition(".")[2] for path in linears})
-    if target in [*names, "all-linear"]:
-        return (
-            f"target {target!r} alone is a pattern for a whole path, and matches none; "
-            f"for the layers of this name pass a tuple, ({target!r},)"
-        )
-    # A cutoff of 0 always finds one, and a typing error is mostly near its word.
-    (nearest,) = difflib.get_close_matches(target, [*names, "all-linear"], n=1, cutoff=0)
-    return (
-        f"target {target!r} matches no linear layer that takes an adapter; "
-        f"there are {', '.join(names)}; nearest: {nearest}"
-    )
+    text = f"target {target!r} matches no linear layer that takes an adapter"
+    if target in names:  # a text alone is a pattern for a whole path
+        return f"{text}; for all layers of this name pass a tuple, ({target!r},)"
+    return f"{text}; there are {', '.join(names)}, and all-linear"
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -583,14 +583,8 @@ def load_weights(
 
 def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
     if ".query_key_value." in key or ".Wqkv." in key:
-        return (
-            f"{directory}: {key} belongs to a checkpoint layout of 2023; download the model "
-            "again: the Hub's current one has q_proj, k_proj and v_proj"
-        )
-    return (
-        f"{directory}: unknown tensor {key}; a phi of {config.num_hidden_layers} layers "
-        "has none of that name"
-    )
+        return f"{directory}: {key} is of a layout of 2023; download today's from the Hub"
+    return f"{directory}: a phi of {config.num_hidden_layers} layers has no tensor {key}"
 
 
 def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -605,14 +599,15 @@ def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Ten
             with safe_open(path, framework="pt") as file:
                 files |= dict.fromkeys(file.keys(), path)
         for key, path in files.items():
+            is_part = f"{key.rpartition('.weight.')[0]}.weight" in files
             # Some fine-tuned uploads store the rotary tables, which are computed here.
-            if key.endswith("inv_freq") or ".weight." in key:
+            if is_part or key.endswith("inv_freq"):
                 continue
-            parts = {name: read(files[name], name) for name in files if name.startswith(f"{key}.")}
+            names = [name for name in files if name.startswith(f"{key}.")]
             tensor = read(path, key)
-            if not tensor.is_floating_point() and not parts:
+            if not tensor.is_floating_point() and not names:
                 raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
-            yield key, tensor, {name.removeprefix(f"{key}."): parts[name] for name in parts}
+            yield key, tensor, {name[len(key) + 1 :]: read(files[name], name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
 
@@ -715,16 +710,11 @@ def read_config(directory: Path) -> Phi2Config:
     return config
 
 
-def check_quantization(quantization: dict | None, path: Path) -> None:
+def check_quantization(quantization: object, path: Path) -> None:
     """Raises ValueError where the checkpoint is quantised, but not in bitsandbytes' NF4."""
-    if quantization is None:
-        return
-    is_nf4 = (
-        isinstance(quantization, dict)
-        and bool(quantization.get("load_in_4bit"))
-        and quantization.get("bnb_4bit_quant_type") == "nf4"
-    )
-    if not is_nf4:
+    known = quantization if isinstance(quantization, dict) else {}
+    is_nf4 = known.get("load_in_4bit") and known.get("bnb_4bit_quant_type") == "nf4"
+    if quantization is not None and not is_nf4:
         raise ValueError(
             f"{path}: weights quantised as {quantization} are not supported, only "
             "bitsandbytes' NF4; take the model that they were made from"
@@ -732,7 +722,7 @@ def check_quantization(quantization: dict | None, path: Path) -> None:
 
 
 def not_quantized(directory: Path) -> tuple[str, ...]:
-    """Returns the layers that a checkpoint in NF4 holds in 16 bits. Its config.json names them."""
+    """Returns the layers that config.json of a checkpoint in NF4 says are not in it."""
     quantization = read_json(Path(directory) / "config.json").get("quantization_config") or {}
     return tuple(quantization.get("llm_int8_skip_modules") or ())
 

@@ -36,7 +36,7 @@ LEVELS = torch.tensor(
 )
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
-QUANT_STATE = "weight.quant_state.bitsandbytes__nf4"  # in a checkpoint: JSON, as bytes
+QUANT_STATE = "quant_state.bitsandbytes__nf4"  # a part of a quantised weight: JSON, as bytes
 PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
 
 
@@ -176,25 +176,21 @@ class NF4Linear(nn.Module):
             # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
-        elif prefix + QUANT_STATE in state_dict:
+        elif f"{prefix}weight.{QUANT_STATE}" in state_dict:
             self.rename_parts(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def rename_parts(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Gives the parts of a weight that bitsandbytes has quantised our buffers' names.
-
-        Raises ValueError for parts of another format, or of a weight of another shape.
-        """
+        """Gives the parts of a weight that bitsandbytes has quantised our buffers' names."""
         names = [name for name in state_dict if name.startswith(f"{prefix}weight.")]
         parts = {name.removeprefix(f"{prefix}weight."): state_dict.pop(name) for name in names}
-        record = json.loads(bytes(parts[QUANT_STATE.removeprefix("weight.")].tolist()))
+        record = json.loads(bytes(parts[QUANT_STATE].tolist()))
+        blocks_and_shape = (record["blocksize"], record.get("nested_blocksize"), record["shape"])
         is_nested = "nested_absmax" in parts
-        expected = {"blocksize": BLOCK, "shape": [self.out_features, self.in_features]}
-        if is_nested:
-            expected["nested_blocksize"] = NESTED_BLOCK
-        for key, value in expected.items():
-            if record.get(key) != value:
-                raise ValueError(f"{prefix}weight in NF4 has {key} {record.get(key)}, not {value}")
+        nested_block = NESTED_BLOCK if is_nested else None
+        if blocks_and_shape != (BLOCK, nested_block, [self.out_features, self.in_features]):
+            raise ValueError(f"{prefix}weight is in NF4 of another form: {record}")
+
         self.kept = None
         self.make_absmax(double_quant=is_nested)
         # Some uploads store the codes under another dtype than uint8, with the same bits.

@@ -31,7 +31,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import card, examples, files, hub, metrics, page, ranks, resume
+from support import examples, files, metrics, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -340,31 +340,14 @@ def main() -> None:
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
     rows["train"]["cut"] = progress.cut
     if ranks.FIRST:
-        write_results(args, rows, state.baseline, finetuned, log)
-
-
-def write_results(
-    args: argparse.Namespace, rows: dict, baseline: dict, finetuned: dict, log: RunLog
-) -> None:
-    """Writes results.json, the pictures, the page and the model card, and prints the table."""
-    results = {
-        "protocol": protocol_of(args).record(),
-        "rows": rows,
-        "baseline": baseline,
-        "finetuned": finetuned,
-        "training_memory_gib": log.peak_memory,
-    }
-    files.write_json(args.out / "results.json", results)
-    page.write(args.out)
-    card.write_card(args.out, data.PROMPT)
-    log.say(metrics.table(results))
-    log.finish(results)
-    if args.push:
-        log.say(f"uploaded to {hub.push(args.out, args.push, data.PROMPT)}")
-    log.say(
-        f"adapter, results.json and report.html are in {args.out}; "
-        f"try: python eval.py --adapter {args.out} --premise ... --hypothesis ..."
-    )
+        results = {
+            "protocol": protocol_of(args).record(),
+            "rows": rows,
+            "baseline": state.baseline,
+            "finetuned": finetuned,
+            "training_memory_gib": log.peak_memory,
+        }
+        log.finish(results, data.PROMPT)
 
 
 if __name__ == "__main__":

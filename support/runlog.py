@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import files, machine, metrics, pictures, ranks
+from support import card, files, hub, machine, metrics, page, pictures, ranks
 from support.resume import Progress, State, lines_up_to
 
 
@@ -128,12 +128,24 @@ class RunLog:
         }
         self.write(step, **values)
 
-    def finish(self, results: dict) -> None:
-        """Closes metrics.jsonl. With --wandb, sends the final table and the pictures."""
-        if self.file:
-            self.file.close()
+    def finish(self, results: dict, prompt: str) -> None:
+        """Writes results.json, the pictures, the page and the model card, and prints the table.
+
+        With --wandb and --push it sends them.
+        """
+        files.write_json(self.folder / "results.json", results)
+        page.write(self.folder)
+        card.write_card(self.folder, prompt)
+        self.say(metrics.table(results))
+        self.file.close()
         if self.wandb_run:
             finish_wandb(self.wandb_run, results, self.folder)
+        if self.args.push:
+            self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
+        self.say(
+            f"adapter, results.json and report.html are in {self.folder}; "
+            f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ..."
+        )
 
 
 # -----------------------------------------------------------------------------

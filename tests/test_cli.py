@@ -600,7 +600,7 @@ def dataset_of(folder: Path, *rows: dict) -> list:
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
 TARGET = (
     "matches no linear layer that takes an adapter; there are dense, fc1, fc2, k_proj, q_proj, "
-    "v_proj; nearest: q_proj"
+    "v_proj, and all-linear"
 )
 # By what is wrong: the flags, or what makes them from an empty folder, and a part of the line.
 MISTAKES = {

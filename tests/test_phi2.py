@@ -528,7 +528,7 @@ def test_a_truncated_file(copy, kept):
         ("rope_theta", 0, "rope_theta"),  # every logit would be NaN
         ("intermediate_size", 512, r"fc1.bias has shape \(768,\), config.json asks for \(512,\)"),
         ("num_hidden_layers", 7, "lacks 14 of 103 tensors"),
-        ("num_hidden_layers", 5, "unknown tensor model.layers.5"),
+        ("num_hidden_layers", 5, "a phi of 5 layers has no tensor model.layers.5"),
     ],
 )
 def test_a_config_that_does_not_fit(copy, key, value, message):
@@ -553,4 +553,4 @@ def test_a_layout_of_2023_is_refused_by_name(copy, key):
     tensors = load_file(copy / "model.safetensors")
     tensors[key] = torch.ones(2)
     save_file(tensors, copy / "model.safetensors")
-    fails(copy, "belongs to a checkpoint layout of 2023; download the model again")
+    fails(copy, "is of a layout of 2023; download today's from the Hub")

@@ -131,7 +131,7 @@ def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
     record = json.loads(bytes(tensors[key].tolist())) | {"blocksize": 128}
     tensors[key] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="weight in NF4 has blocksize 128, not 64"):
+    with pytest.raises(ValueError, match="weight is in NF4 of another form: .*'blocksize': 128"):
         evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
 
 
