@@ -14,6 +14,7 @@ alone writes.
 """
 
 import argparse
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -80,9 +81,11 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """
     device = model.lm_head.weight.device
     packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
-    logits = model(batch.ids.to(device), packed, batch.last)
+    ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
+    targets = batch.targets.to(device, non_blocking=True)
+    logits = model(ids, packed, batch.last)
     # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
-    return F.cross_entropy(logits.float(), batch.targets.to(device), reduction="sum")
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def count_targets(encoded: list[tuple[list[int], list[int]]], loss: str) -> int:
@@ -133,6 +136,21 @@ def accumulate_gradients(
     return loss, tokens
 
 
+def encoded_steps(
+    train_rows, tokenizer: Tokenizer, rows_per_step: int, first: int, args: argparse.Namespace
+) -> Iterator[tuple[list, list, int]]:
+    """Yields for each step, from number `first`: its rows; this rank's part of them as
+    (prompt ids, answer ids); how many of these --max-length has cut.
+
+    The order of rows is a function of seed and step: a resumed run sees the rows it would have.
+    """
+    for rows in data.batches(train_rows, rows_per_step, args.seed, first):
+        # Each rank takes every WORLD-th row of the step.
+        mine = rows[ranks.RANK :: ranks.WORLD]
+        encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
+        yield rows, encoded, data.count_cut(mine, encoded, tokenizer, args.max_length)
+
+
 # -----------------------------------------------------------------------------
 # Evaluation on the way
 
@@ -175,11 +193,12 @@ def validation_loss(
     # Sorted by length, so that attention pads least.
     encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
-    loss = 0.0
+    device = model.lm_head.weight.device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
     for batch in collated(mine, prefix_length, args):
-        loss += batch_loss(model, batch).item()
+        loss += batch_loss(model, batch)
     model.train(was_training)
-    (total,) = ranks.total(model.lm_head.weight.device, loss)
+    (total,) = ranks.total(device, loss)
     return total / count_targets(encoded, args.loss)
 
 
@@ -276,23 +295,27 @@ def main() -> None:
 
     # ---- Training ---------------------------------------------------------------------------
     model.train()
-    # The order of rows is a function of seed and step: a resumed run sees the rows it would have.
-    step_rows = data.batches(train_rows, rows_per_step, args.seed, progress.step)
+    first = progress.step
+    all_steps = encoded_steps(train_rows, tokenizer, rows_per_step, first, args)
+    left = itertools.islice(all_steps, steps - first)
+    following = next(left, None)
     stop = StopRequest()
     log.start_clock()
-    bar = log.bar(range(progress.step, steps), total=steps)
+    bar = log.bar(range(first, steps), total=steps)
     for step in bar:
-        # Each rank takes every WORLD-th row of the step.
-        rows = next(step_rows)
-        mine = rows[ranks.RANK :: ranks.WORLD]
-        encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
-        cut = data.count_cut(mine, encoded, tokenizer, args.max_length)
-
         # Forward and backward on each rank's rows, then one sum over all ranks.
+        rows, encoded, cut = following
         loss, tokens = accumulate_gradients(model, encoded, prefix_length, args)
         ranks.add_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        loss, tokens, cut, stops = ranks.total(device, loss, tokens, cut, bool(stop))
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+
+        # A GPU still works on all this. Meanwhile the rows of the next step are encoded; then
+        # the step's numbers are read, which is its one wait for the GPU.
+        following = next(left, None)
+        share = grad_norm / ranks.WORLD  # each rank has the norm of the whole sum
+        loss, grad_norm, tokens, cut, stops = ranks.total(
+            device, loss, share, tokens, cut, bool(stop)
+        )
         if not math.isfinite(grad_norm):  # such a step would spoil every weight of the adapter
             numbers = sorted(row["row"] for row in rows)
             raise ValueError(

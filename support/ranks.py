@@ -152,17 +152,26 @@ def blaming_another_rank() -> Iterator[None]:
 
 
 def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
-    """Returns each number summed over all ranks. `device` is that of this rank."""
-    if WORLD == 1:
-        return [float(number) for number in numbers]
+    """Returns each number summed over all ranks. `device` is that of this rank.
+
+    Tensors must be on the device. It is waited for once, however many there are.
+    """
     import torch
     import torch.distributed as dist
 
-    # fp64 holds whole numbers up to 2^53 exactly: counts stay counts.
-    values = [float(number) for number in numbers]
-    sums = torch.tensor(values, dtype=torch.float64, device=device)
-    with blaming_another_rank():
-        dist.all_reduce(sums)
+    if WORLD == 1 and not any(isinstance(number, torch.Tensor) for number in numbers):
+        return [float(number) for number in numbers]
+    # fp64 holds whole numbers up to 2^53 exactly: counts stay counts. `full` is written by the
+    # device; a number that is copied to it would be waited for.
+    values = []
+    for number in numbers:
+        if not isinstance(number, torch.Tensor):
+            number = torch.full((), float(number), dtype=torch.float64, device=device)
+        values.append(number.double())
+    sums = torch.stack(values)
+    if WORLD > 1:
+        with blaming_another_rank():
+            dist.all_reduce(sums)
     return sums.tolist()
 
 
