@@ -280,10 +280,10 @@ class PackedRows:
         prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
         prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
-        cache: by layer, what was kept where there is room.
-        parts: on a CPU, where there is no room, the same rows a few at a time. Each part has
-            a grid as wide as its own longest row. Where rows come sorted by length, as in
-            training and evaluation, most of the padding is gone.
+        cache: where there is room, what was kept: by (layer, "k") or (layer, "v").
+        parts: on a CPU, the same rows a few at a time. Each part has a grid as wide as its
+            own longest row. Where rows come sorted by length, as in training and
+            evaluation, most of the padding is gone.
         lines, columns: (B,) where the new token of each row is written into the cache.
     """
 
@@ -316,9 +316,11 @@ class PackedRows:
         self.lines = None
         self.columns = None
         self.parts = []
-        if device.type == "cpu" and not room and len(lengths) > PART:
-            starts = range(0, len(lengths), PART)
-            self.parts = [PackedRows(lengths[i : i + PART], prefix_length) for i in starts]
+        if device.type == "cpu" and len(lengths) > PART:
+            for start in range(0, len(lengths), PART):
+                part = PackedRows(lengths[start : start + PART], prefix_length)
+                part.prefix_asks = False  # it does so once, for the whole
+                self.parts.append(part)
 
     def causal_mask(self, columns: Tensor) -> Tensor:
         """Returns the mask of queries at these columns (B or 1, A) of their rows."""
@@ -363,60 +365,57 @@ class PackedRows:
         prefix_q, q = self.split_prefix(q, self.prefix_asks)
         prefix_k, k = self.split_prefix(k, self.prefix_is_new)
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
-        prefix = (prefix_k, prefix_v)
 
         # The rows look at the prefix and at their own tokens, the prefix at itself alone.
+        if self.room or not self.parts:
+            known_k = self.all_known((layer, "k"), k, prefix_k)
+            known_v = self.all_known((layer, "v"), v, prefix_v)
         if self.parts:
-            y = self.attend_in_parts(q, k, v, prefix)
+            y = self.attend_in_parts(q, k, v, prefix_k, prefix_v)
         else:
-            y = self.attend_as_grid(layer, q, k, v, prefix)
+            y = attention(self.query_grid.spread(q), known_k, known_v, self.mask)
+            y = self.query_grid.collect(y)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
 
-    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, prefix: tuple) -> Tensor:
-        """Does what `attend_as_grid` does, a few rows at a time."""
+    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor, Tensor]:
+        """Splits x (N or A, H, D) into that of the prefix, which may be empty, and of the rows."""
+        length = self.prefix_length if has_prefix else 0
+        return x.split((length, len(x) - length))
+
+    def all_known(self, name: tuple[int, str], x: Tensor, prefix: Tensor) -> Tensor:
+        """Returns the keys, or the values, that the rows see in a layer, (B, H, P + width, D).
+
+        x (N, H, D) are those of this call's rows, `prefix` (P, H, D) those of the prefix.
+        Where there is room they are kept under their name, and later calls write theirs
+        into the empty places.
+        """
+        if name in self.cache:
+            # One new token in each row. It is written in place: nothing here has a gradient.
+            known = self.cache[name]
+            known[self.lines, :, self.columns] = x
+            return known
+        known = self.key_grid.spread(x)
+        if len(prefix):
+            # A copy for each row: small beside the scores, (A, P + S) for each head.
+            for_each_row = prefix.transpose(0, 1).expand(len(known), -1, -1, -1)
+            known = torch.cat((for_each_row, known), dim=2)
+        if self.room:
+            self.cache[name] = known
+        return known
+
+    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
+        """Does for a few rows at a time what `attend` does. `prefix` are its keys and values."""
         rows_k = k.split([len(part.key_grid.places) for part in self.parts])
         rows_v = v.split([len(part.key_grid.places) for part in self.parts])
         rows_q = q.split([len(part.query_grid.places) for part in self.parts])
-        return torch.cat(
-            [
-                part.attend_as_grid(0, part_q, part_k, part_v, prefix)
-                for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v)
-            ]
-        )
-
-    def attend_as_grid(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, prefix: tuple
-    ) -> Tensor:
-        """Returns what the rows' tokens see. `prefix` holds its keys and values, or None twice."""
-        known = self.all_known(layer, *prefix, k, v)
-        return self.query_grid.collect(attention(self.query_grid.spread(q), known, self.mask))
-
-    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
-        """Splits x (N or A, H, D) into that of the prefix and that of the rows."""
-        if not has_prefix:
-            return None, x
-        return x.split((self.prefix_length, len(x) - self.prefix_length))
-
-    def all_known(
-        self, layer: int, prefix_k: Tensor | None, prefix_v: Tensor | None, k: Tensor, v: Tensor
-    ) -> "KeysAndValues":
-        """Returns the keys and values that the tokens of this call may see in a layer.
-
-        Where there is room they are kept, and later calls write theirs into the empty
-        places.
-        """
-        if layer in self.cache:
-            # One new token in each row. It is written in place: nothing here has a gradient.
-            known = self.cache[layer]
-            known.k[self.lines, :, self.columns] = k
-            known.v[self.lines, :, self.columns] = v
-            return known
-        known = KeysAndValues(self.key_grid.spread(k), self.key_grid.spread(v), prefix_k, prefix_v)
-        if self.room:
-            self.cache[layer] = known
-        return known
+        results = []
+        for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v):
+            part_k = torch.cat((prefix[0], part_k))
+            part_v = torch.cat((prefix[1], part_v))
+            results.append(part.attend(0, part_q, part_k, part_v))
+        return torch.cat(results)
 
     def advance(self, going_on: list[int]) -> "PackedRows":
         """Returns the rows at the indices `going_on` for the model's next call, in generation.
@@ -426,53 +425,31 @@ class PackedRows:
         """
         device = self.positions.device
         columns = [self.filled[row] for row in going_on]  # the first empty place of each row
+        places = [self.prefix_length + column for column in columns]
 
         following = copy.copy(self)
         following.lengths = [1] * len(going_on)
         following.filled = [column + 1 for column in columns]
         following.lines = torch.arange(len(going_on), device=device)
-        following.columns = torch.tensor(columns, device=device)
-        following.positions = self.prefix_length + following.columns
+        following.columns = torch.tensor(places, device=device)
+        following.positions = following.columns
         following.query_grid = Grid(following.lengths, 1, device)
-        following.mask = self.causal_mask(following.columns[:, None])
+        following.mask = self.causal_mask(following.columns[:, None] - self.prefix_length)
         following.prefix_is_new = False
         following.prefix_asks = False
+        following.parts = []  # each row has one token now
         if len(going_on) < len(self.filled):
             kept = torch.tensor(going_on, device=device)
-            following.cache = {layer: known.select(kept) for layer, known in self.cache.items()}
+            following.cache = {name: known[kept] for name, known in self.cache.items()}
         return following
 
 
-@dataclass
-class KeysAndValues:
-    """The keys and values of B rows in one layer.
-
-    k and v (B, H, S, D) are the rows' own, with empty places that the mask hides; prefix_k
-    and prefix_v (P, H, D) stand before each row's own, and are None where there is no
-    prefix.
-    """
-
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor | None
-    prefix_v: Tensor | None
-
-    def select(self, rows: Tensor) -> "KeysAndValues":
-        """Returns those of some rows, copied."""
-        return KeysAndValues(self.k[rows], self.v[rows], self.prefix_k, self.prefix_v)
-
-
-def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Returns softmax(q k^T / sqrt(D) + mask) v, (B, H, A, D).
 
-    q is (B, H, A, D), for A tokens that ask in each row. mask is (B or 1, 1, A, P + S).
+    q is (B, H, A, D), for A tokens that ask in each row, k and v are (B, H, S, D). mask is
+    (B or 1, 1, A, S).
     """
-    k = known.k
-    v = known.v
-    if known.prefix_k is not None:
-        # A copy for each row: small beside the scores, (A, P + S) for each head.
-        k = torch.cat((for_each_row(known.prefix_k, len(q)), k), dim=2)
-        v = torch.cat((for_each_row(known.prefix_v, len(q)), v), dim=2)
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
     # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these two
@@ -480,11 +457,6 @@ def attention(q: Tensor, known: KeysAndValues, mask: Tensor) -> Tensor:
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
     return weights.to(v.dtype) @ v
-
-
-def for_each_row(x: Tensor, count: int) -> Tensor:
-    """(P, H, D) -> (B, H, P, D), the same for each of `count` rows."""
-    return x.transpose(0, 1).expand(count, -1, -1, -1)
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -162,12 +162,10 @@ def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_leng
     torch.manual_seed(0)
     lengths = [3, 7, 5]
     rows = phi2.PackedRows(lengths, prefix_length)
-    q, k, v = torch.randn(3, 3, 2, 7, 8)  # three rows, two heads, seven places, eight dimensions
-    known = phi2.KeysAndValues(k, v, None, None)
-    if prefix_length:
-        known.prefix_k, known.prefix_v = torch.randn(2, prefix_length, 2, 8)
-    written_out = phi2.attention(q, known, rows.mask)
-    fused = phi2.attention(q.as_subclass(OnGpu), known, rows.mask).as_subclass(Tensor)
+    q = torch.randn(3, 2, 7, 8)  # three rows, two heads, seven places, eight dimensions
+    k, v = torch.randn(2, 3, 2, prefix_length + 7, 8)
+    written_out = phi2.attention(q, k, v, rows.mask)
+    fused = phi2.attention(q.as_subclass(OnGpu), k, v, rows.mask).as_subclass(Tensor)
     for row, length in enumerate(lengths):  # nobody reads what stands behind a row
         assert distance(fused[row, :, :length], written_out[row, :, :length]) < 1e-6  # one layer
 
