@@ -418,12 +418,12 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 
 
 def read_adapter_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors and the metadata of a safetensors file."""
+    """Returns the tensors, in fp32, and the metadata of a safetensors file."""
     if not file.is_file():
         raise ValueError(f"{file.parent} is not an adapter: it has no {file.name}")
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
             return tensors, opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut short ({error})") from None

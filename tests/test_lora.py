@@ -229,6 +229,25 @@ def test_an_expression_that_takes_years_is_stopped(tiny):
         lora.inject(ours(tiny, torch.float32), config)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bfloat16, torch.float64])
+def test_numbers_of_any_dtype_become_fp32(tiny, saved, dtype):
+    file = saved / "adapter_model.safetensors"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    mine = ours(tiny, torch.float32)
+    lora.load_adapter(mine, saved)
+    for name, parameter in lora.lora_parameters(mine).items():
+        assert torch.equal(parameter, tensors[lora.PREFIX + name].float())
+
+
+def test_numbers_beyond_fp32_are_refused(tiny, saved):
+    file = saved / "adapter_model.safetensors"
+    tensors = {key: tensor.double() * 1e300 for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="holds numbers that are not finite"):
+        lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
 def test_the_config_has_only_keys_that_peft_has_had_from_its_beginning(tiny, saved):
     """PEFT 0.6 to 0.8 refuse use_rslora and use_dora: these are the fields of 0.5's LoraConfig."""
     fields = {
