@@ -76,8 +76,7 @@ def load_model(
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
-        skip = ("lm_head", *phi2.not_quantized(directory))
-        quant.quantize_linears(model, skip, double_quant)
+        quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
     phi2.load_weights(model, directory, device, DTYPES[dtype])
     if keep:
         quant.keep_dequantized(model)
@@ -297,6 +296,8 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
 
 def answer_lines(args: argparse.Namespace) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
+    if sys.stdin is None:
+        raise ValueError("--dataset - reads standard input, which is closed")
     model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
     lines = pairs.read(sys.stdin.buffer)
     # As many lines as a batch takes are read at a time, so a stream may be endless.

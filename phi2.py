@@ -527,21 +527,24 @@ def load_weights(
                 raise ValueError(f"{directory} holds {key} in NF4; it needs --quant nf4")
             state |= {f"{leaf}.{part}": value.to(device) for part, value in parts.items()}
             module.dtype = dtype
+        elif tensor.shape != expected[key].shape:
+            raise ValueError(
+                f"{directory}: {key} has shape {tuple(tensor.shape)}, "
+                f"config.json asks for {tuple(expected[key].shape)}"
+            )
         else:
-            if tensor.shape != expected[key].shape:
-                raise ValueError(
-                    f"{directory}: {key} has shape {tuple(tensor.shape)}, "
-                    f"config.json asks for {tuple(expected[key].shape)}"
-                )
             state[leaf] = state[leaf].to(dtype)  # only now, so that a GPU converts
-            # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
-            # tensor.isfinite() this makes no tensor of the same size.
-            low, high = state[leaf].aminmax()
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{directory}: {key} holds numbers that are not finite")
+        # Codes are bytes, whatever their dtype.
+        numbers = parts.values() if parts else state.values()
+        if not all(is_finite(value) for value in numbers):
+            raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         # strict=False, because each tensor comes alone. Then a name that the module does
         # not know would be left out in silence.
-        result = module.load_state_dict(state, strict=False, assign=True)
+        try:
+            result = module.load_state_dict(state, strict=False, assign=True)
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:  # NF4 of another form
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{directory}: {key} cannot be loaded: {reason}") from None
         if result.unexpected_keys:
             raise ValueError(f"{path} takes no {leaf}: load the weights before lora.inject")
         missing.discard(key)
@@ -551,6 +554,13 @@ def load_weights(
             f"among them {min(missing)}"
         )
     return model
+
+
+def is_finite(tensor: Tensor) -> bool:
+    # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
+    # tensor.isfinite() this makes no tensor of the same size.
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
 
 
 def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
@@ -565,11 +575,8 @@ def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Ten
     A weight in bitsandbytes' NF4 has parts, such as "absmax". For all others `parts` is
     empty. A file is opened again for each tensor, so that what was read leaves the memory.
     """
-    files = {}
+    files = find_tensors(directory)
     try:
-        for path in weight_files(directory):
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
         for key, path in files.items():
             is_part = f"{key.rpartition('.weight.')[0]}.weight" in files
             # Some fine-tuned uploads store the rotary tables, which are computed here.
@@ -582,6 +589,20 @@ def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Ten
             yield key, tensor, {name[len(key) + 1 :]: read(files[name], name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
+
+
+def find_tensors(directory: Path) -> dict[str, Path]:
+    """Returns the file of each tensor of a checkpoint, by its key."""
+    files = {}
+    for path in weight_files(directory):
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except SafetensorError as error:
+            raise ValueError(
+                f"{path} is damaged or cut short ({error}): download it again"
+            ) from None
+    return files
 
 
 def read(path: Path, key: str) -> Tensor:
@@ -694,9 +715,15 @@ def check_quantization(quantization: object, path: Path) -> None:
 
 
 def not_quantized(directory: Path) -> tuple[str, ...]:
-    """Returns the layers that config.json of a checkpoint in NF4 says are not in it."""
-    quantization = read_json(Path(directory) / "config.json").get("quantization_config") or {}
-    return tuple(quantization.get("llm_int8_skip_modules") or ())
+    """Returns the paths of what is not to be quantised: the head.
+
+    Of a checkpoint that is in NF4 already it is what has no NF4 weight there.
+    """
+    if read_json(directory / "config.json").get("quantization_config") is None:
+        return ("lm_head",)
+    keys = find_tensors(directory)
+    weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]
+    return tuple(key.removesuffix(".weight") for key in weights)
 
 
 def number(value: object, kind: type, place: str) -> int | float:

@@ -167,7 +167,9 @@ class NF4Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
-        if weight is not None and weight.is_floating_point():
+        if f"{prefix}weight.{QUANT_STATE}" in state_dict:
+            self.rename_parts(state_dict, prefix)
+        elif weight is not None and weight.is_floating_point():
             shape = (self.out_features, self.in_features)
             if weight.shape != shape:
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
@@ -176,8 +178,6 @@ class NF4Linear(nn.Module):
             # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
-        elif f"{prefix}weight.{QUANT_STATE}" in state_dict:
-            self.rename_parts(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def rename_parts(self, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -188,7 +188,9 @@ class NF4Linear(nn.Module):
         blocks_and_shape = (record["blocksize"], record.get("nested_blocksize"), record["shape"])
         is_nested = "nested_absmax" in parts
         nested_block = NESTED_BLOCK if is_nested else None
-        if blocks_and_shape != (BLOCK, nested_block, [self.out_features, self.in_features]):
+        is_known = torch.equal(parts["quant_map"].cpu(), LEVELS)
+        shape = [self.out_features, self.in_features]
+        if not is_known or blocks_and_shape != (BLOCK, nested_block, shape):
             raise ValueError(f"{prefix}weight is in NF4 of another form: {record}")
 
         self.kept = None

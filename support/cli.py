@@ -473,13 +473,13 @@ def run(main: Callable[[], None]) -> None:
 
 def is_users(error: Exception) -> bool:
     """Returns whether a user can put an error right. Any other one is a bug."""
-    return isinstance(error, (ValueError, OSError)) or is_out_of_memory(error)
+    return isinstance(error, (ValueError, OSError, OverflowError)) or is_out_of_memory(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error is torch.OutOfMemoryError."""
+    """Returns whether an error is torch.OutOfMemoryError, or what torch raises on a CPU."""
     # By its name: to ask for the class would import torch.
-    return type(error).__name__ == "OutOfMemoryError"
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
 
 
 def one_line(error: Exception) -> str:

@@ -10,9 +10,13 @@ import csv
 import functools
 import glob
 import gzip
+import io
 import re
 import sys
+import warnings
+import zlib
 from argparse import Namespace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -42,23 +46,17 @@ KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
 MEANINGS = {
     0: ("0", "entailment", "entails", "entail", "e"),
     1: ("1", "neutral", "n"),
-    2: ("2", "contradiction", "contradicts", "contradict", "c"),
+    2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
     HIDDEN: ("-1", "-"),
 }
-# How a file is read, by its suffix: the loader's name in `datasets`, and options for it. In
-# a text None, NA and null are words: only an empty field is a missing one.
-WORDS = {"keep_default_na": False, "na_values": [""]}
-FORMATS = {
-    ".parquet": ("parquet", {}),
-    ".arrow": ("arrow", {}),
-    ".jsonl": ("json", {}),
-    ".json": ("json", {}),
-    ".csv": ("csv", WORDS),
-    ".tsv": ("csv", WORDS | {"sep": "\t"}),
-}
+# How a file is read, by its suffix: by a loader of `datasets`, or as a table, by its separator.
+LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TEXT = ("string", "large_string", "string_view")  # pyarrow's kinds of text
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
 
-SHARD = re.compile(r"-\d+-of-(\d+)$")  # train-00000-of-00002
+# train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56
+SHARD = re.compile(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
 QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
 ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
@@ -96,7 +94,7 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
             check_parts(split, paths)
         if splits:
             return splits
-    suffixes = ", ".join(FORMATS)
+    suffixes = ", ".join(LOADERS | SEPARATORS)
     raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
 
 
@@ -109,7 +107,7 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 def split_of(path: Path) -> str | None:
     """Returns the split that a file holds, or None when its name does not say."""
     stem, suffix = stem_and_suffix(path)
-    if suffix not in FORMATS or not path.is_file():
+    if suffix not in LOADERS | SEPARATORS or not path.is_file():
         return None
     stem = SHARD.sub("", stem)
     if stem == "data" or stem.isdigit():  # train/0000.parquet
@@ -163,35 +161,79 @@ def read_files(paths: list[Path]) -> "Dataset":
 def read_file(path: Path) -> "Dataset":
     import datasets
 
-    # Of an empty JSON file the library makes a StopIteration without a message.
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
     _, suffix = stem_and_suffix(path)
-    loader, options = FORMATS[suffix]
-    if suffix == ".tsv":
-        options = options | {"quoting": quoting(path)}
-    # Escaped, because the library takes a name with brackets for a pattern.
-    name = glob.escape(str(path.absolute()))
     try:
-        # A loader that is given a file alone calls it "train".
-        return datasets.load_dataset(loader, data_files=name, split="train", **options)
-    # pyarrow's errors are ValueErrors.
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
+        content = read_bytes(path)
+        # Where the first value is none of these, pyarrow's JSON reader crashes.
+        if LOADERS.get(suffix) == "json" and content.lstrip()[:1] not in (b"{", b"["):
+            raise ValueError("it holds no JSON object")
+        if suffix in SEPARATORS:
+            rows = read_table(content, suffix)
+        else:
+            # Escaped, because the library takes a name with brackets for a pattern. Its cache
+            # goes by name and time, which copies of other content can share: hence a folder
+            # for each content.
+            cache = Path(datasets.config.HF_DATASETS_CACHE) / sha256(content).hexdigest()[:16]
+            name = glob.escape(str(path.absolute()))
+            # A loader that is given a file alone calls it "train".
+            rows = datasets.load_dataset(
+                LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache)
+            )
+    # pyarrow's and pandas' errors are ValueErrors, those of gzip the last two.
+    except (
+        datasets.exceptions.DatasetGenerationError, ValueError, Warning, OSError,
+        EOFError, zlib.error,
+    ) as error:
         # The library says only that reading failed; why is in the error that it came from.
         reason = " ".join(str(error.__cause__ or error).split())
+        if "corresponds to no data" in reason:
+            reason = "it holds no rows"
         raise ValueError(f"cannot read {path}: {reason}") from None
+    if not len(rows):
+        raise ValueError(f"{path} holds no rows")
+    return rows
 
 
-def quoting(path: Path) -> int:
+def read_bytes(path: Path) -> bytes:
+    """Returns the content of a file, of a .gz file unpacked. Raises ValueError for nothing."""
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_file(path, "rb") as file:
+        content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
+    if not content.strip():
+        raise ValueError("it is empty")
+    return content
+
+
+def read_table(content: bytes, suffix: str) -> "Dataset":
+    """Reads a .csv or .tsv file. All its columns are text: 007 is not 7.
+
+    In a text None, NA and null are words: only an empty field is a missing one.
+    """
+    import datasets
+    import pandas
+
+    with warnings.catch_warnings():
+        # Of rows that are longer than the header pandas would only warn.
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        frame = pandas.read_csv(
+            io.BytesIO(content),
+            sep=SEPARATORS[suffix],
+            quoting=quoting(content) if suffix == ".tsv" else csv.QUOTE_MINIMAL,
+            dtype=str,
+            keep_default_na=False,
+            na_values=[""],
+            index_col=False,
+        )
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
+def quoting(content: bytes) -> int:
     """Returns how the quotes of a .tsv file are meant, as a number of the csv module.
 
     GLUE's files know no quoting: a quote is a character like any other. A spreadsheet puts
     a field in quotes where it holds a quote, which is then doubled, a tab or a line end. A
     file is a spreadsheet's when all its quotes are of that kind and some were needed.
     """
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rb") as file:
-        content = file.read()
     if not ALL_QUOTED.fullmatch(content):
         return csv.QUOTE_NONE
     fields = re.findall(QUOTED, content)
@@ -229,8 +271,9 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
     Where none of them is for validation, `validation` is the share of train that becomes
     one. Raises ValueError when there is no such dataset or a file of it cannot be read.
     """
-    from datasets import config, disable_progress_bars
+    from datasets import config, disable_progress_bars, logging
 
+    logging.set_verbosity(logging.CRITICAL)  # what it logs of an error stands in the error
     # In a log file each movement of a bar would be one more line.
     if not sys.stderr.isatty():
         disable_progress_bars()
@@ -242,9 +285,11 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
             f"({error.strerror}): set HF_HOME to a folder that can be written"
         ) from None
 
-    if Path(dataset).is_dir():
+    if dataset and Path(dataset).is_dir():
         files = find_files(Path(dataset))
         splits = {split: read_files(paths) for split, paths in files.items()}
+    elif Path(dataset).is_file():
+        raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     # A mistyped path is said to be one, instead of being looked for on the Hub.
     elif dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         raise ValueError(
@@ -323,15 +368,28 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", l
     rows = splits[split]
     place = f"{dataset}, {split}"  # how every error begins
     columns = find_columns(rows.column_names, reading.columns, place)
-    others = [name for name in KEPT if name in rows.column_names and name not in columns.values()]
+    others = [name for name in KEPT if name not in columns.values() and is_plain(rows, name)]
     rows = rows.select_columns([*columns.values(), *others])
     rows = rows.rename_columns({name: column for column, name in columns.items()})
     check_texts(rows, place)
+    # On the Hub the names of the labels may stand in the dataset's card, and nowhere else.
+    card = Path(dataset) / "README.md"
+    has_names = reading.labels or hasattr(rows.features["label"], "names")
+    if not has_names and card.is_file() and b"class_label:" in card.read_bytes():
+        raise ValueError(f"{card} gives the labels names: say with --labels what they mean")
     return rows, read_labels(rows, reading.labels, place)
+
+
+def is_plain(rows: "Dataset", name: str) -> bool:
+    """Returns whether there is a column of this name, of texts or whole numbers."""
+    kind = str(getattr(rows.features.get(name), "dtype", None))
+    return kind.startswith(("int", "uint")) or kind in TEXT
 
 
 def find_columns(names: list[str], given: list[str] | None, place: str) -> dict[str, str]:
     """Returns which of the columns `names` are premise, hypothesis and label."""
+    if given and len(set(given)) < len(given):
+        raise ValueError(f"--columns names one column twice: {' '.join(given)}")
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         if given:
@@ -354,8 +412,7 @@ def check_texts(rows: "Dataset", place: str) -> None:
     for column in ("premise", "hypothesis"):
         feature = rows.features[column]
         kind = getattr(feature, "dtype", feature)  # lists and objects have no dtype
-        # pyarrow's two kinds of text, with offsets of 32 and of 64 bits.
-        if kind not in ("string", "large_string"):
+        if kind not in TEXT:
             raise ValueError(f"{place}: column {column} holds {kind}, not text")
         texts = rows[column][:]
         if None in texts:
@@ -402,4 +459,6 @@ def label_meanings(given: list[str] | None) -> dict[str, int]:
         raise ValueError(
             f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once"
         )
+    if given:  # then a number that is not among them has no meaning
+        meanings = {word: number for word, number in meanings.items() if not word.isdigit()}
     return meanings | new

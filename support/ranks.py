@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 # What torchrun says in the environment
 
 # All four, because one or two may be left over in a shell from something else.
-IN_TORCHRUN = all(
-    name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+IN_TORCHRUN = bool(os.environ.get("MASTER_ADDR")) and all(
+    os.environ.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 )
 
 
@@ -39,8 +39,8 @@ def number_from_torchrun(name: str, alone: int) -> int:
     return int(os.environ.get(name, alone)) if IN_TORCHRUN else alone
 
 
-RANK = number_from_torchrun("RANK", 0)  # this process, counted over all machines
 WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
+RANK = number_from_torchrun("RANK", 0) % WORLD  # this process, counted over all machines
 LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)  # this process on this machine
 LOCAL_WORLD = number_from_torchrun("LOCAL_WORLD_SIZE", WORLD)  # ranks on this machine
 FIRST = RANK == 0  # the rank that prints and writes

@@ -632,7 +632,7 @@ MISTAKES = {
         lambda folder: dataset_of(folder, ROW, ROW | {"label": 3}),
         "row 1: label 3 is not 0, 1, 2",
     ),
-    "an empty split": (dataset_of, "train.jsonl is empty"),
+    "an empty split": (dataset_of, "train.jsonl: it is empty"),
 }
 
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+import os
 import random
 
 import datasets
@@ -135,6 +136,7 @@ def put(directory, name: str, rows: list[dict] = (ROW, QUOTED)) -> None:
         ("plain/dev.jsonl", "validation"),
         ("data/train-00000-of-00001.jsonl", "train"),
         ("default/train/0000.jsonl", "train"),
+        ("data/train-00000-of-00001-a09b74b3ef9c3b56.jsonl", "train"),
     ],
 )
 def test_names_of_files_and_folders_say_the_split(tmp_path, name, split):
@@ -335,6 +337,65 @@ def test_columns_of_any_other_name_can_be_said(write):
         load_examples(write(train=[row]), "train", reading=Reading(columns=["a", "b", "z"]))
 
 
+def test_a_file_that_has_changed_is_read_anew_even_at_the_same_time(tmp_path):
+    """Copies keep the time of their original, by which the library's cache would go."""
+    for rows in ([ROW, QUOTED], [QUOTED]):
+        put(tmp_path, "train.jsonl", rows)
+        os.utime(tmp_path / "train.jsonl", (1e9, 1e9))
+        load_splits.cache_clear()
+        assert list(load_examples(str(tmp_path), "train")) == rows
+
+
+def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_path):
+    texts = ["A room."] * 20_000 + ["007", "1.10", "True"] * 5_000
+    lines = [f"{text},{text},1" for text in texts]
+    (tmp_path / "train.csv").write_text("\n".join(["premise,hypothesis,label", *lines]))
+    assert load_examples(str(tmp_path), "train")["hypothesis"][:] == texts
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label\n007,1.10,2\n")
+    load_splits.cache_clear()
+    assert load_examples(str(tmp_path), "train")[0]["premise"] == "007"
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("train.csv", b"premise,hypothesis,label\nYes, he ran.,He ran.,0\n", "Length of header"),
+        ("train.tsv", b"premise\thypothesis\tlabel\na\tb\te\tn\n", "Length of header"),
+        ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
+        ("train.json", b"[]", "holds no rows"),
+        ("train.jsonl", b"null\n", "holds no JSON object"),
+        ("train.jsonl", b"\n\n", "is empty"),
+        ("train.jsonl.gz", gzip.compress(b""), "is empty"),
+        ("train.tsv.gz", gzip.compress(b"a" * 999)[:-12], "cannot read"),
+        ("train.jsonl.gz", b"no gzip", "cannot read"),
+    ],
+)
+def test_files_that_hold_no_rows_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_splits(str(tmp_path))
+    assert str(tmp_path / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_card_that_gives_the_labels_names_is_not_ignored(write, tmp_path):
+    directory = write(train=[ROW])
+    card = "dataset_info:\n  features:\n  - dtype:\n      class_label:\n        names:\n"
+    (tmp_path / "README.md").write_text(f"---\n{card}          '0': contradiction\n---\n")
+    with pytest.raises(ValueError, match=r"README.md gives the labels names: say with --labels"):
+        load_examples(directory, "train")
+    reading = Reading(labels=["contradiction", "entailment", "neutral"])
+    assert load_examples(directory, "train", reading=reading)["label"][:] == [2]
+
+
+def test_a_file_or_nothing_is_no_dataset(write):
+    path = f"{write(train=[ROW])}/train.jsonl"
+    with pytest.raises(ValueError, match="train.jsonl is a file: pass the folder"):
+        load_splits(path)
+    with pytest.raises(ValueError, match="no dataset directory ''"):
+        load_splits("")
+
+
 # -----------------------------------------------------------------------------
 # Files that other tools have written
 
@@ -388,8 +449,10 @@ def check_writer(name: str, frame: pandas.DataFrame, directory) -> None:
     path.parent.mkdir(exist_ok=True)
     WRITERS[name](frame, path)
     rows = load_examples(str(path if name == "disk" else path.parent), "train")
-    for column in ("premise", "hypothesis", "label", "idx"):
+    for column in ("premise", "hypothesis", "label"):
         assert rows[column][:] == frame[column].tolist(), column
+    # A table of texts has no numbers.
+    assert [int(number) for number in rows["idx"][:]] == frame["idx"].tolist()
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -433,7 +496,7 @@ def test_shared_mnli_in_files_of_other_tools_holds_the_same_rows(tmp_path, name)
         ([ROW | {"premise": 5}], "column premise holds int64, not text"),
         ([ROW | {"hypothesis": {"en": "A."}}], "column hypothesis holds {'en': "),
         ([ROW, ROW | {"premise": None}], "row 1: no premise"),
-        ([], "train.jsonl is empty"),
+        ([], "train.jsonl: it is empty"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(write, rows, message):

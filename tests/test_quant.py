@@ -72,9 +72,7 @@ def test_a_checkpoint_that_is_in_nf4_already_is_taken_bit_for_bit(
     phi2.load_weights(mine, tmp_path, "cpu", dtype)
     mine.eval()
     saved = tensors_of(tmp_path)
-    layers = {
-        path: layer for path, layer in mine.named_modules() if isinstance(layer, quant.NF4Linear)
-    }
+    layers = nf4_layers(mine)
     assert len(layers) == 6 * mine.config.num_hidden_layers
     for path, layer in layers.items():
         expected = theirs.get_submodule(path).weight
@@ -91,6 +89,12 @@ def test_a_checkpoint_that_is_in_nf4_already_is_taken_bit_for_bit(
         assert distance(logits(mine, ids), theirs(ids).logits) < bound
 
 
+def nf4_layers(model: nn.Module) -> dict[str, quant.NF4Linear]:
+    return {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, quant.NF4Linear)
+    }
+
+
 def functional():
     import bitsandbytes.functional
 
@@ -104,12 +108,20 @@ def tensors_of(directory) -> dict[str, Tensor]:
     return tensors
 
 
-def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path):
+@pytest.mark.parametrize(
+    "kept, storage",
+    [
+        (["lm_head", "model.layers.1.mlp", "v_proj"], {}),
+        (["lm_head", "_proj"], {}),  # transformers matches the ends of names
+        (["model.layers.0"], {}),  # and then it quantises the head too
+        (["lm_head"], {"bnb_4bit_quant_storage": torch.bfloat16}),
+    ],
+)
+def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path, kept, storage):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    kept = ["lm_head", "model.layers.1.mlp", "v_proj"]
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=kept, **storage
     )
     options = {"dtype": torch.float32, "quantization_config": config}
     theirs = AutoModelForCausalLM.from_pretrained(tiny, **options).train()
@@ -119,6 +131,9 @@ def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path):
         if isinstance(layer, nn.Linear):
             is_nf4 = type(layer).__name__ == "Linear4bit"
             assert isinstance(mine.get_submodule(path), quant.NF4Linear) == is_nf4, path
+    ids = random_ids(mine)
+    with torch.no_grad():
+        assert distance(logits(mine, ids), theirs(ids).logits) < 1e-5
 
 
 def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
@@ -131,8 +146,46 @@ def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
     record = json.loads(bytes(tensors[key].tolist())) | {"blocksize": 128}
     tensors[key] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="weight is in NF4 of another form: .*'blocksize': 128"):
+    with pytest.raises(ValueError, match="is in NF4 of another form: .*'blocksize': 128"):
         evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
+
+
+def lose(tensors, key):
+    del tensors[key]
+
+
+def not_a_number(tensors, key):
+    tensors[key][0] = float("nan")
+
+
+def halve(tensors, key):
+    tensors[key] = tensors[key][: len(tensors[key]) // 2].clone()
+
+
+def no_object(tensors, key):
+    tensors[key] = torch.tensor(list(b"[]"), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("absmax", lose),
+        ("absmax", halve),
+        ("absmax", not_a_number),
+        ("quant_map", halve),
+        ("quant_state.bitsandbytes__nf4", no_object),
+        ("quant_state.bitsandbytes__nf4", halve),
+    ],
+)
+def test_a_damaged_nf4_checkpoint_is_one_line_with_the_tensor(tiny, tmp_path, part, change):
+    reference(tiny, torch.float32, "nf4").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors, f"model.layers.0.mlp.fc1.weight.{part}")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"layers.0.mlp.fc1.weight") as raised:
+        evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
