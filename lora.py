@@ -291,8 +291,8 @@ def matches_pattern(paths: list[str], pattern: str) -> set[str]:
         matched = subprocess.run(command, capture_output=True, check=True, timeout=5, text=True)
     except subprocess.TimeoutExpired:
         raise ValueError(f"target {pattern!r} takes more than 5 seconds to match") from None
-    # OverflowError for a{99999999999}, ValueError for a zero byte.
-    except (re.error, OverflowError, RecursionError, ValueError) as error:
+    # OverflowError for a{99999999999}, ValueError for a zero byte, OSError where it is too long.
+    except (re.error, OverflowError, RecursionError, ValueError, OSError) as error:
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
     return set(matched.stdout.split())
 
@@ -420,7 +420,9 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 def read_adapter_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Returns the tensors, in fp32, and the metadata of a safetensors file."""
     if not file.is_file():
-        raise ValueError(f"{file.parent} is not an adapter: it has no {file.name}")
+        raise ValueError(
+            f"{file.parent} has no {file.name}; PEFT writes one with safe_serialization=True"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}

@@ -546,7 +546,10 @@ def load_weights(
             reason = " ".join(str(error).split())
             raise ValueError(f"{directory}: {key} cannot be loaded: {reason}") from None
         if result.unexpected_keys:
-            raise ValueError(f"{path} takes no {leaf}: load the weights before lora.inject")
+            raise ValueError(
+                f"{path} takes no {leaf}: it has an adapter already, or {directory} is "
+                "quantised otherwise than config.json says"
+            )
         missing.discard(key)
     if missing:
         raise ValueError(

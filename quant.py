@@ -188,9 +188,12 @@ class NF4Linear(nn.Module):
         blocks_and_shape = (record["blocksize"], record.get("nested_blocksize"), record["shape"])
         is_nested = "nested_absmax" in parts
         nested_block = NESTED_BLOCK if is_nested else None
-        is_known = torch.equal(parts["quant_map"].cpu(), LEVELS)
+        has_our_levels = torch.equal(parts["quant_map"].cpu(), LEVELS)
+        if is_nested:
+            table = parts["nested_quant_map"]
+            has_our_levels &= torch.equal(table, nested_code(table.device))
         shape = [self.out_features, self.in_features]
-        if not is_known or blocks_and_shape != (BLOCK, nested_block, shape):
+        if not has_our_levels or blocks_and_shape != (BLOCK, nested_block, shape):
             raise ValueError(f"{prefix}weight is in NF4 of another form: {record}")
 
         self.kept = None

@@ -302,7 +302,7 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
     if args.dataset == "-" or args.premise is not None:
         # These flags are about rows with labels; a typed pair has none.
-        for name in ("out", "compare", "split", "limit"):
+        for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
     # eval.py writes results.json too, under the name that train.py uses.

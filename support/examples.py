@@ -11,9 +11,9 @@ import functools
 import glob
 import gzip
 import io
+import itertools
 import re
 import sys
-import warnings
 import zlib
 from argparse import Namespace
 from hashlib import sha256
@@ -65,13 +65,13 @@ ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
 class Reading(NamedTuple):
     """What the flags say about a dataset that the tables do not."""
 
-    columns: list[str] | None = None  # the names of premise, hypothesis and label
-    labels: list[str] | None = None  # the meanings of 0, 1 and 2, or three VALUE=MEANING
+    columns: tuple[str, ...] = ()  # the names of premise, hypothesis and label
+    labels: tuple[str, ...] = ()  # the meanings of 0, 1 and 2, or three VALUE=MEANING
     validation: float | None = None  # the share of train that is kept for validation
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        return cls(args.columns, args.labels, args.validation)
+        return cls(tuple(args.columns or ()), tuple(args.labels or ()), args.validation)
 
 
 BY_THE_TABLES = Reading()
@@ -93,7 +93,7 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         for split, paths in splits.items():
             check_parts(split, paths)
         if splits:
-            return splits
+            return with_train(splits)
     suffixes = ", ".join(LOADERS | SEPARATORS)
     raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
 
@@ -123,6 +123,12 @@ def split_name(name: str) -> str | None:
             if word in aliases:
                 return "_".join([split, *words[place + 1 :]])
     return None
+
+
+def with_train(splits: dict) -> dict:
+    """Returns the splits, of which train_en, say, is called train where it is the only one."""
+    names = [name for name in splits if name.startswith("train")]
+    return {"train" if [name] == names else name: value for name, value in splits.items()}
 
 
 def check_parts(split: str, paths: list[Path]) -> None:
@@ -155,7 +161,10 @@ def read_files(paths: list[Path]) -> "Dataset":
         differing = sorted(set(part.column_names) ^ set(parts[0].column_names))
         if differing:
             raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
-    return datasets.concatenate_datasets(parts)
+    try:
+        return datasets.concatenate_datasets(parts)
+    except ValueError as error:  # labels that are numbers in one part and words in another
+        raise ValueError(f"{paths[0]} to {paths[-1]} do not fit together: {error}") from None
 
 
 def read_file(path: Path) -> "Dataset":
@@ -179,9 +188,9 @@ def read_file(path: Path) -> "Dataset":
             rows = datasets.load_dataset(
                 LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache)
             )
-    # pyarrow's and pandas' errors are ValueErrors, those of gzip the last two.
+    # pyarrow's errors are ValueErrors, those of gzip the last two.
     except (
-        datasets.exceptions.DatasetGenerationError, ValueError, Warning, OSError,
+        datasets.exceptions.DatasetGenerationError, ValueError, csv.Error, OSError,
         EOFError, zlib.error,
     ) as error:
         # The library says only that reading failed; why is in the error that it came from.
@@ -205,41 +214,41 @@ def read_bytes(path: Path) -> bytes:
 
 
 def read_table(content: bytes, suffix: str) -> "Dataset":
-    """Reads a .csv or .tsv file. All its columns are text: 007 is not 7.
+    """Reads a .csv or .tsv file. All its fields are text: 007 is not 7, and null is a word.
 
-    In a text None, NA and null are words: only an empty field is a missing one.
+    An empty field is a missing one, and so is one at the end of a row that has fewer fields
+    than the header.
     """
     import datasets
-    import pandas
 
-    with warnings.catch_warnings():
-        # Of rows that are longer than the header pandas would only warn.
-        warnings.simplefilter("error", pandas.errors.ParserWarning)
-        frame = pandas.read_csv(
-            io.BytesIO(content),
-            sep=SEPARATORS[suffix],
-            quoting=quoting(content) if suffix == ".tsv" else csv.QUOTE_MINIMAL,
-            dtype=str,
-            keep_default_na=False,
-            na_values=[""],
-            index_col=False,
-        )
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+    text = content.decode()
+    if suffix == ".tsv" and not is_spreadsheets(content):
+        # GLUE's files know no quoting: a quote is a character like any other.
+        lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    else:
+        # strict: a quote that is left open must not take the next rows into its field.
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
+    header, *rows = [line for line in lines if any(line)]
+    for number, row in enumerate(rows):
+        if any(row[len(header) :]):
+            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
+    columns = {}
+    for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
+        columns.setdefault(name, [field or None for field in fields])
+    return datasets.Dataset.from_dict(columns)
 
 
-def quoting(content: bytes) -> int:
-    """Returns how the quotes of a .tsv file are meant, as a number of the csv module.
+def is_spreadsheets(content: bytes) -> bool:
+    """Returns whether the quotes of a .tsv file are a spreadsheet's.
 
-    GLUE's files know no quoting: a quote is a character like any other. A spreadsheet puts
-    a field in quotes where it holds a quote, which is then doubled, a tab or a line end. A
-    file is a spreadsheet's when all its quotes are of that kind and some were needed.
+    A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
+    tab or a line end. So all quotes must be of that kind, and some must have been needed.
     """
     if not ALL_QUOTED.fullmatch(content):
-        return csv.QUOTE_NONE
+        return False
     fields = re.findall(QUOTED, content)
-    needed = any(re.search(rb'""|[\t\n]', field[1:-1]) for field in fields)
     has_quoted_header = content.startswith(b'"')
-    return csv.QUOTE_MINIMAL if needed or has_quoted_header else csv.QUOTE_NONE
+    return has_quoted_header or any(re.search(rb'""|[\t\n]', field[1:-1]) for field in fields)
 
 
 def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
@@ -256,7 +265,7 @@ def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
-    return {split_name(name) or name: rows for name, rows in splits.items()}
+    return with_train({split_name(name) or name: rows for name, rows in splits.items()})
 
 
 # -----------------------------------------------------------------------------
@@ -360,6 +369,7 @@ def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> di
     return counts
 
 
+@functools.cache
 def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", list[int]]:
     """Returns all rows of a split, under our columns' names, and their labels as numbers."""
     splits = load_splits(dataset, reading.validation)
@@ -386,7 +396,7 @@ def is_plain(rows: "Dataset", name: str) -> bool:
     return kind.startswith(("int", "uint")) or kind in TEXT
 
 
-def find_columns(names: list[str], given: list[str] | None, place: str) -> dict[str, str]:
+def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[str, str]:
     """Returns which of the columns `names` are premise, hypothesis and label."""
     if given and len(set(given)) < len(given):
         raise ValueError(f"--columns names one column twice: {' '.join(given)}")
@@ -419,7 +429,7 @@ def check_texts(rows: "Dataset", place: str) -> None:
             raise ValueError(f"{place}, row {texts.index(None)}: no {column}")
 
 
-def read_labels(rows: "Dataset", given: list[str] | None, place: str) -> list[int]:
+def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int]:
     """Returns the labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
 
     Where the file has names for its numbers (`ClassLabel`), the names decide.
@@ -448,11 +458,11 @@ def as_word(label) -> str:
     return str(label).strip().lower().removesuffix(".0")
 
 
-def label_meanings(given: list[str] | None) -> dict[str, int]:
+def label_meanings(given: tuple[str, ...]) -> dict[str, int]:
     """Returns the number of each word that a label may be, those of --labels included."""
     meanings = {word: number for number, words in MEANINGS.items() for word in words}
     new = {}
-    for number, text in enumerate(given or []):
+    for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
         new[as_word(value or number)] = meanings.get(as_word(meaning))
     if given and sorted(new.values(), key=str) != [0, 1, 2]:

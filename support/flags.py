@@ -10,6 +10,8 @@ from pathlib import Path
 
 from support import hub
 
+CONTEXT = 2048  # positions that phi-2 was trained on
+
 # -----------------------------------------------------------------------------
 # What a flag may hold, as types for argparse
 
@@ -30,6 +32,14 @@ def whole_number(text: str, least: int = 0) -> int:
 def count(text: str) -> int:
     """Returns a whole number of at least 1: rows, steps, tokens, a rank."""
     return whole_number(text, least=1)
+
+
+def new_tokens(text: str) -> int:
+    """Returns a whole number from 1 to phi-2's context: there is room for them in the cache."""
+    number = count(text)
+    if number > CONTEXT:
+        raise ArgumentTypeError(f"must be at most {CONTEXT:,}, phi-2's context, not {text}")
+    return number
 
 
 def seed(text: str) -> int:
@@ -297,7 +307,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-new-tokens",
-        type=count,
+        type=new_tokens,
         default=32,
         help="written to each prompt in evaluation (default: 32)",
     )
@@ -347,7 +357,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     # probabilities of the three answers, so that none is unparsed.
     parser.add_argument("--mode", choices=["generate", "score"], default="generate")
     parser.add_argument(
-        "--max-new-tokens", type=count, default=32, help="in mode generate (default: 32)"
+        "--max-new-tokens", type=new_tokens, default=32, help="in mode generate (default: 32)"
     )
     parser.add_argument("--batch-size", type=count, default=64, help="default: 64")
     # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.

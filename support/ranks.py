@@ -100,6 +100,8 @@ def own_device(name: str) -> torch.device:
     # torch's errors for a device that it does not know, find, or have support for.
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if device.type == "meta":
+        raise ValueError("--device meta holds no numbers; scripts/plan.py counts on it")
     return device
 
 

@@ -10,7 +10,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from conftest import ROOT, SHARED, script
+from conftest import ROOT, SHARED, forget_what_was_read, script
 from pyarrow import csv as arrow_csv
 
 from support.examples import (
@@ -195,6 +195,22 @@ def test_parts_with_other_columns_are_named_with_the_column(tmp_path):
         load_splits(str(tmp_path))
 
 
+def test_parts_with_other_labels_are_named(tmp_path):
+    put(tmp_path, "train-00000-of-00002.jsonl", [ROW])
+    put(tmp_path, "train-00001-of-00002.jsonl", [ROW | {"label": "neutral"}])
+    with pytest.raises(ValueError, match="train-00000-of-.* do not fit together: .*label"):
+        load_splits(str(tmp_path))
+
+
+def test_a_train_split_of_one_language_is_train(tmp_path):
+    put(tmp_path, "train_en.jsonl", [ROW])
+    put(tmp_path, "dev_en.jsonl", [QUOTED])
+    assert list(load_splits(str(tmp_path))) == ["validation_en", "train"]
+    put(tmp_path, "train_de.jsonl", [ROW])
+    forget_what_was_read()
+    assert list(load_splits(str(tmp_path))) == ["validation_en", "train_de", "train_en"]
+
+
 def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
     rows = [ROW | {"premise": f"Row {number}."} for number in range(100)]
     directory = write(train=rows)
@@ -204,11 +220,11 @@ def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
     kept = load_examples(directory, "validation", reading=reading)["premise"][:]
     assert (len(train), len(kept)) == (95, 5)
     assert sorted(train + kept) == sorted(row["premise"] for row in rows)
-    load_splits.cache_clear()
+    forget_what_was_read()
     assert load_examples(directory, "validation", reading=reading)["premise"][:] == kept
     # Where there is a validation split, it is taken.
     both = write(train=rows, validation=[ROW])
-    load_splits.cache_clear()
+    forget_what_was_read()
     assert len(load_examples(both, "train", reading=reading)) == 100
 
 
@@ -229,6 +245,19 @@ def test_texts_are_read_as_they_stand(tmp_path):
     pandas.DataFrame(rows).to_csv(tmp_path / "test.tsv", index=False, sep="\t")
     for split in ("train", "validation", "test"):
         assert list(load_examples(str(tmp_path), split)) == rows, split
+
+
+def test_a_carriage_return_within_a_tab_separated_line_is_a_letter(tmp_path):
+    text = "premise\thypothesis\tlabel\r\nA\rB\tC\t1\r\n"
+    (tmp_path / "train.tsv").write_bytes(text.encode())
+    assert load_examples(str(tmp_path), "train")[0]["premise"] == "A\rB"
+
+
+def test_fields_that_a_spreadsheet_left_out_at_the_end_of_a_row_are_missing(tmp_path):
+    text = "premise,hypothesis,label,note\nA,B,0\nC,D,1,\nE,F,2,x,,\n\n"
+    (tmp_path / "train.csv").write_text(text)
+    rows = load_examples(str(tmp_path), "train")
+    assert [list(row.values()) for row in rows] == [["A", "B", 0], ["C", "D", 1], ["E", "F", 2]]
 
 
 def test_a_quote_in_a_tab_separated_file_is_a_letter_unless_all_are_a_spreadsheets(tmp_path):
@@ -305,14 +334,14 @@ def test_two_classes_are_refused_by_name(tmp_path, write):
 )
 def test_labels_of_any_other_meaning_can_be_said(write, given, labels, numbers):
     directory = write(train=[ROW | {"label": label} for label in labels])
-    reading = Reading(labels=given)
+    reading = Reading(labels=tuple(given))
     assert load_examples(directory, "train", reading=reading)["label"][:] == numbers
 
 
 @pytest.mark.parametrize("given", [["e", "n", "n"], ["e", "n", "maybe"], ["e", "n", "x="]])
 def test_labels_that_are_not_the_three_are_refused(write, given):
     with pytest.raises(ValueError, match="must mean each of entailment, neutral, contradiction"):
-        load_examples(write(train=[ROW]), "train", reading=Reading(labels=given))
+        load_examples(write(train=[ROW]), "train", reading=Reading(labels=tuple(given)))
 
 
 @pytest.mark.parametrize(
@@ -331,10 +360,10 @@ def test_columns_under_their_usual_names(write, columns):
 
 def test_columns_of_any_other_name_can_be_said(write):
     row = {"a": "A dog.", "b": "An animal.", "c": 0, "premise": "x", "hypothesis": "y", "label": 2}
-    rows = load_examples(write(train=[row]), "train", reading=Reading(columns=["a", "b", "c"]))
+    rows = load_examples(write(train=[row]), "train", reading=Reading(columns=("a", "b", "c")))
     assert list(rows) == [{"premise": "A dog.", "hypothesis": "An animal.", "label": 0}]
     with pytest.raises(ValueError, match="no column z; there are a, b, c, premise"):
-        load_examples(write(train=[row]), "train", reading=Reading(columns=["a", "b", "z"]))
+        load_examples(write(train=[row]), "train", reading=Reading(columns=("a", "b", "z")))
 
 
 def test_a_file_that_has_changed_is_read_anew_even_at_the_same_time(tmp_path):
@@ -342,7 +371,7 @@ def test_a_file_that_has_changed_is_read_anew_even_at_the_same_time(tmp_path):
     for rows in ([ROW, QUOTED], [QUOTED]):
         put(tmp_path, "train.jsonl", rows)
         os.utime(tmp_path / "train.jsonl", (1e9, 1e9))
-        load_splits.cache_clear()
+        forget_what_was_read()
         assert list(load_examples(str(tmp_path), "train")) == rows
 
 
@@ -352,7 +381,7 @@ def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_pat
     (tmp_path / "train.csv").write_text("\n".join(["premise,hypothesis,label", *lines]))
     assert load_examples(str(tmp_path), "train")["hypothesis"][:] == texts
     (tmp_path / "train.csv").write_text("premise,hypothesis,label\n007,1.10,2\n")
-    load_splits.cache_clear()
+    forget_what_was_read()
     assert load_examples(str(tmp_path), "train")[0]["premise"] == "007"
 
 
@@ -360,8 +389,10 @@ def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_pat
     "name, content, message",
     [
         # (mtime=0: the time of day would make another test of it in each process.)
-        ("train.csv", b"premise,hypothesis,label\nYes, he ran.,He ran.,0\n", "Length of header"),
-        ("train.tsv", b"premise\thypothesis\tlabel\na\tb\te\tn\n", "Length of header"),
+        ("train.csv", b"premise,hypothesis,label\nYes, he ran.,He ran.,0\n", "row 0 has 4 fields"),
+        ("train.tsv", b"premise\thypothesis\tlabel\na\tb\te\tn\n", "row 0 has 4 fields"),
+        # A quote that is left open would take the next row into its field.
+        ("train.csv", b'premise,hypothesis,label\n"A,b,0\nC,"d",1\n', "',' expected after"),
         ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
         ("train.json", b"[]", "holds no rows"),
         ("train.jsonl", b"null\n", "holds no JSON object"),
@@ -385,7 +416,7 @@ def test_a_card_that_gives_the_labels_names_is_not_ignored(write, tmp_path):
     (tmp_path / "README.md").write_text(f"---\n{card}          '0': contradiction\n---\n")
     with pytest.raises(ValueError, match=r"README.md gives the labels names: say with --labels"):
         load_examples(directory, "train")
-    reading = Reading(labels=["contradiction", "entailment", "neutral"])
+    reading = Reading(labels=("contradiction", "entailment", "neutral"))
     assert load_examples(directory, "train", reading=reading)["label"][:] == [2]
 
 

@@ -126,21 +126,26 @@ def test_an_adapter_saved_here_loads_in_peft(tiny, tmp_path, quantization):
         assert distance(logits(mine, ids), theirs(ids).logits) < TOLERANCE
 
 
+def save_with_peft(tiny, directory, **options):
+    """Returns transformers' model in PEFT's adapters, A and B random, and saves them."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **options)
+    theirs = get_peft_model(reference(tiny, torch.float32), config)
+    with torch.no_grad():
+        for parameter in peft_tensors(theirs).values():
+            parameter.normal_(std=0.1)
+    theirs.save_pretrained(directory)
+    return theirs
+
+
 @pytest.mark.parametrize(
     "targets",
     [["q_proj", "v_proj"], "all-linear", r".*\.(q_proj|fc1)"],
     ids=["list", "all-linear", "regex"],
 )
 def test_an_adapter_of_peft_loads_here(tiny, tmp_path, targets):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
-    theirs = get_peft_model(reference(tiny, torch.float32), config)
-    with torch.no_grad():
-        for parameter in peft_tensors(theirs).values():
-            parameter.normal_(std=0.3)
-    theirs.save_pretrained(tmp_path)
-
+    theirs = save_with_peft(tiny, tmp_path, target_modules=targets)
     mine = ours(tiny, torch.float32)
     loaded = lora.load_adapter(mine, tmp_path)
     assert loaded.rank == 4
@@ -177,14 +182,7 @@ UNSLOTH = (
 )
 @pytest.mark.filterwarnings("ignore")  # PEFT says that it ignores fan_in_fan_out
 def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **options)
-    theirs = get_peft_model(reference(tiny, torch.float32), config)
-    with torch.no_grad():
-        for parameter in peft_tensors(theirs).values():
-            parameter.normal_(std=0.3)
-    theirs.save_pretrained(tmp_path)
+    theirs = save_with_peft(tiny, tmp_path, **options)
     write_config(tmp_path, read_config(tmp_path) | options)  # as it was typed
 
     mine = ours(tiny, torch.float32)
@@ -203,12 +201,7 @@ def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_what_has_an_effect_there_and_none_here_is_refused(tiny, tmp_path, options, message):
-    from peft import LoraConfig, get_peft_model
-
-    options = {"target_modules": ["q_proj", "v_proj"]} | options
-    config = LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **options)
-    theirs = get_peft_model(reference(tiny, torch.float32), config)
-    theirs.save_pretrained(tmp_path)
+    save_with_peft(tiny, tmp_path, **{"target_modules": ["q_proj", "v_proj"]} | options)
     with pytest.raises(ValueError, match=message):
         lora.load_adapter(ours(tiny, torch.float32), tmp_path)
 
@@ -296,6 +289,50 @@ def test_a_fingerprint_is_compared_where_adapter_and_user_have_one(tiny, saved):
 
 # -----------------------------------------------------------------------------
 # What would leave a user with another model than the trained one is an error that names it
+# What each version of PEFT has added to adapter_config.json, at its default.
+ADDED_BY_PEFT = {
+    "0.3": {"bias": "none", "fan_in_fan_out": False, "init_lora_weights": True}
+    | {"inference_mode": True, "modules_to_save": None},
+    "0.4": {"layers_pattern": None, "layers_to_transform": None, "revision": None},
+    "0.5": {"auto_mapping": None},
+    "0.6": {"alpha_pattern": {}, "rank_pattern": {}},
+    "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"},
+    "0.8": {"use_rslora": False},
+    "0.9": {"use_dora": False},
+    "0.10": {"layer_replication": None},
+    "0.14": {"eva_config": None, "exclude_modules": None, "lora_bias": False},
+    "0.15": {"corda_config": None, "trainable_token_indices": None},
+    "0.17": {"qalora_group_size": 16, "target_parameters": None, "use_qalora": False},
+    "0.18": {"alora_invocation_tokens": None, "arrow_config": None, "ensure_weight_tying": False}
+    | {"peft_version": "0.18.0"},
+}
+# The targets of adapters of phi on the Hub, where many name layers that phi has not.
+TARGETS_ON_THE_HUB = [
+    ["q_proj", "v_proj"],
+    ["q_proj", "k_proj", "v_proj", "o_proj"],
+    ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
+    ["fc1", "fc2", "Wqkv", "out_proj"],
+    ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+]
+
+
+@pytest.mark.parametrize("version", ADDED_BY_PEFT)
+def test_an_adapter_of_every_version_of_peft_loads_here(tiny, tmp_path, version):
+    number = list(ADDED_BY_PEFT).index(version)
+    targets = TARGETS_ON_THE_HUB[number % len(TARGETS_ON_THE_HUB)]
+    theirs = save_with_peft(tiny, tmp_path, target_modules=targets)
+    raw = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 12}
+    raw |= {"lora_dropout": 0.05, "target_modules": targets, "base_model_name_or_path": PHI_2}
+    for added in list(ADDED_BY_PEFT.values())[: number + 1]:
+        raw |= added
+    write_config(tmp_path, raw)
+
+    mine = ours(tiny, torch.float32)
+    lora.load_adapter(mine, tmp_path)
+    ids = random_ids(mine)
+    theirs.eval()
+    with torch.no_grad():
+        assert distance(logits(mine, ids), theirs(ids).logits) < TOLERANCE
 
 
 @pytest.fixture(scope="module")
@@ -423,7 +460,7 @@ def test_a_folder_without_an_adapter_is_one_line(tiny, saved):
     with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or cut short"):
         lora.load_adapter(ours(tiny, torch.float32), saved)
     (saved / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="is not an adapter: it has no adapter_model.safetensors"):
+    with pytest.raises(ValueError, match="has no adapter_model.safetensors; PEFT writes one"):
         lora.load_adapter(ours(tiny, torch.float32), saved)
     (saved / "adapter_config.json").unlink()
     with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):

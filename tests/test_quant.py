@@ -173,12 +173,15 @@ def no_object(tensors, key):
         ("absmax", halve),
         ("absmax", not_a_number),
         ("quant_map", halve),
+        ("nested_absmax", lose),
+        ("nested_quant_map", halve),
         ("quant_state.bitsandbytes__nf4", no_object),
         ("quant_state.bitsandbytes__nf4", halve),
     ],
 )
 def test_a_damaged_nf4_checkpoint_is_one_line_with_the_tensor(tiny, tmp_path, part, change):
-    reference(tiny, torch.float32, "nf4").save_pretrained(tmp_path)
+    nested = part.startswith("nested")
+    reference(tiny, torch.float32, "nf4", double_quant=nested).save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     change(tensors, f"model.layers.0.mlp.fc1.weight.{part}")

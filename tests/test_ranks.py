@@ -267,6 +267,11 @@ def test_several_ranks_do_not_share_one_gpu(monkeypatch):
         ranks.own_device("cuda:1")
 
 
+def test_a_device_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="--device meta holds no numbers"):
+        ranks.own_device("meta")
+
+
 @pytest.fixture
 def touched(monkeypatch) -> list[str]:
     """What own_device does on a machine with GPUs, in its order."""

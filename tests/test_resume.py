@@ -15,14 +15,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, full_disk, in_process, read_json, script, start_script
+from conftest import (
+    ROOT,
+    forget_what_was_read,
+    full_disk,
+    in_process,
+    read_json,
+    script,
+    start_script,
+)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
 import train
 from support import files, resume
-from support.examples import load_examples, load_splits
+from support.examples import load_examples
 
 KILLS = int(os.environ.get("KILLS", 5))  # make torture: 25
 STEPS = max(18, 3 * KILLS)  # so that each kill can come at a later step
@@ -385,10 +393,10 @@ def test_a_run_that_ended_before_its_first_step_starts_anew(whole, tmp_path):
 @pytest.fixture
 def project(tmp_path) -> Iterator[Path]:
     """A folder in which tiny/model and tiny/data are copies that a test may change."""
-    load_splits.cache_clear()  # it knows tiny/data by this name, not by the folder
+    forget_what_was_read()  # it knows tiny/data by this name, not by the folder
     shutil.copytree(ROOT / "tiny", tmp_path / "project" / "tiny")
     yield tmp_path / "project"
-    load_splits.cache_clear()
+    forget_what_was_read()
 
 
 def lose_rows(project: Path) -> None:
