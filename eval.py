@@ -32,7 +32,7 @@ import data
 import lora
 import phi2
 import quant
-from support import examples, files, metrics, pairs, ranks
+from support import examples, files, machine, metrics, pairs, ranks
 from support.fingerprint import fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -66,18 +66,21 @@ def load_model(
     dtype: str,
     device: str | torch.device,
     double_quant: bool = False,
-    keep: bool = False,
+    keep: bool | None = False,
 ) -> phi2.Phi2:
     """Loads the base. This is the project in four lines; the fourth is lora.inject(model, config).
 
     The order matters: an empty layer is replaced by an empty quantised one, weights
     quantise when they arrive, and adapters are put around layers that have their weights.
-    `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
+    `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
+    are stored beside the indices; None: where a GPU has four times the room that they take.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
     phi2.load_weights(model, directory, device, DTYPES[dtype])
+    if keep is None:  # with as much again for what a step needs, and all that twice over
+        keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
     if keep:
         quant.keep_dequantized(model)
     return model.eval()

@@ -17,10 +17,12 @@ softmax(q k^T / sqrt(D)) v under a causal mask, and `packed.select_asking(x)` is
 """
 
 import copy
+import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -34,8 +36,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 from tqdm import tqdm
+
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass
@@ -55,6 +60,27 @@ class Phi2Config:
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a function of several element-wise steps as one kernel, where it runs on a GPU.
+
+    Each step alone would read and write all of its tensors. torch.compile writes the kernel
+    at the first call, which takes seconds, and once for all numbers of tokens. It needs
+    Triton, which torch brings with it for CUDA on Linux.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        return torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor) -> Tensor:
+        if tensors[0].is_cuda and HAS_TRITON:
+            return compiled()(*tensors)
+        return function(*tensors)
+
+    return run
 
 
 # -----------------------------------------------------------------------------
@@ -77,14 +103,30 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
-
-    The dimensions after the first R pass through.
-    """
+@fused
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+class Rotate(torch.autograd.Function):
+    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
+
+    The dimensions after the first R pass through. Backward turns the gradient back, by the
+    same angles: the inverse of a rotation is its transpose. So x need not be stored.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return turn(grad, cos, -sin), None, None
 
 
 class Attention(nn.Module):
@@ -111,8 +153,8 @@ class Attention(nn.Module):
         v = self.split_heads(self.v_proj(h))
 
         # Turned by its position each, the product of q and k depends on their distance alone.
-        q = rotate(q, packed.select_asking(cos), packed.select_asking(sin))
-        k = rotate(k, cos, sin)
+        q = Rotate.apply(q, packed.select_asking(cos), packed.select_asking(sin))
+        k = Rotate.apply(k, cos, sin)
 
         # The one place where tokens see one another.
         attended = packed.attend(self.layer, q, k, v)
@@ -131,6 +173,12 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+@fused
+def add(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
+    # In bf16 the last bit depends on the order of this sum. It is transformers'.
+    return attended + transformed + x
+
+
 class Block(nn.Module):
     """phi's parallel block, x + attention(h) + mlp(h): both branches read the same LayerNorm."""
 
@@ -146,8 +194,7 @@ class Block(nn.Module):
         attended = self.resid_dropout(self.self_attn(h, cos, sin, packed))
         x = packed.select_asking(x)
         h = packed.select_asking(h)
-        # In bf16 the last bit depends on the order of this sum. It is transformers'.
-        return attended + self.resid_dropout(self.mlp(h)) + x
+        return add(attended, self.resid_dropout(self.mlp(h)), x)
 
 
 class PhiModel(nn.Module):
@@ -216,29 +263,67 @@ PART = 8  # rows that attention takes at once on a CPU
 
 
 class Grid:
-    """Places for rows of different lengths side by side: (N, H, D) <-> (B, H, width, D).
+    """Places for rows of different lengths side by side, each behind the same prefix.
 
-    Row b fills the first lengths[b] places of line b. The places behind it hold zeros.
+    A grid is (B, P + width, H, D). In line b the first P places are the prefix, the next
+    lengths[b] those of row b, and the places behind them hold zeros.
     """
 
-    def __init__(self, lengths: list[int], width: int, device: torch.device):
-        self.shape = (len(lengths), width)
-        self.is_full = all(length == width for length in lengths)
+    def __init__(self, lengths: list[int], width: int, prefix_length: int, device: torch.device):
+        self.prefix_length = prefix_length
+        self.shape = (len(lengths), prefix_length + width)
+        self.is_full = not prefix_length and all(length == width for length in lengths)
         # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
         is_filled = torch.arange(width) < torch.tensor(lengths)[:, None]
+        is_filled = F.pad(is_filled, (prefix_length, 0))
         self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(N, H, D) -> (B, H, width, D)."""
-        if not self.is_full:
-            empty = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-            x = empty.index_copy(0, self.places, x)
-        return x.unflatten(0, self.shape).transpose(1, 2)
+    def put(self, x: Tensor, prefix: Tensor) -> Tensor:
+        """Returns the grid of the rows' x (N, H, D) and the prefix (P, H, D)."""
+        if self.is_full:
+            return x.unflatten(0, self.shape)
+        grid = x.new_zeros(*self.shape, *x.shape[1:])
+        grid[:, : self.prefix_length] = prefix
+        grid.flatten(0, 1).index_copy_(0, self.places, x)
+        return grid
 
-    def collect(self, x: Tensor) -> Tensor:
-        """(B, H, width, D) -> (N, H, D)."""
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x if self.is_full else x.index_select(0, self.places)
+    def take(self, grid: Tensor) -> Tensor:
+        """Returns what `put` has put there for the rows, (N, H, D)."""
+        flat = grid.flatten(0, 1)
+        return flat if self.is_full else flat.index_select(0, self.places)
+
+
+class Put(torch.autograd.Function):
+    """Computes grid.put(x, prefix). Backward takes the gradient out of the same places.
+
+    The prefix stands in every line, so its gradient is the sum over them.
+    """
+
+    @staticmethod
+    def forward(ctx, grid: Grid, x: Tensor, prefix: Tensor) -> Tensor:
+        ctx.grid = grid
+        return grid.put(x, prefix)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
+        length = ctx.grid.prefix_length
+        of_prefix = grad[:, :length].sum(dim=0) if length else None
+        return None, ctx.grid.take(grad), of_prefix
+
+
+class Take(torch.autograd.Function):
+    """Computes grid.take(y) of a grid without a prefix. Backward puts the gradient back."""
+
+    @staticmethod
+    def forward(ctx, grid: Grid, y: Tensor) -> Tensor:
+        ctx.grid = grid
+        return grid.take(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
+        return None, ctx.grid.put(grad, grad[:0])
 
 
 class PackedRows:
@@ -263,7 +348,7 @@ class PackedRows:
     A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
     last block only those whose logits are wanted; the others give keys and values alone.
 
-    Only for attention are the rows spread into a grid (B, longest). Nobody sees the empty
+    Only for attention are the rows put into a grid (B, longest). Nobody sees the empty
     places behind a short row, because they come after all of its tokens.
 
     For generation, `room` is the number of tokens that may be added to each row. The keys
@@ -272,11 +357,11 @@ class PackedRows:
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
         filled: tokens of each row so far, those of earlier calls included.
-        width: places for keys and values in each row, longest + room.
-        key_grid: spreads the rows' keys and values over (B, width).
-        query_grid: spreads the rows' asking tokens over (B, longest of them).
-        mask: (B or 1, 1, asking tokens of a row, prefix_length + width), 0 where a query
-            sees a key and -inf where not.
+        seen: places for keys and values that a query can see, prefix_length + longest + room.
+        key_grid: the prefix, and the rows' keys or values behind it, (B, seen).
+        query_grid: the rows' asking tokens, (B, longest of them).
+        mask: (B or 1, 1, asking tokens of a row, seen), 0 where a query sees a key and -inf
+            where not. None on a GPU where all tokens ask: its kernels know that form.
         prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
         prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
@@ -284,7 +369,7 @@ class PackedRows:
         parts: on a CPU, the same rows a few at a time. Each part has a grid as wide as its
             own longest row. Where rows come sorted by length, as in training and
             evaluation, most of the padding is gone.
-        lines, columns: (B,) where the new token of each row is written into the cache.
+        newest: (B * H,) where each head of each row's new token is written into the cache.
     """
 
     def __init__(
@@ -304,17 +389,20 @@ class PackedRows:
         self.room = room
         self.positions = positions.to(device, non_blocking=True)
         self.filled = lengths
-        self.width = longest + room
-        self.key_grid = Grid(lengths, self.width, device)
-        self.query_grid = Grid(lengths, longest, device)
-        # Every row has the same columns, so one mask serves all.
-        self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
+        width = longest + room
+        if room:  # an attention kernel of a GPU would copy a mask that is no multiple of 16
+            width += -(prefix_length + width) % 16
+        self.seen = prefix_length + width
+        self.key_grid = Grid(lengths, width, prefix_length, device)
+        self.query_grid = Grid(lengths, longest, 0, device)
+        self.mask = None
+        if device.type != "cuda":  # every row has the same columns, so one mask serves all
+            self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
         self.prefix_is_new = prefix_length > 0
         self.prefix_asks = prefix_length > 0
         self.asking_tokens = None
         self.cache = {}
-        self.lines = None
-        self.columns = None
+        self.newest = None
         self.parts = []
         if device.type == "cpu" and len(lengths) > PART:
             for start in range(0, len(lengths), PART):
@@ -324,10 +412,9 @@ class PackedRows:
 
     def causal_mask(self, columns: Tensor) -> Tensor:
         """Returns the mask of queries at these columns (B or 1, A) of their rows."""
-        key_columns = torch.arange(self.width, device=columns.device)
-        is_later = key_columns > columns[:, None, :, None]
-        mask = torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
-        return F.pad(mask, (self.prefix_length, 0))  # everybody sees the whole prefix
+        places = torch.arange(self.seen, device=columns.device)
+        is_later = places > self.prefix_length + columns[:, None, :, None]
+        return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
 
     def select_asking(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that ask, (A, ...)."""
@@ -349,7 +436,7 @@ class PackedRows:
 
         narrowed = copy.copy(self)
         narrowed.asking_tokens = tokens.to(device, non_blocking=True)
-        narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
+        narrowed.query_grid = Grid([count] * len(self.lengths), count, 0, device)
         narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
         narrowed.prefix_asks = False
         narrowed.parts = [part.only_last(count) for part in self.parts]
@@ -367,54 +454,68 @@ class PackedRows:
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
 
         # The rows look at the prefix and at their own tokens, the prefix at itself alone.
-        if self.room or not self.parts:
-            known_k = self.all_known((layer, "k"), k, prefix_k)
-            known_v = self.all_known((layer, "v"), v, prefix_v)
+        if self.room:
+            known_k = self.remember((layer, "k"), k, prefix_k)
+            known_v = self.remember((layer, "v"), v, prefix_v)
         if self.parts:
             y = self.attend_in_parts(q, k, v, prefix_k, prefix_v)
+        elif self.room:
+            y = self.look(q, known_k, known_v)
         else:
-            y = attention(self.query_grid.spread(q), known_k, known_v, self.mask)
-            y = self.query_grid.collect(y)
+            y = self.attend_rows(q, k, v, prefix_k, prefix_v)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
 
     def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor, Tensor]:
         """Splits x (N or A, H, D) into that of the prefix, which may be empty, and of the rows."""
-        length = self.prefix_length if has_prefix else 0
-        return x.split((length, len(x) - length))
+        if not has_prefix:
+            return x[:0], x
+        return x.split((self.prefix_length, len(x) - self.prefix_length))
 
-    def all_known(self, name: tuple[int, str], x: Tensor, prefix: Tensor) -> Tensor:
-        """Returns the keys, or the values, that the rows see in a layer, (B, H, P + width, D).
+    def attend_rows(
+        self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
+    ) -> Tensor:
+        """Does for the rows alone what `attend` does for them and the prefix."""
+        known_k = Put.apply(self.key_grid, k, prefix_k)
+        known_v = Put.apply(self.key_grid, v, prefix_v)
+        return self.look(q, known_k, known_v)
 
-        x (N, H, D) are those of this call's rows, `prefix` (P, H, D) those of the prefix.
-        Where there is room they are kept under their name, and later calls write theirs
-        into the empty places.
+    def look(self, q: Tensor, known_k: Tensor, known_v: Tensor) -> Tensor:
+        """Lets the rows' q (A, H, D) look at grids of keys and values: (A, H, D)."""
+        queries = Put.apply(self.query_grid, q, q[:0])
+        if self.mask is None:
+            seen = self.prefix_length + queries.shape[1]  # without the room behind
+            known_k = known_k[:, :seen]
+            known_v = known_v[:, :seen]
+        elif q.device.type != "cpu":
+            self.mask = self.mask.to(q.dtype)  # as its kernels want it, once for all layers
+        y = attention(queries, known_k, known_v, self.mask)
+        return Take.apply(self.query_grid, y)
+
+    def remember(self, name: tuple[int, str], x: Tensor, prefix: Tensor) -> Tensor:
+        """Returns the keys, or the values, that the rows see in a layer, (B, seen, H, D).
+
+        x (N, H, D) are those of this call's rows. They are kept under their name, and later
+        calls write theirs into the empty places: nothing here has a gradient. In memory each
+        head's keys stand together, (B, H, seen, D), because one query at a time reads them.
         """
         if name in self.cache:
-            # One new token in each row. It is written in place: nothing here has a gradient.
-            known = self.cache[name]
-            known[self.lines, :, self.columns] = x
-            return known
-        known = self.key_grid.spread(x)
-        if len(prefix):
-            # A copy for each row: small beside the scores, (A, P + S) for each head.
-            for_each_row = prefix.transpose(0, 1).expand(len(known), -1, -1, -1)
-            known = torch.cat((for_each_row, known), dim=2)
-        if self.room:
-            self.cache[name] = known
-        return known
+            places = self.cache[name].flatten(0, 2)  # a view, (B * H * seen, D)
+            places.index_copy_(0, self.newest, x.flatten(0, 1))
+        else:
+            self.cache[name] = self.key_grid.put(x, prefix).transpose(1, 2).contiguous()
+        return self.cache[name].transpose(1, 2)
 
     def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
-        """Does for a few rows at a time what `attend` does. `prefix` are its keys and values."""
+        """Does for a few rows at a time what `attend_rows` does. `prefix` are its k and v."""
         rows_k = k.split([len(part.key_grid.places) for part in self.parts])
         rows_v = v.split([len(part.key_grid.places) for part in self.parts])
         rows_q = q.split([len(part.query_grid.places) for part in self.parts])
-        results = []
-        for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v):
-            part_k = torch.cat((prefix[0], part_k))
-            part_v = torch.cat((prefix[1], part_v))
-            results.append(part.attend(0, part_q, part_k, part_v))
+        results = [
+            part.attend_rows(part_q, part_k, part_v, *prefix)
+            for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v)
+        ]
         return torch.cat(results)
 
     def advance(self, going_on: list[int]) -> "PackedRows":
@@ -430,11 +531,12 @@ class PackedRows:
         following = copy.copy(self)
         following.lengths = [1] * len(going_on)
         following.filled = [column + 1 for column in columns]
-        following.lines = torch.arange(len(going_on), device=device)
-        following.columns = torch.tensor(places, device=device)
-        following.positions = following.columns
-        following.query_grid = Grid(following.lengths, 1, device)
-        following.mask = self.causal_mask(following.columns[:, None] - self.prefix_length)
+        following.positions = torch.tensor(places, device=device)
+        heads = self.cache[0, "k"].shape[1]
+        lines = torch.arange(len(going_on) * heads, device=device)  # of `seen` places each
+        following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
+        following.query_grid = Grid(following.lengths, 1, 0, device)
+        following.mask = self.causal_mask(torch.tensor(columns, device=device)[:, None])
         following.prefix_is_new = False
         following.prefix_asks = False
         following.parts = []  # each row has one token now
@@ -444,19 +546,25 @@ class PackedRows:
         return following
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D) + mask) v, (B, H, A, D).
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Returns softmax(q k^T / sqrt(D) + mask) v, (B, A, H, D).
 
-    q is (B, H, A, D), for A tokens that ask in each row, k and v are (B, H, S, D). mask is
-    (B or 1, 1, A, S).
+    q is (B, A, H, D), for A tokens that ask in each row, k and v are (B, S, H, D). mask is
+    (B or 1, 1, A, S). Without one the last query sees all keys, and each query before it
+    one key less: a GPU's kernels know this form, and need no mask in memory.
     """
+    q = q.transpose(1, 2)  # (B, H, A, D)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+        if mask is None:
+            mask = causal_lower_right(q.shape[2], k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these two
-    # products and a softmax. The scores are in fp32, as within the kernel.
+    # products and a softmax. All is in fp32, as within the kernel.
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
-    return weights.to(v.dtype) @ v
+    return (weights @ v.float()).to(v.dtype).transpose(1, 2)
 
 
 def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -306,6 +306,12 @@ def keep_dequantized(model: nn.Module) -> None:
             module.kept = module.dequantize()
 
 
+def dequantized_size(model: nn.Module) -> int:
+    """Returns how many bytes `keep_dequantized` takes."""
+    layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+    return sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers)
+
+
 def replace(
     model: nn.Module,
     kind: type[nn.Module],

@@ -154,9 +154,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--keep-dequantized",
-        action="store_true",
-        help="hold NF4's values in --dtype beside the codes: "
-        "the same bits, faster, more memory (phi-2: 5 GB)",
+        action=BooleanOptionalAction,
+        help="hold NF4's values in --dtype beside the codes: the same bits, faster, more "
+        "memory (phi-2: 5 GB; default: on a GPU with four times that left)",
     )
     # What the arithmetic is done in: fp32 for comparisons to the last digit.
     group.add_argument(

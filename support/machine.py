@@ -111,6 +111,17 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     return int(peak[1]) * 1024 if peak else None
 
 
+def free_memory(device: str | torch.device) -> int:
+    """Returns how many bytes a GPU has left. Of a CPU's nothing is promised: 0."""
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free
+
+
 def peak_of_gpu(device: torch.device, reset: bool) -> int:
     """Returns the most bytes of a GPU so far, as `peak_memory` does."""
     import torch

@@ -95,6 +95,8 @@ def own_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
+        # cuDNN's attention makes a plan for each shape, and nearly every batch has another.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         # A device that is not there shows here, and not after the model is read.
         torch.empty(0, device=device)
     # torch's errors for a device that it does not know, find, or have support for.

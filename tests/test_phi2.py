@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import (
     ROOT,
     SHARED,
@@ -162,12 +163,37 @@ def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_leng
     torch.manual_seed(0)
     lengths = [3, 7, 5]
     rows = phi2.PackedRows(lengths, prefix_length)
-    q = torch.randn(3, 2, 7, 8)  # three rows, two heads, seven places, eight dimensions
-    k, v = torch.randn(2, 3, 2, prefix_length + 7, 8)
+    q = torch.randn(3, 7, 2, 8)  # three rows, seven places, two heads, eight dimensions
+    k, v = torch.randn(2, 3, prefix_length + 7, 2, 8)
     written_out = phi2.attention(q, k, v, rows.mask)
     fused = phi2.attention(q.as_subclass(OnGpu), k, v, rows.mask).as_subclass(Tensor)
+    # What a GPU gets instead of a mask. On a CPU torch makes a mask of it.
+    form = phi2.causal_lower_right(7, prefix_length + 7)
+    by_form = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=form
+    ).transpose(1, 2)
     for row, length in enumerate(lengths):  # nobody reads what stands behind a row
-        assert distance(fused[row, :, :length], written_out[row, :, :length]) < 1e-6  # one layer
+        for result in (fused, by_form):
+            assert distance(result[row, :length], written_out[row, :length]) < 1e-6  # one layer
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs g++")
+def test_what_a_gpu_runs_as_one_kernel_is_what_is_written_here():
+    """Both functions compile as a whole, once for all numbers of tokens."""
+    torch.manual_seed(0)
+    turn = torch.compile(phi2.turn.__wrapped__, dynamic=True, fullgraph=True)
+    add = torch.compile(phi2.add.__wrapped__, dynamic=True, fullgraph=True)
+
+    def check(tokens: int) -> None:
+        x = torch.randn(tokens, 4, 10)
+        cos, sin = torch.randn(2, tokens, 1, 3)
+        assert distance(turn(x, cos, sin), phi2.turn(x, cos, sin)) < 1e-6
+        branches = torch.randn(3, tokens, 16)
+        assert distance(add(*branches), phi2.add(*branches)) < 1e-6
+
+    check(7)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        check(12)
 
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
