@@ -120,7 +120,7 @@ def generate(
     #    The head runs on each prompt's last token alone.
     ids, lengths = data.pack(prompts, len(prefix))
     packed = phi2.PackedRows(lengths, len(prefix), device, room=max_new_tokens)
-    first_logits = model(ids.to(device), packed, last=1)
+    first_logits = model(ids.to(device, non_blocking=True), packed, last=1)
 
     completions = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt's number of each row still in the batch
@@ -143,8 +143,8 @@ def generate(
 
         # 4. Run the new token of each through the model.
         packed = packed.advance(going_on)
-        newest = torch.tensor([completions[number][-1] for number in active], device=device)
-        logits = model(newest, packed)
+        newest = torch.tensor([completions[number][-1] for number in active])
+        logits = model(newest.to(device, non_blocking=True), packed)
 
 
 def complete(
@@ -178,7 +178,8 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
     prefix, answers, _ = data.fixed_ids(tokenizer)
     device = model.lm_head.weight.device
     ids, lengths = data.pack(prompts, len(prefix))
-    logits = model(ids.to(device), phi2.PackedRows(lengths, len(prefix), device), last=1)
+    packed = phi2.PackedRows(lengths, len(prefix), device)
+    logits = model(ids.to(device, non_blocking=True), packed, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(logits, answers)

@@ -103,11 +103,20 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-@fused
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+
+@fused
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turn_pairs(x, cos, sin)
+
+
+@fused
+def turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return turn_pairs(grad, cos, -sin)
 
 
 class Rotate(torch.autograd.Function):
@@ -126,7 +135,7 @@ class Rotate(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turn(grad, cos, -sin), None, None
+        return turn_back(grad, cos, sin), None, None
 
 
 class Attention(nn.Module):
@@ -531,17 +540,17 @@ class PackedRows:
         following = copy.copy(self)
         following.lengths = [1] * len(going_on)
         following.filled = [column + 1 for column in columns]
-        following.positions = torch.tensor(places, device=device)
+        following.positions = torch.tensor(places).to(device, non_blocking=True)
         heads = self.cache[0, "k"].shape[1]
         lines = torch.arange(len(going_on) * heads, device=device)  # of `seen` places each
         following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
         following.query_grid = Grid(following.lengths, 1, 0, device)
-        following.mask = self.causal_mask(torch.tensor(columns, device=device)[:, None])
+        following.mask = self.causal_mask(following.positions[:, None] - self.prefix_length)
         following.prefix_is_new = False
         following.prefix_asks = False
         following.parts = []  # each row has one token now
         if len(going_on) < len(self.filled):
-            kept = torch.tensor(going_on, device=device)
+            kept = torch.tensor(going_on).to(device, non_blocking=True)
             following.cache = {name: known[kept] for name, known in self.cache.items()}
         return following
 
@@ -671,7 +680,7 @@ def is_finite(tensor: Tensor) -> bool:
     # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
     # tensor.isfinite() this makes no tensor of the same size.
     low, high = tensor.aminmax()
-    return bool(low.isfinite() and high.isfinite())
+    return bool(low.isfinite() & high.isfinite())
 
 
 def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:

@@ -1,0 +1,592 @@
+"""Counts what a GPU would do, on a machine without one: launches, waits, bytes, FLOPs, memory.
+
+    python -m scripts.count train.py --model tiny/model --dataset tiny/data --steps 3
+    python -m scripts.bench --count                    # phi-2 at full size, beside the reference
+
+Tensors on the GPU are fake: they have a shape, a type and a device, and no content. Every operation
+on one is noted. So a script runs to its end, an operation on tensors of two devices is an error as
+on a GPU, and what would wait for the GPU shows. It needs a torch without CUDA, and g++ for
+fake_gpu.cpp.
+
+The milliseconds are a model, not a measurement. An operation takes the longest of its arithmetic at
+three quarters of the peak, its bytes at the bandwidth, and 2 microseconds for each launch; the CPU
+takes 4 microseconds to give a launch. What is read twice counts twice, as if a GPU had no cache. A
+model says which of two designs is cheaper, and by about how much.
+"""
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def load_fake_gpu() -> None:
+    """Compiles fake_gpu.cpp for this version of torch, and loads it: to precede torch."""
+    if not shutil.which("g++"):
+        sys.exit("error: counting needs the compiler g++, for scripts/fake_gpu.cpp")
+    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    source = HERE / "fake_gpu.cpp"
+    known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
+    library = Path(tempfile.gettempdir()) / f"flora-{known}.so"
+    if not library.is_file():
+        new = library.with_suffix(f".{os.getpid()}")  # others may compile it too
+        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include"]
+        command += [str(source), "-o", str(new), f"-L{torch_folder}/lib"]
+        command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
+        subprocess.run(command, check=True)
+        new.replace(library)
+    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).install()
+
+
+load_fake_gpu()
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+from torch.utils._pytree import tree_leaves  # noqa: E402
+from torch.utils.flop_counter import flop_registry  # noqa: E402
+
+import data  # noqa: E402
+import eval as evaluation  # noqa: E402
+import lora  # noqa: E402
+import phi2  # noqa: E402
+import quant  # noqa: E402
+import train  # noqa: E402
+
+# An H100: FLOP/s of bf16 products and of fp32 ones without TF32, bytes a second.
+PEAK = 790e12 * 0.75
+PEAK_FP32 = 40e12
+BANDWIDTH = 3.35e12
+LAUNCH = 2e-6  # seconds that the shortest kernel takes
+CPU_LAUNCH = 4e-6  # seconds that the CPU takes for a launch
+ROUNDING = 512  # bytes: the allocator on a GPU gives out multiples of it
+
+# Operations that launch nothing, and those that launch several kernels.
+FREE = set(
+    "view _unsafe_view expand t transpose permute unsqueeze squeeze select slice split "
+    "split_with_sizes detach alias as_strided unbind narrow chunk _reshape_alias diagonal "
+    "empty empty_like empty_strided new_empty new_empty_strided lift_fresh resize_ set_ "
+    "device".split()
+)
+LAUNCHES = {
+    "_scaled_dot_product_efficient_attention_backward": 3,
+    "_scaled_dot_product_flash_attention_backward": 3,
+    "_index_put_impl_": 8,
+    "constant_pad_nd": 2,
+    "cumsum": 2,
+    "embedding_dense_backward": 6,
+    "index_put": 8,
+    "index_put_": 8,
+    "isin": 3,
+}
+# Operations that read as much as they write, and no more of a larger tensor.
+GATHERS = ("cat", "embedding", "gather", "index", "index_select")
+FILLS = set("arange fill_ full new_zeros ones ones_like zero_ zeros zeros_like".split())
+BY_CONTENT = ("nonzero", "masked_select", "unique", "_unique2")  # the result's shape depends on it
+
+
+@dataclass
+class Operation:
+    name: str
+    launches: int
+    moved: int  # bytes read and written
+    flops: int = 0
+    in_fp32: bool = False
+
+    def seconds(self) -> float:
+        arithmetic = self.flops / (PEAK_FP32 if self.in_fp32 else PEAK)
+        return max(arithmetic, self.moved / BANDWIDTH, LAUNCH * self.launches)
+
+
+class FakeMode(FakeTensorMode):
+    avoid_device_init = True  # whatever torch.cuda.is_available says
+
+
+class FakeGpu(TorchDispatchMode):
+    """While it is on, tensors on "cuda" are fake, and what is done with them is noted.
+
+    operations: in their order. waits: how often which line waits for the GPU. now, most:
+    bytes that are alive, and the most there have been. What the CPU reads of the GPU is
+    True, 0, or a probability of 0.5; in fp64, in which ranks.total adds, 0.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeMode(allow_non_fake_inputs=True)
+        self.alive = set()
+        self.now = 0
+        self.start()
+
+    def start(self) -> None:
+        self.operations = []
+        self.waits = Counter()
+        self.most = self.now
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        device = torch.device(kwargs.get("device") or "cpu")
+        name = function._schema.name.split("::")[-1]
+        if not fakes and device.type != "cuda":
+            return function(*args, **kwargs)
+
+        # What the CPU reads of the GPU.
+        if name == "_local_scalar_dense":
+            self.waits[f"a number is read: {caller()}"] += 1
+            return True if args[0].dtype is torch.bool else 0
+        if fakes and name == "copy_" and not isinstance(args[0], FakeTensor):
+            self.waits[f"a tensor is read: {caller()}"] += 1
+            return args[0].zero_()
+        to_cpu = name == "_to_copy" and kwargs.get("device") and device.type == "cpu"
+        if fakes and to_cpu:
+            self.waits[f"a tensor is read: {caller()}"] += 1
+            dtype = kwargs.get("dtype") or args[0].dtype
+            probability = 0.5 if args[0].dtype in (torch.bfloat16, torch.float32) else 0
+            return torch.full(args[0].shape, probability, dtype=dtype)
+        if fakes and (name in BY_CONTENT or name == "index" and has_mask(args[1])):
+            self.waits[f"{name}, whose shape depends on content: {caller()}"] += 1
+
+        # What the GPU reads of the CPU. Without non_blocking the CPU waits until it is there.
+        from_cpu = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        if name in ("_to_copy", "copy_") and from_cpu and from_cpu[0].device.type == "cpu":
+            if not (kwargs.get("non_blocking") or True in args[2:]):
+                self.waits[f"a copy to the GPU: {caller()}"] += 1
+        elif name.startswith(("index", "_index")) and any(tensor.dim() for tensor in from_cpu):
+            self.waits[f"an index on the CPU: {caller()}"] += 1
+
+        with self.fake:
+            result = function(*args, **kwargs)
+        self.note(Call(function, args, kwargs, result))
+        return result
+
+    def note(self, call: "Call") -> None:
+        outputs = call.outputs()
+        for tensor in outputs:
+            if tensor.device.type == "cpu" and tensor.numel() > 1:
+                raise RuntimeError(f"{call.function} has made a tensor on the CPU: {caller()}")
+            self.add(tensor.untyped_storage())
+        has_content = any(tensor.numel() for tensor in outputs) or not outputs
+        if call.name() not in FREE and has_content:
+            self.operations.append(cost(call))
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self.alive:  # a view, or changed in place
+            return
+        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        self.alive.add(key)
+        weakref.finalize(storage, self.free, key, size)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+    def free(self, key: int, size: int) -> None:
+        self.alive.discard(key)
+        self.now -= size
+
+
+def caller() -> str:
+    """Returns the line of this project, or of the reference, that is running."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        is_ours = path.is_relative_to(ROOT) and ".venv" not in path.parts
+        is_theirs = {"transformers", "peft"} & set(path.parts)
+        if is_ours and path.name != "count.py" or is_theirs:
+            return f"{path.name}:{frame.lineno}"
+    return "elsewhere"
+
+
+def has_mask(indices: list) -> bool:
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+
+
+def size_of(tensor: Tensor) -> int:
+    """Returns the bytes that a kernel reads of a tensor: an expanded dimension counts once."""
+    count = 1
+    for length, stride in zip(tensor.shape, tensor.stride()):
+        count *= length if stride else 1
+    return count * tensor.element_size()
+
+
+@dataclass
+class Call:
+    """An operator of torch, what it was given, and what it has returned."""
+
+    function: torch._ops.OpOverload
+    args: tuple
+    kwargs: dict
+    result: object
+
+    def name(self) -> str:
+        return self.function._schema.name.split("::")[-1]
+
+    def inputs(self) -> list[Tensor]:
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+
+    def outputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
+
+
+def cost(call: Call) -> Operation:
+    name = call.name()
+    inputs = call.inputs()
+    outputs = call.outputs()
+    moved = sum(map(size_of, inputs + outputs))
+    if name in GATHERS:
+        moved = 2 * size_of(outputs[0])
+    elif name == "index_copy_":
+        moved = 2 * size_of(call.args[3])
+    elif name in FILLS:
+        moved = sum(map(size_of, outputs))
+
+    if name == "gemm_4bit":  # of more than a few rows bitsandbytes dequantises first
+        x = call.args[0]
+        weights = x.shape[-1] * outputs[0].shape[-1]
+        moved = size_of(x) + 4.5 / 8 * weights + 3 * 2 * weights + size_of(outputs[0])
+        return Operation(name, 2, int(moved), 2 * x.numel() * outputs[0].shape[-1])
+
+    launches = LAUNCHES.get(name, 1)
+    if name.startswith(("_foreach", "_fused_adam")):
+        launches = math.ceil(len(call.args[0]) / 30)  # that many tensors are done at once
+    flops = 0
+    packet = call.function._overloadpacket
+    if packet in flop_registry:
+        flops = flop_registry[packet](*call.args, **call.kwargs, out_val=call.result)
+    in_fp32 = bool(inputs) and inputs[0].dtype is torch.float32
+    return Operation(name, launches, moved, flops, in_fp32)
+
+
+# -----------------------------------------------------------------------------
+# What torch, phi2.py and machine.py ask of a GPU beside operations
+
+LOWER_RIGHT = "lower right"  # in the place of a mask, for phi2.causal_lower_right
+
+
+def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
+    """Stands for F.scaled_dot_product_attention: the kernel that torch takes on a GPU."""
+    if attn_mask is LOWER_RIGHT:
+        attn_mask = None
+        is_causal = True
+    scale = options.get("scale")
+    if attn_mask is None and q.dtype is torch.bfloat16:
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        return kernel(q, k, v, 0.0, is_causal, scale=scale)[0]
+    if attn_mask is not None:
+        if attn_mask.dtype is torch.bool:
+            seen = torch.zeros_like(attn_mask, dtype=q.dtype)
+            attn_mask = seen.masked_fill(attn_mask, -math.inf)
+        width = attn_mask.shape[-1]
+        if width % 16:  # the kernel wants rows that begin at multiples of 16
+            attn_mask = F.pad(attn_mask, (0, -width % 16))[..., :width]
+        attn_mask = attn_mask.expand(*q.shape[:3], width)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    has_gradient = torch.is_grad_enabled()
+    return kernel(q, k, v, attn_mask, has_gradient, 0.0, is_causal, scale=scale)[0]
+
+
+def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a function that counts as one launch, as what torch.compile makes of it."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        before = len(gpu.operations)
+        result = function(*tensors)
+        moved = sum(map(size_of, tensors)) + size_of(result)
+        gpu.operations[before:] = [Operation(function.__name__, 1, moved)]
+        return result
+
+    return run
+
+
+def install(gpu: FakeGpu) -> None:
+    """Puts answers in the places where a script asks for a GPU."""
+    quant.kernels()  # imported while torch still says that there is no GPU
+    random_state = torch.zeros(16, dtype=torch.uint8)
+    answers = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "is_current_stream_capturing": lambda: False,
+        "_lazy_init": lambda: None,
+        "get_rng_state": lambda device=None: random_state.clone(),
+        "set_rng_state": lambda state, device=None: None,
+        "manual_seed_all": lambda seed: None,
+        "get_device_name": lambda device=None: "no GPU",
+        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
+        "max_memory_allocated": lambda device=None: gpu.most,
+        "reset_peak_memory_stats": lambda device=None: setattr(gpu, "most", gpu.now),
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy too
+    FakeTensor.tolist = lambda self: self.cpu().tolist()
+    # It asks whether the gradients are Tensor itself, and no subclass.
+    torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
+    F.scaled_dot_product_attention = attention
+    phi2.causal_lower_right = lambda queries, keys: LOWER_RIGHT
+    for name in ("turn", "turn_back", "add"):
+        function = getattr(phi2, name)
+        setattr(phi2, name, as_one_kernel(gpu, function.__wrapped__))
+
+
+# -----------------------------------------------------------------------------
+# The contenders at full size
+
+
+def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Puts a model that is on the meta device on the fake GPU."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
+            setattr(module, name, nn.Parameter(new, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+
+
+def move(module: nn.Module, *to, **options) -> nn.Module:
+    """Stands for nn.Module.to, which cannot exchange a fake parameter for another one."""
+    for child in module.modules():
+        for name, parameter in list(child.named_parameters(recurse=False)):
+            new = nn.Parameter(parameter.detach().to(*to, **options), parameter.requires_grad)
+            setattr(child, name, new)
+    return module
+
+
+class Ours:
+    """This project: the model, and what is counted."""
+
+    def __init__(self, config: phi2.Phi2Config, keep: bool, checkpointing: bool):
+        with torch.device("meta"):
+            self.model = phi2.Phi2(config)
+        quant.quantize_linears(self.model)
+        fill(self.model)
+        for module in self.model.modules():
+            if isinstance(module, quant.NF4Linear):
+                module.dtype = torch.bfloat16
+        if keep:
+            quant.keep_dequantized(self.model)
+        lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
+        self.model.model.checkpointing = checkpointing
+        self.parameters = lora.lora_parameters(self.model).values()
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
+        self.tokenizer = data.load_tokenizer(ROOT / "tiny" / "model")
+
+    def share_prefix_of(self, rows: list) -> None:
+        """Lets eval.py take what the rows of another tokenizer share for this one's prefix."""
+        first, last = min(rows)[0], max(rows)[0]
+        length = next(i for i, (a, b) in enumerate(zip(first, last)) if a != b)
+        data.fixed_ids = lambda tokenizer: (first[:length], [0, 1, 2], len(first))
+        self.prefix_length = length
+
+    def step(self, rows: list) -> None:
+        self.model.train()
+        rows = sorted(rows, key=lambda row: len(row[0]))
+        batch = data.collate(rows, self.prefix_length, "answer")
+        loss = train.batch_loss(self.model, batch)
+        (loss / len(batch.targets)).backward()
+        update(self.parameters, self.optimizer)
+
+    @torch.no_grad()
+    def score(self, rows: list) -> None:
+        evaluation.score(self.model.eval(), self.tokenizer, [prompt for prompt, _ in rows])
+
+    @torch.no_grad()
+    def write(self, rows: list, limit: int) -> None:
+        prompts = [prompt for prompt, _ in rows]
+        evaluation.complete(self.model.eval(), self.tokenizer, prompts, limit)
+
+
+class Reference:
+    """transformers + PEFT + bitsandbytes."""
+
+    def __init__(self, config: phi2.Phi2Config):
+        import peft
+        from transformers import PhiConfig, PhiForCausalLM
+
+        options = vars(config) | {"attn_implementation": "sdpa", "dtype": torch.bfloat16}
+        with torch.device("meta"):
+            base = PhiForCausalLM(PhiConfig(**options))
+        fill(base)
+        for path, layer in list(base.named_modules()):
+            if type(layer) is nn.Linear and path != "lm_head":
+                base.set_submodule(path, self.quantized(layer))
+        base.is_loaded_in_4bit = True
+        base.generation_config.pad_token_id = 0
+        adapter = peft.LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        )
+        nn.Module.to = move
+        self.model = peft.get_peft_model(base, adapter)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
+
+    def quantized(self, layer: nn.Linear) -> nn.Module:
+        """Returns a 4-bit layer of bitsandbytes that is quantised already."""
+        import bitsandbytes as bnb
+
+        with torch.device("meta"):
+            new = bnb.nn.Linear4bit(
+                layer.in_features,
+                layer.out_features,
+                compute_dtype=torch.bfloat16,
+                quant_type="nf4",
+            )
+        numel = layer.weight.numel()
+        codes = torch.empty(numel // 2, 1, dtype=torch.uint8, device="cuda")
+        new.weight = nn.Parameter(codes, requires_grad=False)
+        new.weight.quant_state = bnb.functional.QuantState(
+            absmax=torch.empty(numel // 64, device="cuda"),
+            shape=layer.weight.shape,
+            code=torch.empty(16, device="cuda"),
+            blocksize=64,
+            quant_type="nf4",
+            dtype=torch.bfloat16,
+        )
+        new.weight.compress_statistics = False
+        new.weight.quant_type = "nf4"
+        new.weight.bnb_quantized = True
+        new.bias = layer.bias
+        return new
+
+    def inputs(self, sequences: list[list[int]], side: str) -> dict[str, Tensor]:
+        tensors = [torch.tensor(sequence) for sequence in sequences]
+        ones = [torch.ones_like(tensor) for tensor in tensors]
+        pad = nn.utils.rnn.pad_sequence
+        return {
+            "input_ids": pad(tensors, batch_first=True, padding_side=side).to("cuda"),
+            "attention_mask": pad(ones, batch_first=True, padding_side=side).to("cuda"),
+        }
+
+    def step(self, rows: list) -> None:
+        self.model.train()
+        inputs = self.inputs([prompt + answer for prompt, answer in rows], "right")
+        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+        for line, (prompt, _) in enumerate(rows):
+            labels[line, : len(prompt)] = -100
+        self.model(**inputs, labels=labels, use_cache=False).loss.backward()
+        update(self.parameters, self.optimizer)
+
+    @torch.no_grad()
+    def score(self, rows: list) -> None:
+        inputs = self.inputs([prompt for prompt, _ in rows], "left")
+        logits = self.model.eval()(**inputs, logits_to_keep=1, use_cache=False).logits
+        logits[:, -1, [0, 1, 2]].argmax(dim=-1).tolist()
+
+    @torch.no_grad()
+    def write(self, rows: list, limit: int) -> None:
+        # On fake tensors it cannot see that it is at its end.
+        steps = iter([True] * limit + [False])
+        self.model.get_base_model()._has_unfinished_sequences = lambda *args, **kwargs: next(steps)
+        inputs = self.inputs([prompt for prompt, _ in rows], "left")
+        self.model.eval().generate(**inputs, max_new_tokens=limit, do_sample=False).tolist()
+
+
+def update(parameters, optimizer: torch.optim.Optimizer) -> None:
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+TASKS = {
+    "train16": lambda one, rows: one.step(rows[:16]),
+    "train128": lambda one, rows: one.step(rows[:128]),
+    "score": lambda one, rows: one.score(longest_first(rows[:64])),
+    "answer": lambda one, rows: one.write(longest_first(rows[:64]), 2),
+    "ramble": lambda one, rows: one.write(longest_first(rows[:64]), 32),
+    # Every eighth batch of all rows, sorted: an eighth of a split's cost.
+    "split": lambda one, rows: [
+        one.score(longest_first(rows)[start : start + 64]) for start in range(0, len(rows), 512)
+    ],
+}
+
+
+def longest_first(rows: list) -> list:
+    return sorted(rows, key=lambda row: -len(row[0]))
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+
+def count_tasks(gpu: FakeGpu, args: argparse.Namespace) -> dict[str, dict]:
+    """Returns the cost of each task for one contender."""
+    rows = json.loads(args.rows.read_text())
+    with gpu:
+        config = phi2.Phi2Config(num_hidden_layers=args.layers, resid_pdrop=0.0)
+        if args.arm == "ours":
+            contender = Ours(config, args.keep, args.checkpointing)
+            contender.share_prefix_of(rows)
+        else:
+            contender = Reference(config)
+        contender.step(rows[:16])  # the optimiser makes its state
+        results = {}
+        for name in args.tasks:
+            gpu.start()
+            TASKS[name](contender, rows)
+            results[name] = summary(gpu)
+    return results
+
+
+def summary(gpu: FakeGpu) -> dict:
+    launches = sum(operation.launches for operation in gpu.operations)
+    return {
+        "launches": launches,
+        "waits": sum(gpu.waits.values()),
+        "tflop": sum(operation.flops for operation in gpu.operations) / 1e12,
+        "gb": sum(operation.moved for operation in gpu.operations) / 1e9,
+        "gpu_ms": 1e3 * sum(operation.seconds() for operation in gpu.operations),
+        "cpu_ms": 1e3 * CPU_LAUNCH * launches,
+        "peak_gib": gpu.most / 2**30,
+    }
+
+
+def run_script(gpu: FakeGpu, script: str, arguments: list[str]) -> None:
+    """Runs a script of this project on the fake GPU, and prints what it has cost."""
+    import runpy
+
+    sys.argv = [script, *arguments]
+    try:
+        with gpu:
+            runpy.run_path(script, run_name="__main__")
+    finally:
+        print(f"\ncounted: {len(gpu.operations):,} operations on the GPU; it was waited for:")
+        for place, count in gpu.waits.most_common():
+            print(f"{count:6,}  {place}")
+
+
+def main() -> None:
+    gpu = FakeGpu()
+    install(gpu)
+    if sys.argv[1:2] and sys.argv[1].endswith(".py"):
+        return run_script(gpu, sys.argv[1], sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=Path, required=True, help="JSON: (prompt ids, answer ids)")
+    parser.add_argument("--arm", choices=["ours", "reference"], default="ours")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--keep", action="store_true", help="keep NF4's values beside the codes")
+    parser.add_argument("--checkpointing", action="store_true")
+    print(json.dumps(count_tasks(gpu, parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
