@@ -610,8 +610,10 @@ def count(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def show_counts(results: dict) -> None:
-    print(f"{'counted, not measured':24} {'launches':>8} {'waits':>5} {'TFLOP':>7} {'GB':>7}", end="")
-    print(f" {'ms':>7} {'ratio':>6} {'GiB':>6}")
+    print(
+        f"{'counted, not measured':24} {'launches':>8} {'waits':>5} {'TFLOP':>7} {'GB':>7} "
+        f"{'ms':>7} {'ratio':>6} {'GiB':>6}"
+    )
     for task in results["ours"]:
         slowest = modelled_ms(results["reference"][task])
         for arm, tasks in results.items():

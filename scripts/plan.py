@@ -18,13 +18,13 @@ import argparse
 import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,22 +76,16 @@ class Count(TorchDispatchMode):
         self.now -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Runs scaled_dot_product_attention as the kernel that PyTorch takes for a mask on a GPU."""
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
+    """Stands for F.scaled_dot_product_attention: the kernel that takes a mask on a GPU.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is not F.scaled_dot_product_attention:
-            return function(*args, **kwargs)
-        q, k, v = args
-        mask = kwargs.get("attn_mask")
-        if isinstance(mask, Tensor):
-            mask = mask.expand(*q.shape[:3], k.shape[2])
-        else:
-            mask = None  # causal, which the kernel knows without one
-        kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        output, *_ = kernel(q, k, v, mask, True, is_causal=mask is None)
-        return output
+    Other kernels store as much: the output, and a number for each query and head.
+    """
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    output, *_ = kernel(q, k, v, attn_mask, True, is_causal=is_causal)
+    return output
 
 
 def size(tensors) -> int:
@@ -174,7 +168,10 @@ def memory(
             parameter.grad = torch.zeros_like(parameter)
 
     device_type = base[0].device.type
-    attention = nullcontext() if device_type == "cpu" else FusedAttention()
+    attention = nullcontext()
+    if device_type != "cpu":
+        # Not by a mode of torch: it would be off in what the backward pass computes again.
+        attention = patch.object(F, "scaled_dot_product_attention", fused_attention)
     with Count(device_type, base + kept + adapter) as count, attention:
         loss = train.batch_loss(model.train(), data.collate(encoded, prefix, args.loss))
         after_forward = count.now
@@ -194,7 +191,8 @@ def main() -> None:
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)
-    bytes_of = memory(directory, args, encoded, train.shared_prefix_length(tokenizer, args))
+    prefix = train.shared_prefix_length(tokenizer, args)
+    bytes_of = memory(directory, args, encoded, prefix)
 
     tokens = sum(len(prompt) + len(answer) for prompt, answer in encoded)
     print(
@@ -203,7 +201,15 @@ def main() -> None:
     )
     for name, count in bytes_of.items():
         if count:
-            print(f"{name:32} {count / 2**20:10,.1f} MiB")
+            print_line(name, count)
+    # On a GPU with much room train.py keeps NF4's values, unless it is told not to.
+    if args.quant == "nf4" and args.device != "cpu" and args.keep_dequantized is None:
+        args.keep_dequantized = True
+        print_line("sum, NF4's values kept", memory(directory, args, encoded, prefix)["sum"])
+
+
+def print_line(name: str, count: int) -> None:
+    print(f"{name:32} {count / 2**20:10,.1f} MiB")
 
 
 if __name__ == "__main__":

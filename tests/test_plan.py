@@ -97,6 +97,9 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
         in_process(plan, *command, "--dtype", "bf16", *flags)
         lines = capsys.readouterr().out.splitlines()[1:]
         names = [line[:32].rstrip() for line in lines]
+        if names[-1] == "sum, NF4's values kept":
+            names.pop()
+            lines.pop()
         assert names[-3:] == ["activations", "passing, at the peak", "sum"]
         counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]
         assert sum(counts[:-1]) == pytest.approx(counts[-1], abs=0.05 * len(counts))
@@ -108,6 +111,8 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     assert total("--device", "cpu", "--rank", 64) > base
     # A GPU that is not here: its fused attention stores no scores.
     assert total("--device", "cuda") < base
+    checkpointing = total("--device", "cuda", "--checkpointing")
+    assert checkpointing < 0.5 * total("--device", "cuda")
     assert total("--device", "cuda", "--loss", "full") > total("--device", "cuda")
     assert not run.exists()
 

@@ -1,0 +1,123 @@
+"""scripts/count.py: the scripts run on a GPU that is not there, and what is counted is right.
+
+Here device errors show without a GPU: a tensor left on the CPU, a wait in each step, and more.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import phi2
+from scripts import plan
+from support import cli
+from support.examples import load_examples
+
+pytestmark = pytest.mark.skipif(
+    not shutil.which("g++") or torch.version.cuda is not None,
+    reason="needs g++, and a torch without CUDA",
+)
+TINY = ["--model", "tiny/model", "--dataset", "tiny/data", "--device", "cuda", "--dtype", "bf16"]
+SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 3]
+
+
+def count(*arguments) -> str:
+    """Returns what scripts/count.py prints. It has to be loaded before torch: a new process."""
+    command = [sys.executable, "-m", "scripts.count", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def waits(output: str, place: str) -> int:
+    """Returns how often a file of the project has waited for the GPU."""
+    return sum(int(number) for number in re.findall(rf"(\d+)  .*: {place}:\d+\n", output))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of train.py on the fake GPU, and what was counted."""
+    out = tmp_path_factory.mktemp("count") / "run"
+    return out, count("train.py", *TINY, *SHORT, "--out", out)
+
+
+def test_a_step_of_training_waits_for_the_gpu_once(run, tmp_path):
+    longer = count("train.py", *TINY, *SHORT, "--steps", 8, "--out", tmp_path / "run")
+    assert waits(longer, r"[\w.]+") - waits(run[1], r"[\w.]+") == 5
+    assert waits(longer, "ranks.py") - waits(run[1], "ranks.py") == 5
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--loss", "full", "--checkpointing", "--double-quant", "--no-keep-dequantized"],
+        ["--no-share-prefix", "--quant", "none", "--dtype", "fp32", "--accumulate", 2]
+        + ["--targets", "all-linear", "--eval-every", 2],
+    ],
+    ids=lambda flags: " ".join(map(str, flags)),
+)
+def test_every_way_of_training_runs_on_a_gpu(tmp_path, flags):
+    output = count("train.py", *TINY, *SHORT, *flags, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    assert "counted: " in output
+
+
+def test_a_run_resumes_and_is_evaluated_on_a_gpu(run):
+    out, _ = run
+    assert "4 steps" in count("train.py", "--resume", out, "--steps", 4)
+    evaluate = ["eval.py", *TINY, "--adapter", out, "--limit", 4, "--mode", "score"]
+    assert "validation_matched" in count(*evaluate)
+
+
+# -----------------------------------------------------------------------------
+# What is counted, of two layers of phi-2's size
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    tokenizer = data.load_tokenizer(tiny)
+    examples = load_examples(str(ROOT / "tiny" / "data"), "train", 64)
+    return [data.encode(example, tokenizer) for example in examples]
+
+
+@pytest.fixture(scope="module")
+def costs(rows, tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "rows.json"
+    path.write_text(json.dumps(rows))
+    return json.loads(count("--rows", path, "--layers", 2, "--tasks", "train16", "score"))
+
+
+def shared_length(rows: list) -> int:
+    """Returns how many ids all prompts begin with: the prefix, and perhaps more."""
+    first, last = min(rows)[0], max(rows)[0]
+    return next(i for i, (a, b) in enumerate(zip(first, last)) if a != b)
+
+
+def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
+    """Products of the layers' weights; attention and the adapters add less than 2 %."""
+    prefix_length = shared_length(rows)
+    tokens = prefix_length + sum(len(prompt) - prefix_length for prompt, _ in rows)
+    square = 2560 * 2560
+    first = 12 * square * tokens  # q, k, v and dense, and 8 squares in the MLP
+    # In the last layer all tokens give keys and values, and one of each row the rest.
+    last = 2 * square * tokens + 10 * square * len(rows)
+    head = 51200 * 2560 * len(rows)
+    assert costs["score"]["tflop"] * 1e12 == pytest.approx(2 * (first + last + head), rel=0.02)
+    assert costs["score"]["launches"] < 120
+
+
+def test_the_memory_is_that_of_the_plan(costs, rows, tmp_path):
+    config = vars(phi2.Phi2Config(num_hidden_layers=2, resid_pdrop=0.0))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
+    arguments = ["--model", tmp_path, "--dataset", "tiny/data", "--device", "cuda"]
+    arguments += ["--dtype", "bf16", "--dropout", 0]
+    args = cli.train_arguments(list(map(str, arguments)))
+    encoded = sorted(rows[:16], key=lambda row: len(row[0]))
+    planned = plan.memory(tmp_path, args, encoded, shared_length(rows))["sum"] / 2**30
+    assert planned == pytest.approx(costs["train16"]["peak_gib"], rel=0.05)
