@@ -67,11 +67,14 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Each step alone would read and write all of its tensors. torch.compile writes the kernel
     at the first call, which takes seconds, and once for all numbers of tokens. It needs
-    Triton, which torch brings with it for CUDA on Linux.
+    Triton, which torch brings with it for CUDA on Linux, and a C compiler.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
+        # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
+        # runs as it is written.
+        torch._dynamo.config.suppress_errors = True
         return torch.compile(function, dynamic=True)
 
     @functools.wraps(function)

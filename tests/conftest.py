@@ -34,7 +34,10 @@ from support import cli  # noqa: E402
 from support.examples import load_splits, read_split  # noqa: E402
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
-SLOWEST = ("test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py")
+SLOWEST = (
+    "test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
+    "test_count.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
