@@ -106,39 +106,42 @@ def rotary_tables(
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
+
+    The dimensions after the first R pass through.
+    """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 @fused
-def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return turn_pairs(x, cos, sin)
+def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(x, cos, sin)
 
 
 @fused
-def turn_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return turn_pairs(grad, cos, -sin)
+def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return rotate(grad, cos, -sin)
 
 
 class Rotate(torch.autograd.Function):
-    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
+    """Computes rotate(x, cos, sin). Backward turns the gradient back, by the same angles.
 
-    The dimensions after the first R pass through. Backward turns the gradient back, by the
-    same angles: the inverse of a rotation is its transpose. So x need not be stored.
+    A rotation's transpose, by which gradients go back, is its inverse. So x is not stored.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin)
+        return rotate_forward(x, cos, sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turn_back(grad, cos, sin), None, None
+        return rotate_back(grad, cos, sin), None, None
 
 
 class Attention(nn.Module):
@@ -281,7 +284,9 @@ class Grid:
     lengths[b] those of row b, and the places behind them hold zeros.
     """
 
-    def __init__(self, lengths: list[int], width: int, prefix_length: int, device: torch.device):
+    def __init__(
+        self, lengths: list[int], width: int, device: torch.device, prefix_length: int = 0
+    ):
         self.prefix_length = prefix_length
         self.shape = (len(lengths), prefix_length + width)
         self.is_full = not prefix_length and all(length == width for length in lengths)
@@ -290,12 +295,13 @@ class Grid:
         is_filled = F.pad(is_filled, (prefix_length, 0))
         self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
 
-    def put(self, x: Tensor, prefix: Tensor) -> Tensor:
-        """Returns the grid of the rows' x (N, H, D) and the prefix (P, H, D)."""
+    def put(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Returns the grid of the rows' x (N, H, D) and the prefix (P, H, D), if there is one."""
         if self.is_full:
             return x.unflatten(0, self.shape)
         grid = x.new_zeros(*self.shape, *x.shape[1:])
-        grid[:, : self.prefix_length] = prefix
+        if prefix is not None:
+            grid[:, : self.prefix_length] = prefix
         grid.flatten(0, 1).index_copy_(0, self.places, x)
         return grid
 
@@ -312,7 +318,7 @@ class Put(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grid: Grid, x: Tensor, prefix: Tensor) -> Tensor:
+    def forward(ctx, grid: Grid, x: Tensor, prefix: Tensor | None) -> Tensor:
         ctx.grid = grid
         return grid.put(x, prefix)
 
@@ -335,7 +341,7 @@ class Take(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.grid.put(grad, grad[:0])
+        return None, ctx.grid.put(grad)
 
 
 class PackedRows:
@@ -405,8 +411,8 @@ class PackedRows:
         if room:  # an attention kernel of a GPU would copy a mask that is no multiple of 16
             width += -(prefix_length + width) % 16
         self.seen = prefix_length + width
-        self.key_grid = Grid(lengths, width, prefix_length, device)
-        self.query_grid = Grid(lengths, longest, 0, device)
+        self.key_grid = Grid(lengths, width, device, prefix_length)
+        self.query_grid = Grid(lengths, longest, device)
         self.mask = None
         if device.type != "cuda":  # every row has the same columns, so one mask serves all
             self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
@@ -448,7 +454,7 @@ class PackedRows:
 
         narrowed = copy.copy(self)
         narrowed.asking_tokens = tokens.to(device, non_blocking=True)
-        narrowed.query_grid = Grid([count] * len(self.lengths), count, 0, device)
+        narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
         narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
         narrowed.prefix_asks = False
         narrowed.parts = [part.only_last(count) for part in self.parts]
@@ -479,14 +485,14 @@ class PackedRows:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
 
-    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor, Tensor]:
-        """Splits x (N or A, H, D) into that of the prefix, which may be empty, and of the rows."""
+    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
+        """Splits x (N or A, H, D) into that of the prefix, if it is among x, and of the rows."""
         if not has_prefix:
-            return x[:0], x
+            return None, x
         return x.split((self.prefix_length, len(x) - self.prefix_length))
 
     def attend_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
     ) -> Tensor:
         """Does for the rows alone what `attend` does for them and the prefix."""
         known_k = Put.apply(self.key_grid, k, prefix_k)
@@ -495,7 +501,7 @@ class PackedRows:
 
     def look(self, q: Tensor, known_k: Tensor, known_v: Tensor) -> Tensor:
         """Lets the rows' q (A, H, D) look at grids of keys and values: (A, H, D)."""
-        queries = Put.apply(self.query_grid, q, q[:0])
+        queries = Put.apply(self.query_grid, q, None)
         if self.mask is None:
             seen = self.prefix_length + queries.shape[1]  # without the room behind
             known_k = known_k[:, :seen]
@@ -505,7 +511,7 @@ class PackedRows:
         y = attention(queries, known_k, known_v, self.mask)
         return Take.apply(self.query_grid, y)
 
-    def remember(self, name: tuple[int, str], x: Tensor, prefix: Tensor) -> Tensor:
+    def remember(self, name: tuple[int, str], x: Tensor, prefix: Tensor | None) -> Tensor:
         """Returns the keys, or the values, that the rows see in a layer, (B, seen, H, D).
 
         x (N, H, D) are those of this call's rows. They are kept under their name, and later
@@ -547,7 +553,7 @@ class PackedRows:
         heads = self.cache[0, "k"].shape[1]
         lines = torch.arange(len(going_on) * heads, device=device)  # of `seen` places each
         following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
-        following.query_grid = Grid(following.lengths, 1, 0, device)
+        following.query_grid = Grid(following.lengths, 1, device)
         following.mask = self.causal_mask(following.positions[:, None] - self.prefix_length)
         following.prefix_is_new = False
         following.prefix_asks = False

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, examples, flags, pictures
+from support import cli, dataset_files, examples, flags, pictures
 from support.examples import LABELS
 
 
@@ -33,7 +33,7 @@ def parse_arguments() -> argparse.Namespace:
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
     """Prints the files of a split, and what its columns and its labels are taken for."""
     if Path(dataset).is_dir():
-        for path in examples.find_files(Path(dataset)).get(split, []):
+        for path in dataset_files.find_files(Path(dataset)).get(split, []):
             print(f"  file {path}")
     rows = examples.load_splits(dataset, reading.validation)[split]
     columns = examples.find_columns(rows.column_names, reading.columns, split)

@@ -1,26 +1,20 @@
 """Premises, hypotheses and labels from people's files, or from the Hub.
 
-What files, columns and labels may be called stands in the tables at the top: to read one
-more form, add a word there. `python -m scripts.describe` shows how a dataset is read.
+What columns and labels may be called stands in the tables at the top, what files may be in
+dataset_files.py: to read one more form, add a word there. `python -m scripts.describe`
+shows how a dataset is read.
 
 `datasets` takes about a second to import, so the functions that load something import it.
 """
 
-import csv
 import functools
-import glob
-import gzip
-import io
-import itertools
-import re
 import sys
-import zlib
 from argparse import Namespace
-from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support import ranks
+from support.dataset_files import find_files, read_files, split_name, with_train
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,13 +22,6 @@ if TYPE_CHECKING:
 LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
 HIDDEN = -1  # stands for the label of a row that has none
 
-# The word in a file's name that says its split. What follows it is kept: dev_matched is
-# validation_matched.
-SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
 # What a column may be called, in any case. The first that a file has is taken.
 COLUMNS = {
     "premise": ("premise", "sentence1", "context"),
@@ -49,17 +36,8 @@ MEANINGS = {
     2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
     HIDDEN: ("-1", "-"),
 }
-# How a file is read, by its suffix: by a loader of `datasets`, or as a table, by its separator.
-LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TEXT = ("string", "large_string", "string_view")  # pyarrow's kinds of text
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
-
-# train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56
-SHARD = re.compile(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$")
-# A field in quotes, and a file in which every quote belongs to such a field.
-QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
-ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
 
 
 class Reading(NamedTuple):
@@ -78,177 +56,7 @@ BY_THE_TABLES = Reading()
 
 
 # -----------------------------------------------------------------------------
-# Files
-
-
-def find_files(directory: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split: those in the directory, or up to two folders below."""
-    for depth in (1, 2, 3):
-        splits = {}
-        # Sorted, because glob has no order and the order of the rows decides the batches.
-        for path in sorted(directory.glob("/".join(["[!.]*"] * depth))):
-            split = split_of(path)
-            if split:
-                splits.setdefault(split, []).append(path)
-        for split, paths in splits.items():
-            check_parts(split, paths)
-        if splits:
-            return with_train(splits)
-    suffixes = ", ".join(LOADERS | SEPARATORS)
-    raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
-
-
-def stem_and_suffix(path: Path) -> tuple[str, str]:
-    """Returns "train" and ".jsonl" for Train.jsonl.gz."""
-    name = Path(path.name.lower().removesuffix(".gz"))
-    return name.stem, name.suffix
-
-
-def split_of(path: Path) -> str | None:
-    """Returns the split that a file holds, or None when its name does not say."""
-    stem, suffix = stem_and_suffix(path)
-    if suffix not in LOADERS | SEPARATORS or not path.is_file():
-        return None
-    stem = SHARD.sub("", stem)
-    if stem == "data" or stem.isdigit():  # train/0000.parquet
-        stem = path.parent.name.lower()
-    return split_name(stem)
-
-
-def split_name(name: str) -> str | None:
-    """Returns "validation_matched" for multinli_1.0_dev_matched, None for notes."""
-    words = re.findall("[a-z]+[0-9]*|[0-9]+", name)
-    for place, word in enumerate(words):
-        for split, aliases in SPLITS.items():
-            if word in aliases:
-                return "_".join([split, *words[place + 1 :]])
-    return None
-
-
-def with_train(splits: dict) -> dict:
-    """Returns the splits, of which train_en, say, is called train where it is the only one."""
-    names = [name for name in splits if name.startswith("train")]
-    return {"train" if [name] == names else name: value for name, value in splits.items()}
-
-
-def check_parts(split: str, paths: list[Path]) -> None:
-    """Raises ValueError unless the files are one, or all the parts of one.
-
-    Otherwise they are two formats of the same rows, two datasets, or of two exports.
-    """
-    kinds = set()
-    for path in paths:
-        stem, _ = stem_and_suffix(path)
-        shard = SHARD.search(stem)
-        parts = int(shard[1]) if shard else 1
-        if stem.isdigit():  # the name does not say how many there are
-            parts = len(paths)
-        kinds.add((path.parent, path.suffix, parts))
-    if kinds != {(paths[0].parent, paths[0].suffix, len(paths))}:
-        names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
-        raise ValueError(
-            f"{names}: not one file, and not all parts of one, for the split {split}; "
-            "remove what is not meant, or pass the folder that is"
-        )
-
-
-def read_files(paths: list[Path]) -> "Dataset":
-    """Reads the files of one split, which must have the same columns."""
-    import datasets
-
-    parts = [read_file(path) for path in paths]
-    for path, part in zip(paths, parts):
-        differing = sorted(set(part.column_names) ^ set(parts[0].column_names))
-        if differing:
-            raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
-    try:
-        return datasets.concatenate_datasets(parts)
-    except ValueError as error:  # labels that are numbers in one part and words in another
-        raise ValueError(f"{paths[0]} to {paths[-1]} do not fit together: {error}") from None
-
-
-def read_file(path: Path) -> "Dataset":
-    import datasets
-
-    _, suffix = stem_and_suffix(path)
-    try:
-        content = read_bytes(path)
-        # Where the first value is none of these, pyarrow's JSON reader crashes.
-        if LOADERS.get(suffix) == "json" and content.lstrip()[:1] not in (b"{", b"["):
-            raise ValueError("it holds no JSON object")
-        if suffix in SEPARATORS:
-            rows = read_table(content, suffix)
-        else:
-            # Escaped, because the library takes a name with brackets for a pattern. Its cache
-            # goes by name and time, which copies of other content can share: hence a folder
-            # for each content.
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / sha256(content).hexdigest()[:16]
-            name = glob.escape(str(path.absolute()))
-            # A loader that is given a file alone calls it "train".
-            rows = datasets.load_dataset(
-                LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache)
-            )
-    # pyarrow's errors are ValueErrors, those of gzip the last two.
-    except (
-        datasets.exceptions.DatasetGenerationError, ValueError, csv.Error, OSError,
-        EOFError, zlib.error,
-    ) as error:
-        # The library says only that reading failed; why is in the error that it came from.
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:
-            reason = "it holds no rows"
-        raise ValueError(f"cannot read {path}: {reason}") from None
-    if not len(rows):
-        raise ValueError(f"{path} holds no rows")
-    return rows
-
-
-def read_bytes(path: Path) -> bytes:
-    """Returns the content of a file, of a .gz file unpacked. Raises ValueError for nothing."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_file(path, "rb") as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
-    if not content.strip():
-        raise ValueError("it is empty")
-    return content
-
-
-def read_table(content: bytes, suffix: str) -> "Dataset":
-    """Reads a .csv or .tsv file. All its fields are text: 007 is not 7, and null is a word.
-
-    An empty field is a missing one, and so is one at the end of a row that has fewer fields
-    than the header.
-    """
-    import datasets
-
-    text = content.decode()
-    if suffix == ".tsv" and not is_spreadsheets(content):
-        # GLUE's files know no quoting: a quote is a character like any other.
-        lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    else:
-        # strict: a quote that is left open must not take the next rows into its field.
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
-    header, *rows = [line for line in lines if any(line)]
-    for number, row in enumerate(rows):
-        if any(row[len(header) :]):
-            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
-    columns = {}
-    for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
-        columns.setdefault(name, [field or None for field in fields])
-    return datasets.Dataset.from_dict(columns)
-
-
-def is_spreadsheets(content: bytes) -> bool:
-    """Returns whether the quotes of a .tsv file are a spreadsheet's.
-
-    A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
-    tab or a line end. So all quotes must be of that kind, and some must have been needed.
-    """
-    if not ALL_QUOTED.fullmatch(content):
-        return False
-    fields = re.findall(QUOTED, content)
-    has_quoted_header = content.startswith(b'"')
-    return has_quoted_header or any(re.search(rb'""|[\t\n]', field[1:-1]) for field in fields)
+# Splits
 
 
 def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
@@ -266,10 +74,6 @@ def load_from_hub(dataset: str) -> dict[str, "Dataset"]:
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
     return with_train({split_name(name) or name: rows for name, rows in splits.items()})
-
-
-# -----------------------------------------------------------------------------
-# Splits
 
 
 # Cached, because a run asks for the names and for each split: it is read once.

@@ -179,15 +179,15 @@ def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_leng
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs g++")
 def test_what_a_gpu_runs_as_one_kernel_is_what_is_written_here():
-    """They compile as a whole, once for all numbers of tokens. (turn is turn_back.)"""
+    """They compile as a whole, once for all numbers of tokens."""
     torch.manual_seed(0)
-    turn_back = torch.compile(phi2.turn_back.__wrapped__, dynamic=True, fullgraph=True)
+    rotate_back = torch.compile(phi2.rotate_back.__wrapped__, dynamic=True, fullgraph=True)
     add = torch.compile(phi2.add.__wrapped__, dynamic=True, fullgraph=True)
 
     def check(tokens: int) -> None:
         x = torch.randn(tokens, 4, 10)
         cos, sin = torch.randn(2, tokens, 1, 3)
-        assert distance(turn_back(x, cos, sin), phi2.turn_back(x, cos, sin)) < 1e-6
+        assert distance(rotate_back(x, cos, sin), phi2.rotate_back(x, cos, sin)) < 1e-6
         branches = torch.randn(3, tokens, 16)
         assert distance(add(*branches), phi2.add(*branches)) < 1e-6
 
