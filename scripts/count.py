@@ -142,42 +142,23 @@ class FakeGpu(TorchDispatchMode):
         self.most = self.now
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
-        device = torch.device(kwargs.get("device") or "cpu")
-        name = function._schema.name.split("::")[-1]
-        if not fakes and device.type != "cuda":
-            return function(*args, **kwargs)
-
-        # What the CPU reads of the GPU.
-        if name == "_local_scalar_dense":
-            self.waits[f"a number is read: {caller()}"] += 1
-            return True if args[0].dtype is torch.bool else 0
-        if fakes and name == "copy_" and not isinstance(args[0], FakeTensor):
-            self.waits[f"a tensor is read: {caller()}"] += 1
-            return args[0].zero_()
-        to_cpu = name == "_to_copy" and kwargs.get("device") and device.type == "cpu"
-        if fakes and to_cpu:
-            self.waits[f"a tensor is read: {caller()}"] += 1
-            dtype = kwargs.get("dtype") or args[0].dtype
-            probability = 0.5 if args[0].dtype in (torch.bfloat16, torch.float32) else 0
-            return torch.full(args[0].shape, probability, dtype=dtype)
-        if fakes and (name in BY_CONTENT or name == "index" and has_mask(args[1])):
-            self.waits[f"{name}, whose shape depends on content: {caller()}"] += 1
-
-        # What the GPU reads of the CPU. Without non_blocking the CPU waits until it is there.
-        from_cpu = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-        if name in ("_to_copy", "copy_") and from_cpu and from_cpu[0].device.type == "cpu":
-            if not (kwargs.get("non_blocking") or True in args[2:]):
-                self.waits[f"a copy to the GPU: {caller()}"] += 1
-        elif name.startswith(("index", "_index")) and any(tensor.dim() for tensor in from_cpu):
-            self.waits[f"an index on the CPU: {caller()}"] += 1
-
+        call = Call(function, args, kwargs or {})
+        if not call.is_on_gpu():
+            return function(*args, **call.kwargs)
+        if call.is_read_by_the_cpu():
+            self.wait("the GPU is read")
+            return stand_in(call)
+        if call.copies_and_waits():
+            self.wait("a copy to the GPU")
+        if call.has_shape_by_content():
+            self.wait(f"{call.name()}, whose shape depends on content")
         with self.fake:
-            result = function(*args, **kwargs)
-        self.note(Call(function, args, kwargs, result))
-        return result
+            call.result = function(*args, **call.kwargs)
+        self.note(call)
+        return call.result
+
+    def wait(self, reason: str) -> None:
+        self.waits[f"{reason}: {caller()}"] += 1
 
     def note(self, call: "Call") -> None:
         outputs = call.outputs()
@@ -215,8 +196,69 @@ def caller() -> str:
     return "elsewhere"
 
 
-def has_mask(indices: list) -> bool:
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+@dataclass
+class Call:
+    """An operator of torch, what it is given, and what it has returned."""
+
+    function: torch._ops.OpOverload
+    args: tuple
+    kwargs: dict
+    result: object = None
+
+    def name(self) -> str:
+        return self.function._schema.name.split("::")[-1]
+
+    def inputs(self) -> list[Tensor]:
+        """Returns the tensors on the GPU."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        return [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
+
+    def from_cpu(self) -> list[Tensor]:
+        leaves = tree_leaves((self.args, self.kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cpu]
+        return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+
+    def outputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
+
+    def device(self) -> str | None:
+        """Returns the kind of device that a result is asked for on."""
+        device = self.kwargs.get("device")
+        return torch.device(device).type if device is not None else None
+
+    def is_on_gpu(self) -> bool:
+        return bool(self.inputs()) or self.device() == "cuda"
+
+    def is_read_by_the_cpu(self) -> bool:
+        if self.name() == "copy_":
+            return not isinstance(self.args[0], FakeTensor)
+        to_cpu = self.name() == "_to_copy" and self.device() == "cpu"
+        return self.name() == "_local_scalar_dense" or to_cpu
+
+    def copies_and_waits(self) -> bool:
+        """Without non_blocking the CPU waits until its tensor is there."""
+        if self.name() in ("_to_copy", "copy_"):
+            can_go_on = self.kwargs.get("non_blocking") or True in self.args[2:]
+            return bool(self.from_cpu()) and not can_go_on
+        is_index = self.name().startswith(("index", "_index"))
+        return is_index and any(tensor.dim() for tensor in self.from_cpu())
+
+    def has_shape_by_content(self) -> bool:
+        if self.name() == "index":
+            indices = [index for index in self.args[1] if index is not None]
+            return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+        return self.name() in BY_CONTENT
+
+
+def stand_in(call: Call) -> Tensor | int | bool:
+    """Returns what the CPU reads of a tensor without content."""
+    source = call.args[0]
+    if call.name() == "_local_scalar_dense":
+        return True if source.dtype is torch.bool else 0
+    if call.name() == "copy_":
+        return source.zero_()
+    probability = 0.5 if source.dtype in (torch.bfloat16, torch.float32) else 0
+    return torch.full(source.shape, probability, dtype=call.kwargs.get("dtype") or source.dtype)
 
 
 def size_of(tensor: Tensor) -> int:
@@ -225,26 +267,6 @@ def size_of(tensor: Tensor) -> int:
     for length, stride in zip(tensor.shape, tensor.stride()):
         count *= length if stride else 1
     return count * tensor.element_size()
-
-
-@dataclass
-class Call:
-    """An operator of torch, what it was given, and what it has returned."""
-
-    function: torch._ops.OpOverload
-    args: tuple
-    kwargs: dict
-    result: object
-
-    def name(self) -> str:
-        return self.function._schema.name.split("::")[-1]
-
-    def inputs(self) -> list[Tensor]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-
-    def outputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
 
 
 def cost(call: Call) -> Operation:

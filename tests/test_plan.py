@@ -96,10 +96,8 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
         """The sum in MiB that is printed, once it has been added up."""
         in_process(plan, *command, "--dtype", "bf16", *flags)
         lines = capsys.readouterr().out.splitlines()[1:]
+        lines = [line for line in lines if "values kept" not in line]  # what it would be else
         names = [line[:32].rstrip() for line in lines]
-        if names[-1] == "sum, NF4's values kept":
-            names.pop()
-            lines.pop()
         assert names[-3:] == ["activations", "passing, at the peak", "sum"]
         counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]
         assert sum(counts[:-1]) == pytest.approx(counts[-1], abs=0.05 * len(counts))
