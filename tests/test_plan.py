@@ -84,6 +84,17 @@ def test_the_longest_rows_are_those_with_the_most_tokens(tokenizer, rows):
     assert [len(prompt) for prompt, _ in encoded] == lengths[:8]
 
 
+def check_sum(printed: str) -> float:
+    """Returns the sum in MiB that was printed, once it has been added up."""
+    lines = printed.splitlines()[1:]
+    lines = [line for line in lines if "values kept" not in line]  # what it would be else
+    names = [line[:32].rstrip() for line in lines]
+    assert names[-3:] == ["activations", "passing, at the peak", "sum"]
+    counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]
+    assert sum(counts[:-1]) == pytest.approx(counts[-1], abs=0.05 * len(counts))
+    return counts[-1]
+
+
 def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     model = tmp_path / "model"
     model.mkdir()
@@ -93,25 +104,18 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     command = ("--model", model, "--dataset", "tiny/data", "--limit", 100, "--out", run)
 
     def total(*flags) -> float:
-        """The sum in MiB that is printed, once it has been added up."""
         in_process(plan, *command, "--dtype", "bf16", *flags)
-        lines = capsys.readouterr().out.splitlines()[1:]
-        lines = [line for line in lines if "values kept" not in line]  # what it would be else
-        names = [line[:32].rstrip() for line in lines]
-        assert names[-3:] == ["activations", "passing, at the peak", "sum"]
-        counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]
-        assert sum(counts[:-1]) == pytest.approx(counts[-1], abs=0.05 * len(counts))
-        return counts[-1]
+        return check_sum(capsys.readouterr().out)
 
     base = total("--device", "cpu")
     assert total("--device", "cpu", "--batch-size", 64) > 3 * base
     assert total("--device", "cpu", "--checkpointing") < 0.5 * base
     assert total("--device", "cpu", "--rank", 64) > base
     # A GPU that is not here: its fused attention stores no scores.
-    assert total("--device", "cuda") < base
-    checkpointing = total("--device", "cuda", "--checkpointing")
-    assert checkpointing < 0.5 * total("--device", "cuda")
-    assert total("--device", "cuda", "--loss", "full") > total("--device", "cuda")
+    on_gpu = total("--device", "cuda")
+    assert on_gpu < base
+    assert total("--device", "cuda", "--checkpointing") < 0.5 * on_gpu
+    assert total("--device", "cuda", "--loss", "full") > on_gpu
     assert not run.exists()
 
 
