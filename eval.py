@@ -68,18 +68,20 @@ def load_model(
     double_quant: bool = False,
     keep: bool | None = False,
 ) -> phi2.Phi2:
-    """Loads the base. This is the project in four lines; the fourth is lora.inject(model, config).
+    """Loads the base: three of the four lines that are this project.
 
-    The order matters: an empty layer is replaced by an empty quantised one, weights
-    quantise when they arrive, and adapters are put around layers that have their weights.
+    The fourth, lora.inject(model, config), comes after it. The order matters: an empty layer
+    is replaced by an empty quantised one, weights quantise when they arrive, and adapters
+    are put around layers that have their weights.
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
-    are stored beside the indices; None: where a GPU has four times the room that they take.
+    are stored beside the indices too; None: where a GPU has four times the room that they
+    take, which leaves as much again for a step, and all that twice.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
     phi2.load_weights(model, directory, device, DTYPES[dtype])
-    if keep is None:  # with as much again for what a step needs, and all that twice over
+    if keep is None:
         keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
     if keep:
         quant.keep_dequantized(model)

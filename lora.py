@@ -128,9 +128,8 @@ class LoRAConfig:
         return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
-# Keys of adapter_config.json that LoRAConfig is made of, and keys that change nothing in
-# what a trained adapter computes.
-REQUIRED = ("r", "lora_alpha", "target_modules")
+REQUIRED = ("r", "lora_alpha", "target_modules")  # keys that adapter_config.json must have
+# Keys that change nothing in what a trained adapter computes.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type",
     "peft_version", "revision", "task_type", "ensure_weight_tying",
@@ -159,10 +158,10 @@ def check_options(raw: dict) -> None:
     if initialisation not in INITIALISATIONS:
         raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
     # PEFT has more options than this file knows. One that is at its default, or off, changes
-    # nothing. (0 == False, and a list cannot be looked up in a set.)
+    # nothing.
     for key in raw.keys() - HARMLESS - {*REQUIRED, "init_lora_weights"}:
         value = raw[key]
-        is_off = value in (None, False, "none") or value in ({}, [])
+        is_off = value in (None, False, "none", {}, [])  # or 0, which equals False
         if not is_off and value != PEFT_DEFAULTS.get(key):
             raise ValueError(
                 f"{key} = {value!r} is not supported; merge the adapter with PEFT "
@@ -173,10 +172,11 @@ def check_options(raw: dict) -> None:
 class LoRALinear(nn.Module):
     """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (N, in): (N, out).
 
-    A and B are fp32 whatever the base is, as in PEFT. bf16 has 8 bits, so the small steps
-    at the end of a training would be rounded away. They are multiplied in the dtype of x:
-    over a base in bf16 that is what PEFT does under autocast, and the gradient is about as
-    far from that of fp32 as PEFT's without (1.4 % against 2.0 % in `make bench`).
+    A and B are fp32 whatever the base is, as in PEFT. A bf16 number has 8 significant bits,
+    so the small steps at the end of a training would be rounded away. They are multiplied
+    in the dtype of x: over a base in bf16 that is what PEFT does under autocast, and the
+    gradient is about as far from that of fp32 as PEFT's without (1.4 % against 2.0 % in
+    `make bench`).
 
     Backward, for u = x A^T (N, rank), scale = alpha / rank, the gradient g (N, out) of the
     output, and dropout off: B's gradient is scale g^T u, A's is scale (g B)^T x, and that
@@ -208,7 +208,7 @@ class LoRALinear(nn.Module):
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
         down = self.lora_dropout(x) @ a.T  # (N, rank)
-        # base_layer(x) + scale * (down @ b.T), rounded once
+        # base_layer(x) + scale * (down @ b.T); the product and the sum are rounded together
         return torch.addmm(self.base_layer(x), down, b.T, alpha=self.scale)
 
     def delta_weight(self) -> Tensor:
@@ -294,7 +294,9 @@ def matches_pattern(paths: list[str], pattern: str) -> set[str]:
     except subprocess.TimeoutExpired:
         raise ValueError(f"target {pattern!r} takes more than 5 seconds to match") from None
     # OverflowError for a{99999999999}, ValueError for a zero byte, OSError where it is too long.
-    except (re.error, OverflowError, RecursionError, ValueError, OSError) as error:
+    except (
+        re.error, OverflowError, RecursionError, ValueError, OSError, subprocess.SubprocessError
+    ) as error:
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
     return set(matched.stdout.split())
 
@@ -374,10 +376,10 @@ def load_adapter(
     """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
 
     Raises ValueError where PEFT would continue with a model that is not the trained one: a
-    tensor is missing, unknown or of another shape; every B is zero; adapter_config.json has
-    an option that is not implemented here; the adapter was saved with another
-    `fingerprint`. The model must not be used after that: it may be wrapped already. Numbers
-    of any dtype become fp32.
+    tensor is missing, unknown, of another shape or not finite; every B is zero;
+    adapter_config.json has an option that is not implemented here; the adapter was saved
+    with another `fingerprint`. The model must not be used after that: it may be wrapped
+    already. Numbers of any dtype become fp32.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
@@ -395,7 +397,7 @@ def load_adapter(
 
     # PEFT takes an adapter of which one target matches. Its tensors need their places all the same.
     inject(model, config, each=False)
-    parameters = {PREFIX + name: tensor for name, tensor in lora_parameters(model).items()}
+    parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():

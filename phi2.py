@@ -75,7 +75,9 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
         # runs as it is written.
         torch._dynamo.config.suppress_errors = True
-        return torch.compile(function, dynamic=True)
+        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded twice.
+        options = {"emulate_precision_casts": True}
+        return torch.compile(function, dynamic=True, options=options)
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Tensor:
@@ -375,11 +377,13 @@ class PackedRows:
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
         filled: tokens of each row so far, those of earlier calls included.
-        seen: places for keys and values that a query can see, prefix_length + longest + room.
+        seen: places for keys and values that a query can see, prefix_length + longest + room
+            at least.
         key_grid: the prefix, and the rows' keys or values behind it, (B, seen).
         query_grid: the rows' asking tokens, (B, longest of them).
         mask: (B or 1, 1, asking tokens of a row, seen), 0 where a query sees a key and -inf
-            where not. None on a GPU where all tokens ask: its kernels know that form.
+            where not. None on a GPU in a first call where all tokens ask: its kernels know
+            that form.
         prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
         prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
@@ -408,8 +412,9 @@ class PackedRows:
         self.positions = positions.to(device, non_blocking=True)
         self.filled = lengths
         width = longest + room
-        if room:  # an attention kernel of a GPU would copy a mask that is no multiple of 16
-            width += -(prefix_length + width) % 16
+        if room:
+            # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
+            width += (-(prefix_length + width)) % 16
         self.seen = prefix_length + width
         self.key_grid = Grid(lengths, width, device, prefix_length)
         self.query_grid = Grid(lengths, longest, device)
@@ -425,13 +430,14 @@ class PackedRows:
         if device.type == "cpu" and len(lengths) > PART:
             for start in range(0, len(lengths), PART):
                 part = PackedRows(lengths[start : start + PART], prefix_length)
-                part.prefix_asks = False  # it does so once, for the whole
+                part.prefix_asks = False  # its queries run once, for all parts
                 self.parts.append(part)
 
     def causal_mask(self, columns: Tensor) -> Tensor:
         """Returns the mask of queries at these columns (B or 1, A) of their rows."""
         places = torch.arange(self.seen, device=columns.device)
-        is_later = places > self.prefix_length + columns[:, None, :, None]
+        own_places = self.prefix_length + columns
+        is_later = places > own_places[:, None, :, None]  # (B or 1, 1, A, seen)
         return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
 
     def select_asking(self, x: Tensor) -> Tensor:
@@ -446,7 +452,7 @@ class PackedRows:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
         steps_back = torch.arange(-count, 0)
-        columns = torch.tensor(self.lengths)[:, None] + steps_back  # (B, count), of their rows
+        columns = torch.tensor(self.filled)[:, None] + steps_back  # (B, count), of their rows
         ends = torch.tensor(self.lengths).cumsum(0)
         if self.prefix_is_new:
             ends += self.prefix_length
@@ -472,6 +478,7 @@ class PackedRows:
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
 
         # The rows look at the prefix and at their own tokens, the prefix at itself alone.
+        # (Where there is room, parts attend for themselves, and the whole fills the cache.)
         if self.room:
             known_k = self.remember((layer, "k"), k, prefix_k)
             known_v = self.remember((layer, "v"), v, prefix_v)
@@ -503,9 +510,9 @@ class PackedRows:
         """Lets the rows' q (A, H, D) look at grids of keys and values: (A, H, D)."""
         queries = Put.apply(self.query_grid, q, None)
         if self.mask is None:
-            seen = self.prefix_length + queries.shape[1]  # without the room behind
-            known_k = known_k[:, :seen]
-            known_v = known_v[:, :seen]
+            end = self.prefix_length + queries.shape[1]  # where the room begins
+            known_k = known_k[:, :end]
+            known_v = known_v[:, :end]
         elif q.device.type != "cpu":
             self.mask = self.mask.to(q.dtype)  # as its kernels want it, once for all layers
         y = attention(queries, known_k, known_v, self.mask)
@@ -514,13 +521,14 @@ class PackedRows:
     def remember(self, name: tuple[int, str], x: Tensor, prefix: Tensor | None) -> Tensor:
         """Returns the keys, or the values, that the rows see in a layer, (B, seen, H, D).
 
-        x (N, H, D) are those of this call's rows. They are kept under their name, and later
-        calls write theirs into the empty places: nothing here has a gradient. In memory each
-        head's keys stand together, (B, H, seen, D), because one query at a time reads them.
+        x (tokens of the rows, H, D) are those of this call. They are kept under their name,
+        and later calls write theirs into the empty places: nothing here has a gradient. In
+        memory each head's keys stand together, (B, H, seen, D), because one query at a time
+        reads them.
         """
         if name in self.cache:
-            places = self.cache[name].flatten(0, 2)  # a view, (B * H * seen, D)
-            places.index_copy_(0, self.newest, x.flatten(0, 1))
+            flat = self.cache[name].flatten(0, 2)  # a view, (B * H * seen, D)
+            flat.index_copy_(0, self.newest, x.flatten(0, 1))
         else:
             self.cache[name] = self.key_grid.put(x, prefix).transpose(1, 2).contiguous()
         return self.cache[name].transpose(1, 2)
@@ -551,7 +559,8 @@ class PackedRows:
         following.filled = [column + 1 for column in columns]
         following.positions = torch.tensor(places).to(device, non_blocking=True)
         heads = self.cache[0, "k"].shape[1]
-        lines = torch.arange(len(going_on) * heads, device=device)  # of `seen` places each
+        # The cache is (B, H, seen, D): each head of each row has a line of `seen` places.
+        lines = torch.arange(len(going_on) * heads, device=device)
         following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
         following.query_grid = Grid(following.lengths, 1, device)
         following.mask = self.causal_mask(following.positions[:, None] - self.prefix_length)
@@ -560,7 +569,8 @@ class PackedRows:
         following.parts = []  # each row has one token now
         if len(going_on) < len(self.filled):
             kept = torch.tensor(going_on).to(device, non_blocking=True)
-            following.cache = {name: known[kept] for name, known in self.cache.items()}
+            for name, known in self.cache.items():  # one by one: two caches may not fit
+                self.cache[name] = known[kept]
         return following
 
 

@@ -104,7 +104,8 @@ class NF4Linear(nn.Module):
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
     With `double_quant` absmax is (numel / 64,) uint8, and two more restore it, with a table
-    `code` of 256 levels: absmax = code[absmax] * nested_absmax[block of 256] + offset.
+    `code` of 256 levels: code[absmax] * nested_absmax[block of 256] + offset is what absmax
+    is without.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
@@ -167,6 +168,8 @@ class NF4Linear(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         weight = state_dict.get(prefix + "weight")
+        if weight is not None:
+            self.kept = None  # it belongs to the weight before
         if f"{prefix}weight.{QUANT_STATE}" in state_dict:
             self.rename_parts(state_dict, prefix)
         elif weight is not None and weight.is_floating_point():
@@ -174,7 +177,6 @@ class NF4Linear(nn.Module):
             if weight.shape != shape:
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
             self.dtype = weight.dtype
-            self.kept = None  # it belongs to the weight before
             # load_state_dict has given us a copy of its dictionary, so it may be written to.
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
@@ -196,7 +198,6 @@ class NF4Linear(nn.Module):
         if not has_our_levels or blocks_and_shape != (BLOCK, nested_block, shape):
             raise ValueError(f"{prefix}weight is in NF4 of another form: {record}")
 
-        self.kept = None
         self.make_absmax(double_quant=is_nested)
         # Some uploads store the codes under another dtype than uint8, with the same bits.
         codes = state_dict[prefix + "weight"].view(torch.uint8)
@@ -320,7 +321,7 @@ def replace(
 ) -> list[str]:
     """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
 
-    Modules that `skip` names, by a path or by its end, stay, with all that is in them.
+    Modules that `skip` names, by a path or by a part of one, stay, with all that is in them.
     """
     paths = []
     for path, module in model.named_modules():

@@ -38,6 +38,7 @@ from support.runlog import RunLog
 from support.stopping import StopRequest
 
 LOG_EVERY = 50  # steps between lines
+NO_STEP = ([], [], 0)  # what follows the last step: no rows
 
 
 def learning_rate(step: int, steps: int, warmup: int | None) -> float:
@@ -114,24 +115,23 @@ def collated(
 
 
 def accumulate_gradients(
-    model: phi2.Phi2, encoded: list, prefix_length: int, args: argparse.Namespace
+    model: phi2.Phi2, encoded: list, targets: float, prefix_length: int, args: argparse.Namespace
 ) -> tuple[Tensor, int]:
     """Runs this rank's rows of a step forward and backward, `batch_size` of them at a time.
 
-    Returns this rank's part of the loss, and how many ids the model has read. Loss and
-    gradients of all ranks are then added up. The sum is the mean over all targets of the
-    step, on all ranks, however the rows fall into batches: a mean of the batches' means
-    would give a target in a short batch more weight. A rank may have no row in the last
-    step of an epoch; its part is 0.
+    Returns this rank's part of the loss, and how many ids the model has read. `targets` is
+    the number of targets of the step, on all ranks. Loss and gradients of all ranks are
+    then added up. The sum is the mean over all targets, however the rows fall into batches:
+    a mean of the batches' means would give a target in a short batch more weight. A rank
+    may have no row in the last step of an epoch; its part is 0.
     """
     device = model.lm_head.weight.device
-    (targets,) = ranks.total(device, count_targets(encoded, args.loss))
     loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
     tokens = 0
     for batch in collated(encoded, prefix_length, args):
-        part = batch_loss(model, batch) / targets
-        part.backward()
-        loss += part.detach()
+        batch_part = batch_loss(model, batch) / targets
+        batch_part.backward()
+        loss += batch_part.detach()
         tokens += len(batch.ids)
     return loss, tokens
 
@@ -298,23 +298,27 @@ def main() -> None:
     first = progress.step
     all_steps = encoded_steps(train_rows, tokenizer, rows_per_step, first, args)
     left = itertools.islice(all_steps, steps - first)
-    following = next(left, None)
+    following = next(left, NO_STEP)
+    _, encoded, _ = following
+    (targets,) = ranks.total(device, count_targets(encoded, args.loss))
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(first, steps), total=steps)
     for step in bar:
         # Forward and backward on each rank's rows, then one sum over all ranks.
         rows, encoded, cut = following
-        loss, tokens = accumulate_gradients(model, encoded, prefix_length, args)
+        loss, tokens = accumulate_gradients(model, encoded, targets, prefix_length, args)
         ranks.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # A GPU still works on all this. Meanwhile the rows of the next step are encoded; then
-        # the step's numbers are read, which is its one wait for the GPU.
-        following = next(left, None)
+        # the numbers of this step are read, which is its one wait for the GPU, together with
+        # how many targets all ranks have in the next one.
+        following = next(left, NO_STEP)
+        _, next_encoded, _ = following
         share = grad_norm / ranks.WORLD  # each rank has the norm of the whole sum
-        loss, grad_norm, tokens, cut, stops = ranks.total(
-            device, loss, share, tokens, cut, bool(stop)
+        loss, grad_norm, tokens, cut, stops, targets = ranks.total(
+            device, loss, share, tokens, cut, bool(stop), count_targets(next_encoded, args.loss)
         )
         if not math.isfinite(grad_norm):  # such a step would spoil every weight of the adapter
             numbers = sorted(row["row"] for row in rows)

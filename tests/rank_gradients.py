@@ -44,7 +44,8 @@ def main() -> None:
             encoded = [data.encode(example, tokenizer) for example in mine]
             args = Namespace(loss=loss, share_prefix=True, batch_size=2)
             prefix = train.shared_prefix_length(tokenizer, args)
-            train.accumulate_gradients(model, encoded, prefix, args)
+            (targets,) = ranks.total(device, train.count_targets(encoded, loss))
+            train.accumulate_gradients(model, encoded, targets, prefix, args)
             ranks.add_gradients(parameters.values())
             for name, parameter in parameters.items():
                 gradients[f"{loss} loss, {rows} rows, {name}"] = parameter.grad

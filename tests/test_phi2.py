@@ -179,21 +179,34 @@ def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_leng
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="on a CPU torch.compile needs g++")
 def test_what_a_gpu_runs_as_one_kernel_is_what_is_written_here():
-    """They compile as a whole, once for all numbers of tokens."""
+    """They compile as a whole, once for all numbers of tokens, and have the same bits."""
     torch.manual_seed(0)
-    rotate_back = torch.compile(phi2.rotate_back.__wrapped__, dynamic=True, fullgraph=True)
-    add = torch.compile(phi2.add.__wrapped__, dynamic=True, fullgraph=True)
+    options = {"emulate_precision_casts": True}
+    choices = {"dynamic": True, "fullgraph": True, "options": options}
+    rotate_back = torch.compile(phi2.rotate_back.__wrapped__, **choices)
+    add = torch.compile(phi2.add.__wrapped__, **choices)
 
     def check(tokens: int) -> None:
-        x = torch.randn(tokens, 4, 10)
-        cos, sin = torch.randn(2, tokens, 1, 3)
-        assert distance(rotate_back(x, cos, sin), phi2.rotate_back(x, cos, sin)) < 1e-6
-        branches = torch.randn(3, tokens, 16)
-        assert distance(add(*branches), phi2.add(*branches)) < 1e-6
+        x = torch.randn(tokens, 4, 10).bfloat16()
+        cos, sin = torch.randn(2, tokens, 1, 3).bfloat16()
+        assert torch.equal(rotate_back(x, cos, sin), phi2.rotate_back(x, cos, sin))
+        branches = torch.randn(3, tokens, 16).bfloat16()
+        assert torch.equal(add(*branches), phi2.add(*branches))
 
     check(7)
     with torch.compiler.set_stance("fail_on_recompile"):
         check(12)
+
+
+@torch.no_grad()
+def test_the_last_token_of_each_row_sees_as_much_in_generation(tiny):
+    mine = ours(tiny, torch.float32).eval()
+    results = []
+    for last in (1, None):
+        packed = phi2.PackedRows([5, 2, 3], prefix_length=2, room=4)
+        mine(torch.arange(12), packed)
+        results.append(mine(torch.tensor([7, 8]), packed.advance([0, 2]), last))
+    assert distance(*results) < 1e-6
 
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
