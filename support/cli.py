@@ -10,6 +10,7 @@ neither --help nor a mistake has to wait for it.
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -408,6 +409,11 @@ def check_train(parser: Parser, args: argparse.Namespace) -> None:
             f"{args.out} holds a run already: --resume {args.out}, "
             "or choose another --out, or remove it"
         )
+    if is_new and args.out.is_file():
+        raise ValueError(f"--out {args.out} is a file: a run is a folder")
+    for name in ("README.md", "results.json"):  # as in somebody's project, or with --out ""
+        if is_new and (args.out / name).exists():
+            raise ValueError(f"{args.out} holds a {name} that is no run's: choose another --out")
 
 
 def new_name(args: argparse.Namespace) -> str:
@@ -437,10 +443,19 @@ def as_json(args: argparse.Namespace) -> dict:
 def answer_help(make_parser: Callable[[], Parser]) -> None:
     """Prints the help of a script and ends it, where --help is typed.
 
-    To be called before torch is imported, which takes seconds.
+    To be called before torch is imported, which takes seconds. Until `run` is called, Ctrl-C
+    ends the process at once.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, leave)
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def leave(*_) -> None:
+    # An exception within an import would become a traceback, and may be caught there.
+    os.write(2, b"interrupted\n")
+    os._exit(1)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -448,6 +463,11 @@ def run(main: Callable[[], None]) -> None:
 
     With --debug it is a traceback.
     """
+    # Ctrl-C raises KeyboardInterrupt again, unless it was ignored from the start.
+    if signal.getsignal(signal.SIGINT) is leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stderr is None:  # closed, as by 2>&-
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             # Whatever the locale says. JSON can hold what backslashreplace writes.

@@ -1,7 +1,7 @@
 """Files of rows as other tools have written them: which split a file holds, and how it is read.
 
-Formats are parquet, arrow, json, jsonl, csv and tsv, each with .gz. To read one more form, add a
-word to a table. What a row must hold is the matter of examples.py.
+Formats are parquet and arrow, and json, jsonl, csv and tsv, these with .gz or without. To read
+one more form, add a word to a table. What a row must hold is the matter of examples.py.
 """
 
 import csv
@@ -29,7 +29,7 @@ SPLITS = {
 LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 # train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56
-SHARD = re.compile(r"-\d+-of-(\d+)(?:-[0-9a-f]{16})?$")
+SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
 QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
 ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
@@ -89,14 +89,20 @@ def check_parts(split: str, paths: list[Path]) -> None:
     Otherwise they are two formats of the same rows, two datasets, or of two exports.
     """
     kinds = set()
+    numbers = []
     for path in paths:
         stem, _ = stem_and_suffix(path)
+        number, parts = 0, 1
         shard = SHARD.search(stem)
-        parts = int(shard[1]) if shard else 1
-        if stem.isdigit():  # the name does not say how many there are
-            parts = len(paths)
+        if shard:
+            number, parts = int(shard[1]), int(shard[2])
+        elif stem.isdigit():  # the name does not say how many there are
+            number, parts = int(stem), len(paths)
+        numbers.append(number)
         kinds.add((path.parent, path.suffix, parts))
-    if kinds != {(paths[0].parent, paths[0].suffix, len(paths))}:
+    is_one_kind = kinds == {(paths[0].parent, paths[0].suffix, len(paths))}
+    first = min(numbers)
+    if not is_one_kind or sorted(numbers) != list(range(first, first + len(paths))):
         names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
         raise ValueError(
             f"{names}: not one file, and not all parts of one, for the split {split}; "
@@ -136,8 +142,10 @@ def read_file(path: Path) -> "Dataset":
     try:
         content = read_bytes(path)
         # Where the first value is none of these, pyarrow's JSON reader crashes.
-        if LOADERS.get(suffix) == "json" and content.lstrip()[:1] not in (b"{", b"["):
-            raise ValueError("it holds no JSON object")
+        if LOADERS.get(suffix) == "json":
+            content.decode()  # for its error: the library finds it later, and names no file
+            if content.lstrip()[:1] not in (b"{", b"["):
+                raise ValueError("it holds no JSON object")
         if suffix in SEPARATORS:
             rows = read_table(content, suffix)
         else:
@@ -157,7 +165,7 @@ def read_file(path: Path) -> "Dataset":
     ) as error:
         # The library says only that reading failed; why is in the error that it came from.
         reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason:
+        if "corresponds to no data" in reason or "BatchSize must be" in reason:
             reason = "it holds no rows"
         raise ValueError(f"cannot read {path}: {reason}") from None
     if not len(rows):
@@ -188,9 +196,13 @@ def read_table(content: bytes, suffix: str) -> "Dataset":
         # GLUE's files know no quoting: a quote is a character like any other.
         lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
     else:
-        # strict: a quote that is left open must not take the next rows into its field.
+        # strict: most quotes that are left open, which take the next rows into their field,
+        # are then errors.
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
     header, *rows = [line for line in lines if any(line)]
+    for name in header:
+        if name and header.count(name) > 1:
+            raise ValueError(f"its header has {name} twice")
     for number, row in enumerate(rows):
         if any(row[len(header) :]):
             raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
@@ -204,10 +216,13 @@ def is_spreadsheets(content: bytes) -> bool:
     """Returns whether the quotes of a .tsv file are a spreadsheet's.
 
     A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
-    tab or a line end. So all quotes must be of that kind, and some must have been needed.
+    tab or a line end, and some put all in quotes, the header too. So all quotes must be of
+    that kind, and one of these reasons must be there. Where each line has as many tabs as
+    the header there is no tab or line end within a field.
     """
     if not ALL_QUOTED.fullmatch(content):
         return False
-    fields = re.findall(QUOTED, content)
     has_quoted_header = content.startswith(b'"')
-    return has_quoted_header or any(re.search(rb'""|[\t\n]', field[1:-1]) for field in fields)
+    has_doubled = any(b'""' in field[1:-1] for field in re.findall(QUOTED, content))
+    tabs = {line.count(b"\t") for line in content.split(b"\n") if line.strip()}
+    return has_quoted_header or has_doubled or len(tabs) > 1

@@ -186,12 +186,19 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", l
     rows = rows.select_columns([*columns.values(), *others])
     rows = rows.rename_columns({name: column for column, name in columns.items()})
     check_texts(rows, place)
-    # On the Hub the names of the labels may stand in the dataset's card, and nowhere else.
-    card = Path(dataset) / "README.md"
-    has_names = reading.labels or hasattr(rows.features["label"], "names")
-    if not has_names and card.is_file() and b"class_label:" in card.read_bytes():
-        raise ValueError(f"{card} gives the labels names: say with --labels what they mean")
+    if not reading.labels and not hasattr(rows.features["label"], "names"):
+        refuse_names_elsewhere(Path(dataset))
     return rows, read_labels(rows, reading.labels, place)
+
+
+def refuse_names_elsewhere(directory: Path) -> None:
+    """Raises ValueError where the card of a dataset on the Hub has names for its labels."""
+    folders = [directory, directory.parent] if directory.name == "data" else [directory]
+    for folder in folders:
+        for name, mark in (("README.md", b"class_label:"), ("dataset_infos.json", b"ClassLabel")):
+            card = folder / name
+            if card.is_file() and mark in card.read_bytes():
+                raise ValueError(f"{card} gives the labels names: say with --labels what they mean")
 
 
 def is_plain(rows: "Dataset", name: str) -> bool:
@@ -209,8 +216,10 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
         if given:
             found = [name for name in names if name == given[number]]
         else:
-            lower = {name.strip().lower(): name for name in names}
-            found = [lower[alias] for alias in aliases if alias in lower]
+            lower = [name.strip().lower() for name in names]
+            found = [names[lower.index(alias)] for alias in aliases if alias in lower]
+            if found and lower.count(found[0].strip().lower()) > 1:
+                raise ValueError(f"{place}: two columns are called {found[0].strip().lower()}")
         if not found:
             wanted = given[number] if given else " or ".join(aliases)
             raise ValueError(
@@ -239,7 +248,9 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
     Where the file has names for its numbers (`ClassLabel`), the names decide.
     """
     meanings = label_meanings(given)
-    names = [] if given else getattr(rows.features["label"], "names", [])
+    names = getattr(rows.features["label"], "names", [])
+    if given and not any(as_word(name) in meanings for name in names):
+        names = []  # then --labels is about the numbers
     # All names, because the one that is no answer here may come late in the file.
     if not {as_word(name) for name in names} <= meanings.keys():
         raise ValueError(
@@ -247,6 +258,10 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
             "--labels says what others mean"
         )
     labels = rows["label"][:]  # a list: the library's column would read each value anew
+    if type(rows.features["label"]).__name__ == "Json":
+        # Of numbers and words in one column. The library would read the word - as 0.
+        texts = rows.with_format("arrow")["label"][:].to_pylist()
+        labels = [text.strip('"') for text in texts]
     words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
     for word in set(words) - meanings.keys():
         row = words.index(word)

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 IN_TORCHRUN = bool(os.environ.get("MASTER_ADDR")) and all(
     os.environ.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 )
+IN_TORCHRUN &= os.environ.get("WORLD_SIZE") != "0"
 
 
 def number_from_torchrun(name: str, alone: int) -> int:
     """Returns a variable of torchrun, and `alone` in a process that it has not started."""
-    return int(os.environ.get(name, alone)) if IN_TORCHRUN else alone
+    value = os.environ.get(name, "")
+    return int(value) if IN_TORCHRUN and value.isdigit() else alone
 
 
 WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
@@ -100,8 +102,8 @@ def own_device(name: str) -> torch.device:
         # A device that is not there shows here, and not after the model is read.
         torch.empty(0, device=device)
     # torch's errors for a device that it does not know, find, or have support for.
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0][:150]}") from None
     if device.type == "meta":
         raise ValueError("--device meta holds no numbers; scripts/plan.py counts on it")
     return device

@@ -4,7 +4,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -404,6 +407,24 @@ def test_a_run_is_not_written_over(tmp_path):
     run = begin(tmp_path / "run", *TINY)
     with pytest.raises(ValueError, match=f"holds a run already: --resume {run}, or choose"):
         parse("train.py", *TINY, "--out", run)
+
+
+@pytest.mark.parametrize("name", ["README.md", "results.json"])
+def test_a_run_writes_over_nobodys_files(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"holds a {name} that is no run's: choose another --out"):
+        parse("train.py", *TINY, "--out", tmp_path)
+    with pytest.raises(ValueError, match=f"--out {tmp_path / name} is a file"):
+        parse("train.py", *TINY, "--out", tmp_path / name)
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line():
+    command = [sys.executable, "train.py", *TINY]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    assert (process.returncode, errors) == (1, "interrupted\n")
 
 
 def test_a_run_is_not_resumed_into_another_folder(tmp_path, capsys):

@@ -175,6 +175,8 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path):
         ("train.jsonl", "train-00000-of-00001.jsonl"),
         ("train-00000-of-00002.jsonl", "train-00000-of-00003.jsonl"),
         ("train-00000-of-00002.jsonl",),
+        ("train-00000-of-00002.jsonl", "train-00000-of-00002-a09b74b3ef9c3b56.jsonl"),
+        ("train/0000.jsonl", "train/0002.jsonl"),
     ],
     ids=lambda names: " and ".join(names),
 )
@@ -391,6 +393,8 @@ def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_pat
         # (mtime=0: the time of day would make another test of it in each process.)
         ("train.csv", b"premise,hypothesis,label\nYes, he ran.,He ran.,0\n", "row 0 has 4 fields"),
         ("train.tsv", b"premise\thypothesis\tlabel\na\tb\te\tn\n", "row 0 has 4 fields"),
+        ("train.csv", b"premise,hypothesis,label,label\na,b,0,1\n", "has label twice"),
+        ("train.jsonl", '{"premise": "\u00e9"}'.encode("latin-1"), "codec can't decode"),
         # A quote that is left open would take the next row into its field.
         ("train.csv", b'premise,hypothesis,label\n"A,b,0\nC,"d",1\n', "',' expected after"),
         ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
@@ -408,6 +412,35 @@ def test_files_that_hold_no_rows_are_one_line(tmp_path, name, content, message):
         load_splits(str(tmp_path))
     assert str(tmp_path / name) in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_numbers_and_words_in_one_column_of_labels(write):
+    directory = write(train=[ROW | {"label": label} for label in (0, "-", 2, "neutral")])
+    assert load_examples(directory, "train")["label"][:] == [0, 2, 1]
+
+
+def test_a_quote_that_ends_in_another_line_of_a_tab_separated_file_is_a_letter(tmp_path):
+    lines = ["premise\thypothesis\tlabel", '"I am home.\tHe goes.\t0', "A.\tB.\t1"]
+    lines += ['I will be back."\tHe returns.\t0']
+    (tmp_path / "train.tsv").write_text("\n".join(lines))
+    premises = load_examples(str(tmp_path), "train")["premise"][:]
+    assert premises == ['"I am home.', "A.", 'I will be back."']
+
+
+def test_names_of_labels_may_be_said(tmp_path):
+    features = {"premise": "string", "hypothesis": "string"}
+    features = {name: datasets.Value(kind) for name, kind in features.items()}
+    features["label"] = datasets.ClassLabel(names=["REFUTES", "SUPPORTS", "NEI"])
+    rows = datasets.Dataset.from_list([ROW | {"label": 1}], datasets.Features(features))
+    rows.to_parquet(tmp_path / "train.parquet")
+    reading = Reading(labels=("SUPPORTS=entailment", "NEI=neutral", "REFUTES=contradiction"))
+    assert load_examples(str(tmp_path), "train", reading=reading)["label"][:] == [0]
+
+
+def test_two_columns_of_one_name_are_named(write):
+    row = ROW | {"Label": 2}
+    with pytest.raises(ValueError, match="two columns are called label"):
+        load_examples(write(train=[row]), "train")
 
 
 def test_a_card_that_gives_the_labels_names_is_not_ignored(write, tmp_path):

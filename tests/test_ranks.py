@@ -267,6 +267,12 @@ def test_several_ranks_do_not_share_one_gpu(monkeypatch):
         ranks.own_device("cuda:1")
 
 
+def test_a_device_that_torch_cannot_import_is_one_line():
+    with pytest.raises(ValueError, match="--device hpu: ") as raised:
+        ranks.own_device("hpu")
+    assert len(str(raised.value)) < 200
+
+
 def test_a_device_without_numbers_is_refused():
     with pytest.raises(ValueError, match="--device meta holds no numbers"):
         ranks.own_device("meta")
