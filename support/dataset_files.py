@@ -11,6 +11,7 @@ import io
 import itertools
 import re
 import zlib
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -191,17 +192,9 @@ def read_table(content: bytes, suffix: str) -> "Dataset":
     """
     import datasets
 
-    text = content.decode()
-    if suffix == ".tsv" and not is_spreadsheets(content):
-        # GLUE's files know no quoting: a quote is a character like any other.
-        lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    else:
-        # strict: most quotes that are left open, which take the next rows into their field,
-        # are then errors.
-        lines = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
-    header, *rows = [line for line in lines if any(line)]
-    for name in header:
-        if name and header.count(name) > 1:
+    header, *rows = [fields for fields in read_lines(content, suffix) if any(fields)]
+    for name in filter(None, header):
+        if header.count(name) > 1:
             raise ValueError(f"its header has {name} twice")
     for number, row in enumerate(rows):
         if any(row[len(header) :]):
@@ -210,6 +203,17 @@ def read_table(content: bytes, suffix: str) -> "Dataset":
     for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
         columns.setdefault(name, [field or None for field in fields])
     return datasets.Dataset.from_dict(columns)
+
+
+def read_lines(content: bytes, suffix: str) -> Iterable[list[str]]:
+    """Returns the fields of each line of a .csv or .tsv file, the header first."""
+    text = content.decode()
+    if suffix == ".tsv" and not is_spreadsheets(content):
+        # GLUE's files know no quoting: a quote is a character like any other.
+        return [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    # strict: most quotes that are left open, which take the next rows into their field, are
+    # then errors.
+    return csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
 
 
 def is_spreadsheets(content: bytes) -> bool:
@@ -222,7 +226,9 @@ def is_spreadsheets(content: bytes) -> bool:
     """
     if not ALL_QUOTED.fullmatch(content):
         return False
+    quoted = [field[1:-1] for field in re.findall(QUOTED, content)]
     has_quoted_header = content.startswith(b'"')
-    has_doubled = any(b'""' in field[1:-1] for field in re.findall(QUOTED, content))
+    has_doubled = any(b'""' in field for field in quoted)
+    has_break = any(b"\t" in field or b"\n" in field for field in quoted)
     tabs = {line.count(b"\t") for line in content.split(b"\n") if line.strip()}
-    return has_quoted_header or has_doubled or len(tabs) > 1
+    return has_quoted_header or has_doubled or (has_break and len(tabs) > 1)

@@ -214,20 +214,28 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         if given:
-            found = [name for name in names if name == given[number]]
+            found = given[number] if given[number] in names else None
         else:
-            lower = [name.strip().lower() for name in names]
-            found = [names[lower.index(alias)] for alias in aliases if alias in lower]
-            if found and lower.count(found[0].strip().lower()) > 1:
-                raise ValueError(f"{place}: two columns are called {found[0].strip().lower()}")
-        if not found:
+            found = find_column(names, aliases, place)
+        if found is None:
             wanted = given[number] if given else " or ".join(aliases)
             raise ValueError(
                 f"{place}: no column {wanted}; there are {', '.join(names)}; "
                 "--columns PREMISE HYPOTHESIS LABEL says which are meant"
             )
-        columns[column] = found[0]
+        columns[column] = found
     return columns
+
+
+def find_column(names: list[str], aliases: tuple[str, ...], place: str) -> str | None:
+    """Returns the first column that is called by one of these words, in any case."""
+    lower = [name.strip().lower() for name in names]
+    for alias in aliases:
+        if lower.count(alias) > 1:
+            raise ValueError(f"{place}: two columns are called {alias}")
+        if alias in lower:
+            return names[lower.index(alias)]
+    return None
 
 
 def check_texts(rows: "Dataset", place: str) -> None:
