@@ -21,6 +21,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -118,9 +119,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-@fused
-def rotate_forward(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotate(x, cos, sin)
+rotate_forward = fused(rotate)
 
 
 @fused
@@ -715,38 +714,40 @@ def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Ten
     empty. A file is opened again for each tensor, so that what was read leaves the memory.
     """
     files = find_tensors(directory)
-    try:
-        for key, path in files.items():
-            is_part = f"{key.rpartition('.weight.')[0]}.weight" in files
-            # Some fine-tuned uploads store the rotary tables, which are computed here.
-            if is_part or key.endswith("inv_freq"):
-                continue
-            names = [name for name in files if name.startswith(f"{key}.")]
-            tensor = read(path, key)
-            if not tensor.is_floating_point() and not names:
-                raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
-            yield key, tensor, {name[len(key) + 1 :]: read(files[name], name) for name in names}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
+    for key, path in files.items():
+        is_part = f"{key.rpartition('.weight.')[0]}.weight" in files
+        # Some fine-tuned uploads store the rotary tables, which are computed here.
+        if is_part or key.endswith("inv_freq"):
+            continue
+        names = [name for name in files if name.startswith(f"{key}.")]
+        tensor = read(path, key)
+        if not tensor.is_floating_point() and not names:
+            raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
+        yield key, tensor, {name[len(key) + 1 :]: read(files[name], name) for name in names}
 
 
 def find_tensors(directory: Path) -> dict[str, Path]:
     """Returns the file of each tensor of a checkpoint, by its key."""
     files = {}
     for path in weight_files(directory):
-        try:
-            with safe_open(path, framework="pt") as file:
-                files |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
-            raise ValueError(
-                f"{path} is damaged or cut short ({error}): download it again"
-            ) from None
+        with open_tensors(path) as file:
+            files |= dict.fromkeys(file.keys(), path)
     return files
 
 
 def read(path: Path, key: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         return file.get_tensor(key)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[safe_open]:
+    """Opens a safetensors file. Raises ValueError where it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
 
 
 def weight_files(directory: Path) -> list[Path]:

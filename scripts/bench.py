@@ -585,10 +585,9 @@ def count(args: argparse.Namespace, folder: Path) -> dict:
     """Returns {arm: {task: costs}} of phi-2 at full size, as scripts/count.py models a GPU."""
     tokenizer_folder = args.tokenizer or phi2.locate(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
-    if args.draws_rows:
-        args.dataset = str(folder / "data")
-        write_dataset(folder / "data", tokenizer)
-    rows = read_rows(args.dataset, tokenizer, args.rows).evaluation
+    draw_dataset(args, folder, tokenizer)
+    validation, *_ = examples.validation_splits(args.dataset)
+    rows = encode_rows(args.dataset, validation, tokenizer, args.rows)
     files.write_json(folder / "rows.json", rows)
     command = [sys.executable, "-m", "scripts.count", "--rows", str(folder / "rows.json")]
     if args.random_phi_2:
@@ -596,7 +595,7 @@ def count(args: argparse.Namespace, folder: Path) -> dict:
     arms = {
         "ours": ["--arm", "ours", "--keep"],
         "codes alone": ["--arm", "ours"],
-        "checkpointing": ["--arm", "ours", "--checkpointing"],
+        "checkpointing": ["--arm", "ours", "--checkpointing", "--tasks", "train16", "train128"],
         "reference": ["--arm", "reference"],
     }
     results = {}
@@ -617,6 +616,8 @@ def show_counts(results: dict) -> None:
     for task in results["ours"]:
         slowest = modelled_ms(results["reference"][task])
         for arm, tasks in results.items():
+            if task not in tasks:
+                continue
             cost = tasks[task]
             milliseconds = modelled_ms(cost)
             print(
@@ -667,14 +668,25 @@ def write_dataset(directory: Path, tokenizer: Tokenizer) -> None:
         files.write_lines(directory / f"{name}.jsonl", draw_rows(pairs, tokenizer, count, seed))
 
 
+def draw_dataset(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> None:
+    """Draws the rows where the arguments name no dataset."""
+    if args.draws_rows:
+        args.dataset = str(folder / "data")
+        write_dataset(folder / "data", tokenizer)
+
+
 def read_rows(dataset: str, tokenizer: Tokenizer, count: int) -> Rows:
     """Returns the first `count` rows of the training and of the first validation split."""
     validation, *_ = examples.validation_splits(dataset)
-    encoded = {}
-    for split in ("train", validation):
-        rows = examples.load_examples(dataset, split, count)
-        encoded[split] = [data.encode(row, tokenizer) for row in rows]
-    return Rows(encoded["train"], encoded[validation])
+    return Rows(
+        encode_rows(dataset, "train", tokenizer, count),
+        encode_rows(dataset, validation, tokenizer, count),
+    )
+
+
+def encode_rows(dataset: str, split: str, tokenizer: Tokenizer, count: int) -> list:
+    rows = examples.load_examples(dataset, split, count)
+    return [data.encode(row, tokenizer) for row in rows]
 
 
 def write_random_phi_2(directory: Path, layers: int) -> None:
@@ -732,9 +744,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
     args.model = str(phi2.locate(args.model).resolve())
     tokenizer_folder = args.tokenizer or Path(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
-    if args.draws_rows:
-        args.dataset = str(folder / "data")
-        write_dataset(folder / "data", tokenizer)
+    draw_dataset(args, folder, tokenizer)
     if args.adapter is None:
         args.adapter = folder / "adapter"
         train_adapter(args, args.adapter)

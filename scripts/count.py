@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import traceback
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +70,7 @@ import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
 import train  # noqa: E402
+from support.live_bytes import LiveBytes  # noqa: E402
 
 # An H100: FLOP/s of bf16 products and of fp32 ones without TF32, bytes a second.
 PEAK = 790e12 * 0.75
@@ -78,7 +78,6 @@ PEAK_FP32 = 40e12
 BANDWIDTH = 3.35e12
 LAUNCH = 2e-6  # seconds that the shortest kernel takes
 CPU_LAUNCH = 4e-6  # seconds that the CPU takes for a launch
-ROUNDING = 512  # bytes: the allocator on a GPU gives out multiples of it
 
 # Operations that launch nothing, and those that launch several kernels.
 FREE = set(
@@ -124,22 +123,24 @@ class FakeMode(FakeTensorMode):
 class FakeGpu(TorchDispatchMode):
     """While it is on, tensors on "cuda" are fake, and what is done with them is noted.
 
-    operations: in their order. waits: how often which line waits for the GPU. now, most:
-    bytes that are alive, and the most there have been. What the CPU reads of the GPU is
-    True, 0, or a probability of 0.5; in fp64, in which ranks.total adds, 0.
+    operations: in their order. waits: how often which line waits for the GPU. bytes: those
+    that are alive, and the most there have been. What the CPU reads of the GPU is True, 0,
+    or a probability of 0.5; in fp64, in which ranks.total adds, 0.
     """
 
     def __init__(self):
         super().__init__()
         self.fake = FakeMode(allow_non_fake_inputs=True)
-        self.alive = set()
-        self.now = 0
+        self.bytes = LiveBytes()
         self.start()
 
     def start(self) -> None:
         self.operations = []
         self.waits = Counter()
-        self.most = self.now
+        self.restart_peak()
+
+    def restart_peak(self) -> None:
+        self.bytes.most = self.bytes.now
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         call = Call(function, args, kwargs or {})
@@ -165,24 +166,10 @@ class FakeGpu(TorchDispatchMode):
         for tensor in outputs:
             if tensor.device.type == "cpu" and tensor.numel() > 1:
                 raise RuntimeError(f"{call.function} has made a tensor on the CPU: {caller()}")
-            self.add(tensor.untyped_storage())
+            self.bytes.add(tensor.untyped_storage())
         has_content = any(tensor.numel() for tensor in outputs) or not outputs
         if call.name() not in FREE and has_content:
             self.operations.append(cost(call))
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.alive:  # a view, or changed in place
-            return
-        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        self.alive.add(key)
-        weakref.finalize(storage, self.free, key, size)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def free(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
 
 
 def caller() -> str:
@@ -354,8 +341,8 @@ def install(gpu: FakeGpu) -> None:
         "manual_seed_all": lambda seed: None,
         "get_device_name": lambda device=None: "no GPU",
         "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
-        "max_memory_allocated": lambda device=None: gpu.most,
-        "reset_peak_memory_stats": lambda device=None: setattr(gpu, "most", gpu.now),
+        "max_memory_allocated": lambda device=None: gpu.bytes.most,
+        "reset_peak_memory_stats": lambda device=None: gpu.restart_peak(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
@@ -427,11 +414,9 @@ class Ours:
         (loss / len(batch.targets)).backward()
         update(self.parameters, self.optimizer)
 
-    @torch.no_grad()
     def score(self, rows: list) -> None:
         evaluation.score(self.model.eval(), self.tokenizer, [prompt for prompt, _ in rows])
 
-    @torch.no_grad()
     def write(self, rows: list, limit: int) -> None:
         prompts = [prompt for prompt, _ in rows]
         evaluation.complete(self.model.eval(), self.tokenizer, prompts, limit)
@@ -534,15 +519,18 @@ TASKS = {
     "score": lambda one, rows: one.score(longest_first(rows[:64])),
     "answer": lambda one, rows: one.write(longest_first(rows[:64]), 2),
     "ramble": lambda one, rows: one.write(longest_first(rows[:64]), 32),
-    # Every eighth batch of all rows, sorted: an eighth of a split's cost.
-    "split": lambda one, rows: [
-        one.score(longest_first(rows)[start : start + 64]) for start in range(0, len(rows), 512)
-    ],
+    "split": lambda one, rows: score_split(one, longest_first(rows)),
 }
 
 
 def longest_first(rows: list) -> list:
     return sorted(rows, key=lambda row: -len(row[0]))
+
+
+def score_split(one: Ours | Reference, rows: list) -> None:
+    """Scores every eighth batch of a sorted split: an eighth of its cost."""
+    for start in range(0, len(rows), 8 * 64):
+        one.score(rows[start : start + 64])
 
 
 # -----------------------------------------------------------------------------
@@ -577,7 +565,7 @@ def summary(gpu: FakeGpu) -> dict:
         "gb": sum(operation.moved for operation in gpu.operations) / 1e9,
         "gpu_ms": 1e3 * sum(operation.seconds() for operation in gpu.operations),
         "cpu_ms": 1e3 * CPU_LAUNCH * launches,
-        "peak_gib": gpu.most / 2**30,
+        "peak_gib": gpu.bytes.most / 2**30,
     }
 
 

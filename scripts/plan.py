@@ -15,7 +15,6 @@ need not be there.
 """
 
 import argparse
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -35,45 +34,28 @@ import phi2
 import quant
 import train
 from support import cli, examples
+from support.live_bytes import LiveBytes
 
 CANDIDATES = 1000  # rows with the most characters; those with the most tokens are among them
-ROUNDING = 512  # bytes: PyTorch's allocator on a GPU gives out multiples of it
 
 
 class Count(TorchDispatchMode):
     """Counts the bytes of the tensors that are made on one kind of device while it is on.
 
-    now: bytes that are alive; most: the largest that `now` has been. Views of tensors in `known`
-    are not counted.
+    Views of tensors in `known` are not counted.
     """
 
     def __init__(self, device_type: str, known: list[Tensor]):
         super().__init__()
         self.device_type = device_type
-        self.alive = {tensor.untyped_storage()._cdata for tensor in known}
-        self.now = 0
-        self.most = 0
+        self.bytes = LiveBytes([tensor.untyped_storage() for tensor in known])
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor) and tensor.device.type == self.device_type:
-                self.add(tensor.untyped_storage())
+                self.bytes.add(tensor.untyped_storage())
         return result
-
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self.alive:  # the result is a view, or was changed in place
-            return
-        size = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        self.alive.add(key)
-        weakref.finalize(storage, self.free, key, size)
-        self.now += size
-        self.most = max(self.most, self.now)
-
-    def free(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
@@ -174,13 +156,13 @@ def memory(
         attention = patch.object(F, "scaled_dot_product_attention", fused_attention)
     with Count(device_type, base + kept + adapter) as count, attention:
         loss = train.batch_loss(model.train(), data.collate(encoded, prefix, args.loss))
-        after_forward = count.now
+        after_forward = count.bytes.now
         loss.backward()
     # The loss is computed in fp32.
     logits = 4 * train.count_targets(encoded, args.loss) * model.config.vocab_size
     bytes_of["logits"] = logits
     bytes_of["activations"] = after_forward - logits
-    bytes_of["passing, at the peak"] = count.most - after_forward
+    bytes_of["passing, at the peak"] = count.bytes.most - after_forward
     return bytes_of | {"sum": sum(bytes_of.values())}
 
 

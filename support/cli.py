@@ -403,16 +403,17 @@ def as_text(value) -> str:
 def check_train(parser: Parser, args: argparse.Namespace) -> None:
     """Raises ValueError when a new run would write over another one."""
     # Only the first rank looks, because it is the one that writes there.
-    is_new = ranks.FIRST and args.out and not args.resume
-    if is_new and (args.out / "args.json").exists():
+    if not ranks.FIRST or not args.out or args.resume:
+        return
+    if (args.out / "args.json").exists():
         raise ValueError(
             f"{args.out} holds a run already: --resume {args.out}, "
             "or choose another --out, or remove it"
         )
-    if is_new and args.out.is_file():
+    if args.out.is_file():
         raise ValueError(f"--out {args.out} is a file: a run is a folder")
     for name in ("README.md", "results.json"):  # as in somebody's project, or with --out ""
-        if is_new and (args.out / name).exists():
+        if (args.out / name).exists():
             raise ValueError(f"{args.out} holds a {name} that is no run's: choose another --out")
 
 
