@@ -110,7 +110,8 @@ def find_path(name: str, run: Path, started_in: Path = Path()) -> str:
     have moved since, with the model or without.
     """
     for folder in (Path(), *run.resolve().parents, started_in):
-        if (folder / name).is_dir():
+        # Unlike Path.is_dir this answers for any text, one too long for a path too.
+        if os.path.isdir(folder / name):
             return str(folder / name)
     return name
 

@@ -533,6 +533,11 @@ def test_any_files_of_an_adapter_are_its_arguments_or_one_error(tmp_path_factory
     assert type(args.model) is str and type(args.dataset) is str
 
 
+def test_a_name_that_is_too_long_for_a_path_is_left_as_it_is(tmp_path):
+    name = "0" * 9999
+    assert files.find_path(name, tmp_path) == name
+
+
 # -----------------------------------------------------------------------------
 # The frame of every script: one line, or the traceback
 
