@@ -15,62 +15,35 @@ model says which of two designs is cheaper, and by about how much.
 """
 
 import argparse
-import ctypes
-import importlib.util
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
-import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+from scripts import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
 
+# isort: split
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-def load_fake_gpu() -> None:
-    """Compiles fake_gpu.cpp for this version of torch, and loads it: to precede torch."""
-    if not shutil.which("g++"):
-        sys.exit("error: counting needs the compiler g++, for scripts/fake_gpu.cpp")
-    torch_folder = Path(importlib.util.find_spec("torch").origin).parent
-    source = HERE / "fake_gpu.cpp"
-    known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
-    library = Path(tempfile.gettempdir()) / f"flora-{known}.so"
-    if not library.is_file():
-        new = library.with_suffix(f".{os.getpid()}")  # others may compile it too
-        command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include"]
-        command += [str(source), "-o", str(new), f"-L{torch_folder}/lib"]
-        command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
-        subprocess.run(command, check=True)
-        new.replace(library)
-    ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL).install()
+import data
+import eval as evaluation
+import lora
+import phi2
+import quant
+import train
+from support.live_bytes import LiveBytes
 
-
-load_fake_gpu()
-
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
-
-import data  # noqa: E402
-import eval as evaluation  # noqa: E402
-import lora  # noqa: E402
-import phi2  # noqa: E402
-import quant  # noqa: E402
-import train  # noqa: E402
-from support.live_bytes import LiveBytes  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # An H100: FLOP/s of bf16 products and of fp32 ones without TF32, bytes a second.
 PEAK = 790e12 * 0.75

@@ -1,4 +1,4 @@
-// What torch asks of a GPU before it computes a gradient, answered without one. scripts/count.py
+// What torch asks of a GPU before it computes a gradient, answered without one. fake_gpu.py
 // compiles this file and loads it before torch: then tensors without content can be "on cuda".
 
 #include <ATen/detail/CUDAHooksInterface.h>

@@ -6,12 +6,10 @@ Here device errors show without a GPU: a tensor left on the CPU, a wait in each 
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, script
 
 import data
 import phi2
@@ -24,13 +22,12 @@ pytestmark = pytest.mark.skipif(
     reason="needs g++, and a torch without CUDA",
 )
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data", "--device", "cuda", "--dtype", "bf16"]
-SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 3]
+SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 2, "--max-new-tokens", 2]
 
 
 def count(*arguments) -> str:
-    """Returns what scripts/count.py prints. It has to be loaded before torch: a new process."""
-    command = [sys.executable, "-m", "scripts.count", *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    """Returns what scripts/count.py prints."""
+    done = script("-m", "scripts.count", *arguments, first_library="scripts.fake_gpu")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -26,6 +26,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 # A gradient goes through all layers twice, and its terms cancel: ten and five times as much.
 GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
+LENGTH = 12  # tokens of each row
+
 CASES = [
     (name, quantization, dtype)
     for name in ("tiny", "wide")
@@ -43,7 +45,7 @@ class Both:
     dtype: torch.dtype
     mine: phi2.Phi2
     theirs: nn.Module
-    ids: Tensor  # (3, 24)
+    ids: Tensor  # (3, LENGTH)
 
 
 def name_of(case) -> str:
@@ -55,7 +57,8 @@ def name_of(case) -> str:
 def both(request) -> Both:
     name, quantization, dtype = request.param
     mine, theirs = pair(request.getfixturevalue(name), dtype, quantization)
-    return Both(name, quantization, dtype, mine, theirs, random_ids(mine))
+    ids = random_ids(mine, rows=3, length=LENGTH)
+    return Both(name, quantization, dtype, mine, theirs, ids)
 
 
 def next_token_loss(outputs: Tensor, ids: Tensor) -> Tensor:
@@ -93,7 +96,7 @@ def test_logits_with_random_adapters_equal_pefts(both):
     assert distance(logits(both.mine, both.ids), expected) < TOLERANCE[both.dtype]
 
     # Only the last two tokens of each row, as in training: there the head runs on no other.
-    rows = phi2.PackedRows([24, 24, 24])
+    rows = phi2.PackedRows([LENGTH] * 3)
     last = both.mine(both.ids.flatten(), rows, last=2)
     assert distance(last, expected[:, -2:].flatten(0, 1)) < TOLERANCE[both.dtype]
 

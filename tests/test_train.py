@@ -408,8 +408,8 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
     out = tmp_path / "run"
     flags = ["--steps", 2, "--batch-size", 4, "--eval-every", 1, *SHORT, "--wandb"]
     no_login = {
-        "HOME": str(tmp_path),
         "NETRC": str(tmp_path / "netrc"),
+        "WANDB_CONFIG_DIR": str(tmp_path / "config"),
         "WANDB_API_KEY": "",
         "WANDB_SILENT": "true",
     }

@@ -12,7 +12,7 @@ The script's process has the command line, the folder, the environment and the f
 Python would have. It imports the project's modules itself, and ends as Python ends.
 
 The tests import `script` and `start_script` from conftest.py. As a program,
-`python tests/zygote.py FD LIBRARY ...`, this file is the zygote.
+`python tests/zygote.py LIBRARY FD FD`, this file is the zygote.
 """
 
 import functools
@@ -50,7 +50,7 @@ LIBRARIES = [
     "httpx",
 ]
 # These read HF_* variables when they are imported. So there are two zygotes, and that for runs in
-# which such a variable differs has not imported them.
+# which such a variable differs has not imported them. The second is a fork of the first.
 HUB_LIBRARIES = ["huggingface_hub.hf_api", "datasets"]
 
 # How the environment variables begin that no library has read before a script runs. A run that is
@@ -60,6 +60,7 @@ LATE = (
     "HF_",
     "LOCAL_",
     "MASTER_",
+    "NETRC",
     "OMP_NUM_THREADS",
     "RANK",
     "WANDB_",
@@ -145,28 +146,38 @@ class ForkedScript:
 
 
 @functools.cache
-def start_zygote(*libraries: str) -> socket.socket:
-    """Starts a zygote at its first use. It ends with the process of the tests."""
-    mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with theirs:
-        subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno()), *libraries],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            # torch then asks for GPUs in a way that a fork survives.
-            env=START | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
-        )
-    return mine
+def start_zygotes(first_library: str) -> list[socket.socket]:
+    """Starts both zygotes at their first use. The one without HUB_LIBRARIES is the first.
+
+    They end with the process of the tests.
+    """
+    pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2)]
+    numbers = [theirs.fileno() for _, theirs in pairs]
+    subprocess.Popen(
+        [sys.executable, __file__, first_library, *map(str, numbers)],
+        pass_fds=numbers,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # torch then asks for GPUs in a way that a fork survives.
+        env=START | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"},
+    )
+    for _, theirs in pairs:
+        theirs.close()
+    return [mine for mine, _ in pairs]
 
 
 def start_script(
-    *arguments, env: dict[str, str] | None = None, cwd: Path = ROOT, fresh: bool = False
+    *arguments,
+    env: dict[str, str] | None = None,
+    cwd: Path = ROOT,
+    fresh: bool = False,
+    first_library: str = "torch",
 ) -> ForkedScript | subprocess.Popen:
     """Starts `python ARGUMENTS`, with `env` added to the environment.
 
     It is a new Python with `fresh`, for -c and other options of Python's own but -m, and with a
-    variable in `env` that a library may have read already.
+    variable in `env` that a library may have read already. `first_library` is what the script has
+    to import before all others.
     """
     command = [str(argument) for argument in arguments]
     changes = changed_variables(env or {})
@@ -183,10 +194,10 @@ def start_script(
             stderr=subprocess.PIPE,
             text=True,
         )
-    libraries = LIBRARIES
-    if not any(name.startswith("HF_") for name in changes):
-        libraries = LIBRARIES + HUB_LIBRARIES
-    return ForkedScript(command, cwd, environment, start_zygote(*libraries))
+    before_hub, after_hub = start_zygotes(first_library)
+    reads_hub_variables = any(name.startswith("HF_") for name in changes)
+    zygote = before_hub if reads_hub_variables else after_hub
+    return ForkedScript(command, cwd, environment, zygote)
 
 
 def changed_variables(env: dict[str, str]) -> dict[str, str]:
@@ -202,12 +213,10 @@ def changed_variables(env: dict[str, str]) -> dict[str, str]:
 def script(
     *arguments,
     timeout: float = 300,
-    env: dict[str, str] | None = None,
-    cwd: Path = ROOT,
-    fresh: bool = False,
+    **options,
 ) -> subprocess.CompletedProcess:
-    """Runs `python ARGUMENTS` as a user would, to its end."""
-    process = start_script(*arguments, env=env, cwd=cwd, fresh=fresh)
+    """Runs `python ARGUMENTS` as a user would, to its end. For `options` see start_script."""
+    process = start_script(*arguments, **options)
     try:
         output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -281,10 +290,25 @@ def run(request: dict) -> None:
         runpy.run_path(first, run_name="__main__")
 
 
-if __name__ == "__main__":
-    for library in sys.argv[2:]:
+def become_zygote(first_library: str, before_hub: int, after_hub: int) -> socket.socket:
+    """Imports the libraries, in two processes. Returns the socket that each of them serves."""
+    sys.path.append(str(ROOT))  # the first may be a module of the project
+    importlib.import_module(first_library)
+    sys.path.remove(str(ROOT))
+    for library in LIBRARIES:
         importlib.import_module(library)
+    if os.fork() == 0:
+        os.close(before_hub)
+        for library in HUB_LIBRARIES:
+            importlib.import_module(library)
+        return socket.socket(fileno=after_hub)
+    os.close(after_hub)
+    return socket.socket(fileno=before_hub)
+
+
+if __name__ == "__main__":
+    connection = become_zygote(sys.argv[1], *map(int, sys.argv[2:]))
     # The forks then leave these objects alone when they end, which saves 1.5 s for each.
     gc.collect()
     gc.freeze()
-    run(serve(socket.socket(fileno=int(sys.argv[1]))))
+    run(serve(connection))
