@@ -102,6 +102,20 @@ def fingerprint_of(
 # Answers
 
 
+def pack(
+    prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
+) -> tuple[Tensor, phi2.PackedRows]:
+    """Returns ids (N,) of prompts that begin with `prefix`, and what the model has to know of them.
+
+    What prompts begin with alike, a premise for example, goes through the model once.
+    """
+    rows = [prompt[len(prefix) :] for prompt in prompts]
+    tree = phi2.fold(rows)
+    lengths = [len(row) for row in rows]
+    ids = torch.tensor(prefix + tree.ids).to(device, non_blocking=True)
+    return ids, phi2.PackedRows(lengths, len(prefix), device, room, tree)
+
+
 @torch.no_grad()
 def generate(
     model: phi2.Phi2,
@@ -120,9 +134,8 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, lengths = data.pack(prompts, len(prefix))
-    packed = phi2.PackedRows(lengths, len(prefix), device, room=max_new_tokens)
-    first_logits = model(ids.to(device, non_blocking=True), packed, last=1)
+    ids, packed = pack(prompts, prefix, device, room=max_new_tokens)
+    first_logits = model(ids, packed, last=1)
 
     completions = [[] for _ in prompts]
     active = list(range(len(prompts)))  # the prompt's number of each row still in the batch
@@ -178,10 +191,8 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    device = model.lm_head.weight.device
-    ids, lengths = data.pack(prompts, len(prefix))
-    packed = phi2.PackedRows(lengths, len(prefix), device)
-    logits = model(ids.to(device, non_blocking=True), packed, last=1)
+    ids, packed = pack(prompts, prefix, model.lm_head.weight.device)
+    logits = model(ids, packed, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(logits, answers)
@@ -211,10 +222,8 @@ def evaluate(
     model.eval()
     encoded = [data.encode(pair, tokenizer, protocol.max_length) for pair in pairs]
     prompts = [prompt for prompt, _ in encoded]
-    # Sorted, so that the rows of a batch are of similar length. The longest first, so that
-    # a batch that is too large for the memory shows at once, and not after an hour.
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    mine = order[ranks.RANK :: ranks.WORLD]
+    groups = data.by_premise(pairs, prompts)
+    mine = list(itertools.chain.from_iterable(groups[ranks.RANK :: ranks.WORLD]))
 
     answers = []  # (number of the row, answer), in the order of the batches
     with tqdm(

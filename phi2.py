@@ -345,6 +345,41 @@ class Take(torch.autograd.Function):
         return None, ctx.grid.put(grad)
 
 
+@dataclass
+class Tree:
+    """Rows whose common beginnings stand once, in the way of a tree that branches.
+
+    The rows x y and x z are the ids x y z, and the numbers 0 1 0 2.
+
+    Attributes:
+        ids: the distinct tokens. Two tokens are one when their rows are the same up to there.
+        numbers: which of them each row consists of, row after row.
+        firsts: the first place of each of them in `numbers`.
+    """
+
+    ids: list[int]
+    numbers: list[int]
+    firsts: list[int]
+
+
+def fold(rows: list[list[int]]) -> Tree:
+    """Returns the tree of rows of ids.
+
+    Its tokens need to go through a model once, because a token sees only what is before it.
+    """
+    number_of = {}  # (number of the token before, id) -> number
+    numbers = []
+    firsts = []
+    for row in rows:
+        number = None
+        for token in row:
+            number = number_of.setdefault((number, token), len(number_of))
+            if number == len(firsts):  # a new one
+                firsts.append(len(numbers))
+            numbers.append(number)
+    return Tree([token for _, token in number_of], numbers, firsts)
+
+
 class PackedRows:
     """Where the tokens of a flat batch stand, and which tokens each of them sees.
 
@@ -364,6 +399,10 @@ class PackedRows:
     over the rows: without dropout the result is that of whole prompts. (With dropout all
     rows share the mask that is drawn on the prefix.)
 
+    In evaluation rows share more, because several hypotheses belong to one premise. With a
+    `tree` the N tokens are the prefix and the tree's. Each row gets all of its own tokens
+    back for attention alone, which is the smallest part of the work.
+
     A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
     last block only those whose logits are wanted; the others give keys and values alone.
 
@@ -375,6 +414,7 @@ class PackedRows:
 
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
+        numbers, firsts: those of the tree, (M,) and (N - P,); None where rows share no token.
         filled: tokens of each row so far, those of earlier calls included.
         seen: places for keys and values that a query can see, prefix_length + longest + room
             at least.
@@ -399,10 +439,18 @@ class PackedRows:
         prefix_length: int = 0,
         device: str | torch.device = "cpu",
         room: int = 0,
+        tree: Tree | None = None,
     ):
         device = torch.device(device)
         longest = max(lengths)
         columns = torch.cat([torch.arange(length) for length in lengths])
+        self.numbers = None
+        self.firsts = None
+        if tree is not None and len(tree.ids) < len(tree.numbers):
+            firsts = torch.tensor(tree.firsts)
+            columns = columns[firsts]
+            self.numbers = torch.tensor(tree.numbers).to(device, non_blocking=True)
+            self.firsts = firsts.to(device, non_blocking=True)
         positions = torch.cat((torch.arange(prefix_length), prefix_length + columns))
 
         self.lengths = lengths
@@ -453,12 +501,15 @@ class PackedRows:
         steps_back = torch.arange(-count, 0)
         columns = torch.tensor(self.filled)[:, None] + steps_back  # (B, count), of their rows
         ends = torch.tensor(self.lengths).cumsum(0)
+        places = (ends[:, None] + steps_back).flatten()  # row after row
+        tokens = places.to(device, non_blocking=True)
+        if self.numbers is not None:
+            tokens = self.numbers.index_select(0, tokens)
         if self.prefix_is_new:
-            ends += self.prefix_length
-        tokens = (ends[:, None] + steps_back).flatten()  # among the N
+            tokens = tokens + self.prefix_length
 
         narrowed = copy.copy(self)
-        narrowed.asking_tokens = tokens.to(device, non_blocking=True)
+        narrowed.asking_tokens = tokens  # among the N
         narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
         narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
         narrowed.prefix_asks = False
@@ -475,6 +526,12 @@ class PackedRows:
         prefix_q, q = self.split_prefix(q, self.prefix_asks)
         prefix_k, k = self.split_prefix(k, self.prefix_is_new)
         prefix_v, v = self.split_prefix(v, self.prefix_is_new)
+        is_folded = self.numbers is not None
+        if is_folded:
+            k = k.index_select(0, self.numbers)
+            v = v.index_select(0, self.numbers)
+        if is_folded and self.asking_tokens is None:
+            q = q.index_select(0, self.numbers)
 
         # The rows look at the prefix and at their own tokens, the prefix at itself alone.
         # (Where there is room, parts attend for themselves, and the whole fills the cache.)
@@ -487,6 +544,8 @@ class PackedRows:
             y = self.look(q, known_k, known_v)
         else:
             y = self.attend_rows(q, k, v, prefix_k, prefix_v)
+        if is_folded and self.asking_tokens is None:
+            y = y.index_select(0, self.firsts)
         if self.prefix_asks:
             y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
         return y
@@ -563,6 +622,7 @@ class PackedRows:
         following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
         following.query_grid = Grid(following.lengths, 1, device)
         following.mask = self.causal_mask(following.positions[:, None] - self.prefix_length)
+        following.numbers = None  # the new tokens are each row's own
         following.prefix_is_new = False
         following.prefix_asks = False
         following.parts = []  # each row has one token now

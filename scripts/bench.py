@@ -21,6 +21,7 @@ from tiny/data: as many of its premises are joined into one as give the lengths 
 
 import argparse
 import importlib
+import itertools
 import json
 import math
 import random
@@ -79,10 +80,14 @@ class Job:
 
 @dataclass
 class Rows:
-    """Encoded rows, (prompt ids, answer ids), for training and for evaluation."""
+    """Encoded rows, (prompt ids, answer ids), for training and for evaluation.
+
+    `groups` are the numbers of the evaluation rows as eval.py groups them.
+    """
 
     training: list
     evaluation: list
+    groups: list[list[int]]
 
 
 # -----------------------------------------------------------------------------
@@ -126,7 +131,8 @@ class Ours:
         """Returns the predictions for all evaluation rows, in their order."""
         prompts = [prompt for prompt, _ in self.rows.evaluation]
         predictions = {}
-        for numbers in sorted_batches(prompts, PROMPTS):
+        order = list(itertools.chain.from_iterable(self.rows.groups))
+        for numbers in batches(order, PROMPTS):
             answers = answer([prompts[number] for number in numbers])
             for number, row in zip(numbers, answers):
                 predictions[number] = row["prediction"]
@@ -213,7 +219,8 @@ class Reference:
         if self.alone:
             prompts = prompts[:ALONE]
         predictions = {}
-        for numbers in sorted_batches(prompts, 1 if self.alone else PROMPTS):
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        for numbers in batches(order, 1 if self.alone else PROMPTS):
             batch = [prompts[number] for number in numbers]
             answers = answer(pad(batch, self.eos, self.job.device, "left"))
             predictions |= dict(zip(numbers, answers))
@@ -258,9 +265,7 @@ def build(job: Job, rows: Rows) -> Ours | Reference:
 # What both contenders do alike
 
 
-def sorted_batches(prompts: list[list[int]], size: int) -> list[list[int]]:
-    """Returns the numbers of the prompts, the longest first, `size` at a time."""
-    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+def batches(order: list[int], size: int) -> list[list[int]]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -587,8 +592,10 @@ def count(args: argparse.Namespace, folder: Path) -> dict:
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)
     validation, *_ = examples.validation_splits(args.dataset)
-    rows = encode_rows(args.dataset, validation, tokenizer, args.rows)
-    files.write_json(folder / "rows.json", rows)
+    pairs = examples.load_examples(args.dataset, validation, args.rows)
+    rows = [data.encode(pair, tokenizer) for pair in pairs]
+    groups = data.by_premise(pairs, [prompt for prompt, _ in rows])
+    files.write_json(folder / "rows.json", {"rows": rows, "groups": groups})
     command = [sys.executable, "-m", "scripts.count", "--rows", str(folder / "rows.json")]
     if args.random_phi_2:
         command += ["--layers", str(args.random_phi_2)]
@@ -637,35 +644,48 @@ def modelled_ms(cost: dict) -> float:
 # Files for all contenders
 
 
-def draw_rows(pairs, tokenizer: Tokenizer, count: int, seed: int) -> list[dict]:
+def draw_rows(
+    pairs, tokenizer: Tokenizer, count: int, seed: int, of_a_premise: int = 1
+) -> list[dict]:
     """Returns `count` rows with the lengths of MNLI's, made of short pairs.
 
     A row is one of `pairs` and its label. Premises of others are put before its own until it has as
-    many tokens as were drawn for it.
+    many tokens as were drawn for it. `of_a_premise` rows behind one another have the same premise,
+    which ends with the premises of them all.
     """
     rng = random.Random(seed)
     prefix, _, _ = data.fixed_ids(tokenizer)
     premises = pairs["premise"][:]
     added = median(len(tokenizer.encode(" " + premise).ids) for premise in premises[:100])
     rows = []
-    for _ in range(count):
-        row = dict(pairs[rng.randrange(len(pairs))])
+    while len(rows) < count:
+        group = [dict(pairs[rng.randrange(len(pairs))]) for _ in range(of_a_premise)]
+        premise = " ".join(row["premise"] for row in group)
         wanted = rng.lognormvariate(math.log(MEDIAN_TOKENS), SPREAD)
+
+        def length_with(premise: str, row: dict = group[0]) -> int:
+            return len(data.encode(row | {"premise": premise}, tokenizer)[0]) - len(prefix)
+
         # Nearer to what is wanted with one premise more: then it is added.
-        while len(data.encode(row, tokenizer)[0]) - len(prefix) + added / 2 < wanted:
-            row["premise"] = f"{rng.choice(premises)} {row['premise']}"
-        rows.append(row)
-    return rows
+        while length_with(premise) + added / 2 < wanted:
+            premise = f"{rng.choice(premises)} {premise}"
+        rows += [row | {"premise": premise} for row in group]
+    return rows[:count]
 
 
 def write_dataset(directory: Path, tokenizer: Tokenizer) -> None:
-    """Writes drawn rows as a dataset: train.jsonl and validation.jsonl."""
+    """Writes drawn rows as a dataset: train.jsonl and validation.jsonl.
+
+    MNLI has three hypotheses to a premise. Those of tiny/data are shorter, and two to a premise
+    share as many tokens. In training the rows are shuffled, and those of a step share none.
+    """
     directory.mkdir()
     source = str(ROOT / "tiny" / "data")
-    splits = {"train": ("train", 4000), "validation": ("validation_matched", 1000)}
-    for seed, (name, (split, count)) in enumerate(splits.items()):
-        pairs = examples.load_examples(source, split)
-        files.write_lines(directory / f"{name}.jsonl", draw_rows(pairs, tokenizer, count, seed))
+    pairs = examples.load_examples(source, "train")
+    files.write_lines(directory / "train.jsonl", draw_rows(pairs, tokenizer, 4000, seed=0))
+    pairs = examples.load_examples(source, "validation_matched")
+    rows = draw_rows(pairs, tokenizer, 1000, seed=1, of_a_premise=2)
+    files.write_lines(directory / "validation.jsonl", rows)
 
 
 def draw_dataset(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -> None:
@@ -676,17 +696,24 @@ def draw_dataset(args: argparse.Namespace, folder: Path, tokenizer: Tokenizer) -
 
 
 def read_rows(dataset: str, tokenizer: Tokenizer, count: int) -> Rows:
-    """Returns the first `count` rows of the training and of the first validation split."""
+    """Returns `count` rows of the training and of the first validation split.
+
+    Of validation those of the first premises. A whole split has the rows of a premise in different
+    places, and eval.py brings them together.
+    """
     validation, *_ = examples.validation_splits(dataset)
+    training = examples.load_examples(dataset, "train", count)
+    pairs = examples.load_examples(dataset, validation)
+    prompts = [data.encode(pair, tokenizer)[0] for pair in pairs]
+    in_file_order = sorted(data.by_premise(pairs, prompts))
+    numbers = list(itertools.chain.from_iterable(in_file_order))[:count]
+    chosen = pairs.select(numbers)
+    encoded = [data.encode(pair, tokenizer) for pair in chosen]
     return Rows(
-        encode_rows(dataset, "train", tokenizer, count),
-        encode_rows(dataset, validation, tokenizer, count),
+        [data.encode(row, tokenizer) for row in training],
+        encoded,
+        data.by_premise(chosen, [prompt for prompt, _ in encoded]),
     )
-
-
-def encode_rows(dataset: str, split: str, tokenizer: Tokenizer, count: int) -> list:
-    rows = examples.load_examples(dataset, split, count)
-    return [data.encode(row, tokenizer) for row in rows]
 
 
 def write_random_phi_2(directory: Path, layers: int) -> None:

@@ -15,6 +15,7 @@ model says which of two designs is cheaper, and by about how much.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -492,7 +493,7 @@ TASKS = {
     "score": lambda one, rows: one.score(longest_first(rows[:64])),
     "answer": lambda one, rows: one.write(longest_first(rows[:64]), 2),
     "ramble": lambda one, rows: one.write(longest_first(rows[:64]), 32),
-    "split": lambda one, rows: score_split(one, longest_first(rows)),
+    "split": lambda one, rows: score_split(one, rows),
 }
 
 
@@ -501,9 +502,9 @@ def longest_first(rows: list) -> list:
 
 
 def score_split(one: Ours | Reference, rows: list) -> None:
-    """Scores every eighth batch of a sorted split: an eighth of its cost."""
+    """Scores every eighth batch of a split, in the contender's order: an eighth of its cost."""
     for start in range(0, len(rows), 8 * 64):
-        one.score(rows[start : start + 64])
+        one.score([rows[number] for number in one.order[start : start + 64]])
 
 
 # -----------------------------------------------------------------------------
@@ -512,14 +513,17 @@ def score_split(one: Ours | Reference, rows: list) -> None:
 
 def count_tasks(gpu: FakeGpu, args: argparse.Namespace) -> dict[str, dict]:
     """Returns the cost of each task for one contender."""
-    rows = json.loads(args.rows.read_text())
+    content = json.loads(args.rows.read_text())
+    rows = content["rows"]
     with gpu:
         config = phi2.Phi2Config(num_hidden_layers=args.layers, resid_pdrop=0.0)
         if args.arm == "ours":
             contender = Ours(config, args.keep, args.checkpointing)
             contender.share_prefix_of(rows)
+            contender.order = list(itertools.chain.from_iterable(content["groups"]))
         else:
             contender = Reference(config)
+            contender.order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
         contender.step(rows[:16])  # the optimiser makes its state
         results = {}
         for name in args.tasks:
@@ -562,7 +566,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1].endswith(".py"):
         return run_script(gpu, sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=Path, required=True, help="JSON: (prompt ids, answer ids)")
+    parser.add_argument("--rows", type=Path, required=True, help="JSON of scripts/bench.py")
     parser.add_argument("--arm", choices=["ours", "reference"], default="ours")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--layers", type=int, default=32)

@@ -220,6 +220,12 @@ def test_the_rows_of_a_step_come_shortest_first():
 ENCODED = [([5, 6, 7, 8], [9, 0]), ([5, 6, 7, 8, 3, 4], [1, 0])]
 
 
+def test_evaluation_takes_the_rows_of_a_premise_together_and_long_ones_first():
+    examples = {"premise": ["a", "b", "a", "c", "b", "a"]}
+    prompts = [[0] * length for length in (3, 9, 4, 1, 2, 5)]
+    assert data.by_premise(examples, prompts) == [[1, 4], [0, 2, 5], [3]]
+
+
 def test_a_batch_takes_the_prefix_once_and_predicts_the_answers():
     batch = data.collate(ENCODED, prefix_length=2, loss="answer")
     #                           prefix  row 0    row 1

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT, in_process, ours, read_json, script
+from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +113,27 @@ def test_scores_are_the_softmax_over_the_three_answers(tiny, run, rows, tokenize
             shares = model(torch.tensor(prompt))[-1, answers].softmax(dim=0).tolist()
         assert answer["scores"] == pytest.approx(shares, abs=TOLERANCE[torch.float32])
         assert answer["prediction"] == shares.index(max(shares))
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_a_premise_is_read_once_for_all_of_its_hypotheses(tiny, tokenizer, mode):
+    model = ours(tiny, torch.float32)
+    ids = []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, inputs: ids.append(len(inputs[0])))
+    rows = [
+        {"premise": f"Tom has {number} cats.", "hypothesis": f"{who} has a dog.", "label": 1}
+        for who in ("Tom", "Ann", "He")
+        for number in ("two", "three", "twenty-seven")
+    ]
+    protocol = evaluation.Protocol(mode, max_new_tokens=1)
+    evaluation.evaluate(model, tokenizer, Dataset.from_list(rows), protocol)
+
+    prompts = [data.encode(row, tokenizer)[0] for row in rows]
+    distinct = {tuple(prompt[: end + 1]) for prompt in prompts for end in range(len(prompt))}
+    assert ids == [len(distinct)]
+    prefix, _, _ = data.fixed_ids(tokenizer)
+    own = sum(len(prompt) - len(prefix) for prompt in prompts)
+    assert len(distinct) - len(prefix) < 0.7 * own
 
 
 def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(tiny, rows, tokenizer):

@@ -150,6 +150,73 @@ def test_packed_rows_behind_a_prefix_give_the_logits_of_each_row_alone(
             assert distance(row, expected[-last:]) < TOLERANCE
 
 
+# -----------------------------------------------------------------------------
+# Rows that begin alike
+
+
+def branching_rows(stems: int = 4) -> list[list[int]]:
+    """Three rows to each stem, as hypotheses to a premise, mixed. And two rows that are equal, one
+    that is the beginning of another, and one that has nothing in common with any.
+    """
+    rows = []
+    for number, length in enumerate([9, 17, 2, 30][:stems]):
+        (stem,) = drawn_ids([length], seed=10 + number)
+        rows += [stem + tail for tail in drawn_ids([3, 12, 5], seed=20 + number)]
+    rows += [rows[1], rows[1][:-3], drawn_ids([6], seed=40)[0]]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    return [rows[number] for number in order]
+
+
+def test_a_tree_holds_what_rows_begin_with_once():
+    tree = phi2.fold([[7, 8, 9], [7, 8, 5, 9], [8], [7, 8]])
+    assert tree.ids == [7, 8, 9, 5, 9, 8]
+    assert tree.numbers == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1]
+    assert tree.firsts == [0, 1, 2, 5, 6, 7]
+    rows = branching_rows()
+    tree = phi2.fold(rows)
+    assert [tree.ids[number] for number in tree.numbers] == flattened(rows)
+    assert len(tree.ids) == len({tuple(row[: end + 1]) for row in rows for end in range(len(row))})
+    assert len(tree.ids) < 0.6 * len(tree.numbers)
+
+
+@pytest.mark.parametrize("stems", [1, 4], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("prefix_length", [0, 5])
+@torch.no_grad()
+def test_rows_that_begin_alike_have_the_logits_of_each_row_alone(tiny, stems, prefix_length):
+    mine = with_random_adapters(ours(tiny, torch.float32))
+    (prefix,) = drawn_ids([prefix_length], seed=1)
+    rows = branching_rows(stems)
+    alone = [mine(torch.tensor(prefix + row))[prefix_length:] for row in rows]
+
+    tree = phi2.fold(rows)
+    packed = phi2.PackedRows([len(row) for row in rows], prefix_length, tree=tree)
+    ids = torch.tensor(prefix + tree.ids)
+    found = mine(ids, packed)
+    assert len(found) == prefix_length + len(tree.ids)
+    of_rows = found[prefix_length:][tree.numbers]
+    assert distance(of_rows, torch.cat(alone)) < TOLERANCE
+    for last in (1, 2):
+        expected = torch.cat([logits[-last:] for logits in alone])
+        assert distance(mine(ids, packed, last), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_rows_that_begin_alike_have_the_gradients_of_each_row_alone(tiny, prefix_length):
+    mine = with_random_adapters(ours(tiny, torch.float32)).eval()
+    (prefix,) = drawn_ids([prefix_length], seed=1)
+    rows = branching_rows()
+
+    def gradients(last_logits: Tensor) -> list[Tensor]:
+        loss = F.cross_entropy(last_logits, torch.arange(len(rows)))
+        return torch.autograd.grad(loss, list(lora.lora_parameters(mine).values()))
+
+    expected = gradients(torch.cat([mine(torch.tensor(prefix + row))[-1:] for row in rows]))
+    packed = phi2.PackedRows([len(row) for row in rows], prefix_length, tree=phi2.fold(rows))
+    found = gradients(mine(torch.tensor(prefix + phi2.fold(rows).ids), packed, last=1))
+    for mine_gradient, gradient in zip(found, expected):
+        assert distance(mine_gradient, gradient) < TOLERANCE
+
+
 class OnGpu(Tensor):
     """A tensor on the CPU that says it is on a GPU."""
 
@@ -409,6 +476,17 @@ def test_generation_is_the_slow_generation_without_a_cache(tiny, lengths, prefix
     assert 12 in ends
     assert generate(mine, prompts, prefix, 12) == expected
     assert generate(mine, prompts, prefix, 1) == [completion[:1] for completion in expected]
+
+
+@pytest.mark.parametrize("stems", [1, 4], ids=["few rows", "many rows"])
+@pytest.mark.parametrize("prefix_length", [0, 5])
+def test_generation_of_rows_that_begin_alike_is_the_slow_one(tiny, stems, prefix_length):
+    mine = prone_to_end(ours(tiny, torch.float32))
+    (prefix,) = drawn_ids([prefix_length], seed=1)
+    prompts = [prefix + row for row in branching_rows(stems)]
+    expected = [slow_generate(mine, prompt, 12) for prompt in prompts]
+    assert len({len(completion) for completion in expected}) > 1
+    assert generate(mine, prompts, prefix, 12) == expected
 
 
 @torch.no_grad()
