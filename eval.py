@@ -75,7 +75,8 @@ def load_model(
     are put around layers that have their weights.
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
     are stored beside the indices too; None: where a GPU has four times the room that they
-    take, which leaves as much again for a step, and all that twice.
+    take, which leaves as much again for a step, and all that twice. Where they are not, a
+    GPU's memory is short, and a step computes attention twice rather than store it.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -85,6 +86,8 @@ def load_model(
         keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
     if keep:
         quant.keep_dequantized(model)
+    elif torch.device(device).type != "cpu":
+        model.model.checkpointing = "attention"
     return model.eval()
 
 

@@ -219,9 +219,9 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # With checkpointing the forward pass stores each block's input alone, and the
-        # backward pass runs the block again.
-        self.checkpointing = False
+        # What the backward pass computes again instead of what the forward pass had to
+        # store of it: "none", "attention" or "blocks".
+        self.checkpointing = "none"
         # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -238,11 +238,12 @@ class PhiModel(nn.Module):
         # No position is added to x. Attention turns q and k instead.
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, packed.positions, x.dtype)
+        packed.recomputes = self.checkpointing == "attention" and torch.is_grad_enabled()
         for block in self.layers:
             # In the last block only some tokens are wanted. The others give keys and values.
             if last is not None and block is self.layers[-1]:
                 packed = packed.only_last(last)
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing == "blocks" and torch.is_grad_enabled():
                 x = recompute(block, x, cos, sin, packed, use_reentrant=False)
             else:
                 x = block(x, cos, sin, packed)
@@ -279,70 +280,152 @@ PART = 8  # rows that attention takes at once on a CPU
 
 
 class Grid:
-    """Places for rows of different lengths side by side, each behind the same prefix.
+    """Places for the tokens of some rows side by side, each row behind the same prefix.
 
-    A grid is (B, P + width, H, D). In line b the first P places are the prefix, the next
-    lengths[b] those of row b, and the places behind them hold zeros.
+    A grid is (rows, P + width, H, D). In each line the first P places hold the prefix, and
+    the next ones the row. Behind a short row its last token is repeated: nobody looks there.
+
+    Attributes:
+        numbers: (M,) which of a call's tokens the rows consist of, row after row.
+        sources: (rows * (P + width),) which token stands at each place.
+        places: (M,) where the rows' tokens stand.
     """
 
     def __init__(
-        self, lengths: list[int], width: int, device: torch.device, prefix_length: int = 0
+        self,
+        numbers: Tensor,
+        lengths: list[int],
+        width: int,
+        device: torch.device,
+        prefix_length: int = 0,
     ):
-        self.prefix_length = prefix_length
-        self.shape = (len(lengths), prefix_length + width)
-        self.is_full = not prefix_length and all(length == width for length in lengths)
         # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
-        is_filled = torch.arange(width) < torch.tensor(lengths)[:, None]
-        is_filled = F.pad(is_filled, (prefix_length, 0))
-        self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)  # (N,)
+        columns = torch.arange(width)
+        ends = torch.tensor(lengths)[:, None]
+        tokens = ends.cumsum(0) - ends + torch.minimum(columns, ends - 1)  # (rows, width)
+        prefix = torch.arange(prefix_length).expand(len(lengths), -1)
+        sources = torch.cat((prefix, numbers[tokens]), dim=1)
+        is_filled = F.pad(columns < ends, (prefix_length, 0))
 
-    def put(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
-        """Returns the grid of the rows' x (N, H, D) and the prefix (P, H, D), if there is one."""
-        if self.is_full:
+        self.prefix_length = prefix_length
+        self.shape = sources.shape
+        # Then the grid is a part of the tokens as they are.
+        self.is_slice = not prefix_length and bool((sources.flatten().diff() == 1).all())
+        self.span = slice(int(numbers[0]), int(numbers[-1]) + 1)
+        self.numbers = numbers
+        self.sources = sources.flatten().to(device, non_blocking=True)
+        self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+    def put(self, x: Tensor) -> Tensor:
+        """Returns the grid of a call's tokens, x (N, H, D)."""
+        tokens = x[self.span] if self.is_slice else x.index_select(0, self.sources)
+        return tokens.unflatten(0, self.shape)
+
+    def take(self, grid: Tensor) -> Tensor:
+        """Returns what stands at the places of the rows' tokens, (M, H, D)."""
+        flat = grid.flatten(0, 1)
+        return flat if self.is_slice else flat.index_select(0, self.places)
+
+    def fill(self, x: Tensor) -> Tensor:
+        """Returns a grid that holds x (M, H, D) at those places, and zeros elsewhere."""
+        if self.is_slice:
             return x.unflatten(0, self.shape)
         grid = x.new_zeros(*self.shape, *x.shape[1:])
-        if prefix is not None:
-            grid[:, : self.prefix_length] = prefix
         grid.flatten(0, 1).index_copy_(0, self.places, x)
         return grid
 
-    def take(self, grid: Tensor) -> Tensor:
-        """Returns what `put` has put there for the rows, (N, H, D)."""
-        flat = grid.flatten(0, 1)
-        return flat if self.is_full else flat.index_select(0, self.places)
+
+def join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # cat would copy one too
 
 
 class Put(torch.autograd.Function):
-    """Computes grid.put(x, prefix). Backward takes the gradient out of the same places.
+    """Puts a call's tokens, x (N, H, D), into grids.
 
-    The prefix stands in every line, so its gradient is the sum over them.
+    Backward takes the gradients out of the same places. It adds them up where a token stands
+    in several: the prefix stands in every line, and a token of a tree in several rows.
     """
 
     @staticmethod
-    def forward(ctx, grid: Grid, x: Tensor, prefix: Tensor | None) -> Tensor:
-        ctx.grid = grid
-        return grid.put(x, prefix)
+    def forward(ctx, grids: list[Grid], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.grids = grids
+        ctx.count = len(x)
+        return tuple(grid.put(x) for grid in grids)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, Tensor | None]:
-        length = ctx.grid.prefix_length
-        of_prefix = grad[:, :length].sum(dim=0) if length else None
-        return None, ctx.grid.take(grad), of_prefix
+    def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:
+        total = join([grid.take(grad) for grid, grad in zip(ctx.grids, grads)])
+        if len(total) > ctx.count:  # a tree
+            numbers = join([grid.numbers for grid in ctx.grids]).to(total.device)
+            zeros = total.new_zeros(ctx.count, *total.shape[1:])
+            total = zeros.index_add_(0, numbers, total)
+        elif len(total) < ctx.count:  # the prefix is in no grid of its own
+            total = F.pad(total, (0, 0, 0, 0, ctx.count - len(total), 0))
+        for grid, grad in zip(ctx.grids, grads):
+            length = grid.prefix_length
+            if length:
+                total[:length] += grad[:, :length].sum(dim=0)
+        return None, total
 
 
 class Take(torch.autograd.Function):
-    """Computes grid.take(y) of a grid without a prefix. Backward puts the gradient back."""
+    """Takes the rows' y (M, H, D) out of grids. Backward fills grids with the gradient."""
 
     @staticmethod
-    def forward(ctx, grid: Grid, y: Tensor) -> Tensor:
-        ctx.grid = grid
-        return grid.take(y)
+    def forward(ctx, grids: list[Grid], *y: Tensor) -> Tensor:
+        ctx.grids = grids
+        return join([grid.take(of_grid) for grid, of_grid in zip(grids, y)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.grid.put(grad)
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, ...]:
+        of_grids = grad.split([len(grid.places) for grid in ctx.grids])
+        return None, *[grid.fill(x) for grid, x in zip(ctx.grids, of_grids)]
+
+
+@dataclass
+class Part:
+    """What attention computes at once: the prefix by itself, or rows that see it.
+
+    On a GPU all rows are one part. On a CPU a part is a few rows, and its grids are as wide
+    as its own longest row. Where rows come sorted by length, as in training and evaluation,
+    most of the padding is gone.
+
+    Attributes:
+        keys: the grid of keys and of values, with the prefix in each line; None in later
+            calls of a generation, where the cache has them.
+        queries: the grid of the tokens that ask.
+        width: how many keys a query sees at most.
+        mask: (rows or 1, 1, asking tokens of a row, width), 0 where a query sees a key and
+            -inf where not. None on a GPU in a first call where all tokens ask: its kernels
+            know that form.
+    """
+
+    keys: Grid | None
+    queries: Grid
+    width: int
+    mask: Tensor | None
+
+
+def first_part(
+    numbers: Tensor, lengths: list[int], device: torch.device, prefix_length: int = 0
+) -> Part:
+    """Returns the part of some rows in a first call, in which all of their tokens ask."""
+    longest = max(lengths)
+    width = prefix_length + longest
+    keys = Grid(numbers, lengths, longest, device, prefix_length)
+    queries = Grid(numbers, lengths, longest, device)
+    mask = None
+    if device.type != "cuda":  # every row has the same places, so one line serves all
+        mask = causal_mask(torch.arange(prefix_length, width, device=device)[None], width)
+    return Part(keys, queries, width, mask)
+
+
+def causal_mask(places: Tensor, width: int) -> Tensor:
+    """Returns the mask (rows or 1, 1, A, width) of queries at these places (rows or 1, A)."""
+    is_later = torch.arange(width, device=places.device) > places[:, None, :, None]
+    return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
 
 
 @dataclass
@@ -406,30 +489,25 @@ class PackedRows:
     A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
     last block only those whose logits are wanted; the others give keys and values alone.
 
-    Only for attention are the rows put into a grid (B, longest). Nobody sees the empty
-    places behind a short row, because they come after all of its tokens.
+    Only for attention are the rows put side by side (Grid, Part).
 
     For generation, `room` is the number of tokens that may be added to each row. The keys
     and values of all layers are then kept, and `advance` goes on to the next token.
 
     Attributes:
         positions: (N,) the position of each token in its own text, for the rotary tables.
-        numbers, firsts: those of the tree, (M,) and (N - P,); None where rows share no token.
+        numbers: (M,) which of the N tokens the rows consist of, row after row.
+        firsts: of a tree, the first place of each of the N tokens among the prefix's and
+            the rows'; None where rows share no token.
         filled: tokens of each row so far, those of earlier calls included.
-        seen: places for keys and values that a query can see, prefix_length + longest + room
-            at least.
-        key_grid: the prefix, and the rows' keys or values behind it, (B, seen).
-        query_grid: the rows' asking tokens, (B, longest of them).
-        mask: (B or 1, 1, asking tokens of a row, seen), 0 where a query sees a key and -inf
-            where not. None on a GPU in a first call where all tokens ask: its kernels know
-            that form.
-        prefix_is_new: whether the prefix is among the N tokens; later it is in the cache.
-        prefix_asks: whether its tokens ask.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
-        cache: where there is room, what was kept: by (layer, "k") or (layer, "v").
-        parts: on a CPU, the same rows a few at a time. Each part has a grid as wide as its
-            own longest row. Where rows come sorted by length, as in training and
-            evaluation, most of the padding is gone.
+        prefix_part: the prefix by itself, where its tokens are new and ask; else empty.
+        row_parts: the rows, as attention takes them.
+        recomputes: whether the backward pass computes attention again. Then q, k and v are
+            stored as they are, and no grid is.
+        seen: where there is room, the places of each row in the cache.
+        cache_grid: what goes there in the first call.
+        cache: what was kept, (B, H, seen, D), by (layer, "k") or (layer, "v").
         newest: (B * H,) where each head of each row's new token is written into the cache.
     """
 
@@ -442,50 +520,41 @@ class PackedRows:
         tree: Tree | None = None,
     ):
         device = torch.device(device)
-        longest = max(lengths)
-        columns = torch.cat([torch.arange(length) for length in lengths])
-        self.numbers = None
+        places = torch.cat([torch.arange(length) for length in lengths]) + prefix_length
+        numbers = torch.arange(prefix_length, prefix_length + len(places))
+        prefix = torch.arange(prefix_length)
         self.firsts = None
         if tree is not None and len(tree.ids) < len(tree.numbers):
+            numbers = prefix_length + torch.tensor(tree.numbers)
             firsts = torch.tensor(tree.firsts)
-            columns = columns[firsts]
-            self.numbers = torch.tensor(tree.numbers).to(device, non_blocking=True)
-            self.firsts = firsts.to(device, non_blocking=True)
-        positions = torch.cat((torch.arange(prefix_length), prefix_length + columns))
+            places = places[firsts]
+            self.firsts = torch.cat((prefix, prefix_length + firsts)).to(device, non_blocking=True)
 
         self.lengths = lengths
         self.prefix_length = prefix_length
         self.room = room
-        self.positions = positions.to(device, non_blocking=True)
+        self.positions = torch.cat((prefix, places)).to(device, non_blocking=True)
+        self.numbers = numbers
         self.filled = lengths
-        width = longest + room
-        if room:
-            # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
-            width += (-(prefix_length + width)) % 16
-        self.seen = prefix_length + width
-        self.key_grid = Grid(lengths, width, device, prefix_length)
-        self.query_grid = Grid(lengths, longest, device)
-        self.mask = None
-        if device.type != "cuda":  # every row has the same columns, so one mask serves all
-            self.mask = self.causal_mask(torch.arange(longest, device=device)[None])
-        self.prefix_is_new = prefix_length > 0
-        self.prefix_asks = prefix_length > 0
         self.asking_tokens = None
+        self.prefix_part = []
+        if prefix_length:
+            self.prefix_part = [first_part(prefix, [prefix_length], device)]
+        self.row_parts = []
+        at_once = PART if device.type == "cpu" else len(lengths)
+        for first in range(0, len(lengths), at_once):
+            start = sum(lengths[:first])
+            few = lengths[first : first + at_once]
+            part = first_part(numbers[start : start + sum(few)], few, device, prefix_length)
+            self.row_parts.append(part)
+        self.recomputes = False
         self.cache = {}
         self.newest = None
-        self.parts = []
-        if device.type == "cpu" and len(lengths) > PART:
-            for start in range(0, len(lengths), PART):
-                part = PackedRows(lengths[start : start + PART], prefix_length)
-                part.prefix_asks = False  # its queries run once, for all parts
-                self.parts.append(part)
-
-    def causal_mask(self, columns: Tensor) -> Tensor:
-        """Returns the mask of queries at these columns (B or 1, A) of their rows."""
-        places = torch.arange(self.seen, device=columns.device)
-        own_places = self.prefix_length + columns
-        is_later = places > own_places[:, None, :, None]  # (B or 1, 1, A, seen)
-        return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
+        if room:
+            # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
+            self.seen = math.ceil((prefix_length + max(lengths) + room) / 16) * 16
+            width = self.seen - prefix_length
+            self.cache_grid = Grid(numbers, lengths, width, device, prefix_length)
 
     def select_asking(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that ask, (A, ...)."""
@@ -499,21 +568,24 @@ class PackedRows:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
         steps_back = torch.arange(-count, 0)
-        columns = torch.tensor(self.filled)[:, None] + steps_back  # (B, count), of their rows
         ends = torch.tensor(self.lengths).cumsum(0)
-        places = (ends[:, None] + steps_back).flatten()  # row after row
-        tokens = places.to(device, non_blocking=True)
-        if self.numbers is not None:
-            tokens = self.numbers.index_select(0, tokens)
-        if self.prefix_is_new:
-            tokens = tokens + self.prefix_length
+        asking = (ends[:, None] + steps_back).flatten()  # row after row
+        places = self.prefix_length + torch.tensor(self.filled)[:, None] + steps_back  # (B, count)
+        places = places.to(device, non_blocking=True)
 
         narrowed = copy.copy(self)
-        narrowed.asking_tokens = tokens  # among the N
-        narrowed.query_grid = Grid([count] * len(self.lengths), count, device)
-        narrowed.mask = self.causal_mask(columns.to(device, non_blocking=True))
-        narrowed.prefix_asks = False
-        narrowed.parts = [part.only_last(count) for part in self.parts]
+        narrowed.asking_tokens = self.numbers[asking].to(device, non_blocking=True)
+        narrowed.firsts = None
+        narrowed.prefix_part = []
+        narrowed.row_parts = []
+        first = 0
+        for part in self.row_parts:
+            end = first + part.queries.shape[0]
+            numbers = torch.arange(first * count, end * count)  # among those that ask
+            queries = Grid(numbers, [count] * (end - first), count, device)
+            mask = causal_mask(places[first:end], part.width)
+            narrowed.row_parts.append(Part(part.keys, queries, part.width, mask))
+            first = end
         return narrowed
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -521,66 +593,37 @@ class PackedRows:
 
         k and v are (N, H, D); q and the result are (A, H, D).
         """
-        # The N tokens are the prefix, then the rows. After the first call of a generation
-        # the prefix is in the cache, and the N tokens are those of the rows alone.
-        prefix_q, q = self.split_prefix(q, self.prefix_asks)
-        prefix_k, k = self.split_prefix(k, self.prefix_is_new)
-        prefix_v, v = self.split_prefix(v, self.prefix_is_new)
-        is_folded = self.numbers is not None
-        if is_folded:
-            k = k.index_select(0, self.numbers)
-            v = v.index_select(0, self.numbers)
-        if is_folded and self.asking_tokens is None:
-            q = q.index_select(0, self.numbers)
+        if self.recomputes:  # nothing in it is drawn
+            options = {"use_reentrant": False, "preserve_rng_state": False}
+            return recompute(self.attend_in_parts, layer, q, k, v, **options)
+        return self.attend_in_parts(layer, q, k, v)
 
-        # The rows look at the prefix and at their own tokens, the prefix at itself alone.
-        # (Where there is room, parts attend for themselves, and the whole fills the cache.)
+    def attend_in_parts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        known_k = self.known((layer, "k"), k)
+        known_v = self.known((layer, "v"), v)
+        parts = self.prefix_part + self.row_parts
+        grids = [part.queries for part in parts]
+        queries = Put.apply(grids, q)
+        looks = zip(parts, queries, known_k, known_v)
+        y = Take.apply(grids, *[look(*what) for what in looks])
+        return y if self.firsts is None else y.index_select(0, self.firsts)
+
+    def known(self, name: tuple[int, str], x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the keys, or the values, that each part sees, (rows, width, H, D).
+
+        x (N, H, D) are those of this call.
+        """
         if self.room:
-            known_k = self.remember((layer, "k"), k, prefix_k)
-            known_v = self.remember((layer, "v"), v, prefix_v)
-        if self.parts:
-            y = self.attend_in_parts(q, k, v, prefix_k, prefix_v)
-        elif self.room:
-            y = self.look(q, known_k, known_v)
-        else:
-            y = self.attend_rows(q, k, v, prefix_k, prefix_v)
-        if is_folded and self.asking_tokens is None:
-            y = y.index_select(0, self.firsts)
-        if self.prefix_asks:
-            y = torch.cat((prefix_attention(prefix_q, prefix_k, prefix_v), y))
-        return y
+            kept = self.remember(name, x)
+            if len(self.row_parts) == 1:  # then that is what they see
+                of_rows = kept[:, : self.row_parts[0].width]
+                return (*[part.keys.put(x) for part in self.prefix_part], of_rows)
+        return Put.apply([part.keys for part in self.prefix_part + self.row_parts], x)
 
-    def split_prefix(self, x: Tensor, has_prefix: bool) -> tuple[Tensor | None, Tensor]:
-        """Splits x (N or A, H, D) into that of the prefix, if it is among x, and of the rows."""
-        if not has_prefix:
-            return None, x
-        return x.split((self.prefix_length, len(x) - self.prefix_length))
+    def remember(self, name: tuple[int, str], x: Tensor) -> Tensor:
+        """Keeps them under their name, and returns all that are known so far, (B, seen, H, D).
 
-    def attend_rows(
-        self, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
-    ) -> Tensor:
-        """Does for the rows alone what `attend` does for them and the prefix."""
-        known_k = Put.apply(self.key_grid, k, prefix_k)
-        known_v = Put.apply(self.key_grid, v, prefix_v)
-        return self.look(q, known_k, known_v)
-
-    def look(self, q: Tensor, known_k: Tensor, known_v: Tensor) -> Tensor:
-        """Lets the rows' q (A, H, D) look at grids of keys and values: (A, H, D)."""
-        queries = Put.apply(self.query_grid, q, None)
-        if self.mask is None:
-            end = self.prefix_length + queries.shape[1]  # where the room begins
-            known_k = known_k[:, :end]
-            known_v = known_v[:, :end]
-        elif q.device.type != "cpu":
-            self.mask = self.mask.to(q.dtype)  # as its kernels want it, once for all layers
-        y = attention(queries, known_k, known_v, self.mask)
-        return Take.apply(self.query_grid, y)
-
-    def remember(self, name: tuple[int, str], x: Tensor, prefix: Tensor | None) -> Tensor:
-        """Returns the keys, or the values, that the rows see in a layer, (B, seen, H, D).
-
-        x (tokens of the rows, H, D) are those of this call. They are kept under their name,
-        and later calls write theirs into the empty places: nothing here has a gradient. In
+        Later calls write theirs into the empty places: nothing here has a gradient. In
         memory each head's keys stand together, (B, H, seen, D), because one query at a time
         reads them.
         """
@@ -588,19 +631,8 @@ class PackedRows:
             flat = self.cache[name].flatten(0, 2)  # a view, (B * H * seen, D)
             flat.index_copy_(0, self.newest, x.flatten(0, 1))
         else:
-            self.cache[name] = self.key_grid.put(x, prefix).transpose(1, 2).contiguous()
+            self.cache[name] = self.cache_grid.put(x).transpose(1, 2).contiguous()
         return self.cache[name].transpose(1, 2)
-
-    def attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, *prefix: Tensor) -> Tensor:
-        """Does for a few rows at a time what `attend_rows` does. `prefix` are its k and v."""
-        rows_k = k.split([len(part.key_grid.places) for part in self.parts])
-        rows_v = v.split([len(part.key_grid.places) for part in self.parts])
-        rows_q = q.split([len(part.query_grid.places) for part in self.parts])
-        results = [
-            part.attend_rows(part_q, part_k, part_v, *prefix)
-            for part, part_q, part_k, part_v in zip(self.parts, rows_q, rows_k, rows_v)
-        ]
-        return torch.cat(results)
 
     def advance(self, going_on: list[int]) -> "PackedRows":
         """Returns the rows at the indices `going_on` for the model's next call, in generation.
@@ -620,17 +652,23 @@ class PackedRows:
         # The cache is (B, H, seen, D): each head of each row has a line of `seen` places.
         lines = torch.arange(len(going_on) * heads, device=device)
         following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
-        following.query_grid = Grid(following.lengths, 1, device)
-        following.mask = self.causal_mask(following.positions[:, None] - self.prefix_length)
-        following.numbers = None  # the new tokens are each row's own
-        following.prefix_is_new = False
-        following.prefix_asks = False
-        following.parts = []  # each row has one token now
+        following.numbers = torch.arange(len(going_on))
+        following.firsts = None  # the new tokens are each row's own
+        queries = Grid(following.numbers, following.lengths, 1, device)
+        mask = causal_mask(following.positions[:, None], self.seen)
+        following.prefix_part = []
+        following.row_parts = [Part(None, queries, self.seen, mask)]
         if len(going_on) < len(self.filled):
             kept = torch.tensor(going_on).to(device, non_blocking=True)
             for name, known in self.cache.items():  # one by one: two caches may not fit
                 self.cache[name] = known[kept]
         return following
+
+
+def look(part: Part, queries: Tensor, known_k: Tensor, known_v: Tensor) -> Tensor:
+    if part.mask is not None and queries.device.type != "cpu":
+        part.mask = part.mask.to(queries.dtype)  # as a GPU wants it, once for all layers
+    return attention(queries, known_k, known_v, part.mask)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -643,26 +681,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q = q.transpose(1, 2)  # (B, H, A, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    if q.device.type != "cpu":
+    is_plain = q.dtype is torch.float32 and not q.requires_grad
+    if q.device.type != "cpu" or is_plain:
         if mask is None:
             mask = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    # On a CPU torch's fused kernel is slower in bf16, most of all backward, than these two
-    # products and a softmax. All is in fp32, as within the kernel.
+    # On a CPU torch's fused kernel is slower in bf16, and most of all backward, than these
+    # two products and a softmax. All is in fp32, as within the kernel.
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
     return (weights @ v.float()).to(v.dtype).transpose(1, 2)
-
-
-def prefix_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Returns causal attention of the prefix on itself, (P, H, D).
-
-    There is one prefix, so even on a CPU torch's kernel costs little here.
-    """
-    q = q.transpose(0, 1)[None]  # (1, H, P, D)
-    k = k.transpose(0, 1)[None]
-    v = v.transpose(0, 1)[None]
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1)
 
 
 # -----------------------------------------------------------------------------

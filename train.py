@@ -249,7 +249,8 @@ def main() -> None:
     model = evaluation.load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
-    model.model.checkpointing = args.checkpointing
+    if args.checkpointing:
+        model.model.checkpointing = "blocks"
     set_residual_dropout(model, args.residual_dropout)
     lora.match_targets(model, adapter_config.targets)  # a wrong name is found before the baseline
     log.say(

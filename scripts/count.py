@@ -367,8 +367,11 @@ class Ours:
                 module.dtype = torch.bfloat16
         if keep:
             quant.keep_dequantized(self.model)
+        elif not checkpointing:
+            self.model.model.checkpointing = "attention"  # as in eval.load_model
+        if checkpointing:
+            self.model.model.checkpointing = "blocks"
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
-        self.model.model.checkpointing = checkpointing
         self.parameters = lora.lora_parameters(self.model).values()
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
         self.tokenizer = data.load_tokenizer(ROOT / "tiny" / "model")

@@ -108,8 +108,10 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     to_device(model, args)
     if args.keep_dequantized:
         quant.keep_dequantized(model)
-
-    model.model.checkpointing = args.checkpointing
+    elif args.device != "cpu" and args.quant == "nf4":
+        model.model.checkpointing = "attention"
+    if args.checkpointing:
+        model.model.checkpointing = "blocks"
     if args.residual_dropout is not None:
         train.set_residual_dropout(model, args.residual_dropout)
     return model

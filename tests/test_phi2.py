@@ -232,8 +232,10 @@ def test_the_fused_attention_of_gpus_is_the_one_written_out_for_cpus(prefix_leng
     rows = phi2.PackedRows(lengths, prefix_length)
     q = torch.randn(3, 7, 2, 8)  # three rows, seven places, two heads, eight dimensions
     k, v = torch.randn(2, 3, prefix_length + 7, 2, 8)
-    written_out = phi2.attention(q, k, v, rows.mask)
-    fused = phi2.attention(q.as_subclass(OnGpu), k, v, rows.mask).as_subclass(Tensor)
+    mask = rows.row_parts[0].mask
+    written_out = phi2.attention(q.requires_grad_(), k, v, mask).detach()
+    q = q.detach()
+    fused = phi2.attention(q.as_subclass(OnGpu), k, v, mask).as_subclass(Tensor)
     # What a GPU gets instead of a mask. On a CPU torch makes a mask of it.
     form = phi2.causal_lower_right(7, prefix_length + 7)
     by_form = F.scaled_dot_product_attention(
@@ -306,7 +308,7 @@ def adapter_gradients(model: phi2.Phi2, batch: data.Batch) -> tuple[float, list[
     return loss.item(), list(torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "blocks"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_shared_prefix_gives_the_gradients_of_whole_prompts(
     tiny, encoded, prefix, quantization, checkpointing
@@ -334,8 +336,11 @@ def test_a_shared_prefix_gives_the_gradients_of_the_base_too(tiny, encoded, pref
         assert distance(gradient, wanted) < TOLERANCE, name
 
 
+@pytest.mark.parametrize("checkpointing, most_kept", [("attention", 0.75), ("blocks", 0.4)])
 @pytest.mark.parametrize("loss", ["answer", "full"])
-def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(tiny, encoded, prefix, loss):
+def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(
+    tiny, encoded, prefix, loss, checkpointing, most_kept
+):
     mine = with_random_adapters(ours(tiny, torch.float32, "nf4")).train()
     batch = data.collate(encoded, prefix if loss == "answer" else 0, loss)
     stored = []
@@ -345,8 +350,8 @@ def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(tiny, encode
         return tensor
 
     results = []
-    for checkpointing in (False, True):
-        mine.model.checkpointing = checkpointing
+    for choice in ("none", checkpointing):
+        mine.model.checkpointing = choice
         stored.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             total, gradients = adapter_gradients(mine, batch)
@@ -355,7 +360,7 @@ def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(tiny, encode
     assert again_loss == plain_loss
     for gradient, expected in zip(again, plain):
         assert torch.equal(gradient, expected)
-    assert again_bytes < 0.4 * plain_bytes
+    assert again_bytes < most_kept * plain_bytes
 
 
 # -----------------------------------------------------------------------------

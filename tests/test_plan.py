@@ -70,7 +70,8 @@ def test_the_plan_is_what_the_allocator_gives_out(tiny, tokenizer, rows, flags):
     lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
     for block in model.model.layers:
         block.resid_dropout.p = 0.1
-    model.model.checkpointing = args.checkpointing
+    if args.checkpointing:
+        model.model.checkpointing = "blocks"
     measured = measure(model, data.collate(encoded, prefix, args.loss))
 
     assert planned["base weights"] == weights
@@ -114,7 +115,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     # A GPU that is not here: its fused attention stores no scores.
     on_gpu = total("--device", "cuda")
     assert on_gpu < base
-    assert total("--device", "cuda", "--checkpointing") < 0.5 * on_gpu
+    assert total("--device", "cuda", "--checkpointing") < 0.8 * on_gpu
     assert total("--device", "cuda", "--loss", "full") > on_gpu
     assert not run.exists()
 
