@@ -156,7 +156,8 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         "--keep-dequantized",
         action=BooleanOptionalAction,
         help="hold NF4's values in --dtype beside the codes: the same bits, faster, more "
-        "memory (phi-2: 5 GB; default: on a GPU with four times that left)",
+        "memory (phi-2: 5 GB; default: on a GPU with four times that left); without it a GPU "
+        "computes attention twice in training rather than store it",
     )
     # What the arithmetic is done in: fp32 for comparisons to the last digit.
     group.add_argument(

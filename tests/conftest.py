@@ -57,14 +57,14 @@ def tiny() -> Path:
 def wide(tmp_path_factory) -> Path:
     """A random model of phi-2's widths, saved in fp16 in two shards, as phi-2 is on the Hub.
 
-    It has two layers: all widths, the vocabulary and the 32 heads are phi-2's, and a second layer
-    shows what goes from one to the next. A third would compute the same once more.
+    It has two layers: all widths and the 32 heads are phi-2's, and a second layer shows what goes
+    from one to the next. A third would compute the same once more, as would more words.
     """
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
     config = PhiConfig(
-        vocab_size=51200,
+        vocab_size=8192,
         hidden_size=2560,
         intermediate_size=10240,
         num_hidden_layers=2,
@@ -84,7 +84,7 @@ def wide(tmp_path_factory) -> Path:
         if "layernorm.weight" in name:
             parameter.data.add_(1)
     directory = tmp_path_factory.mktemp("wide")
-    model.to(torch.float16).save_pretrained(directory, max_shard_size="500MB")
+    model.to(torch.float16).save_pretrained(directory, max_shard_size="200MB")
     return directory
 
 

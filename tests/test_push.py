@@ -48,7 +48,7 @@ def run(tmp_path_factory, uploads):
     out = tmp_path_factory.mktemp("run") / "run"
     command = ["train.py", "--model", ROOT / "tiny/model", "--dataset", ROOT / "tiny/data"]
     command += ["--keep-dequantized"]  # the same bits in less time
-    command += ["--steps", 40, "--batch-size", 32, "--learning-rate", 3e-3, "--dtype", "fp32"]
+    command += ["--steps", 30, "--batch-size", 16, "--learning-rate", 3e-3, "--dtype", "fp32"]
     command += ["--eval-limit", 20, "--max-new-tokens", 2, "--out", out, "--push", "me/trained"]
     with serving({}, uploads) as (address, _):
         done = script(*command, env=environment(address, tmp_path_factory.mktemp("home")))

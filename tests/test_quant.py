@@ -397,6 +397,6 @@ def test_loading_needs_little_memory_above_the_finished_model(wide):
     )
     assert done.returncode == 0, done.stderr
     peak, model = (int(number) for number in done.stdout.split())
-    largest = 51200 * 2560 * 2  # bytes, of embeddings and head
-    # The largest tensor is there twice: as it is read, and as it is kept.
-    assert model < peak < model + 2 * largest
+    checkpoint = sum(path.stat().st_size for path in wide.glob("*.safetensors"))
+    # One tensor at a time is there in fp16, in bf16 and in 4 bits. The largest is an eighth of all.
+    assert model < peak < model + checkpoint / 2

@@ -58,10 +58,12 @@ HUB_LIBRARIES = ["huggingface_hub.hf_api", "datasets"]
 LATE = (
     "CUDA_VISIBLE_DEVICES",
     "HF_",
+    "HUGGING_FACE_",
     "LOCAL_",
     "MASTER_",
     "NETRC",
     "OMP_NUM_THREADS",
+    "PYTHONIOENCODING",
     "RANK",
     "WANDB_",
     "WORLD_SIZE",
@@ -195,7 +197,7 @@ def start_script(
             text=True,
         )
     before_hub, after_hub = start_zygotes(first_library)
-    reads_hub_variables = any(name.startswith("HF_") for name in changes)
+    reads_hub_variables = any(name.startswith(("HF_", "HUGGING_FACE_")) for name in changes)
     zygote = before_hub if reads_hub_variables else after_hub
     return ForkedScript(command, cwd, environment, zygote)
 
