@@ -105,7 +105,7 @@ def fingerprint_of(
 # Answers
 
 
-def pack(
+def pack_prompts(
     prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
 ) -> tuple[Tensor, phi2.PackedRows]:
     """Returns ids (N,) of prompts that begin with `prefix`, and what the model has to know of them.
@@ -137,7 +137,7 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, packed = pack(prompts, prefix, device, room=max_new_tokens)
+    ids, packed = pack_prompts(prompts, prefix, device, room=max_new_tokens)
     first_logits = model(ids, packed, last=1)
 
     completions = [[] for _ in prompts]
@@ -194,7 +194,7 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, packed = pack(prompts, prefix, model.lm_head.weight.device)
+    ids, packed = pack_prompts(prompts, prefix, model.lm_head.weight.device)
     logits = model(ids, packed, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}

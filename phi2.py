@@ -219,8 +219,8 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What the backward pass computes again instead of what the forward pass had to
-        # store of it: "none", "attention" or "blocks".
+        # What is not stored in the forward pass, but computed again in the backward pass:
+        # "none", "attention" or (whole) "blocks".
         self.checkpointing = "none"
         # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -276,62 +276,68 @@ class Phi2(nn.Module):
 # What makes it fast: rows without padding, a shared prefix, a cache for generation
 
 
-PART = 8  # rows that attention takes at once on a CPU
+ROWS_AT_ONCE = 8  # in attention on a CPU
 
 
-class Grid:
-    """Places for the tokens of some rows side by side, each row behind the same prefix.
+class Layout:
+    """Says which token stands where in a grid, (rows, P + width, H, D). It holds no numbers.
 
-    A grid is (rows, P + width, H, D). In each line the first P places hold the prefix, and
-    the next ones the row. Behind a short row its last token is repeated: nobody looks there.
+    In each line the first P cells are the prefix's, and the next ones a row's. Behind a
+    short row its last token is repeated: nobody looks there.
 
     Attributes:
-        numbers: (M,) which of a call's tokens the rows consist of, row after row.
-        sources: (rows * (P + width),) which token stands at each place.
-        places: (M,) where the rows' tokens stand.
+        token_of: (M,) for each token of each row, row after row: its index among a call's N.
+        sources: (rows * (P + width),) the index of the token in each cell.
+        cells: (M,) the cell of each token of each row.
+        shape: (rows, P + width).
+        span: the tokens of which the grid is a view, where it is one; else None.
+        is_tree: whether rows share tokens.
     """
 
     def __init__(
         self,
-        numbers: Tensor,
+        token_of: Tensor,
         lengths: list[int],
         width: int,
         device: torch.device,
         prefix_length: int = 0,
+        is_tree: bool = False,
     ):
         # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
         columns = torch.arange(width)
-        ends = torch.tensor(lengths)[:, None]
-        tokens = ends.cumsum(0) - ends + torch.minimum(columns, ends - 1)  # (rows, width)
+        row_lengths = torch.tensor(lengths)[:, None]
+        starts = row_lengths.cumsum(0) - row_lengths
+        own = token_of[starts + torch.minimum(columns, row_lengths - 1)]  # (rows, width)
         prefix = torch.arange(prefix_length).expand(len(lengths), -1)
-        sources = torch.cat((prefix, numbers[tokens]), dim=1)
-        is_filled = F.pad(columns < ends, (prefix_length, 0))
+        sources = torch.cat((prefix, own), dim=1)
+        is_filled = F.pad(columns < row_lengths, (prefix_length, 0))
 
+        self.token_of = token_of
         self.prefix_length = prefix_length
+        self.is_tree = is_tree
         self.shape = sources.shape
-        # Then the grid is a part of the tokens as they are.
-        self.is_slice = not prefix_length and bool((sources.flatten().diff() == 1).all())
-        self.span = slice(int(numbers[0]), int(numbers[-1]) + 1)
-        self.numbers = numbers
         self.sources = sources.flatten().to(device, non_blocking=True)
-        self.places = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        self.cells = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        self.span = None
+        if not prefix_length and (sources.flatten().diff() == 1).all():
+            self.span = slice(int(token_of[0]), int(token_of[-1]) + 1)
 
     def put(self, x: Tensor) -> Tensor:
         """Returns the grid of a call's tokens, x (N, H, D)."""
-        tokens = x[self.span] if self.is_slice else x.index_select(0, self.sources)
+        tokens = x[self.span] if self.span else x.index_select(0, self.sources)
         return tokens.unflatten(0, self.shape)
 
     def take(self, grid: Tensor) -> Tensor:
-        """Returns what stands at the places of the rows' tokens, (M, H, D)."""
+        """Returns what stands in the cells of the rows' tokens, (M, H, D)."""
         flat = grid.flatten(0, 1)
-        return flat if self.is_slice else flat.index_select(0, self.places)
+        return flat if self.span else flat.index_select(0, self.cells)
 
     def fill(self, x: Tensor) -> Tensor:
-        """Returns a grid that holds x (M, H, D) at those places, and zeros elsewhere."""
-        if self.is_slice:
+        """Returns a grid that holds x (M, H, D) in those cells, and zeros elsewhere."""
+        if self.span:
             return x.unflatten(0, self.shape)
         grid = x.new_zeros(*self.shape, *x.shape[1:])
-        grid.flatten(0, 1).index_copy_(0, self.places, x)
+        grid.flatten(0, 1).index_copy_(0, self.cells, x)
         return grid
 
 
@@ -340,30 +346,31 @@ def join(tensors: list[Tensor]) -> Tensor:
 
 
 class Put(torch.autograd.Function):
-    """Puts a call's tokens, x (N, H, D), into grids.
+    """Puts a call's tokens, x (N, H, D), into a grid for each layout.
 
-    Backward takes the gradients out of the same places. It adds them up where a token stands
+    Backward takes the gradients out of the same cells. It adds them up where a token stands
     in several: the prefix stands in every line, and a token of a tree in several rows.
     """
 
     @staticmethod
-    def forward(ctx, grids: list[Grid], x: Tensor) -> tuple[Tensor, ...]:
-        ctx.grids = grids
+    def forward(ctx, layouts: list[Layout], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.layouts = layouts
         ctx.count = len(x)
-        return tuple(grid.put(x) for grid in grids)
+        return tuple(layout.put(x) for layout in layouts)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:
-        total = join([grid.take(grad) for grid, grad in zip(ctx.grids, grads)])
-        if len(total) > ctx.count:  # a tree
-            numbers = join([grid.numbers for grid in ctx.grids]).to(total.device)
+        # Of each token of each row, and before them of the prefix, if it has its own layout.
+        total = join([layout.take(grad) for layout, grad in zip(ctx.layouts, grads)])
+        if any(layout.is_tree for layout in ctx.layouts):
+            token_of = join([layout.token_of for layout in ctx.layouts]).to(total.device)
             zeros = total.new_zeros(ctx.count, *total.shape[1:])
-            total = zeros.index_add_(0, numbers, total)
-        elif len(total) < ctx.count:  # the prefix is in no grid of its own
+            total = zeros.index_add_(0, token_of, total)
+        elif len(total) < ctx.count:  # the prefix has none
             total = F.pad(total, (0, 0, 0, 0, ctx.count - len(total), 0))
-        for grid, grad in zip(ctx.grids, grads):
-            length = grid.prefix_length
+        for layout, grad in zip(ctx.layouts, grads):
+            length = layout.prefix_length
             if length:
                 total[:length] += grad[:, :length].sum(dim=0)
         return None, total
@@ -373,15 +380,15 @@ class Take(torch.autograd.Function):
     """Takes the rows' y (M, H, D) out of grids. Backward fills grids with the gradient."""
 
     @staticmethod
-    def forward(ctx, grids: list[Grid], *y: Tensor) -> Tensor:
-        ctx.grids = grids
-        return join([grid.take(of_grid) for grid, of_grid in zip(grids, y)])
+    def forward(ctx, layouts: list[Layout], *grids: Tensor) -> Tensor:
+        ctx.layouts = layouts
+        return join([layout.take(grid) for layout, grid in zip(layouts, grids)])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[None, Tensor, ...]:
-        of_grids = grad.split([len(grid.places) for grid in ctx.grids])
-        return None, *[grid.fill(x) for grid, x in zip(ctx.grids, of_grids)]
+        of_layouts = grad.split([len(layout.cells) for layout in ctx.layouts])
+        return None, *[layout.fill(x) for layout, x in zip(ctx.layouts, of_layouts)]
 
 
 @dataclass
@@ -393,38 +400,44 @@ class Part:
     most of the padding is gone.
 
     Attributes:
-        keys: the grid of keys and of values, with the prefix in each line; None in later
+        keys: the layout of keys and of values, with the prefix in each line; None in later
             calls of a generation, where the cache has them.
-        queries: the grid of the tokens that ask.
-        width: how many keys a query sees at most.
-        mask: (rows or 1, 1, asking tokens of a row, width), 0 where a query sees a key and
-            -inf where not. None on a GPU in a first call where all tokens ask: its kernels
-            know that form.
+        queries: the layout of the tokens that ask.
+        key_width: how many keys a query sees at most.
+        mask: (rows or 1, 1, asking tokens of a row, key_width), 0 where a query sees a key
+            and -inf where not. None on a GPU in a first call where all tokens ask: its
+            kernels know that form.
     """
 
-    keys: Grid | None
-    queries: Grid
-    width: int
+    keys: Layout | None
+    queries: Layout
+    key_width: int
     mask: Tensor | None
 
 
 def first_part(
-    numbers: Tensor, lengths: list[int], device: torch.device, prefix_length: int = 0
+    token_of: Tensor,
+    lengths: list[int],
+    device: torch.device,
+    prefix_length: int = 0,
+    is_tree: bool = False,
 ) -> Part:
     """Returns the part of some rows in a first call, in which all of their tokens ask."""
     longest = max(lengths)
-    width = prefix_length + longest
-    keys = Grid(numbers, lengths, longest, device, prefix_length)
-    queries = Grid(numbers, lengths, longest, device)
+    key_width = prefix_length + longest
+    keys = Layout(token_of, lengths, longest, device, prefix_length, is_tree)
+    queries = Layout(token_of, lengths, longest, device, is_tree=is_tree)
     mask = None
-    if device.type != "cuda":  # every row has the same places, so one line serves all
-        mask = causal_mask(torch.arange(prefix_length, width, device=device)[None], width)
-    return Part(keys, queries, width, mask)
+    if device.type != "cuda":  # every row has the same positions, so one line serves all
+        positions = torch.arange(prefix_length, key_width, device=device)
+        mask = causal_mask(positions[None], key_width)
+    return Part(keys, queries, key_width, mask)
 
 
-def causal_mask(places: Tensor, width: int) -> Tensor:
-    """Returns the mask (rows or 1, 1, A, width) of queries at these places (rows or 1, A)."""
-    is_later = torch.arange(width, device=places.device) > places[:, None, :, None]
+def causal_mask(positions: Tensor, key_width: int) -> Tensor:
+    """Returns the mask (rows or 1, 1, A, key_width) of queries at positions (rows or 1, A)."""
+    keys = torch.arange(key_width, device=positions.device)
+    is_later = keys > positions[:, None, :, None]
     return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
 
 
@@ -432,16 +445,16 @@ def causal_mask(places: Tensor, width: int) -> Tensor:
 class Tree:
     """Rows whose common beginnings stand once, in the way of a tree that branches.
 
-    The rows x y and x z are the ids x y z, and the numbers 0 1 0 2.
+    The rows x y and x z have the ids x y z, and token_of is 0 1 0 2.
 
     Attributes:
         ids: the distinct tokens. Two tokens are one when their rows are the same up to there.
-        numbers: which of them each row consists of, row after row.
-        firsts: the first place of each of them in `numbers`.
+        token_of: for each token of each row, row after row, its index among the ids.
+        firsts: for each of the ids, the first place in token_of that has it.
     """
 
     ids: list[int]
-    numbers: list[int]
+    token_of: list[int]
     firsts: list[int]
 
 
@@ -450,17 +463,17 @@ def fold(rows: list[list[int]]) -> Tree:
 
     Its tokens need to go through a model once, because a token sees only what is before it.
     """
-    number_of = {}  # (number of the token before, id) -> number
-    numbers = []
+    index_of = {}  # (index of the token before, id) -> index
+    token_of = []
     firsts = []
     for row in rows:
-        number = None
+        index = None
         for token in row:
-            number = number_of.setdefault((number, token), len(number_of))
-            if number == len(firsts):  # a new one
-                firsts.append(len(numbers))
-            numbers.append(number)
-    return Tree([token for _, token in number_of], numbers, firsts)
+            index = index_of.setdefault((index, token), len(index_of))
+            if index == len(firsts):  # a new one
+                firsts.append(len(token_of))
+            token_of.append(index)
+    return Tree([token for _, token in index_of], token_of, firsts)
 
 
 class PackedRows:
@@ -484,30 +497,31 @@ class PackedRows:
 
     In evaluation rows share more, because several hypotheses belong to one premise. With a
     `tree` the N tokens are the prefix and the tree's. Each row gets all of its own tokens
-    back for attention alone, which is the smallest part of the work.
+    back for attention alone, which is the smallest part of the work; what comes out of it
+    for one token several times is the same, and its first copy goes on.
 
     A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
     last block only those whose logits are wanted; the others give keys and values alone.
 
-    Only for attention are the rows put side by side (Grid, Part).
+    Only for attention are the rows put side by side, in grids (Layout, Part).
 
     For generation, `room` is the number of tokens that may be added to each row. The keys
-    and values of all layers are then kept, and `advance` goes on to the next token.
+    and values of all layers are then kept, and `advance` goes on to the next token. That
+    has no gradients.
 
     Attributes:
+        lengths: tokens of each row in this call; the prefix is not counted.
+        filled: the same of all calls so far.
         positions: (N,) the position of each token in its own text, for the rotary tables.
-        numbers: (M,) which of the N tokens the rows consist of, row after row.
-        firsts: of a tree, the first place of each of the N tokens among the prefix's and
-            the rows'; None where rows share no token.
-        filled: tokens of each row so far, those of earlier calls included.
+        token_of: (M,) for each token of each row, row after row: its index among the N.
+        first_copies: of a tree, where attention gives each of the N tokens first; else None.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
-        prefix_part: the prefix by itself, where its tokens are new and ask; else empty.
+        prefix_parts: the prefix by itself, where its tokens are new and ask; else empty.
         row_parts: the rows, as attention takes them.
         recomputes: whether the backward pass computes attention again. Then q, k and v are
             stored as they are, and no grid is.
-        seen: where there is room, the places of each row in the cache.
-        cache_grid: what goes there in the first call.
-        cache: what was kept, (B, H, seen, D), by (layer, "k") or (layer, "v").
+        cache: where there is room, what was kept, (B, H, cache_width, D), by (layer, "k") or
+            (layer, "v"). Its cache_layout is that of the first call.
         newest: (B * H,) where each head of each row's new token is written into the cache.
     """
 
@@ -520,41 +534,45 @@ class PackedRows:
         tree: Tree | None = None,
     ):
         device = torch.device(device)
-        places = torch.cat([torch.arange(length) for length in lengths]) + prefix_length
-        numbers = torch.arange(prefix_length, prefix_length + len(places))
         prefix = torch.arange(prefix_length)
-        self.firsts = None
-        if tree is not None and len(tree.ids) < len(tree.numbers):
-            numbers = prefix_length + torch.tensor(tree.numbers)
+        positions = torch.cat([torch.arange(length) for length in lengths]) + prefix_length
+        token_of = torch.arange(prefix_length, prefix_length + len(positions))
+        self.first_copies = None
+        is_tree = tree is not None and len(tree.ids) < len(tree.token_of)
+        if is_tree:
+            token_of = prefix_length + torch.tensor(tree.token_of)
             firsts = torch.tensor(tree.firsts)
-            places = places[firsts]
-            self.firsts = torch.cat((prefix, prefix_length + firsts)).to(device, non_blocking=True)
+            positions = positions[firsts]
+            first_copies = torch.cat((prefix, prefix_length + firsts))
+            self.first_copies = first_copies.to(device, non_blocking=True)
 
         self.lengths = lengths
-        self.prefix_length = prefix_length
-        self.room = room
-        self.positions = torch.cat((prefix, places)).to(device, non_blocking=True)
-        self.numbers = numbers
         self.filled = lengths
+        self.prefix_length = prefix_length
+        self.positions = torch.cat((prefix, positions)).to(device, non_blocking=True)
+        self.token_of = token_of
         self.asking_tokens = None
-        self.prefix_part = []
+        self.prefix_parts = []
         if prefix_length:
-            self.prefix_part = [first_part(prefix, [prefix_length], device)]
+            self.prefix_parts = [first_part(prefix, [prefix_length], device)]
         self.row_parts = []
-        at_once = PART if device.type == "cpu" else len(lengths)
+        at_once = ROWS_AT_ONCE if device.type == "cpu" else len(lengths)
+        start = 0
         for first in range(0, len(lengths), at_once):
-            start = sum(lengths[:first])
             few = lengths[first : first + at_once]
-            part = first_part(numbers[start : start + sum(few)], few, device, prefix_length)
+            end = start + sum(few)
+            part = first_part(token_of[start:end], few, device, prefix_length, is_tree)
             self.row_parts.append(part)
+            start = end
         self.recomputes = False
+        self.room = room
         self.cache = {}
         self.newest = None
         if room:
             # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
-            self.seen = math.ceil((prefix_length + max(lengths) + room) / 16) * 16
-            width = self.seen - prefix_length
-            self.cache_grid = Grid(numbers, lengths, width, device, prefix_length)
+            self.cache_width = math.ceil((prefix_length + max(lengths) + room) / 16) * 16
+            width = self.cache_width - prefix_length
+            self.cache_layout = Layout(token_of, lengths, width, device, prefix_length)
 
     def select_asking(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that ask, (A, ...)."""
@@ -568,23 +586,23 @@ class PackedRows:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
         steps_back = torch.arange(-count, 0)
-        ends = torch.tensor(self.lengths).cumsum(0)
-        asking = (ends[:, None] + steps_back).flatten()  # row after row
-        places = self.prefix_length + torch.tensor(self.filled)[:, None] + steps_back  # (B, count)
-        places = places.to(device, non_blocking=True)
+        row_ends = torch.tensor(self.lengths).cumsum(0)
+        asking = self.token_of[row_ends[:, None] + steps_back].flatten()
+        positions = self.prefix_length + torch.tensor(self.filled)[:, None] + steps_back
+        positions = positions.to(device, non_blocking=True)  # (B, count)
 
         narrowed = copy.copy(self)
-        narrowed.asking_tokens = self.numbers[asking].to(device, non_blocking=True)
-        narrowed.firsts = None
-        narrowed.prefix_part = []
+        narrowed.asking_tokens = asking.to(device, non_blocking=True)
+        narrowed.first_copies = None  # each row asks for itself
+        narrowed.prefix_parts = []
         narrowed.row_parts = []
         first = 0
         for part in self.row_parts:
             end = first + part.queries.shape[0]
-            numbers = torch.arange(first * count, end * count)  # among those that ask
-            queries = Grid(numbers, [count] * (end - first), count, device)
-            mask = causal_mask(places[first:end], part.width)
-            narrowed.row_parts.append(Part(part.keys, queries, part.width, mask))
+            own = torch.arange(first * count, end * count)  # among those that ask
+            queries = Layout(own, [count] * (end - first), count, device)
+            mask = causal_mask(positions[first:end], part.key_width)
+            narrowed.row_parts.append(Part(part.keys, queries, part.key_width, mask))
             first = end
         return narrowed
 
@@ -593,45 +611,50 @@ class PackedRows:
 
         k and v are (N, H, D); q and the result are (A, H, D).
         """
-        if self.recomputes:  # nothing in it is drawn
+        if self.recomputes:
+            # Attention has no dropout, so there is no random state to restore.
             options = {"use_reentrant": False, "preserve_rng_state": False}
             return recompute(self.attend_in_parts, layer, q, k, v, **options)
         return self.attend_in_parts(layer, q, k, v)
 
     def attend_in_parts(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        known_k = self.known((layer, "k"), k)
-        known_v = self.known((layer, "v"), v)
-        parts = self.prefix_part + self.row_parts
-        grids = [part.queries for part in parts]
-        queries = Put.apply(grids, q)
-        looks = zip(parts, queries, known_k, known_v)
-        y = Take.apply(grids, *[look(*what) for what in looks])
-        return y if self.firsts is None else y.index_select(0, self.firsts)
+        parts = self.prefix_parts + self.row_parts
+        layouts = [part.queries for part in parts]
+        all_q = Put.apply(layouts, q)
+        all_k = self.keys_seen((layer, "k"), k)
+        all_v = self.keys_seen((layer, "v"), v)
+        outputs = []
+        for part, part_q, part_k, part_v in zip(parts, all_q, all_k, all_v):
+            if part.mask is not None and q.device.type != "cpu":
+                part.mask = part.mask.to(q.dtype)  # as a GPU wants it, once for all layers
+            outputs.append(attention(part_q, part_k, part_v, part.mask))
+        y = Take.apply(layouts, *outputs)
+        return y if self.first_copies is None else y.index_select(0, self.first_copies)
 
-    def known(self, name: tuple[int, str], x: Tensor) -> tuple[Tensor, ...]:
-        """Returns the keys, or the values, that each part sees, (rows, width, H, D).
+    def keys_seen(self, name: tuple[int, str], x: Tensor) -> tuple[Tensor, ...]:
+        """Returns the keys, or the values, that each part sees, (rows, key_width, H, D).
 
         x (N, H, D) are those of this call.
         """
         if self.room:
             kept = self.remember(name, x)
-            if len(self.row_parts) == 1:  # then that is what they see
-                of_rows = kept[:, : self.row_parts[0].width]
-                return (*[part.keys.put(x) for part in self.prefix_part], of_rows)
-        return Put.apply([part.keys for part in self.prefix_part + self.row_parts], x)
+            # Where all rows are one part, the cache is what they see. Several are narrower.
+            if len(self.row_parts) == 1:
+                of_prefix = [part.keys.put(x) for part in self.prefix_parts]
+                return (*of_prefix, kept[:, : self.row_parts[0].key_width])
+        return Put.apply([part.keys for part in self.prefix_parts + self.row_parts], x)
 
     def remember(self, name: tuple[int, str], x: Tensor) -> Tensor:
-        """Keeps them under their name, and returns all that are known so far, (B, seen, H, D).
+        """Keeps them under their name. Returns all known so far, (B, cache_width, H, D).
 
-        Later calls write theirs into the empty places: nothing here has a gradient. In
-        memory each head's keys stand together, (B, H, seen, D), because one query at a time
-        reads them.
+        Later calls write theirs into the empty cells. In memory each head's keys stand
+        together, (B, H, cache_width, D), because one query at a time reads them.
         """
         if name in self.cache:
-            flat = self.cache[name].flatten(0, 2)  # a view, (B * H * seen, D)
+            flat = self.cache[name].flatten(0, 2)  # a view, (B * H * cache_width, D)
             flat.index_copy_(0, self.newest, x.flatten(0, 1))
         else:
-            self.cache[name] = self.cache_grid.put(x).transpose(1, 2).contiguous()
+            self.cache[name] = self.cache_layout.put(x).transpose(1, 2).contiguous()
         return self.cache[name].transpose(1, 2)
 
     def advance(self, going_on: list[int]) -> "PackedRows":
@@ -641,53 +664,50 @@ class PackedRows:
         the cache, so this object must not be used again.
         """
         device = self.positions.device
-        columns = [self.filled[row] for row in going_on]  # the first empty place of each row
-        places = [self.prefix_length + column for column in columns]
+        positions = [self.prefix_length + self.filled[row] for row in going_on]
+        if max(positions) >= self.cache_width:
+            raise ValueError(f"there is no room for more than {self.room} new tokens")
 
         following = copy.copy(self)
         following.lengths = [1] * len(going_on)
-        following.filled = [column + 1 for column in columns]
-        following.positions = torch.tensor(places).to(device, non_blocking=True)
+        following.filled = [self.filled[row] + 1 for row in going_on]
+        following.positions = torch.tensor(positions).to(device, non_blocking=True)
         heads = self.cache[0, "k"].shape[1]
-        # The cache is (B, H, seen, D): each head of each row has a line of `seen` places.
+        # Flat, the line of head h in row b begins at (b * H + h) * cache_width.
         lines = torch.arange(len(going_on) * heads, device=device)
-        following.newest = lines * self.seen + following.positions.repeat_interleave(heads)
-        following.numbers = torch.arange(len(going_on))
-        following.firsts = None  # the new tokens are each row's own
-        queries = Grid(following.numbers, following.lengths, 1, device)
-        mask = causal_mask(following.positions[:, None], self.seen)
-        following.prefix_part = []
-        following.row_parts = [Part(None, queries, self.seen, mask)]
-        if len(going_on) < len(self.filled):
-            kept = torch.tensor(going_on).to(device, non_blocking=True)
-            for name, known in self.cache.items():  # one by one: two caches may not fit
-                self.cache[name] = known[kept]
+        following.newest = lines * self.cache_width + following.positions.repeat_interleave(heads)
+        following.token_of = torch.arange(len(going_on))
+        following.first_copies = None  # the new tokens are each row's own
+        queries = Layout(following.token_of, following.lengths, 1, device)
+        mask = causal_mask(following.positions[:, None], self.cache_width)
+        following.prefix_parts = []
+        following.row_parts = [Part(None, queries, self.cache_width, mask)]
+        if going_on != list(range(len(self.filled))):
+            rows = torch.tensor(going_on).to(device, non_blocking=True)
+            # One by one: the old and the new of all layers may not fit.
+            for name, kept in self.cache.items():
+                self.cache[name] = kept[rows]
         return following
-
-
-def look(part: Part, queries: Tensor, known_k: Tensor, known_v: Tensor) -> Tensor:
-    if part.mask is not None and queries.device.type != "cpu":
-        part.mask = part.mask.to(queries.dtype)  # as a GPU wants it, once for all layers
-    return attention(queries, known_k, known_v, part.mask)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Returns softmax(q k^T / sqrt(D) + mask) v, (B, A, H, D).
 
     q is (B, A, H, D), for A tokens that ask in each row, k and v are (B, S, H, D). mask is
-    (B or 1, 1, A, S). Without one the last query sees all keys, and each query before it
-    one key less: a GPU's kernels know this form, and need no mask in memory.
+    (B or 1, 1, A, S). On a GPU it may be None: then the last query sees all keys, and each
+    query before it one key less. Its kernels know this form, and need no mask in memory.
     """
     q = q.transpose(1, 2)  # (B, H, A, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    is_plain = q.dtype is torch.float32 and not q.requires_grad
-    if q.device.type != "cpu" or is_plain:
+    # On a CPU torch's fused kernel is slower in bf16, and most of all backward, than two
+    # products and a softmax.
+    is_slower = q.dtype is not torch.float32 or q.requires_grad
+    if q.device.type != "cpu" or not is_slower:
         if mask is None:
             mask = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    # On a CPU torch's fused kernel is slower in bf16, and most of all backward, than these
-    # two products and a softmax. All is in fp32, as within the kernel.
+    # All is in fp32, as within the kernel.
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
     return (weights @ v.float()).to(v.dtype).transpose(1, 2)

@@ -118,10 +118,11 @@ def test_residual_dropout_is_what_config_says_and_off_in_eval_mode(tiny, p):
 # -----------------------------------------------------------------------------
 # Packed rows
 
-# On a CPU attention takes more rows than phi2.PART in parts.
+# On a CPU attention takes more rows than phi2.ROWS_AT_ONCE in parts.
 FEW = [3, 17, 9, 30, 2, 4]
-MANY = torch.randint(2, 40, (2 * phi2.PART + 5,), generator=torch.Generator().manual_seed(2))
-LENGTHS = pytest.mark.parametrize("lengths", [FEW, MANY.tolist()], ids=["few rows", "many rows"])
+SEED = torch.Generator().manual_seed(2)
+MANY = torch.randint(2, 40, (2 * phi2.ROWS_AT_ONCE + 5,), generator=SEED).tolist()
+LENGTHS = pytest.mark.parametrize("lengths", [FEW, MANY], ids=["few rows", "many rows"])
 
 
 @LENGTHS
@@ -170,13 +171,13 @@ def branching_rows(stems: int = 4) -> list[list[int]]:
 def test_a_tree_holds_what_rows_begin_with_once():
     tree = phi2.fold([[7, 8, 9], [7, 8, 5, 9], [8], [7, 8]])
     assert tree.ids == [7, 8, 9, 5, 9, 8]
-    assert tree.numbers == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1]
+    assert tree.token_of == [0, 1, 2, 0, 1, 3, 4, 5, 0, 1]
     assert tree.firsts == [0, 1, 2, 5, 6, 7]
     rows = branching_rows()
     tree = phi2.fold(rows)
-    assert [tree.ids[number] for number in tree.numbers] == flattened(rows)
+    assert [tree.ids[number] for number in tree.token_of] == flattened(rows)
     assert len(tree.ids) == len({tuple(row[: end + 1]) for row in rows for end in range(len(row))})
-    assert len(tree.ids) < 0.6 * len(tree.numbers)
+    assert len(tree.ids) < 0.6 * len(tree.token_of)
 
 
 @pytest.mark.parametrize("stems", [1, 4], ids=["few rows", "many rows"])
@@ -193,18 +194,19 @@ def test_rows_that_begin_alike_have_the_logits_of_each_row_alone(tiny, stems, pr
     ids = torch.tensor(prefix + tree.ids)
     found = mine(ids, packed)
     assert len(found) == prefix_length + len(tree.ids)
-    of_rows = found[prefix_length:][tree.numbers]
+    of_rows = found[prefix_length:][tree.token_of]
     assert distance(of_rows, torch.cat(alone)) < TOLERANCE
     for last in (1, 2):
         expected = torch.cat([logits[-last:] for logits in alone])
         assert distance(mine(ids, packed, last), expected) < TOLERANCE
 
 
-@pytest.mark.parametrize("prefix_length", [0, 5])
-def test_rows_that_begin_alike_have_the_gradients_of_each_row_alone(tiny, prefix_length):
+# With a long prefix rows and tree have as many tokens as the call, or fewer.
+@pytest.mark.parametrize("rows", [branching_rows(), [[5, 6], [5, 7]]], ids=["many", "two"])
+@pytest.mark.parametrize("prefix_length", [0, 1, 2, 5])
+def test_rows_that_begin_alike_have_the_gradients_of_each_row_alone(tiny, rows, prefix_length):
     mine = with_random_adapters(ours(tiny, torch.float32)).eval()
     (prefix,) = drawn_ids([prefix_length], seed=1)
-    rows = branching_rows()
 
     def gradients(last_logits: Tensor) -> list[Tensor]:
         loss = F.cross_entropy(last_logits, torch.arange(len(rows)))
@@ -278,13 +280,32 @@ def test_the_last_token_of_each_row_sees_as_much_in_generation(tiny):
     assert distance(*results) < 1e-6
 
 
+@torch.no_grad()
+def test_rows_may_go_on_in_another_order_as_long_as_there_is_room(tiny):
+    mine = ours(tiny, torch.float32).eval()
+    packed = phi2.PackedRows([2, 1], prefix_length=2, room=1)
+    mine(torch.tensor([5, 6, 7, 8, 9]), packed)
+    found = mine(torch.tensor([11, 12, 13]), packed.advance([1, 0, 1]))
+    whole = [[5, 6, 9, 11], [5, 6, 7, 8, 12], [5, 6, 9, 13]]
+    expected = [mine(torch.tensor(row))[-1] for row in whole]
+    assert distance(found, torch.stack(expected)) < TOLERANCE
+
+    packed = phi2.PackedRows([14], room=2)  # in a cache of 16 cells
+    mine(torch.arange(14), packed)
+    for _ in range(2):
+        packed = packed.advance([0])
+        mine(torch.tensor([3]), packed)
+    with pytest.raises(ValueError, match="no room for more than 2 new tokens"):
+        packed.advance([0])
+
+
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
     mine = ours(tiny, torch.float32)
     with pytest.raises(ValueError, match="a row of 1 tokens has no last 2"):
         mine(torch.tensor([5, 6, 7]), phi2.PackedRows([2, 1]), last=2)
 
 
-@pytest.fixture(scope="module", params=[8, phi2.PART + 5], ids=["few rows", "many rows"])
+@pytest.fixture(scope="module", params=[8, phi2.ROWS_AT_ONCE + 5], ids=["few rows", "many rows"])
 def encoded(tiny, request):
     """Rows of tiny/data, of different lengths."""
     tokenizer = data.load_tokenizer(tiny)
