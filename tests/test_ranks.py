@@ -27,8 +27,8 @@ RUN = (
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: the same sums in the same order
 TWO_RANKS = ("--nproc-per-node", 2)
 TORCHRUN = ("-m", "torch.distributed.run")
-# torchrun then forks the ranks, which have imported nothing again. Without it each is a new Python,
-# as the one test of a run that is started again has it.
+# torchrun then forks the ranks, which import nothing again. Without it each is a new Python, as in
+# the tests in which one dies.
 FORKED = ("--run-path", "--start-method", "fork")
 
 
@@ -36,7 +36,7 @@ def torchrun(*arguments, options=TWO_RANKS) -> subprocess.CompletedProcess:
     return script(*TORCHRUN, *FORKED, *options, *arguments, env=ONE_THREAD)
 
 
-def start_training(*arguments, options=FORKED) -> subprocess.Popen:
+def start_training(*arguments, options=()) -> subprocess.Popen:
     """Starts two ranks of train.py and does not wait for them."""
     command = (*TORCHRUN, *options, *TWO_RANKS, "train.py", *arguments)
     return start_script(*command, env=ONE_THREAD)
