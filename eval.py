@@ -75,8 +75,7 @@ def load_model(
     are put around layers that have their weights.
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
     are stored beside the indices too; None: where a GPU has four times the room that they
-    take, which leaves as much again for a step, and all that twice. Where they are not, a
-    GPU's memory is short, and a step computes attention twice rather than store it.
+    take, which leaves as much again for a step, and all that twice.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -84,11 +83,20 @@ def load_model(
     phi2.load_weights(model, directory, device, DTYPES[dtype])
     if keep is None:
         keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
+    choose_what_is_stored(model, keep, device)
+    return model.eval()
+
+
+def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
+    """Stores NF4's values beside the indices with `keep`.
+
+    Without it a GPU's memory is short, and a step computes attention twice rather than
+    store its grids.
+    """
     if keep:
         quant.keep_dequantized(model)
     elif torch.device(device).type != "cpu":
         model.model.checkpointing = "attention"
-    return model.eval()
 
 
 def fingerprint_of(

@@ -290,7 +290,8 @@ class Layout:
         sources: (rows * (P + width),) the index of the token in each cell.
         cells: (M,) the cell of each token of each row.
         shape: (rows, P + width).
-        span: the tokens of which the grid is a view, where it is one; else None.
+        span: the tokens of which the grid is a view, where it is one; else None. Only without
+            it are sources and cells on the device, and used.
         is_tree: whether rows share tokens.
     """
 
@@ -316,11 +317,14 @@ class Layout:
         self.prefix_length = prefix_length
         self.is_tree = is_tree
         self.shape = sources.shape
-        self.sources = sources.flatten().to(device, non_blocking=True)
-        self.cells = is_filled.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+        self.sources = sources.flatten()
+        self.cells = is_filled.flatten().nonzero()[:, 0]
         self.span = None
-        if not prefix_length and (sources.flatten().diff() == 1).all():
+        if not prefix_length and (self.sources.diff() == 1).all():
             self.span = slice(int(token_of[0]), int(token_of[-1]) + 1)
+        else:
+            self.sources = self.sources.to(device, non_blocking=True)
+            self.cells = self.cells.to(device, non_blocking=True)
 
     def put(self, x: Tensor) -> Tensor:
         """Returns the grid of a call's tokens, x (N, H, D)."""
@@ -702,8 +706,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     v = v.transpose(1, 2)
     # On a CPU torch's fused kernel is slower in bf16, and most of all backward, than two
     # products and a softmax.
-    is_slower = q.dtype is not torch.float32 or q.requires_grad
-    if q.device.type != "cpu" or not is_slower:
+    is_fast_on_cpu = q.dtype is torch.float32 and not q.requires_grad
+    if q.device.type != "cpu" or is_fast_on_cpu:
         if mask is None:
             mask = causal_lower_right(q.shape[2], k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)

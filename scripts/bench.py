@@ -704,10 +704,12 @@ def read_rows(dataset: str, tokenizer: Tokenizer, count: int) -> Rows:
     validation, *_ = examples.validation_splits(dataset)
     training = examples.load_examples(dataset, "train", count)
     pairs = examples.load_examples(dataset, validation)
-    prompts = [data.encode(pair, tokenizer)[0] for pair in pairs]
-    in_file_order = sorted(data.by_premise(pairs, prompts))
-    numbers = list(itertools.chain.from_iterable(in_file_order))[:count]
-    chosen = pairs.select(numbers)
+    premises = pairs["premise"][:]
+    first_row = {}
+    for number, premise in enumerate(premises):
+        first_row.setdefault(premise, number)
+    numbers = sorted(range(len(premises)), key=lambda number: first_row[premises[number]])
+    chosen = pairs.select(numbers[:count])
     encoded = [data.encode(pair, tokenizer) for pair in chosen]
     return Rows(
         [data.encode(row, tokenizer) for row in training],

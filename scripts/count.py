@@ -15,7 +15,6 @@ model says which of two designs is cheaper, and by about how much.
 """
 
 import argparse
-import itertools
 import json
 import math
 import sys
@@ -365,10 +364,7 @@ class Ours:
         for module in self.model.modules():
             if isinstance(module, quant.NF4Linear):
                 module.dtype = torch.bfloat16
-        if keep:
-            quant.keep_dequantized(self.model)
-        elif not checkpointing:
-            self.model.model.checkpointing = "attention"  # as in eval.load_model
+        evaluation.choose_what_is_stored(self.model, keep, "cuda")
         if checkpointing:
             self.model.model.checkpointing = "blocks"
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
@@ -496,7 +492,7 @@ TASKS = {
     "score": lambda one, rows: one.score(longest_first(rows[:64])),
     "answer": lambda one, rows: one.write(longest_first(rows[:64]), 2),
     "ramble": lambda one, rows: one.write(longest_first(rows[:64]), 32),
-    "split": lambda one, rows: score_split(one, rows),
+    "split": lambda one, rows: score_split(one, one.split),
 }
 
 
@@ -505,9 +501,9 @@ def longest_first(rows: list) -> list:
 
 
 def score_split(one: Ours | Reference, rows: list) -> None:
-    """Scores every eighth batch of a split, in the contender's order: an eighth of its cost."""
+    """Scores every eighth batch of a split, in the order given: an eighth of its cost."""
     for start in range(0, len(rows), 8 * 64):
-        one.score([rows[number] for number in one.order[start : start + 64]])
+        one.score(rows[start : start + 64])
 
 
 # -----------------------------------------------------------------------------
@@ -523,10 +519,10 @@ def count_tasks(gpu: FakeGpu, args: argparse.Namespace) -> dict[str, dict]:
         if args.arm == "ours":
             contender = Ours(config, args.keep, args.checkpointing)
             contender.share_prefix_of(rows)
-            contender.order = list(itertools.chain.from_iterable(content["groups"]))
+            contender.split = [rows[number] for group in content["groups"] for number in group]
         else:
             contender = Reference(config)
-            contender.order = sorted(range(len(rows)), key=lambda number: -len(rows[number][0]))
+            contender.split = longest_first(rows)
         contender.step(rows[:16])  # the optimiser makes its state
         results = {}
         for name in args.tasks:

@@ -106,10 +106,10 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
         if isinstance(module, quant.NF4Linear):
             module.dtype = dtype
     to_device(model, args)
-    if args.keep_dequantized:
-        quant.keep_dequantized(model)
-    elif args.device != "cpu" and args.quant == "nf4":
-        model.model.checkpointing = "attention"
+    keep = args.keep_dequantized
+    if keep is None:
+        keep = args.quant == "none"  # which leaves nothing to keep
+    evaluation.choose_what_is_stored(model, keep, args.device)
     if args.checkpointing:
         model.model.checkpointing = "blocks"
     if args.residual_dropout is not None:
