@@ -32,7 +32,7 @@ import data
 import lora
 import phi2
 import quant
-from support import examples, files, machine, metrics, pairs, ranks
+from support import examples, files, machine, metrics, ranks, typed_pairs
 from support.fingerprint import fingerprint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -303,7 +303,7 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
 def answer_pair(args: argparse.Namespace) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
-    pairs.check(pair, "the command line")
+    typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
@@ -325,7 +325,7 @@ def answer_lines(args: argparse.Namespace) -> None:
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
     model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
-    lines = pairs.read(sys.stdin.buffer)
+    lines = typed_pairs.read(sys.stdin.buffer)
     # As many lines as a batch takes are read at a time, so a stream may be endless.
     while batch := list(itertools.islice(lines, args.batch_size)):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]

@@ -763,16 +763,16 @@ def load_weights(
     missing = set(expected)
     tensors = stream_tensors(directory)
     bar = tqdm(tensors, "loading", len(expected), unit="tensor", leave=False, delay=2, disable=None)
-    for key, tensor, parts in bar:
+    for key, tensor, quant_state in bar:
         if key not in expected:
             raise ValueError(unknown_key(key, directory, model.config))
         path, _, leaf = key.rpartition(".")
         module = model.get_submodule(path)
         state = {leaf: tensor.to(device)}
-        if parts:
+        if quant_state:
             if not hasattr(module, "absmax"):
                 raise ValueError(f"{directory} holds {key} in NF4; it needs --quant nf4")
-            state |= {f"{leaf}.{part}": value.to(device) for part, value in parts.items()}
+            state |= {f"{leaf}.{name}": value.to(device) for name, value in quant_state.items()}
             module.dtype = dtype
         elif tensor.shape != expected[key].shape:
             raise ValueError(
@@ -782,7 +782,7 @@ def load_weights(
         else:
             state[leaf] = state[leaf].to(dtype)  # only now, so that a GPU converts
         # Codes are bytes, whatever their dtype.
-        numbers = parts.values() if parts else state.values()
+        numbers = (quant_state or state).values()
         if not all(is_finite(value) for value in numbers):
             raise ValueError(f"{directory}: {key} holds numbers that are not finite")
         # strict=False, because each tensor comes alone. Then a name that the module does
@@ -820,10 +820,11 @@ def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
 
 
 def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """Yields (key, tensor, parts) of all tensors of a checkpoint.
+    """Yields (key, tensor, quant_state) of all tensors of a checkpoint.
 
-    A weight in bitsandbytes' NF4 has parts, such as "absmax". For all others `parts` is
-    empty. A file is opened again for each tensor, so that what was read leaves the memory.
+    A weight in bitsandbytes' NF4 has more tensors beside it, such as "absmax". For all others
+    `quant_state` is empty. A file is opened again for each tensor, so that what was read leaves
+    the memory.
     """
     files = find_tensors(directory)
     for key, path in files.items():
