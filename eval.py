@@ -138,9 +138,9 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns greedy completions of prompts that begin with `prefix`, and their first logits.
 
-    A row leaves the batch as soon as is_finished(its new ids) or at max_new_tokens. Ids
-    from `vocab_size` on, which the head has but no text ever had, are never chosen. The
-    first logits (B, vocabulary) are those after the prompts.
+    A row is finished as soon as is_finished(its new ids), or at max_new_tokens. Ids from
+    `vocab_size` on, which the head has but no text ever had, are never chosen. The first
+    logits (B, vocabulary) are those after the prompts.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
@@ -148,29 +148,32 @@ def generate(
     ids, packed = pack_prompts(prompts, prefix, device, room=max_new_tokens)
     first_logits = model(ids, packed, last=1)
 
+    decoder = phi2.Decoder(model, packed)
     completions = [[] for _ in prompts]
-    active = list(range(len(prompts)))  # the prompt's number of each row still in the batch
+    rows = list(range(len(prompts)))  # the prompt's number of each row in the batch
+    unfinished = set(rows)
     logits = first_logits
     while True:
         # 2. Choose the likeliest next token of each row.
         chosen = logits[:, :vocab_size].argmax(dim=-1).tolist()
-        for number, token in zip(active, chosen):
-            completions[number].append(token)
-
-        # 3. Keep the rows that are not finished.
-        going_on = [
-            place
-            for place, number in enumerate(active)
-            if len(completions[number]) < max_new_tokens and not is_finished(completions[number])
-        ]
-        if not going_on:
+        for number, token in zip(rows, chosen):
+            if number in unfinished:
+                completions[number].append(token)
+                if len(completions[number]) == max_new_tokens or is_finished(completions[number]):
+                    unfinished.remove(number)
+        if not unfinished:
             return completions, first_logits
-        active = [active[place] for place in going_on]
+
+        # 3. Finished rows leave the batch. Where steps are recorded, other rows mean another
+        #    recording, so they wait until they are half of it.
+        worthwhile = len(rows) // 2 if decoder.records else len(rows) - 1
+        if len(unfinished) <= worthwhile:
+            places = [place for place, number in enumerate(rows) if number in unfinished]
+            decoder.keep(places)
+            rows = [rows[place] for place in places]
 
         # 4. Run the new token of each through the model.
-        packed = packed.advance(going_on)
-        newest = torch.tensor([completions[number][-1] for number in active])
-        logits = model(newest.to(device, non_blocking=True), packed)
+        logits = decoder.run([completions[number][-1] for number in rows])
 
 
 def complete(
@@ -292,6 +295,7 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
+    model.uses_graphs = args.graphs
     if args.adapter:
         here = None if args.force else fingerprint_of(args, directory, tokenizer)
         config = lora.load_adapter(model, args.adapter, here)

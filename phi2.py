@@ -256,6 +256,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
+        self.uses_graphs = True  # in generation on a GPU, by a Decoder
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
@@ -510,12 +511,12 @@ class PackedRows:
     Only for attention are the rows put side by side, in grids (Layout, Part).
 
     For generation, `room` is the number of tokens that may be added to each row. The keys
-    and values of all layers are then kept, and `advance` goes on to the next token. That
-    has no gradients.
+    and values of all layers are then kept, and a Decoder goes on token by token. That has
+    no gradients.
 
     Attributes:
         lengths: tokens of each row in this call; the prefix is not counted.
-        filled: the same of all calls so far.
+        ends: (B,) the position of each row's last token.
         positions: (N,) the position of each token in its own text, for the rotary tables.
         token_of: (M,) for each token of each row, row after row: its index among the N.
         first_copies: of a tree, where attention gives each of the N tokens first; else None.
@@ -526,7 +527,8 @@ class PackedRows:
             stored as they are, and no grid is.
         cache: where there is room, what was kept, (B, H, cache_width, D), by (layer, "k") or
             (layer, "v"). Its cache_layout is that of the first call.
-        newest: (B * H,) where each head of each row's new token is written into the cache.
+        lines: (B, H) where the line of each head of each row begins in the cache, laid flat.
+        newest: (B * H,) where each head of each row's new token is written, in the same way.
     """
 
     def __init__(
@@ -551,7 +553,8 @@ class PackedRows:
             self.first_copies = first_copies.to(device, non_blocking=True)
 
         self.lengths = lengths
-        self.filled = lengths
+        ends = torch.tensor(lengths) + (prefix_length - 1)
+        self.ends = ends.to(device, non_blocking=True)
         self.prefix_length = prefix_length
         self.positions = torch.cat((prefix, positions)).to(device, non_blocking=True)
         self.token_of = token_of
@@ -571,6 +574,7 @@ class PackedRows:
         self.recomputes = False
         self.room = room
         self.cache = {}
+        self.lines = None
         self.newest = None
         if room:
             # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
@@ -589,11 +593,9 @@ class PackedRows:
         if min(self.lengths) < count:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
-        steps_back = torch.arange(-count, 0)
         row_ends = torch.tensor(self.lengths).cumsum(0)
-        asking = self.token_of[row_ends[:, None] + steps_back].flatten()
-        positions = self.prefix_length + torch.tensor(self.filled)[:, None] + steps_back
-        positions = positions.to(device, non_blocking=True)  # (B, count)
+        asking = self.token_of[row_ends[:, None] + torch.arange(-count, 0)].flatten()
+        positions = self.ends[:, None] + torch.arange(1 - count, 1, device=device)  # (B, count)
 
         narrowed = copy.copy(self)
         narrowed.asking_tokens = asking.to(device, non_blocking=True)
@@ -661,37 +663,94 @@ class PackedRows:
             self.cache[name] = self.cache_layout.put(x).transpose(1, 2).contiguous()
         return self.cache[name].transpose(1, 2)
 
-    def advance(self, going_on: list[int]) -> "PackedRows":
-        """Returns the rows at the indices `going_on` for the model's next call, in generation.
+    def one_token_each(self, rows: list[int]) -> "PackedRows":
+        """Returns the rows at these indices for calls that take one new token of each.
 
-        That call takes one new token for each of them, and not the prefix. It writes into
-        the cache, so this object must not be used again.
+        `next_token` comes before each of those calls. The cache loses its other rows, so
+        this object must not be used again.
         """
         device = self.positions.device
-        positions = [self.prefix_length + self.filled[row] for row in going_on]
-        if max(positions) >= self.cache_width:
-            raise ValueError(f"there is no room for more than {self.room} new tokens")
-
+        indices = torch.tensor(rows).to(device, non_blocking=True)
         following = copy.copy(self)
-        following.lengths = [1] * len(going_on)
-        following.filled = [self.filled[row] + 1 for row in going_on]
-        following.positions = torch.tensor(positions).to(device, non_blocking=True)
-        heads = self.cache[0, "k"].shape[1]
-        # Flat, the line of head h in row b begins at (b * H + h) * cache_width.
-        lines = torch.arange(len(going_on) * heads, device=device)
-        following.newest = lines * self.cache_width + following.positions.repeat_interleave(heads)
-        following.token_of = torch.arange(len(going_on))
+        following.lengths = [1] * len(rows)
+        following.ends = self.ends[indices]
+        following.token_of = torch.arange(len(rows))
         following.first_copies = None  # the new tokens are each row's own
         queries = Layout(following.token_of, following.lengths, 1, device)
-        mask = causal_mask(following.positions[:, None], self.cache_width)
         following.prefix_parts = []
-        following.row_parts = [Part(None, queries, self.cache_width, mask)]
-        if going_on != list(range(len(self.filled))):
-            rows = torch.tensor(going_on).to(device, non_blocking=True)
+        following.row_parts = [Part(None, queries, self.cache_width, mask=None)]
+        heads = self.cache[0, "k"].shape[1]
+        lines = torch.arange(len(rows) * heads, device=device) * self.cache_width
+        following.lines = lines.view(-1, heads)
+        if rows != list(range(len(self.lengths))):
             # One by one: the old and the new of all layers may not fit.
             for name, kept in self.cache.items():
-                self.cache[name] = kept[rows]
+                self.cache[name] = kept[indices]
         return following
+
+    def next_token(self) -> None:
+        """Goes on to the next token of each row.
+
+        All of it happens on the device, so that a CUDA graph can do it again.
+        """
+        self.ends += 1
+        self.positions = self.ends
+        self.newest = (self.lines + self.ends[:, None]).flatten()
+        self.row_parts[0].mask = causal_mask(self.ends[:, None], self.cache_width)
+
+
+class Decoder:
+    """Generation after a first call: runs the model on one new token of each row at a time.
+
+    On a GPU such a step is hundreds of kernels, each shorter than Python takes to launch
+    it. So when the same rows take a second step, it is recorded as a CUDA graph, and from
+    then on the GPU repeats it at one launch. The first step has loaded what a recording
+    must not load.
+
+    Attributes:
+        records: whether steps are recorded.
+        ids: (B,) the new tokens.
+        logits: (B, vocabulary) what follows them; None before the first step of these rows.
+        graph: the recorded step, which reads those ids and writes those logits.
+    """
+
+    def __init__(self, model: Phi2, packed: PackedRows):
+        """`packed` has room, and has been in the model's first call."""
+        self.model = model
+        self.packed = packed
+        self.steps_left = packed.room
+        self.records = model.uses_graphs and packed.positions.is_cuda
+        self.keep(list(range(len(packed.lengths))))
+
+    def keep(self, rows: list[int]) -> None:
+        """Keeps the rows at these indices alone."""
+        self.packed = self.packed.one_token_each(rows)
+        self.ids = torch.zeros_like(self.packed.ends)
+        self.logits = None
+        self.graph = None
+
+    def run(self, ids: list[int]) -> Tensor:
+        """Returns the logits (B, vocabulary) after a new token of each row.
+
+        The next call may write over them.
+        """
+        if not self.steps_left:
+            raise ValueError(f"there is no room for more than {self.packed.room} new tokens")
+        self.steps_left -= 1
+        self.ids.copy_(torch.tensor(ids), non_blocking=True)
+        if self.records and self.logits is not None and self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # nothing runs in here
+                self.logits = self.step()
+        if self.graph is None:
+            self.logits = self.step()
+        else:
+            self.graph.replay()
+        return self.logits
+
+    def step(self) -> Tensor:
+        self.packed.next_token()
+        return self.model(self.ids, self.packed)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

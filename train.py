@@ -251,6 +251,7 @@ def main() -> None:
     )
     if args.checkpointing:
         model.model.checkpointing = "blocks"
+    model.uses_graphs = args.graphs
     set_residual_dropout(model, args.residual_dropout)
     lora.match_targets(model, adapter_config.targets)  # a wrong name is found before the baseline
     log.say(

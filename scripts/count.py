@@ -20,7 +20,8 @@ import math
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,43 @@ class Operation:
         return max(arithmetic, self.moved / BANDWIDTH, LAUNCH * self.launches)
 
 
+class FakeGraph:
+    """Stands for torch.cuda.CUDAGraph: one launch for the CPU, all that it holds for the GPU.
+
+    As on a GPU, what makes the CPU wait or copy cannot be recorded.
+    """
+
+    gpu: "FakeGpu"  # install() sets it
+
+    def __init__(self):
+        self.operations = []
+        self.launches = 1
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Stands for torch.cuda.graph."""
+        before = len(self.gpu.operations)
+        self.gpu.is_recording = True
+        yield
+        self.gpu.is_recording = False
+        self.operations = self.gpu.operations[before:]
+        del self.gpu.operations[before:]
+
+    def replay(self) -> None:
+        self.gpu.operations.append(self)
+
+    @property
+    def moved(self) -> int:
+        return sum(operation.moved for operation in self.operations)
+
+    @property
+    def flops(self) -> int:
+        return sum(operation.flops for operation in self.operations)
+
+    def seconds(self) -> float:
+        return sum(operation.seconds() for operation in self.operations)
+
+
 class FakeMode(FakeTensorMode):
     avoid_device_init = True  # whatever torch.cuda.is_available says
 
@@ -105,6 +143,7 @@ class FakeGpu(TorchDispatchMode):
         super().__init__()
         self.fake = FakeMode(allow_non_fake_inputs=True)
         self.bytes = LiveBytes()
+        self.is_recording = False
         self.start()
 
     def start(self) -> None:
@@ -119,6 +158,8 @@ class FakeGpu(TorchDispatchMode):
         call = Call(function, args, kwargs or {})
         if not call.is_on_gpu():
             return function(*args, **call.kwargs)
+        if self.is_recording and (call.is_read_by_the_cpu() or call.is_copy_to_the_gpu()):
+            raise RuntimeError(f"{function} cannot be in a CUDA graph: {caller()}")
         if call.is_read_by_the_cpu():
             self.wait("the GPU is read")
             return stand_in(call)
@@ -195,13 +236,18 @@ class Call:
         to_cpu = self.name() == "_to_copy" and self.device() == "cpu"
         return self.name() == "_local_scalar_dense" or to_cpu
 
-    def copies_and_waits(self) -> bool:
-        """Without non_blocking the CPU waits until its tensor is there."""
+    def is_copy_to_the_gpu(self) -> bool:
         if self.name() in ("_to_copy", "copy_"):
-            can_go_on = self.kwargs.get("non_blocking") or True in self.args[2:]
-            return bool(self.from_cpu()) and not can_go_on
+            return bool(self.from_cpu())
         is_index = self.name().startswith(("index", "_index"))
         return is_index and any(tensor.dim() for tensor in self.from_cpu())
+
+    def copies_and_waits(self) -> bool:
+        """Without non_blocking the CPU waits until its tensor is there."""
+        can_go_on = self.name() in ("_to_copy", "copy_") and (
+            self.kwargs.get("non_blocking") or True in self.args[2:]
+        )
+        return self.is_copy_to_the_gpu() and not can_go_on
 
     def has_shape_by_content(self) -> bool:
         if self.name() == "index":
@@ -319,6 +365,9 @@ def install(gpu: FakeGpu) -> None:
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    FakeGraph.gpu = gpu
+    torch.cuda.CUDAGraph = FakeGraph
+    torch.cuda.graph = FakeGraph.record
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy too
     FakeTensor.tolist = lambda self: self.cpu().tolist()
     # It asks whether the gradients are Tensor itself, and no subclass.

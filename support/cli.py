@@ -49,7 +49,7 @@ FREE = (
     # how long it trains, and what it writes on the way
     "steps", "epochs", "eval_every", "save_every",
     # memory against speed, with the same results
-    "keep_dequantized", "checkpointing",
+    "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
 )
 

@@ -159,6 +159,12 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         "memory (phi-2: 5 GB; default: on a GPU with four times that left); without it a GPU "
         "computes attention twice in training rather than store it",
     )
+    group.add_argument(
+        "--no-graphs",
+        dest="graphs",
+        action="store_false",
+        help="launch each kernel of generation on a GPU by itself, not steps as CUDA graphs",
+    )
     # What the arithmetic is done in: fp32 for comparisons to the last digit.
     group.add_argument(
         "--dtype",

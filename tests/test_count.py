@@ -86,11 +86,14 @@ def rows(tiny):
     return [data.encode(example, tokenizer) for example in examples]
 
 
+TASKS = ["train16", "score", "answer", "ramble"]  # the last two write 2 and 32 tokens
+
+
 @pytest.fixture(scope="module")
 def costs(rows, tmp_path_factory):
     path = tmp_path_factory.mktemp("rows") / "rows.json"
     path.write_text(json.dumps({"rows": rows, "groups": [list(range(len(rows)))]}))
-    return json.loads(count("--rows", path, "--layers", 2, "--tasks", "train16", "score"))
+    return json.loads(count("--rows", path, "--layers", 2, "--tasks", *TASKS))
 
 
 def shared_length(rows: list) -> int:
@@ -111,6 +114,15 @@ def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
     head = 51200 * 2560 * len(rows)
     assert costs["score"]["tflop"] * 1e12 == pytest.approx(2 * (first + last + head), rel=0.02)
     assert costs["score"]["launches"] < 120
+
+
+def test_a_step_of_generation_is_one_launch_after_the_first(costs):
+    """Beside it the new ids go to the GPU, and the chosen ones are picked and come back.
+
+    What makes the CPU wait, or copies to the GPU, is an error in what is recorded.
+    """
+    assert costs["ramble"]["waits"] == costs["answer"]["waits"] + 30
+    assert costs["ramble"]["launches"] <= costs["answer"]["launches"] + 30 * 4
 
 
 def test_the_memory_is_that_of_the_plan(costs, rows, tmp_path):

@@ -19,6 +19,7 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import data
 import eval as evaluation
@@ -276,27 +277,80 @@ def test_the_last_token_of_each_row_sees_as_much_in_generation(tiny):
     for last in (1, None):
         packed = phi2.PackedRows([5, 2, 3], prefix_length=2, room=4)
         mine(torch.arange(12), packed)
-        results.append(mine(torch.tensor([7, 8]), packed.advance([0, 2]), last))
+        packed = packed.one_token_each([0, 2])
+        packed.next_token()
+        results.append(mine(torch.tensor([7, 8]), packed, last))
     assert distance(*results) < 1e-6
 
 
 @torch.no_grad()
 def test_rows_may_go_on_in_another_order_as_long_as_there_is_room(tiny):
     mine = ours(tiny, torch.float32).eval()
-    packed = phi2.PackedRows([2, 1], prefix_length=2, room=1)
+    packed = phi2.PackedRows([2, 1], prefix_length=2, room=2)
     mine(torch.tensor([5, 6, 7, 8, 9]), packed)
-    found = mine(torch.tensor([11, 12, 13]), packed.advance([1, 0, 1]))
-    whole = [[5, 6, 9, 11], [5, 6, 7, 8, 12], [5, 6, 9, 13]]
+    decoder = phi2.Decoder(mine, packed)
+    decoder.keep([1, 0, 1])
+    decoder.run([11, 12, 13])
+    found = decoder.run([14, 15, 16])
+    whole = [[5, 6, 9, 11, 14], [5, 6, 7, 8, 12, 15], [5, 6, 9, 13, 16]]
     expected = [mine(torch.tensor(row))[-1] for row in whole]
     assert distance(found, torch.stack(expected)) < TOLERANCE
-
-    packed = phi2.PackedRows([14], room=2)  # in a cache of 16 cells
-    mine(torch.arange(14), packed)
-    for _ in range(2):
-        packed = packed.advance([0])
-        mine(torch.tensor([3]), packed)
     with pytest.raises(ValueError, match="no room for more than 2 new tokens"):
-        packed.advance([0])
+        decoder.run([1, 2, 3])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_recorded_step_of_generation_gives_what_a_new_step_gives(tiny, quantization):
+    """A CUDA graph does the same operations with the same tensors again, and nothing of Python's.
+
+    So does what make_fx records, on a CPU.
+    """
+    mine = with_random_adapters(ours(tiny, torch.float32, quantization)).eval()
+
+    def begun() -> phi2.Decoder:
+        packed = phi2.PackedRows([2, 1], prefix_length=2, room=4)
+        mine(torch.tensor([5, 6, 7, 8, 9]), packed)
+        decoder = phi2.Decoder(mine, packed)
+        decoder.run([11, 12])
+        return decoder
+
+    anew = begun()
+    repeated = begun()
+    repeated.ids.copy_(torch.tensor([13, 14]))
+    recorded = make_fx(lambda: repeated.step())()  # unlike a GPU it also runs the step
+    anew.run([13, 14])
+    for ids in ([15, 16], [17, 18]):
+        repeated.ids.copy_(torch.tensor(ids))
+        assert torch.equal(recorded(), anew.run(ids))
+
+
+class Recording(phi2.Decoder):
+    """Takes its own step for a recorded one. So finished rows stay until they are half."""
+
+    def keep(self, rows: list[int]) -> None:
+        super().keep(rows)
+        self.records = True
+        self.graph = self
+
+    def replay(self) -> None:
+        self.logits = self.step()
+
+
+def test_finished_rows_that_stay_in_the_batch_change_no_completion(tiny, monkeypatch):
+    mine = with_random_adapters(ours(tiny, torch.float32)).eval()
+    prompts = drawn_ids([5, 9, 7, 3, 8, 6, 4])
+
+    def completions(is_finished) -> list[list[int]]:
+        return evaluation.generate(mine, prompts, [], 12, VOCABULARY, is_finished)[0]
+
+    whole = completions(lambda ids: False)
+    # Each ends at another time, and the first row last.
+    lengths = {tuple(ids[:length]) for ids, length in zip(whole, [12, 2, 5, 1, 9, 3, 3])}
+    expected = completions(lambda ids: tuple(ids) in lengths)
+    assert list(map(len, expected)) == [12, 2, 5, 1, 9, 3, 3]
+    monkeypatch.setattr(phi2, "Decoder", Recording)
+    assert completions(lambda ids: tuple(ids) in lengths) == expected
 
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
