@@ -10,6 +10,7 @@ neither --help nor a mistake has to wait for it.
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
@@ -72,6 +73,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
+        # A word like -1=contradiction is a value, as -1 is. argparse has no public way to say so.
+        self._negative_number_matcher = re.compile(r"-\d+(\.\d+)?(=.*)?$")
         self.add_argument(
             "--debug", action="store_true", help="show the traceback of an error"
         )

@@ -28,7 +28,7 @@ SPLITS = {
 }
 # How a file is read, by its suffix: by a loader of `datasets`, or as a table, by its separator.
 LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # of several, the one that its header has most of
 # train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56
 SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
@@ -53,6 +53,8 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
             check_parts(split, paths)
         if splits:
             return with_train(splits)
+    if (directory / "state.json").is_file():  # one split that save_to_disk has written
+        return {"train": sorted(directory.glob("data-*.arrow"))}
     suffixes = ", ".join(LOADERS | SEPARATORS)
     raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
 
@@ -168,6 +170,8 @@ def read_file(path: Path) -> "Dataset":
         reason = " ".join(str(error.__cause__ or error).split())
         if "corresponds to no data" in reason or "BatchSize must be" in reason:
             reason = "it holds no rows"
+        if isinstance(error, UnicodeDecodeError):
+            reason += "; save it as UTF-8"
         raise ValueError(f"cannot read {path}: {reason}") from None
     if not len(rows):
         raise ValueError(f"{path} holds no rows")
@@ -181,6 +185,8 @@ def read_bytes(path: Path) -> bytes:
         content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
     if not content.strip():
         raise ValueError("it is empty")
+    if content.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
     return content
 
 
@@ -211,9 +217,17 @@ def read_lines(content: bytes, suffix: str) -> Iterable[list[str]]:
     if suffix == ".tsv" and not is_spreadsheets(content):
         # GLUE's files know no quoting: a quote is a character like any other.
         return [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    # strict: most quotes that are left open, which take the next rows into their field, are
-    # then errors.
-    return csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix], strict=True)
+    header, _, _ = text.partition("\n")
+    separator = max(SEPARATORS[suffix], key=header.count)
+    return csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=separator,
+        # Where people put a space behind each comma, a quote after it opens a field too.
+        skipinitialspace=f"{separator} " in header,
+        # Most quotes that are left open, which take the next rows into their field, are
+        # then errors.
+        strict=True,
+    )
 
 
 def is_spreadsheets(content: bytes) -> bool:

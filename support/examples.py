@@ -110,11 +110,27 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
         )
     else:
         splits = load_from_hub(dataset)
-    if validation and "train" in splits and not validation_names(splits):
-        # From a seed of its own: runs that differ in theirs are measured on the same rows.
-        parts = splits["train"].train_test_split(validation, seed=0)
-        splits |= {"train": parts["train"], "validation": parts["test"]}
+    if validation and not validation_names(splits):
+        splits |= cut_train(dataset, splits, validation)
     return splits
+
+
+def cut_train(dataset: str, splits: dict[str, "Dataset"], share: float) -> dict[str, "Dataset"]:
+    """Returns the split train in two parts, of which `share` is for validation."""
+    if "train" not in splits:
+        raise ValueError(
+            f"{dataset} has no split train for --validation to take from, "
+            f"only {', '.join(splits)}"
+        )
+    train = splits["train"]
+    try:
+        # From a seed of its own: runs that differ in theirs are measured on the same rows.
+        parts = train.train_test_split(share, seed=0)
+    except ValueError:
+        raise ValueError(
+            f"{dataset}: --validation {share} of {len(train)} rows leaves train or validation empty"
+        ) from None
+    return {"train": parts["train"], "validation": parts["test"]}
 
 
 def validation_names(splits: dict) -> list[str]:
@@ -271,6 +287,11 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
         texts = rows.with_format("arrow")["label"][:].to_pylist()
         labels = [text.strip('"') for text in texts]
     words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
+    if not given and set(words) == {"-1", "0", "1"}:
+        raise ValueError(
+            f"{place}: its labels are -1, 0 and 1, of which -1 may be an answer or none; "
+            "--labels says what they mean, as in --labels -1=contradiction 0=neutral 1=entailment"
+        )
     for word in set(words) - meanings.keys():
         row = words.index(word)
         raise ValueError(

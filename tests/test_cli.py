@@ -190,6 +190,11 @@ def test_without_a_gpu_and_a_model_tiny_args_stands_in_front(capsys):
     assert all(len(line) <= 79 for line in notice.splitlines())
 
 
+def test_a_label_may_be_a_negative_number():
+    labels = ["-1=contradiction", "0=neutral", "1=entailment"]
+    assert parse("train.py", *TINY, "--labels", *labels).labels == labels
+
+
 def test_its_paths_are_right_from_any_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     args = parse("eval.py")

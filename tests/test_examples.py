@@ -230,6 +230,17 @@ def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
     assert len(load_examples(both, "train", reading=reading)) == 100
 
 
+def test_a_train_split_that_cannot_be_cut_is_named(tmp_path):
+    reading = Reading(validation=0.05)
+    put(tmp_path, "train_en.jsonl", [ROW])
+    with pytest.raises(ValueError, match="--validation 0.05 of 1 rows leaves"):
+        validation_splits(str(tmp_path), reading)
+    put(tmp_path, "train_de.jsonl", [ROW])
+    forget_what_was_read()
+    with pytest.raises(ValueError, match="no split train for --validation to take from, only"):
+        validation_splits(str(tmp_path), reading)
+
+
 # -----------------------------------------------------------------------------
 # What is in them
 
@@ -291,6 +302,12 @@ def test_labels_in_every_spelling(write, label, number):
     assert load_examples(write(train=[ROW | {"label": label}]), "train")["label"][:] == [number]
 
 
+def test_minus_one_beside_two_answers_alone_is_no_missing_label_in_silence(write):
+    directory = write(train=[ROW | {"label": label} for label in (-1, 0, 1)])
+    with pytest.raises(ValueError, match="-1 may be an answer or none; --labels says what"):
+        load_examples(directory, "train")
+
+
 def test_a_dash_is_no_label(write):
     rows = [ROW | {"label": "-"}, ROW | {"label": "neutral"}]
     assert load_examples(write(train=rows), "train")["label"][:] == [1]
@@ -332,6 +349,7 @@ def test_two_classes_are_refused_by_name(tmp_path, write):
         (["yes=entailment", "maybe=neutral", "no=contradiction"], ["no", "YES"], [2, 0]),
         (["1=entailment", "2=neutral", "3=contradiction"], [1, 2, 3], [0, 1, 2]),
         (["c", "n", "e"], ["0", "-", "entailment"], [2, 0]),
+        (["-1=contradiction", "0=neutral", "1=entailment"], [-1, 0, 1], [2, 1, 0]),
     ],
 )
 def test_labels_of_any_other_meaning_can_be_said(write, given, labels, numbers):
@@ -388,13 +406,36 @@ def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_pat
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        'premise, hypothesis, label\n"Yes, he ran.", "He ran.", 0\n"A ""b"".", C, 1\n',
+        'premise;hypothesis;label\n"Yes, he ran.";He ran.;0\n"A ""b"".";C;1\n',
+        'premise\thypothesis\tlabel\nYes, he ran.\tHe ran.\t0\n"A ""b""."\tC\t1\n',
+    ],
+    ids=["a space behind each comma", "semicolons", "tabs"],
+)
+def test_tables_with_other_separators(tmp_path, text):
+    (tmp_path / "train.csv").write_text(text)
+    rows = load_examples(str(tmp_path), "train")
+    expected = [["Yes, he ran.", "He ran.", 0], ["A \"b\".", "C", 1]]
+    assert [list(row.values()) for row in rows] == expected
+
+
+def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
+    datasets.Dataset.from_list([ROW, QUOTED]).save_to_disk(tmp_path / "pairs")
+    assert list(load_examples(str(tmp_path / "pairs"), "train")) == [ROW, QUOTED]
+
+
+@pytest.mark.parametrize(
     "name, content, message",
     [
         # (mtime=0: the time of day would make another test of it in each process.)
         ("train.csv", b"premise,hypothesis,label\nYes, he ran.,He ran.,0\n", "row 0 has 4 fields"),
         ("train.tsv", b"premise\thypothesis\tlabel\na\tb\te\tn\n", "row 0 has 4 fields"),
         ("train.csv", b"premise,hypothesis,label,label\na,b,0,1\n", "has label twice"),
-        ("train.jsonl", '{"premise": "\u00e9"}'.encode("latin-1"), "codec can't decode"),
+        ("train.jsonl", '{"premise": "\u00e9"}'.encode("latin-1"), "codec can't decode.*UTF-8$"),
+        ("train.tsv", "premise\thypothesis\tlabel\na\tb\t1\n".encode("utf-16"), "as UTF-8$"),
+        ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         # A quote that is left open would take the next row into its field.
         ("train.csv", b'premise,hypothesis,label\n"A,b,0\nC,"d",1\n', "',' expected after"),
         ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
