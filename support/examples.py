@@ -281,24 +281,30 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
             f"{place}: its labels are {', '.join(names)}, not {', '.join(LABELS)}; "
             "--labels says what others mean"
         )
-    labels = rows["label"][:]  # a list: the library's column would read each value anew
-    if type(rows.features["label"]).__name__ == "Json":
-        # Of numbers and words in one column. The library would read the word - as 0.
-        texts = rows.with_format("arrow")["label"][:].to_pylist()
-        labels = [text.strip('"') for text in texts]
+    labels = plain_labels(rows)
     words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
-    if not given and set(words) == {"-1", "0", "1"}:
-        raise ValueError(
-            f"{place}: its labels are -1, 0 and 1, of which -1 may be an answer or none; "
-            "--labels says what they mean, as in --labels -1=contradiction 0=neutral 1=entailment"
-        )
-    for word in set(words) - meanings.keys():
+    different = set(words)
+    for word in different - meanings.keys():
         row = words.index(word)
         raise ValueError(
             f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {', '.join(LABELS)}; "
             "--labels says what others mean"
         )
+    if not given and different == {"-1", "0", "1"}:
+        raise ValueError(
+            f"{place}: its labels are -1, 0 and 1, of which -1 may be an answer or none; "
+            "--labels says what they mean, as in --labels -1=contradiction 0=neutral 1=entailment"
+        )
     return [meanings[word] for word in words]
+
+
+def plain_labels(rows: "Dataset") -> list:
+    """Returns the labels as the file has them."""
+    if type(rows.features["label"]).__name__ == "Json":
+        # Of numbers and words in one column. The library would read the word - as 0.
+        texts = rows.with_format("arrow")["label"][:].to_pylist()
+        return [text.strip('"') for text in texts]
+    return rows["label"][:]  # a list: the library's column would read each value anew
 
 
 def as_word(label) -> str:
