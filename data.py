@@ -53,15 +53,23 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     tokenizer.no_padding()
     if tokenizer.token_to_id(EOS) is None:
         raise ValueError(f"{path} has no token {EOS}")
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if vocab_size and largest >= vocab_size:
-        raise ValueError(f"{path}: {token!r} has the id {largest}, the model has {vocab_size} ids")
+    known = known_ids(tokenizer)
+    if vocab_size and known > vocab_size:
+        token = tokenizer.id_to_token(known - 1)
+        place = f"{path}: {token!r} has the id {known - 1}"
+        raise ValueError(f"{place}, the model has {vocab_size} ids")
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
             raise ValueError(
                 f"{path} cuts the answer ' {label}' into several tokens; it must be one"
             )
     return tokenizer
+
+
+@functools.cache
+def known_ids(tokenizer: Tokenizer) -> int:
+    """Returns the first number from which on no token has an id."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 @functools.cache
@@ -131,7 +139,8 @@ def is_settled(completion: str) -> bool:
     """Returns True when nothing that could follow would change what `parse` reads.
 
     That is so once a character after the first number has ended it. A comma may still be
-    part of "1,000", and U+FFFD stands for a character whose bytes are not complete.
+    part of "1,000", and U+FFFD stands for a character whose bytes are not complete. In doubt
+    it is False: then a token too many is written.
     """
     number = NUMBER.search(completion)
     if number is None:
@@ -174,7 +183,7 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
 def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the numbers of an evaluation's rows, in groups that have the same premise.
 
-    A model reads what the prompts of a batch begin with alike once. MNLI has three
+    The common beginning of prompts in one batch goes through the model once. MNLI has three
     hypotheses to each premise, so together they have little more than half the tokens.
 
     The groups with long prompts come first. So the rows of a batch are of similar length,
@@ -202,7 +211,8 @@ class Batch:
     ids: (N,) the shared prefix, then row after row.
     lengths: tokens of each row, without the prefix.
     prefix_length: tokens of the prefix; 0 where each row holds its own.
-    last: how many tokens at the end of each row have a target; None: all have one.
+    last: how many tokens at the end of each row have a target, and so ask for logits; None:
+        all have one.
     targets: the id that follows each of those tokens, in their order.
     """
 

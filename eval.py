@@ -74,8 +74,8 @@ def load_model(
     is replaced by an empty quantised one, weights quantise when they arrive, and adapters
     are put around layers that have their weights.
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
-    are stored beside the indices too; None: where a GPU has four times the room that they
-    take, which leaves as much again for a step, and all that twice.
+    are stored beside the indices too; None: where a GPU has free memory for four times
+    their size.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -90,8 +90,8 @@ def load_model(
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
     """Stores NF4's values beside the indices with `keep`.
 
-    Without it a GPU's memory is short, and a step computes attention twice rather than
-    store its grids.
+    Without it memory counts for more than time. So on a GPU a training step then computes
+    attention twice, rather than store all that it needs backward.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -116,9 +116,10 @@ def fingerprint_of(
 def pack_prompts(
     prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
 ) -> tuple[Tensor, phi2.PackedRows]:
-    """Returns ids (N,) of prompts that begin with `prefix`, and what the model has to know of them.
+    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their PackedRows.
 
     What prompts begin with alike, a premise for example, goes through the model once.
+    `room` is how many tokens may be added to each.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
     tree = phi2.fold(rows)
@@ -133,14 +134,14 @@ def generate(
     prompts: list[list[int]],
     prefix: list[int],
     max_new_tokens: int,
-    vocab_size: int,
+    known_ids: int,
     is_finished: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], Tensor]:
     """Returns greedy completions of prompts that begin with `prefix`, and their first logits.
 
-    A row is finished as soon as is_finished(its new ids), or at max_new_tokens. Ids from
-    `vocab_size` on, which the head has but no text ever had, are never chosen. The first
-    logits (B, vocabulary) are those after the prompts.
+    A row is finished as soon as is_finished(its new ids), or at max_new_tokens. The head
+    has more ids than the tokenizer knows: those from `known_ids` on are never chosen. The
+    first logits (B, vocabulary) are those after the prompts.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
@@ -150,13 +151,13 @@ def generate(
 
     decoder = phi2.Decoder(model, packed)
     completions = [[] for _ in prompts]
-    rows = list(range(len(prompts)))  # the prompt's number of each row in the batch
-    unfinished = set(rows)
+    prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
+    unfinished = set(prompt_of)
     logits = first_logits
     while True:
         # 2. Choose the likeliest next token of each row.
-        chosen = logits[:, :vocab_size].argmax(dim=-1).tolist()
-        for number, token in zip(rows, chosen):
+        chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
+        for number, token in zip(prompt_of, chosen):
             if number in unfinished:
                 completions[number].append(token)
                 if len(completions[number]) == max_new_tokens or is_finished(completions[number]):
@@ -164,16 +165,17 @@ def generate(
         if not unfinished:
             return completions, first_logits
 
-        # 3. Finished rows leave the batch. Where steps are recorded, other rows mean another
-        #    recording, so they wait until they are half of it.
-        worthwhile = len(rows) // 2 if decoder.records else len(rows) - 1
-        if len(unfinished) <= worthwhile:
-            places = [place for place, number in enumerate(rows) if number in unfinished]
-            decoder.keep(places)
-            rows = [rows[place] for place in places]
+        # 3. Drop the rows that are finished. Where steps are recorded, a batch of other rows
+        #    means another recording. There they stay until they are half of the batch; their
+        #    last token is run again, and what follows it is ignored.
+        most = len(prompt_of) // 2 if decoder.records else len(prompt_of) - 1
+        if len(unfinished) <= most:
+            kept = [row for row, number in enumerate(prompt_of) if number in unfinished]
+            decoder.keep(kept)
+            prompt_of = [prompt_of[row] for row in kept]
 
         # 4. Run the new token of each through the model.
-        logits = decoder.run([completions[number][-1] for number in rows])
+        logits = decoder.run([completions[number][-1] for number in prompt_of])
 
 
 def complete(
@@ -191,7 +193,7 @@ def complete(
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, logits = generate(
-        model, prompts, prefix, max_new_tokens, tokenizer.get_vocab_size(), is_finished
+        model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
     )
     ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
     texts = tokenizer.decode_batch(ended, skip_special_tokens=False)

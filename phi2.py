@@ -64,17 +64,17 @@ class Phi2Config:
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns a function of several element-wise steps as one kernel, where it runs on a GPU.
+    """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
 
     Each step alone would read and write all of its tensors. torch.compile writes the kernel
-    at the first call, which takes seconds, and once for all numbers of tokens. It needs
+    at the first call, which takes seconds; the number of tokens may change later. It needs
     Triton, which torch brings with it for CUDA on Linux, and a C compiler.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
         # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
-        # runs as it is written.
+        # runs as it is written. (The setting holds for the whole process.)
         torch._dynamo.config.suppress_errors = True
         # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded twice.
         options = {"emulate_precision_casts": True}
@@ -130,7 +130,8 @@ def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Rotate(torch.autograd.Function):
     """Computes rotate(x, cos, sin). Backward turns the gradient back, by the same angles.
 
-    A rotation's transpose, by which gradients go back, is its inverse. So x is not stored.
+    Through a linear map gradients go back by its transpose. That of a rotation is the
+    rotation by the negative angle, and it does not depend on x. So x is not stored.
     """
 
     @staticmethod
@@ -168,7 +169,8 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # Turned by its position each, the product of q and k depends on their distance alone.
+        # q and k are each turned by their position, so their product depends on the distance
+        # alone.
         q = Rotate.apply(q, packed.select_asking(cos), packed.select_asking(sin))
         k = Rotate.apply(k, cos, sin)
 
@@ -256,7 +258,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.uses_graphs = True  # in generation on a GPU, by a Decoder
+        self.uses_graphs = True  # whether a Decoder may record its steps on a GPU
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
@@ -275,41 +277,48 @@ class Phi2(nn.Module):
 
 # -----------------------------------------------------------------------------
 # What makes it fast: rows without padding, a shared prefix, a cache for generation
+#
+# A call is one forward pass. It has N tokens: P of a prefix, and those of B rows. The rows
+# have M tokens together: N is P + M, or less where rows share tokens (Tree). A generation has
+# a first call, of whole prompts, and then a call for each new token of the rows.
 
 
 ROWS_AT_ONCE = 8  # in attention on a CPU
 
 
 class Layout:
-    """Says which token stands where in a grid, (rows, P + width, H, D). It holds no numbers.
+    """Says which token stands where in a grid, (rows, P + row_width, H, D).
 
-    In each line the first P cells are the prefix's, and the next ones a row's. Behind a
-    short row its last token is repeated: nobody looks there.
+    It holds indices alone; `put`, `take` and `fill` move the numbers. In each line of the
+    grid the first P cells are the prefix's, and the next ones a row's. Behind a short row
+    its last token is repeated: nobody looks there.
 
     Attributes:
-        token_of: (M,) for each token of each row, row after row: its index among a call's N.
-        sources: (rows * (P + width),) the index of the token in each cell.
-        cells: (M,) the cell of each token of each row.
-        shape: (rows, P + width).
-        span: the tokens of which the grid is a view, where it is one; else None. Only without
-            it are sources and cells on the device, and used.
-        is_tree: whether rows share tokens.
+        token_of: (M,) for each token of each row, row after row, its index among the tokens
+            that `put` is given. On the CPU.
+        sources: (rows * (P + row_width),) the same for each cell.
+        cells: (M,) the cell of each token of each row, of none of the prefix.
+        shape: (rows, P + row_width).
+        span: a slice of the tokens, where the cells are just that: no prefix, no padding,
+            nothing twice. The grid is then a view of them, and the indices stay on the CPU.
+            Else None.
+        is_tree: whether rows share tokens, so that their gradients have to be added up.
     """
 
     def __init__(
         self,
         token_of: Tensor,
         lengths: list[int],
-        width: int,
+        row_width: int,
         device: torch.device,
         prefix_length: int = 0,
         is_tree: bool = False,
     ):
-        # Made on the CPU: to find non-zeros on a GPU, the CPU would have to wait for it.
-        columns = torch.arange(width)
+        # All on the CPU: for nonzero() on a GPU it would have to wait.
+        columns = torch.arange(row_width)
         row_lengths = torch.tensor(lengths)[:, None]
         starts = row_lengths.cumsum(0) - row_lengths
-        own = token_of[starts + torch.minimum(columns, row_lengths - 1)]  # (rows, width)
+        own = token_of[starts + torch.minimum(columns, row_lengths - 1)]  # (rows, row_width)
         prefix = torch.arange(prefix_length).expand(len(lengths), -1)
         sources = torch.cat((prefix, own), dim=1)
         is_filled = F.pad(columns < row_lengths, (prefix_length, 0))
@@ -321,6 +330,7 @@ class Layout:
         self.sources = sources.flatten()
         self.cells = is_filled.flatten().nonzero()[:, 0]
         self.span = None
+        # (With a prefix, Put.backward writes into what `take` returns: it must be no view.)
         if not prefix_length and (self.sources.diff() == 1).all():
             self.span = slice(int(token_of[0]), int(token_of[-1]) + 1)
         else:
@@ -328,17 +338,17 @@ class Layout:
             self.cells = self.cells.to(device, non_blocking=True)
 
     def put(self, x: Tensor) -> Tensor:
-        """Returns the grid of a call's tokens, x (N, H, D)."""
+        """Returns the grid that holds the tokens x (N, H, D)."""
         tokens = x[self.span] if self.span else x.index_select(0, self.sources)
         return tokens.unflatten(0, self.shape)
 
     def take(self, grid: Tensor) -> Tensor:
-        """Returns what stands in the cells of the rows' tokens, (M, H, D)."""
+        """Returns what stands in the rows' `cells` of a grid, (M, H, D)."""
         flat = grid.flatten(0, 1)
         return flat if self.span else flat.index_select(0, self.cells)
 
     def fill(self, x: Tensor) -> Tensor:
-        """Returns a grid that holds x (M, H, D) in those cells, and zeros elsewhere."""
+        """Returns a grid that holds x (M, H, D) in the rows' `cells`, and zeros elsewhere."""
         if self.span:
             return x.unflatten(0, self.shape)
         grid = x.new_zeros(*self.shape, *x.shape[1:])
@@ -347,14 +357,15 @@ class Layout:
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # cat would copy one too
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # it would copy a single one
 
 
 class Put(torch.autograd.Function):
-    """Puts a call's tokens, x (N, H, D), into a grid for each layout.
+    """Puts tokens, x (N, H, D), into a grid for each layout.
 
-    Backward takes the gradients out of the same cells. It adds them up where a token stands
-    in several: the prefix stands in every line, and a token of a tree in several rows.
+    A token may stand in several cells: the prefix stands in every line, and a token of a
+    tree in several rows. Backward takes the gradients out of the same cells, and adds up
+    those of one token.
     """
 
     @staticmethod
@@ -366,13 +377,14 @@ class Put(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads: Tensor) -> tuple[None, Tensor]:
-        # Of each token of each row, and before them of the prefix, if it has its own layout.
+        # Row after row. Where the prefix has a layout of its own, which is the first, its
+        # gradients stand before those of the rows.
         total = join([layout.take(grad) for layout, grad in zip(ctx.layouts, grads)])
         if any(layout.is_tree for layout in ctx.layouts):
             token_of = join([layout.token_of for layout in ctx.layouts]).to(total.device)
             zeros = total.new_zeros(ctx.count, *total.shape[1:])
             total = zeros.index_add_(0, token_of, total)
-        elif len(total) < ctx.count:  # the prefix has none
+        elif len(total) < ctx.count:  # the prefix has no layout of its own
             total = F.pad(total, (0, 0, 0, 0, ctx.count - len(total), 0))
         for layout, grad in zip(ctx.layouts, grads):
             length = layout.prefix_length
@@ -382,8 +394,10 @@ class Put(torch.autograd.Function):
 
 
 class Take(torch.autograd.Function):
-    """Takes the rows' y (M, H, D) out of grids. Backward fills grids with the gradient."""
+    """Takes the tokens y (M, H, D) out of grids, a layout for each.
 
+    Each is in one cell. Backward puts their gradients there, and zeros into all others.
+    """
     @staticmethod
     def forward(ctx, layouts: list[Layout], *grids: Tensor) -> Tensor:
         ctx.layouts = layouts
@@ -409,9 +423,9 @@ class Part:
             calls of a generation, where the cache has them.
         queries: the layout of the tokens that ask.
         key_width: how many keys a query sees at most.
-        mask: (rows or 1, 1, asking tokens of a row, key_width), 0 where a query sees a key
-            and -inf where not. None on a GPU in a first call where all tokens ask: its
-            kernels know that form.
+        mask: (rows or 1, 1, T, key_width) for T queries a row: 0 where one sees a key, and
+            -inf where not. None where `attention` knows without it: on a GPU, when all
+            tokens of a call's rows ask.
     """
 
     keys: Layout | None
@@ -433,14 +447,15 @@ def first_part(
     keys = Layout(token_of, lengths, longest, device, prefix_length, is_tree)
     queries = Layout(token_of, lengths, longest, device, is_tree=is_tree)
     mask = None
-    if device.type != "cuda":  # every row has the same positions, so one line serves all
+    if device.type != "cuda":
+        # All rows begin behind the prefix, so one mask serves them all.
         positions = torch.arange(prefix_length, key_width, device=device)
         mask = causal_mask(positions[None], key_width)
     return Part(keys, queries, key_width, mask)
 
 
 def causal_mask(positions: Tensor, key_width: int) -> Tensor:
-    """Returns the mask (rows or 1, 1, A, key_width) of queries at positions (rows or 1, A)."""
+    """Returns the mask (rows or 1, 1, T, key_width) of queries at positions (rows or 1, T)."""
     keys = torch.arange(key_width, device=positions.device)
     is_later = keys > positions[:, None, :, None]
     return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
@@ -450,10 +465,11 @@ def causal_mask(positions: Tensor, key_width: int) -> Tensor:
 class Tree:
     """Rows whose common beginnings stand once, in the way of a tree that branches.
 
-    The rows x y and x z have the ids x y z, and token_of is 0 1 0 2.
+    The rows x y and x z have the ids x y z; token_of is 0 1 0 2, and firsts is 0 1 3.
 
     Attributes:
-        ids: the distinct tokens. Two tokens are one when their rows are the same up to there.
+        ids: the distinct tokens. Two tokens are one when their rows are the same up to and
+            including them.
         token_of: for each token of each row, row after row, its index among the ids.
         firsts: for each of the ids, the first place in token_of that has it.
     """
@@ -468,23 +484,24 @@ def fold(rows: list[list[int]]) -> Tree:
 
     Its tokens need to go through a model once, because a token sees only what is before it.
     """
-    index_of = {}  # (index of the token before, id) -> index
+    index_of = {}  # (index of the token before, id) -> index, in the order of the indices
     token_of = []
     firsts = []
     for row in rows:
-        index = None
+        before = None
         for token in row:
-            index = index_of.setdefault((index, token), len(index_of))
+            index = index_of.setdefault((before, token), len(index_of))
             if index == len(firsts):  # a new one
                 firsts.append(len(token_of))
             token_of.append(index)
+            before = index
     return Tree([token for _, token in index_of], token_of, firsts)
 
 
 class PackedRows:
     """Where the tokens of a flat batch stand, and which tokens each of them sees.
 
-    The N tokens of a call are a prefix that all B rows share (it may be empty), then row
+    The tokens of a first call are a prefix that all B rows share (it may be empty), then row
     after row, `lengths` tokens each, without padding. A prefix of two tokens and rows of
     two and one:
 
@@ -501,9 +518,10 @@ class PackedRows:
     rows share the mask that is drawn on the prefix.)
 
     In evaluation rows share more, because several hypotheses belong to one premise. With a
-    `tree` the N tokens are the prefix and the tree's. Each row gets all of its own tokens
-    back for attention alone, which is the smallest part of the work; what comes out of it
-    for one token several times is the same, and its first copy goes on.
+    `tree` the N tokens are the prefix and the tree's. For attention alone, which is the
+    smallest part of the work, each row gets all of its own tokens back. So attention
+    computes a token that rows share once for each of them, each time with the same result,
+    of which the first is kept.
 
     A token *asks* when its output is wanted: it has a query. All tokens ask, but in the
     last block only those whose logits are wanted; the others give keys and values alone.
@@ -516,19 +534,23 @@ class PackedRows:
 
     Attributes:
         lengths: tokens of each row in this call; the prefix is not counted.
-        ends: (B,) the position of each row's last token.
+        last_positions: (B,) the position of each row's last token.
         positions: (N,) the position of each token in its own text, for the rotary tables.
         token_of: (M,) for each token of each row, row after row: its index among the N.
-        first_copies: of a tree, where attention gives each of the N tokens first; else None.
+        first_copies: of a tree, (N,) which of attention's P + M results are kept, one for
+            each token; else None.
         asking_tokens: (A,) indices into the N tokens; None where all ask.
         prefix_parts: the prefix by itself, where its tokens are new and ask; else empty.
         row_parts: the rows, as attention takes them.
         recomputes: whether the backward pass computes attention again. Then q, k and v are
             stored as they are, and no grid is.
+        room: how many tokens may be added to each row.
         cache: where there is room, what was kept, (B, H, cache_width, D), by (layer, "k") or
-            (layer, "v"). Its cache_layout is that of the first call.
-        lines: (B, H) where the line of each head of each row begins in the cache, laid flat.
-        newest: (B * H,) where each head of each row's new token is written, in the same way.
+            (layer, "v").
+        cache_layout: where the first call's tokens stand in it.
+        head_starts: (B, H) the place of each head's first key in the cache, if it is seen as
+            (B * H * cache_width, D).
+        newest: (B * H,) the place in it of each head of each row's new token.
     """
 
     def __init__(
@@ -539,6 +561,7 @@ class PackedRows:
         room: int = 0,
         tree: Tree | None = None,
     ):
+        """The rows of a first call. A `tree` is that of the same rows."""
         device = torch.device(device)
         prefix = torch.arange(prefix_length)
         positions = torch.cat([torch.arange(length) for length in lengths]) + prefix_length
@@ -553,8 +576,8 @@ class PackedRows:
             self.first_copies = first_copies.to(device, non_blocking=True)
 
         self.lengths = lengths
-        ends = torch.tensor(lengths) + (prefix_length - 1)
-        self.ends = ends.to(device, non_blocking=True)
+        last_positions = torch.tensor(lengths) + (prefix_length - 1)
+        self.last_positions = last_positions.to(device, non_blocking=True)
         self.prefix_length = prefix_length
         self.positions = torch.cat((prefix, positions)).to(device, non_blocking=True)
         self.token_of = token_of
@@ -574,13 +597,14 @@ class PackedRows:
         self.recomputes = False
         self.room = room
         self.cache = {}
-        self.lines = None
+        self.head_starts = None
         self.newest = None
         if room:
-            # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask, in each layer.
+            # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask into such a
+            # one, in each layer.
             self.cache_width = math.ceil((prefix_length + max(lengths) + room) / 16) * 16
-            width = self.cache_width - prefix_length
-            self.cache_layout = Layout(token_of, lengths, width, device, prefix_length)
+            row_width = self.cache_width - prefix_length
+            self.cache_layout = Layout(token_of, lengths, row_width, device, prefix_length)
 
     def select_asking(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that ask, (A, ...)."""
@@ -593,13 +617,14 @@ class PackedRows:
         if min(self.lengths) < count:
             raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
         device = self.positions.device
-        row_ends = torch.tensor(self.lengths).cumsum(0)
-        asking = self.token_of[row_ends[:, None] + torch.arange(-count, 0)].flatten()
-        positions = self.ends[:, None] + torch.arange(1 - count, 1, device=device)  # (B, count)
+        row_stops = torch.tensor(self.lengths).cumsum(0)
+        asking = self.token_of[row_stops[:, None] + torch.arange(-count, 0)].flatten()
+        steps_back = torch.arange(1 - count, 1, device=device)
+        positions = self.last_positions[:, None] + steps_back  # (B, count)
 
         narrowed = copy.copy(self)
         narrowed.asking_tokens = asking.to(device, non_blocking=True)
-        narrowed.first_copies = None  # each row asks for itself
+        narrowed.first_copies = None  # each row's own tokens ask, even where they are the same
         narrowed.prefix_parts = []
         narrowed.row_parts = []
         first = 0
@@ -632,7 +657,9 @@ class PackedRows:
         outputs = []
         for part, part_q, part_k, part_v in zip(parts, all_q, all_k, all_v):
             if part.mask is not None and q.device.type != "cpu":
-                part.mask = part.mask.to(q.dtype)  # as a GPU wants it, once for all layers
+                # A GPU wants it in this dtype. It is stored, so it is converted once for all
+                # layers.
+                part.mask = part.mask.to(q.dtype)
             outputs.append(attention(part_q, part_k, part_v, part.mask))
         y = Take.apply(layouts, *outputs)
         return y if self.first_copies is None else y.index_select(0, self.first_copies)
@@ -644,16 +671,17 @@ class PackedRows:
         """
         if self.room:
             kept = self.remember(name, x)
-            # Where all rows are one part, the cache is what they see. Several are narrower.
+            # One part sees the cache as it is. Of several, in a CPU's first call, each has a
+            # grid of its own width.
             if len(self.row_parts) == 1:
                 of_prefix = [part.keys.put(x) for part in self.prefix_parts]
                 return (*of_prefix, kept[:, : self.row_parts[0].key_width])
         return Put.apply([part.keys for part in self.prefix_parts + self.row_parts], x)
 
     def remember(self, name: tuple[int, str], x: Tensor) -> Tensor:
-        """Keeps them under their name. Returns all known so far, (B, cache_width, H, D).
+        """Keeps x under its name. Returns all that is kept there, (B, cache_width, H, D).
 
-        Later calls write theirs into the empty cells. In memory each head's keys stand
+        Later calls write behind what each row has. In memory each head's keys stand
         together, (B, H, cache_width, D), because one query at a time reads them.
         """
         if name in self.cache:
@@ -663,25 +691,25 @@ class PackedRows:
             self.cache[name] = self.cache_layout.put(x).transpose(1, 2).contiguous()
         return self.cache[name].transpose(1, 2)
 
-    def one_token_each(self, rows: list[int]) -> "PackedRows":
+    def for_decoding(self, rows: list[int]) -> "PackedRows":
         """Returns the rows at these indices for calls that take one new token of each.
 
-        `next_token` comes before each of those calls. The cache loses its other rows, so
-        this object must not be used again.
+        `next_token` has to come before each of those calls. Both objects have one cache,
+        which now loses its other rows: this object must not be used again.
         """
         device = self.positions.device
         indices = torch.tensor(rows).to(device, non_blocking=True)
         following = copy.copy(self)
         following.lengths = [1] * len(rows)
-        following.ends = self.ends[indices]
+        following.last_positions = self.last_positions[indices]
         following.token_of = torch.arange(len(rows))
         following.first_copies = None  # the new tokens are each row's own
         queries = Layout(following.token_of, following.lengths, 1, device)
         following.prefix_parts = []
         following.row_parts = [Part(None, queries, self.cache_width, mask=None)]
         heads = self.cache[0, "k"].shape[1]
-        lines = torch.arange(len(rows) * heads, device=device) * self.cache_width
-        following.lines = lines.view(-1, heads)
+        head_starts = torch.arange(len(rows) * heads, device=device) * self.cache_width
+        following.head_starts = head_starts.view(-1, heads)
         if rows != list(range(len(self.lengths))):
             # One by one: the old and the new of all layers may not fit.
             for name, kept in self.cache.items():
@@ -691,12 +719,13 @@ class PackedRows:
     def next_token(self) -> None:
         """Goes on to the next token of each row.
 
-        All of it happens on the device, so that a CUDA graph can do it again.
+        A CUDA graph can repeat it, because nothing is computed on the CPU, and because what
+        counts is one tensor that changes in place: a repetition finds it one further.
         """
-        self.ends += 1
-        self.positions = self.ends
-        self.newest = (self.lines + self.ends[:, None]).flatten()
-        self.row_parts[0].mask = causal_mask(self.ends[:, None], self.cache_width)
+        self.last_positions += 1
+        self.positions = self.last_positions
+        self.newest = (self.head_starts + self.last_positions[:, None]).flatten()
+        self.row_parts[0].mask = causal_mask(self.last_positions[:, None], self.cache_width)
 
 
 class Decoder:
@@ -704,18 +733,21 @@ class Decoder:
 
     On a GPU such a step is hundreds of kernels, each shorter than Python takes to launch
     it. So when the same rows take a second step, it is recorded as a CUDA graph, and from
-    then on the GPU repeats it at one launch. The first step has loaded what a recording
-    must not load.
+    then on the GPU repeats it at one launch. A repetition does the same with the same
+    memory: it reads the ids, the weights, the cache and the rows' last positions, writes
+    into the cache, moves those positions on, and leaves the logits. The first step cannot
+    be recorded, because kernels are loaded at their first use, which a recording forbids.
 
     Attributes:
+        steps_left: for how many steps there is room.
         records: whether steps are recorded.
         ids: (B,) the new tokens.
         logits: (B, vocabulary) what follows them; None before the first step of these rows.
-        graph: the recorded step, which reads those ids and writes those logits.
+        graph: the recorded step, once there is one.
     """
 
     def __init__(self, model: Phi2, packed: PackedRows):
-        """`packed` has room, and has been in the model's first call."""
+        """`packed` has room, and has been in the model's first call, without gradients."""
         self.model = model
         self.packed = packed
         self.steps_left = packed.room
@@ -724,15 +756,15 @@ class Decoder:
 
     def keep(self, rows: list[int]) -> None:
         """Keeps the rows at these indices alone."""
-        self.packed = self.packed.one_token_each(rows)
-        self.ids = torch.zeros_like(self.packed.ends)
+        self.graph = None  # first, so that its memory is free
         self.logits = None
-        self.graph = None
+        self.packed = self.packed.for_decoding(rows)
+        self.ids = torch.zeros_like(self.packed.last_positions)
 
     def run(self, ids: list[int]) -> Tensor:
         """Returns the logits (B, vocabulary) after a new token of each row.
 
-        The next call may write over them.
+        They are good until the next step, which may write over them.
         """
         if not self.steps_left:
             raise ValueError(f"there is no room for more than {self.packed.room} new tokens")
@@ -740,7 +772,8 @@ class Decoder:
         self.ids.copy_(torch.tensor(ids), non_blocking=True)
         if self.records and self.logits is not None and self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):  # nothing runs in here
+            # In here kernels are recorded, and none runs. Other threads may go on meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.logits = self.step()
         if self.graph is None:
             self.logits = self.step()
@@ -754,18 +787,18 @@ class Decoder:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D) + mask) v, (B, A, H, D).
+    """Returns softmax(q k^T / sqrt(D) + mask) v, (B, T, H, D).
 
-    q is (B, A, H, D), for A tokens that ask in each row, k and v are (B, S, H, D). mask is
-    (B or 1, 1, A, S). On a GPU it may be None: then the last query sees all keys, and each
+    q is (B, T, H, D), for T tokens that ask in each row, k and v are (B, S, H, D). mask is
+    (B or 1, 1, T, S). On a GPU it may be None: then the last query sees all keys, and each
     query before it one key less. Its kernels know this form, and need no mask in memory.
     """
-    q = q.transpose(1, 2)  # (B, H, A, D)
+    q = q.transpose(1, 2)  # (B, H, T, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    # On a CPU torch's fused kernel is slower in bf16, and most of all backward, than two
-    # products and a softmax.
-    is_fast_on_cpu = q.dtype is torch.float32 and not q.requires_grad
+    # On a CPU torch's fused kernel is faster than two products and a softmax in fp32 forward,
+    # but slower in bf16 and backward.
+    is_fast_on_cpu = q.dtype is torch.float32 and not torch.is_grad_enabled()
     if q.device.type != "cpu" or is_fast_on_cpu:
         if mask is None:
             mask = causal_lower_right(q.shape[2], k.shape[2])
@@ -782,7 +815,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 
 # Options of config.json that change the result and are not implemented, with the one value
-# that is accepted.
+# that is accepted, beside null.
 FIXED = {
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
@@ -868,6 +901,8 @@ def load_weights(
 def is_finite(tensor: Tensor) -> bool:
     # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
     # tensor.isfinite() this makes no tensor of the same size.
+    if not tensor.numel():
+        return True
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
 
@@ -1029,7 +1064,7 @@ def check_quantization(quantization: object, path: Path) -> None:
 def not_quantized(directory: Path) -> tuple[str, ...]:
     """Returns the paths of what is not to be quantised: the head.
 
-    Of a checkpoint that is in NF4 already it is what has no NF4 weight there.
+    Of a checkpoint that is in NF4 already it is whatever has a weight of another form there.
     """
     if read_json(directory / "config.json").get("quantization_config") is None:
         return ("lm_head",)

@@ -100,17 +100,17 @@ def nested_code(device: torch.device) -> Tensor:
 class NF4Linear(nn.Module):
     """A frozen linear layer whose weight (out_features, in_features) is held in NF4.
 
-    Buffers, with numel = in_features * out_features, all sizes rounded up:
+    Buffers, with numel = in_features * out_features, all sizes rounded up to whole numbers:
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
-    With `double_quant` absmax is (numel / 64,) uint8, and two more restore it, with a table
-    `code` of 256 levels: code[absmax] * nested_absmax[block of 256] + offset is what absmax
-    is without.
+    With `double_quant` absmax is (numel / 64,) uint8, and two more buffers restore its fp32
+    values: code[absmax] * nested_absmax[block of 256] + offset, with a table `code` of 256
+    levels.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
     Loading a floating-point `weight` through `load_state_dict` quantises it. The layer
-    computes in the dtype of that tensor, and its inputs must have this dtype too. The dtype
+    computes in the dtype of the weight that was loaded, and its inputs must have it too. It
     is no part of the state_dict: it is `torch.get_default_dtype()` where buffers are loaded
     instead.
 
@@ -125,7 +125,9 @@ class NF4Linear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
-        self.kept = None  # the dequantised weight, once keep_dequantized has put it here
+        # The dequantised weight, once keep_dequantized has put it here. It is no buffer: the
+        # state_dict is to hold the weight once.
+        self.kept = None
 
         numel = in_features * out_features
         self.register_buffer("weight", torch.empty((numel + 1) // 2, 1, dtype=torch.uint8))
@@ -205,7 +207,8 @@ class NF4Linear(nn.Module):
         state_dict[prefix + "absmax"] = parts["absmax"]
         if is_nested:
             state_dict[prefix + "nested_absmax"] = parts["nested_absmax"]
-            state_dict[prefix + "offset"] = torch.tensor(record["nested_offset"])
+            offset = torch.tensor(record["nested_offset"], device=codes.device)
+            state_dict[prefix + "offset"] = offset
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the buffers that hold this weight, as `quantize` above computes them."""
@@ -221,7 +224,7 @@ class NF4Linear(nn.Module):
         if self.double_quant:
             absmax = buffers["absmax"]
             code = nested_code(absmax.device)
-            # The table has levels of both signs. absmax is positive, but not around its mean.
+            # The table has levels of both signs. absmax is positive; less its mean it has both.
             buffers["offset"] = absmax.mean()
             buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
                 absmax - buffers["offset"], code, NESTED_BLOCK
@@ -265,9 +268,9 @@ def quantize_linears(
     """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
 
     A layer with weights is quantised; an empty one (on the meta device) stays empty until
-    its weight is loaded. The head is skipped, as transformers does: it is one layer of
-    many, and its errors would go into the logits directly. To be called before lora.inject,
-    whose A and B are linear layers too.
+    its weight is loaded. The head is skipped, as transformers does: its errors would go into
+    the logits directly, and as one layer of many it takes little memory. To be called before
+    lora.inject, whose A and B are linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:

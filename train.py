@@ -121,9 +121,10 @@ def accumulate_gradients(
 
     Returns this rank's part of the loss, and how many ids the model has read. `targets` is
     the number of targets of the step, on all ranks. Loss and gradients of all ranks are
-    then added up. The sum is the mean over all targets, however the rows fall into batches:
-    a mean of the batches' means would give a target in a short batch more weight. A rank
-    may have no row in the last step of an epoch; its part is 0.
+    then added up. Each is divided by `targets` already, so the sum is the mean over all
+    targets, however the rows fall into batches. (A mean of the batches' means would give a
+    target in a short batch more weight.) A rank may have no row in the last step of an
+    epoch; its part is 0.
     """
     device = model.lm_head.weight.device
     loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
@@ -313,9 +314,9 @@ def main() -> None:
         ranks.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
-        # A GPU still works on all this. Meanwhile the rows of the next step are encoded; then
-        # the numbers of this step are read, which is its one wait for the GPU, together with
-        # how many targets all ranks have in the next one.
+        # A GPU still works on all this. Meanwhile the rows of the next step are encoded. Then
+        # the sums over all ranks are read, which is the step's one wait for the GPU: of this
+        # step's numbers, and of the targets of the next one.
         following = next(left, NO_STEP)
         _, next_encoded, _ = following
         share = grad_norm / ranks.WORLD  # each rank has the norm of the whole sum

@@ -103,7 +103,7 @@ class FakeGraph:
         self.launches = 1
 
     @contextmanager
-    def record(self) -> Iterator[None]:
+    def record(self, **options) -> Iterator[None]:
         """Stands for torch.cuda.graph."""
         before = len(self.gpu.operations)
         self.gpu.is_recording = True

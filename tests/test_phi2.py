@@ -277,7 +277,7 @@ def test_the_last_token_of_each_row_sees_as_much_in_generation(tiny):
     for last in (1, None):
         packed = phi2.PackedRows([5, 2, 3], prefix_length=2, room=4)
         mine(torch.arange(12), packed)
-        packed = packed.one_token_each([0, 2])
+        packed = packed.for_decoding([0, 2])
         packed.next_token()
         results.append(mine(torch.tensor([7, 8]), packed, last))
     assert distance(*results) < 1e-6
