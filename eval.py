@@ -353,6 +353,8 @@ def evaluate_splits(args: argparse.Namespace) -> None:
         for name in names:
             others[name] = metrics.read_predictions(args.compare / f"predictions_{name}.jsonl")
 
+    if args.out and ranks.FIRST:
+        files.make_folder(args.out)
     model, tokenizer = load(args)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
@@ -366,13 +368,14 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             results.setdefault("compared", {})[name] = compared
         # Split by split: what is done is not lost when a later one fails.
         if args.out and ranks.FIRST:
-            args.out.mkdir(parents=True, exist_ok=True)
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
     # Of several ranks the first alone prints: ranks.start has silenced the others.
     print(metrics.table(results))
     for name, statistics in results[stage].items():
         print(f"\n{name}\n{metrics.details(statistics)}")
+        if statistics["cut"]:
+            print(f"{statistics['cut']:,} prompts were cut to --max-length {args.max_length}")
     if args.out and ranks.FIRST:
         files.write_json(args.out / "results.json", results)
 

@@ -137,6 +137,7 @@ HARMLESS = {
     "rank_pattern",  # where it changes a rank, a tensor has another shape: check_ranks refuses it
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began
 }
+MERGE = "merge the adapter with PEFT (merge_and_unload), and use the merged model"  # a cure
 # How A and B can begin while the base stays as it is. Other ways change its weights too.
 INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # What PEFT takes for a key that is not there (0.21), where that is not off.
@@ -156,7 +157,7 @@ def check_options(raw: dict) -> None:
             raise ValueError(f"it lacks {key}")
     initialisation = raw.get("init_lora_weights", True)
     if initialisation not in INITIALISATIONS:
-        raise ValueError(f"init_lora_weights {initialisation!r} is not supported")
+        raise ValueError(f"init_lora_weights {initialisation!r} is not supported; {MERGE}")
     # PEFT has more options than this file knows. One that is at its default, or off, changes
     # nothing.
     for key in raw.keys() - HARMLESS - {*REQUIRED, "init_lora_weights"}:
@@ -164,8 +165,7 @@ def check_options(raw: dict) -> None:
         is_off = value in (None, False, "none", {}, [])  # or 0, which equals False
         if not is_off and value != PEFT_DEFAULTS.get(key):
             raise ValueError(
-                f"{key} = {value!r} is not supported; merge the adapter with PEFT "
-                "(merge_and_unload), and use the merged model"
+                f"{key} = {value!r} is not supported; {MERGE}"
             )
 
 
@@ -443,7 +443,7 @@ def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> N
         if ".lora_A." in key and tensor.shape[:1] != (config.rank,):
             raise ValueError(
                 f"{file}: {key} has shape {tuple(tensor.shape)}, adapter_config.json says "
-                f"rank {config.rank}; layers with a rank of their own are not supported"
+                f"rank {config.rank}; layers with a rank of their own are not supported; {MERGE}"
             )
 
 

@@ -968,7 +968,10 @@ def weight_files(directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.is_file():
-        raise ValueError(f"{directory} holds no {single.name} and no {index.name}")
+        raise ValueError(
+            f"{directory} holds no {single.name} and no {index.name}; other formats are not "
+            "read: transformers' save_pretrained writes safetensors"
+        )
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index} has no weight_map")
@@ -995,7 +998,10 @@ def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
     name = str(name)
     # Not asked of the Hub: a path that does not exist is no model's name.
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(f"no model directory {name!r}, and it is not a Hub id (owner/name)")
+        raise ValueError(
+            f"no model directory {name!r}, and it is not a Hub id (owner/name): "
+            "--model says where it is"
+        )
 
     cure = (
         "without a network, pass a directory instead: --model tiny/model, or one that holds "
@@ -1066,9 +1072,10 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
 
     Of a checkpoint that is in NF4 already it is whatever has a weight of another form there.
     """
-    if read_json(directory / "config.json").get("quantization_config") is None:
-        return ("lm_head",)
     keys = find_tensors(directory)
+    # (Not of config.json: a model that was dequantised may still say that it is in NF4.)
+    if not any(key.endswith(".weight.absmax") for key in keys):
+        return ("lm_head",)
     weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]
     return tuple(key.removesuffix(".weight") for key in weights)
 

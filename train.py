@@ -236,6 +236,7 @@ def main() -> None:
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
         rows_digest=digest_rows(train_rows),
+        validation_digest=digest_rows(*validation.values()),
         fingerprint=made_for,
     )
     saved = resume.load_if_begun(args.resume)

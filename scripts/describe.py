@@ -39,7 +39,7 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
     columns = examples.find_columns(rows.column_names, reading.columns, split)
     print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
     _, numbers = examples.read_split(dataset, split, reading)
-    labels = rows[columns["label"]][:]
+    labels = examples.plain_labels(rows, columns["label"])
     names = getattr(rows.features[columns["label"]], "names", [])
     for (label, number), count in sorted(Counter(zip(labels, numbers)).items(), key=str):
         name = f", called {names[label]}" if label in range(len(names)) else ""
@@ -86,9 +86,9 @@ def main() -> None:
     reading = examples.Reading.of(args)
     lengths = {}
     labels = {}
-    for split in examples.load_splits(args.dataset, args.validation):
-        if split.startswith("test"):  # GLUE publishes no labels for its test splits
-            continue
+    splits = examples.load_splits(args.dataset, args.validation)
+    # GLUE publishes no labels for its test splits.
+    for split in [name for name in splits if not name.startswith("test")] or splits:
         print(f"\n{split}")
         describe_reading(args.dataset, split, reading)
         rows = examples.load_examples(args.dataset, split, args.limit, reading)

@@ -309,6 +309,8 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
+    if args.out and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file: pass a folder")
     # eval.py writes results.json too, under the name that train.py uses.
     if args.out and (args.out / "args.json").exists():
         raise ValueError(

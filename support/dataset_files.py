@@ -11,10 +11,11 @@ import io
 import itertools
 import re
 import zlib
-from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from support import files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,6 +43,11 @@ ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
 
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split: those in the directory, or up to two folders below."""
+    state = directory / "state.json"
+    if state.is_file():  # one split that save_to_disk has written
+        names = [entry["filename"] for entry in files.read_json(state).get("_data_files", [])]
+        split = split_name(directory.name.lower())
+        return {split if split in SPLITS else "train": [directory / name for name in names]}
     for depth in (1, 2, 3):
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
@@ -53,8 +59,6 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
             check_parts(split, paths)
         if splits:
             return with_train(splits)
-    if (directory / "state.json").is_file():  # one split that save_to_disk has written
-        return {"train": sorted(directory.glob("data-*.arrow"))}
     suffixes = ", ".join(LOADERS | SEPARATORS)
     raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
 
@@ -157,14 +161,16 @@ def read_file(path: Path) -> "Dataset":
             # for each content.
             cache = Path(datasets.config.HF_DATASETS_CACHE) / sha256(content).hexdigest()[:16]
             name = glob.escape(str(path.absolute()))
+            # By chunks, the columns of the first would have to be those of all rows.
+            is_json = LOADERS[suffix] == "json"
+            options = {"chunksize": len(content) + 1} if is_json else {}
             # A loader that is given a file alone calls it "train".
             rows = datasets.load_dataset(
-                LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache)
+                LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache), **options
             )
     # pyarrow's errors are ValueErrors, those of gzip the last two.
     except (
-        datasets.exceptions.DatasetGenerationError, ValueError, csv.Error, OSError,
-        EOFError, zlib.error,
+        datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError, zlib.error,
     ) as error:
         # The library says only that reading failed; why is in the error that it came from.
         reason = " ".join(str(error.__cause__ or error).split())
@@ -211,7 +217,7 @@ def read_table(content: bytes, suffix: str) -> "Dataset":
     return datasets.Dataset.from_dict(columns)
 
 
-def read_lines(content: bytes, suffix: str) -> Iterable[list[str]]:
+def read_lines(content: bytes, suffix: str) -> list[list[str]]:
     """Returns the fields of each line of a .csv or .tsv file, the header first."""
     text = content.decode()
     if suffix == ".tsv" and not is_spreadsheets(content):
@@ -219,7 +225,8 @@ def read_lines(content: bytes, suffix: str) -> Iterable[list[str]]:
         return [line.removesuffix("\r").split("\t") for line in text.split("\n")]
     header, _, _ = text.partition("\n")
     separator = max(SEPARATORS[suffix], key=header.count)
-    return csv.reader(
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
@@ -228,6 +235,12 @@ def read_lines(content: bytes, suffix: str) -> Iterable[list[str]]:
         # then errors.
         strict=True,
     )
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise ValueError(
+            f"line {reader.line_num}: {error}; a quote within a field in quotes is doubled"
+        ) from None
 
 
 def is_spreadsheets(content: bytes) -> bool:

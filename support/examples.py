@@ -36,6 +36,8 @@ MEANINGS = {
     2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
     HIDDEN: ("-1", "-"),
 }
+# How an error about a label ends.
+MEANT = f"{', '.join(LABELS)}; --labels says what three others mean, and - stands for no label"
 TEXT = ("string", "large_string", "string_view")  # pyarrow's kinds of text
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
 
@@ -95,7 +97,7 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
     except OSError as error:
         raise ValueError(
             f"cannot write the cache of the datasets library, {config.HF_DATASETS_CACHE} "
-            f"({error.strerror}): set HF_HOME to a folder that can be written"
+            f"({error.strerror}): set HF_DATASETS_CACHE to a folder that can be written"
         ) from None
 
     if dataset and Path(dataset).is_dir():
@@ -106,7 +108,8 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
     # A mistyped path is said to be one, instead of being looked for on the Hub.
     elif dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         raise ValueError(
-            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name)"
+            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
+            "--dataset says where it is"
         )
     else:
         splits = load_from_hub(dataset)
@@ -145,10 +148,10 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     splits = load_splits(dataset, reading.validation)
     names = validation_names(splits)
     if not names:
-        raise ValueError(
-            f"{dataset} has no validation split, only {', '.join(splits)}; "
-            "--validation 0.05 takes a part of train for it"
-        )
+        cure = "--split names the one to evaluate"
+        if "train" in splits:
+            cure = "--validation 0.05 takes a part of train for it"
+        raise ValueError(f"{dataset} has no validation split, only {', '.join(splits)}; {cure}")
     return names
 
 
@@ -172,6 +175,9 @@ def load_examples(
         raise ValueError(f"{dataset}, {split}: no labelled row")
     dropped = len(labels) - len(labelled)
     reason = f", {dropped:,} without a label dropped" if dropped else ""
+    missing = [name for number, name in enumerate(LABELS) if number not in labels]
+    if missing:
+        reason += f", none of {' or '.join(missing)}"
     chosen = labelled[:limit]
     if ranks.FIRST:
         print(f"{split}: {len(labels):,} rows{reason}; {len(chosen):,} taken", file=sys.stderr)
@@ -194,7 +200,8 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", l
     """Returns all rows of a split, under our columns' names, and their labels as numbers."""
     splits = load_splits(dataset, reading.validation)
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(splits)}")
+        cure = ": call the file that is meant train.*" if split == "train" else ""
+        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(splits)}{cure}")
     rows = splits[split]
     place = f"{dataset}, {split}"  # how every error begins
     columns = find_columns(rows.column_names, reading.columns, place)
@@ -202,13 +209,14 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", l
     rows = rows.select_columns([*columns.values(), *others])
     rows = rows.rename_columns({name: column for column, name in columns.items()})
     check_texts(rows, place)
-    if not reading.labels and not hasattr(rows.features["label"], "names"):
+    has_names = hasattr(rows.features["label"], "names")
+    if not reading.labels and not has_names and as_word(rows[0]["label"]).isdigit():
         refuse_names_elsewhere(Path(dataset))
     return rows, read_labels(rows, reading.labels, place)
 
 
 def refuse_names_elsewhere(directory: Path) -> None:
-    """Raises ValueError where the card of a dataset on the Hub has names for its labels."""
+    """Raises ValueError where the card of a dataset on the Hub has names for its numbers."""
     folders = [directory, directory.parent] if directory.name == "data" else [directory]
     for folder in folders:
         for name, mark in (("README.md", b"class_label:"), ("dataset_infos.json", b"ClassLabel")):
@@ -230,14 +238,14 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         if given:
-            found = given[number] if given[number] in names else None
+            found = find_column(names, (given[number].strip().lower(),), place)
         else:
             found = find_column(names, aliases, place)
         if found is None:
             wanted = given[number] if given else " or ".join(aliases)
             raise ValueError(
-                f"{place}: no column {wanted}; there are {', '.join(names)}; "
-                "--columns PREMISE HYPOTHESIS LABEL says which are meant"
+                f"{place}: no column {wanted}; there are {', '.join(names)[:300]} (of a table its "
+                "first line); --columns PREMISE HYPOTHESIS LABEL says which are meant"
             )
         columns[column] = found
     return columns
@@ -260,7 +268,10 @@ def check_texts(rows: "Dataset", place: str) -> None:
         feature = rows.features[column]
         kind = getattr(feature, "dtype", feature)  # lists and objects have no dtype
         if kind not in TEXT:
-            raise ValueError(f"{place}: column {column} holds {kind}, not text")
+            raise ValueError(
+                f"{place}: column {column} holds {str(kind)[:60]}, not text; a json file has an "
+                "object for each row, as of pandas' to_json(path, orient='records')"
+            )
         texts = rows[column][:]
         if None in texts:
             raise ValueError(f"{place}, row {texts.index(None)}: no {column}")
@@ -277,18 +288,17 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
         names = []  # then --labels is about the numbers
     # All names, because the one that is no answer here may come late in the file.
     if not {as_word(name) for name in names} <= meanings.keys():
-        raise ValueError(
-            f"{place}: its labels are {', '.join(names)}, not {', '.join(LABELS)}; "
-            "--labels says what others mean"
-        )
+        raise ValueError(f"{place}: its labels are {', '.join(names)}, not {MEANT}")
     labels = plain_labels(rows)
     words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
     different = set(words)
     for word in different - meanings.keys():
         row = words.index(word)
+        raise ValueError(f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {MEANT}")
+    if given and not different & said_labels(given).keys():
         raise ValueError(
-            f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {', '.join(LABELS)}; "
-            "--labels says what others mean"
+            f"{place}: no row has a label of --labels {' '.join(given)}; "
+            f"there are {', '.join(sorted(different))}"
         )
     if not given and different == {"-1", "0", "1"}:
         raise ValueError(
@@ -298,31 +308,37 @@ def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int
     return [meanings[word] for word in words]
 
 
-def plain_labels(rows: "Dataset") -> list:
+def plain_labels(rows: "Dataset", column: str = "label") -> list:
     """Returns the labels as the file has them."""
-    if type(rows.features["label"]).__name__ == "Json":
+    if type(rows.features[column]).__name__ == "Json":
         # Of numbers and words in one column. The library would read the word - as 0.
-        texts = rows.with_format("arrow")["label"][:].to_pylist()
+        texts = rows.with_format("arrow")[column][:].to_pylist()
         return [text.strip('"') for text in texts]
-    return rows["label"][:]  # a list: the library's column would read each value anew
+    return rows[column][:]  # a list: the library's column would read each value anew
 
 
 def as_word(label) -> str:
-    """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"."""
-    return str(label).strip().lower().removesuffix(".0")
+    """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"; for a missing one ""."""
+    return "" if label is None else str(label).strip().lower().removesuffix(".0")
 
 
 def label_meanings(given: tuple[str, ...]) -> dict[str, int]:
     """Returns the number of each word that a label may be, those of --labels included."""
     meanings = {word: number for number, words in MEANINGS.items() for word in words}
-    new = {}
+    if given:  # then a number that is not among them has no meaning
+        meanings = {word: number for word, number in meanings.items() if not word.isdigit()}
+    return meanings | said_labels(given)
+
+
+def said_labels(given: tuple[str, ...]) -> dict[str, int]:
+    """Returns what --labels says: the number of each word."""
+    numbers = {word: number for number, words in MEANINGS.items() for word in words}
+    said = {}
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
-        new[as_word(value or number)] = meanings.get(as_word(meaning))
-    if given and sorted(new.values(), key=str) != [0, 1, 2]:
+        said[as_word(value or number)] = numbers.get(as_word(meaning))
+    if given and sorted(said.values(), key=str) != [0, 1, 2]:
         raise ValueError(
             f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once"
         )
-    if given:  # then a number that is not among them has no meaning
-        meanings = {word: number for word, number in meanings.items() if not word.isdigit()}
-    return meanings | new
+    return said

@@ -20,6 +20,14 @@ UNFINISHED = ".unfinished"  # how a temporary name ends
 # Writing
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, with those above it, where there is none. Raises OSError in one line."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the folder {path}: {error.strerror}") from None
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path. On success it is flushed to the disk and renamed to `path`.

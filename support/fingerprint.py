@@ -65,12 +65,13 @@ def digest_weights(weight_files: list[Path]) -> str:
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
 
 
-def digest_rows(rows) -> str:
-    """Returns a digest of what a training sees of its rows: both texts and the label."""
+def digest_rows(*splits) -> str:
+    """Returns a digest of what a run sees of its rows: both texts and the label."""
     content = hashlib.sha256()
-    for column in ("premise", "hypothesis", "label"):
-        for value in rows[column][:]:
-            content.update(f"{value}\0".encode("utf-8", "surrogatepass"))
+    for rows in splits:
+        for column in ("premise", "hypothesis", "label"):
+            for value in rows[column][:]:
+                content.update(f"{value}\0".encode("utf-8", "surrogatepass"))
     return content.hexdigest()[:16]
 
 

@@ -39,6 +39,8 @@ def find_adapter(name: str) -> Path:
     none, or more than one.
     """
     directory = Path(name)
+    if directory.is_file():
+        raise ValueError(f"{name} is a file: pass the folder that it is in")
     if not directory.is_dir():
         if not card.is_repository(name):
             raise ValueError(f"{name} is not an adapter: there is no such folder")

@@ -75,6 +75,7 @@ class State:
     train_rows: int  # after --limit
     rows_per_step: int  # batch size * accumulate * ranks
     rows_digest: str  # of the rows' content
+    validation_digest: str  # the same of what the base was measured on
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
@@ -96,6 +97,12 @@ class State:
             raise ValueError(
                 f"{run} was trained on other rows ({self.rows_digest}, here {now.rows_digest}): "
                 "that would be another run"
+            )
+        if self.validation_digest != now.validation_digest:
+            raise ValueError(
+                f"the base of {run} was measured on other validation rows "
+                f"({self.validation_digest}, here {now.validation_digest}): "
+                "what was trained could not be compared with it"
             )
         # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:

@@ -48,7 +48,7 @@ class RunLog:
         lines = []
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.folder)
         # A run that was killed while it wrote has left its temporary files.
         files.remove_unfinished(self.folder)
         if self.args.wandb:

@@ -313,6 +313,9 @@ def test_what_is_no_adapter_is_said_with_the_reason(tmp_path):
         parse("eval.py", "--adapter", tmp_path)
     with pytest.raises(ValueError, match="is not an adapter: there is no such folder"):
         parse("eval.py", "--adapter", tmp_path / "none")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a file: pass the folder that it is in"):
+        parse("eval.py", "--adapter", tmp_path / "adapter_model.safetensors")
 
 
 def test_an_evaluation_is_not_written_over_a_run(adapter):
@@ -690,7 +693,8 @@ def test_a_mistake_is_one_line_and_nothing_is_lost(tmp_path, name):
 def test_a_script_ends_with_status_1_one_line_and_no_traceback_but_with_debug(tmp_path):
     command = ("train.py", "--model", "no/such/model", "--out", tmp_path / "run")
     done = script(*command)
-    line = "error: no model directory 'no/such/model', and it is not a Hub id (owner/name)\n"
+    line = "error: no model directory 'no/such/model', and it is not a Hub id (owner/name): "
+    line += "--model says where it is\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
     done = script(*command, "--debug")
     assert done.returncode == 1

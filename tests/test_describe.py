@@ -59,6 +59,15 @@ def test_hidden_labels_are_left_out(tmp_path, capsys):
     assert "test" not in printed.replace(str(tmp_path), "")
 
 
+def test_a_test_split_alone_is_described_and_a_dash_is_shown_as_it_stands(tmp_path, capsys):
+    rows = [{"premise": "A.", "hypothesis": "B.", "label": label} for label in (0, "-", 1, 2)]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
+    printed = capsys.readouterr().out
+    assert "  label '-': no label, 1 rows\n" in printed
+    assert "  3 rows taken: 1 entailment, 1 neutral, 1 contradiction" in printed
+
+
 def test_how_names_and_labels_are_taken_is_shown(tmp_path, capsys):
     """Enough to see that a column or the order of the labels was taken wrongly."""
     words = ["no", "yes", "perhaps", "yes"]

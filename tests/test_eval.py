@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import re
 import shutil
 
 import pytest
@@ -316,6 +317,8 @@ def test_a_bad_line_is_named(monkeypatch, capsys, line, message):
         (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl is not there"),
         (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
         (("--premise", "A."), "--premise and --hypothesis go together"),
+        (("--out", "README.md"), "--out README.md is a file: pass a folder"),
+        (("--out", "README.md/x"), "cannot make the folder README.md/x: Not a directory"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arguments, message):
@@ -323,6 +326,12 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arg
     with pytest.raises(SystemExit) as stopped:
         in_process(evaluation, *TINY, *arguments)
     assert message in str(stopped.value) + capsys.readouterr().err
+
+
+def test_premises_that_were_cut_are_counted_on_the_screen(capsys):
+    limits = ["--limit", 8, "--max-length", 72]
+    in_process(evaluation, *TINY, "--split", "validation_matched", "--mode", "score", *limits)
+    assert re.search(r"\n[1-8] prompts were cut to --max-length 72\n", capsys.readouterr().out)
 
 
 def test_an_evaluation_does_not_write_over_a_run(run):

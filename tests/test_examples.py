@@ -82,7 +82,7 @@ def test_rows_without_a_label_are_dropped_and_counted(write, capsys):
     directory = write(validation=[ROW | {"label": -1}, ROW, QUOTED, ROW | {"label": -1}])
     rows = load_examples(directory, "validation")
     assert list(rows) == [ROW, QUOTED]
-    line = "validation: 4 rows, 2 without a label dropped; 2 taken\n"
+    line = "validation: 4 rows, 2 without a label dropped, none of neutral; 2 taken\n"
     assert capsys.readouterr().err == line
     counts = count_rows(directory, {"validation": rows}, Reading())
     assert counts == {"validation": {"read": 4, "without_label": 2, "used": 2}}
@@ -422,8 +422,24 @@ def test_tables_with_other_separators(tmp_path, text):
 
 
 def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
-    datasets.Dataset.from_list([ROW, QUOTED]).save_to_disk(tmp_path / "pairs")
-    assert list(load_examples(str(tmp_path / "pairs"), "train")) == [ROW, QUOTED]
+    rows = datasets.Dataset.from_list([ROW, QUOTED])
+    rows.save_to_disk(tmp_path / "pairs", num_shards=2)
+    rows.select([1]).save_to_disk(tmp_path / "pairs")  # leaves the files of before
+    assert list(load_examples(str(tmp_path / "pairs"), "train")) == [QUOTED]
+    rows.save_to_disk(tmp_path / "test", num_shards=2)
+    (tmp_path / "test" / "data-00000-of-00002.arrow").unlink()
+    with pytest.raises(ValueError, match="cannot read .*data-00000-of-00002.arrow"):
+        load_examples(str(tmp_path / "test"), "test")
+
+
+def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
+    """The library reads 10 MB at a time, and takes the columns of the first part for all."""
+    long = ROW | {"premise": "A" * 300, "id": 1, "genre": None}
+    late = long | {"id": "a1", "genre": "fiction", "note": "new", "label": "-"}
+    put(tmp_path, "train.jsonl", [long] * 30_000 + [late, QUOTED])
+    rows = load_examples(str(tmp_path), "train")
+    assert len(rows) == 30_001
+    assert rows[-1] == QUOTED | {"genre": None}
 
 
 @pytest.mark.parametrize(
@@ -441,6 +457,7 @@ def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
         ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
         ("train.json", b"[]", "holds no rows"),
         ("train.jsonl", b"null\n", "holds no JSON object"),
+        ("train.csv", b'premise,hypothesis,label\n"A,B,0\n', "line 2: .*end of data"),
         ("train.jsonl", b"\n\n", "is empty"),
         ("train.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("train.tsv.gz", gzip.compress(b"a" * 999, mtime=0)[:-12], "cannot read"),
@@ -492,6 +509,25 @@ def test_a_card_that_gives_the_labels_names_is_not_ignored(write, tmp_path):
         load_examples(directory, "train")
     reading = Reading(labels=("contradiction", "entailment", "neutral"))
     assert load_examples(directory, "train", reading=reading)["label"][:] == [2]
+    # Words need no names.
+    forget_what_was_read()
+    directory = write(train=[ROW | {"label": "neutral"}])
+    assert load_examples(directory, "train")["label"][:] == [1]
+
+
+def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
+    """Here the file has names for its numbers, and they decide."""
+    save_with_names(tmp_path / "train.parquet", ["contradiction", "neutral", "entailment"], [0, 1])
+    reading = Reading(labels=("0=entailment", "1=neutral", "2=contradiction"))
+    message = "no row has a label of --labels 0=entailment .* there are contradiction, neutral"
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(tmp_path), "train", reading=reading)
+
+
+@pytest.mark.parametrize("label", ["", None])
+def test_a_missing_label_is_named_with_what_to_write_instead(write, label):
+    with pytest.raises(ValueError, match="row 1: label .* and - stands for no label"):
+        load_examples(write(train=[ROW, ROW | {"label": label}]), "train")
 
 
 def test_a_file_or_nothing_is_no_dataset(write):
@@ -647,4 +683,4 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     done = script(*command, env=home, fresh=True)
     assert done.returncode == 1
     assert f"cannot write the cache of the datasets library, {tmp_path}/file/cache" in done.stderr
-    assert "set HF_HOME" in done.stderr
+    assert "set HF_DATASETS_CACHE" in done.stderr

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -209,6 +210,15 @@ def test_other_quantisations_are_refused_from_config_json(tiny, tmp_path, quanti
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json: weights quantised as .* only bitsandbytes"):
         phi2.read_config(tmp_path)
+
+
+def test_a_model_that_was_dequantised_is_quantised_whatever_its_config_says(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    stale = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": stale}))
+    model = evaluation.load_model(tmp_path / "model", "nf4", "fp32", "cpu")
+    assert nf4_layers(model).keys() == nf4_layers(ours(tiny, torch.float32, "nf4")).keys()
 
 
 def test_the_levels_are_bitsandbytes_table():

@@ -411,6 +411,11 @@ def change_labels(project: Path) -> None:
     path.write_text("".join(json.dumps(row | {"label": 1}) + "\n" for row in rows))
 
 
+def reverse_validation(project: Path) -> None:
+    path = project / "tiny" / "data" / "validation_matched.jsonl"
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+
+
 def exchange_tokens(project: Path) -> None:
     path = project / "tiny" / "model" / "tokenizer.json"
     tokenizer = read_json(path)
@@ -433,6 +438,7 @@ def change_weights(project: Path) -> None:
     [
         (lose_rows, "was trained on 50 rows, now there are 40"),
         (change_labels, "was trained on other rows ("),
+        (reverse_validation, " was measured on other validation rows ("),
         (exchange_tokens, "was trained with another tokenizer ("),
         (change_weights, "was trained with another base weights ("),
     ],
