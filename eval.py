@@ -34,6 +34,7 @@ import phi2
 import quant
 from support import examples, files, machine, metrics, ranks, typed_pairs
 from support.fingerprint import fingerprint
+from support.labels import LABELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -316,7 +317,7 @@ def answer_pair(args: argparse.Namespace) -> None:
     print(f"completion: {answer['completion']!r}")
     for label, share in enumerate(answer["scores"]):
         mark = "  <-" if share == max(answer["scores"]) else ""
-        print(f"{label} {examples.LABELS[label]:14} {share:.4f}{mark}")
+        print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
 
 
 def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:

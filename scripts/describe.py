@@ -15,7 +15,7 @@ from pathlib import Path
 import data
 import phi2
 from support import cli, dataset_files, examples, flags, pictures
-from support.examples import LABELS
+from support.labels import HIDDEN, LABELS, plain_labels
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,11 +39,11 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
     columns = examples.find_columns(rows.column_names, reading.columns, split)
     print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
     _, numbers = examples.read_split(dataset, split, reading)
-    labels = examples.plain_labels(rows, columns["label"])
+    labels = plain_labels(rows, columns["label"])
     names = getattr(rows.features[columns["label"]], "names", [])
     for (label, number), count in sorted(Counter(zip(labels, numbers)).items(), key=str):
         name = f", called {names[label]}" if label in range(len(names)) else ""
-        meaning = "no label" if number == examples.HIDDEN else f"{number} {LABELS[number]}"
+        meaning = "no label" if number == HIDDEN else f"{number} {LABELS[number]}"
         print(f"  label {label!r}{name}: {meaning}, {count:,} rows")
 
 

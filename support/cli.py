@@ -309,12 +309,18 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
-    if args.out and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file: pass a folder")
+    if args.out:
+        check_eval_folder(args.out)
+
+
+def check_eval_folder(out: Path) -> None:
+    """Raises ValueError where --out is no folder, or a training's."""
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: pass a folder")
     # eval.py writes results.json too, under the name that train.py uses.
-    if args.out and (args.out / "args.json").exists():
+    if (out / "args.json").exists():
         raise ValueError(
-            f"{args.out} holds a run of train.py, whose results this would replace: "
+            f"{out} holds a run of train.py, whose results this would replace: "
             "choose another --out"
         )
 

@@ -1,8 +1,8 @@
 """Premises, hypotheses and labels from people's files, or from the Hub.
 
-What columns and labels may be called stands in the tables at the top, what files may be in
-dataset_files.py: to read one more form, add a word there. `python -m scripts.describe`
-shows how a dataset is read.
+What columns may be called stands in the table at the top, what labels may be called in
+labels.py, and what files may be called in dataset_files.py: to read one more form, add a
+word there. `python -m scripts.describe` shows how a dataset is read.
 
 `datasets` takes about a second to import, so the functions that load something import it.
 """
@@ -15,12 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from support import ranks
 from support.dataset_files import find_files, read_files, split_name, with_train
+from support.labels import HIDDEN, LABELS, read_labels, refuse_names_elsewhere, without_names
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
-HIDDEN = -1  # stands for the label of a row that has none
 
 # What a column may be called, in any case. The first that a file has is taken.
 COLUMNS = {
@@ -29,15 +27,6 @@ COLUMNS = {
     "label": ("label", "gold_label", "gold"),
 }
 KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
-# What a label may be called, in any case.
-MEANINGS = {
-    0: ("0", "entailment", "entails", "entail", "e"),
-    1: ("1", "neutral", "n"),
-    2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
-    HIDDEN: ("-1", "-"),
-}
-# How an error about a label ends.
-MEANT = f"{', '.join(LABELS)}; --labels says what three others mean, and - stands for no label"
 TEXT = ("string", "large_string", "string_view")  # pyarrow's kinds of text
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
 
@@ -209,20 +198,9 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", l
     rows = rows.select_columns([*columns.values(), *others])
     rows = rows.rename_columns({name: column for column, name in columns.items()})
     check_texts(rows, place)
-    has_names = hasattr(rows.features["label"], "names")
-    if not reading.labels and not has_names and as_word(rows[0]["label"]).isdigit():
+    if not reading.labels and without_names(rows):
         refuse_names_elsewhere(Path(dataset))
     return rows, read_labels(rows, reading.labels, place)
-
-
-def refuse_names_elsewhere(directory: Path) -> None:
-    """Raises ValueError where the card of a dataset on the Hub has names for its numbers."""
-    folders = [directory, directory.parent] if directory.name == "data" else [directory]
-    for folder in folders:
-        for name, mark in (("README.md", b"class_label:"), ("dataset_infos.json", b"ClassLabel")):
-            card = folder / name
-            if card.is_file() and mark in card.read_bytes():
-                raise ValueError(f"{card} gives the labels names: say with --labels what they mean")
 
 
 def is_plain(rows: "Dataset", name: str) -> bool:
@@ -238,7 +216,9 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         if given:
-            found = find_column(names, (given[number].strip().lower(),), place)
+            aliases = (given[number].strip().lower(),)
+        if given and given[number] in names:
+            found = given[number]
         else:
             found = find_column(names, aliases, place)
         if found is None:
@@ -275,70 +255,3 @@ def check_texts(rows: "Dataset", place: str) -> None:
         texts = rows[column][:]
         if None in texts:
             raise ValueError(f"{place}, row {texts.index(None)}: no {column}")
-
-
-def read_labels(rows: "Dataset", given: tuple[str, ...], place: str) -> list[int]:
-    """Returns the labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
-
-    Where the file has names for its numbers (`ClassLabel`), the names decide.
-    """
-    meanings = label_meanings(given)
-    names = getattr(rows.features["label"], "names", [])
-    if given and not any(as_word(name) in meanings for name in names):
-        names = []  # then --labels is about the numbers
-    # All names, because the one that is no answer here may come late in the file.
-    if not {as_word(name) for name in names} <= meanings.keys():
-        raise ValueError(f"{place}: its labels are {', '.join(names)}, not {MEANT}")
-    labels = plain_labels(rows)
-    words = [as_word(names[x] if x in range(len(names)) else x) for x in labels]
-    different = set(words)
-    for word in different - meanings.keys():
-        row = words.index(word)
-        raise ValueError(f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {MEANT}")
-    if given and not different & said_labels(given).keys():
-        raise ValueError(
-            f"{place}: no row has a label of --labels {' '.join(given)}; "
-            f"there are {', '.join(sorted(different))}"
-        )
-    if not given and different == {"-1", "0", "1"}:
-        raise ValueError(
-            f"{place}: its labels are -1, 0 and 1, of which -1 may be an answer or none; "
-            "--labels says what they mean, as in --labels -1=contradiction 0=neutral 1=entailment"
-        )
-    return [meanings[word] for word in words]
-
-
-def plain_labels(rows: "Dataset", column: str = "label") -> list:
-    """Returns the labels as the file has them."""
-    if type(rows.features[column]).__name__ == "Json":
-        # Of numbers and words in one column. The library would read the word - as 0.
-        texts = rows.with_format("arrow")[column][:].to_pylist()
-        return [text.strip('"') for text in texts]
-    return rows[column][:]  # a list: the library's column would read each value anew
-
-
-def as_word(label) -> str:
-    """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"; for a missing one ""."""
-    return "" if label is None else str(label).strip().lower().removesuffix(".0")
-
-
-def label_meanings(given: tuple[str, ...]) -> dict[str, int]:
-    """Returns the number of each word that a label may be, those of --labels included."""
-    meanings = {word: number for number, words in MEANINGS.items() for word in words}
-    if given:  # then a number that is not among them has no meaning
-        meanings = {word: number for word, number in meanings.items() if not word.isdigit()}
-    return meanings | said_labels(given)
-
-
-def said_labels(given: tuple[str, ...]) -> dict[str, int]:
-    """Returns what --labels says: the number of each word."""
-    numbers = {word: number for number, words in MEANINGS.items() for word in words}
-    said = {}
-    for number, text in enumerate(given):
-        value, _, meaning = text.rpartition("=")
-        said[as_word(value or number)] = numbers.get(as_word(meaning))
-    if given and sorted(said.values(), key=str) != [0, 1, 2]:
-        raise ValueError(
-            f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once"
-        )
-    return said

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from support import files
-from support.examples import LABELS
+from support.labels import LABELS
 
 OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 1 or 2
 

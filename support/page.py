@@ -8,7 +8,7 @@ import base64
 from pathlib import Path
 
 from support import files, metrics, pictures
-from support.examples import LABELS
+from support.labels import LABELS
 
 MISTAKES = 20  # how many of the most confident ones are shown
 UNPARSED = 50  # how many completions without a number are shown

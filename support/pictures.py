@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support import files
-from support.examples import LABELS
+from support.labels import LABELS
 
 # What page.write draws into a run's directory, and the heading of each picture
 PICTURES = {

@@ -8,7 +8,8 @@ from conftest import in_process, script
 
 import data
 from scripts import describe
-from support.examples import LABELS, load_examples
+from support.examples import load_examples
+from support.labels import LABELS
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
