@@ -954,7 +954,10 @@ def open_tensors(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): download it again") from None
+        raise ValueError(
+            f"{path} is damaged or cut short ({error}): download it again, "
+            "in a git clone with `git lfs pull`"
+        ) from None
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -59,7 +59,8 @@ def digest_weights(weight_files: list[Path]) -> str:
                     rows[key] = first_values(file.get_slice(key))
         except SafetensorError as error:
             raise ValueError(
-                f"{path} is damaged or cut short ({error}): download it again"
+                f"{path} is damaged or cut short ({error}): download it again, "
+                "in a git clone with `git lfs pull`"
             ) from None
     # Sorted by name: how a model is split into files makes no difference.
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
