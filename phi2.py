@@ -398,6 +398,7 @@ class Take(torch.autograd.Function):
 
     Each is in one cell. Backward puts their gradients there, and zeros into all others.
     """
+
     @staticmethod
     def forward(ctx, layouts: list[Layout], *grids: Tensor) -> Tensor:
         ctx.layouts = layouts
