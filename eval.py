@@ -353,6 +353,8 @@ def evaluate_splits(args: argparse.Namespace) -> None:
     if args.compare:
         for name in names:
             others[name] = metrics.read_predictions(args.compare / f"predictions_{name}.jsonl")
+            here = [describe(pair, number, tokens=0) for number, pair in enumerate(splits[name])]
+            metrics.check_same_rows(others[name], here)
 
     if args.out and ranks.FIRST:
         files.make_folder(args.out)

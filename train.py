@@ -263,7 +263,8 @@ def main() -> None:
     # What the base can do alone. A resumed run has measured it already.
     if not saved:
         log.open()
-        state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
+        with log.resumable():
+            state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
         log.write_evaluation(0, state.baseline)
     log.say(f"baseline: {metrics.accuracies(state.baseline)}")
 
@@ -366,7 +367,8 @@ def main() -> None:
             f"{progress.cut:,} prompts were cut to --max-length {args.max_length}, "
             "at the end of their premise"
         )
-    finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
+    with log.resumable():
+        finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
     log.write_evaluation(steps, finetuned)
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
     rows["train"]["cut"] = progress.cut

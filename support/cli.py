@@ -489,8 +489,8 @@ def run(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
+    except KeyboardInterrupt as interruption:
+        sys.exit(str(interruption) or "interrupted")
     except BrokenPipeError:
         # Nobody reads standard output any more, as after `| head`. Python flushes it once
         # more at its end, and would print a second error.

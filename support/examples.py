@@ -224,8 +224,8 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
         if found is None:
             wanted = given[number] if given else " or ".join(aliases)
             raise ValueError(
-                f"{place}: no column {wanted}; there are {', '.join(names)[:300]} (of a table its "
-                "first line); --columns PREMISE HYPOTHESIS LABEL says which are meant"
+                f"{place}: no column {wanted}; there are {', '.join(names)[:300]} (a table's first "
+                "line names them); --columns PREMISE HYPOTHESIS LABEL says which are meant"
             )
         columns[column] = found
     return columns

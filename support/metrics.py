@@ -171,16 +171,9 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     """
     from scipy.stats import binomtest
 
-    first_right = right_by_row(first)
-    second_right = right_by_row(second)
-    if first_right.keys() != second_right.keys():
-        shared = len(first_right.keys() & second_right.keys())
-        raise ValueError(
-            "the two sets of predictions are not of the same rows: "
-            f"{len(first_right):,} and {len(second_right):,} rows, "
-            f"{shared:,} of them in both; "
-            "pass the --dataset and --limit of the other run"
-        )
+    check_same_rows(first, second)
+    first_right = {row_of(row): is_right(row) for row in first}
+    second_right = {row_of(row): is_right(row) for row in second}
     # Both sets may be in any order, so rows are paired by their content.
     only_first = sum(first_right[row] and not second_right[row] for row in first_right)
     only_second = sum(second_right[row] and not first_right[row] for row in first_right)
@@ -203,10 +196,21 @@ def is_unreadable(predictions: list[dict]) -> bool:
     return sum(row["prediction"] == -1 for row in predictions) > len(predictions) / 2
 
 
-def right_by_row(predictions: list[dict]) -> dict[tuple, bool]:
-    """Returns whether each row is right, by what it is known by."""
-    # Its number alone would match a row of another dataset, or under another prompt.
-    return {(row["idx"], row["prompt"], row["label"]): is_right(row) for row in predictions}
+def check_same_rows(first: list[dict], second: list[dict]) -> None:
+    """Raises ValueError unless both are of the same rows, whatever their order."""
+    rows = {row_of(row) for row in first}
+    others = {row_of(row) for row in second}
+    if rows != others:
+        raise ValueError(
+            f"the two sets of predictions are not of the same rows: {len(rows):,} and "
+            f"{len(others):,} rows, {len(rows & others):,} of them in both; both have to be of "
+            "one --dataset, with one --limit (--eval-limit of train.py)"
+        )
+
+
+def row_of(prediction: dict) -> tuple:
+    """Returns what a row is known by: its number alone could be one of another dataset."""
+    return prediction["idx"], prediction["prompt"], prediction["label"]
 
 
 # -----------------------------------------------------------------------------

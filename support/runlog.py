@@ -10,6 +10,8 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -67,6 +69,15 @@ class RunLog:
         if self.args.resume and path.is_file():
             return files.read_json(path).get("wandb_run") or uuid.uuid4().hex
         return uuid.uuid4().hex
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """Lets a Ctrl-C in here say how the run goes on."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            command = f"{ranks.COMMAND} train.py --resume {self.folder}"
+            raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""

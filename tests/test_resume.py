@@ -280,7 +280,7 @@ def test_ctrl_c_in_the_last_evaluation_loses_nothing_that_was_trained(
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         interrupt(patch, "evaluate", 1)
         in_process(train, "--resume", copy)
-    assert stopped.value.code == "interrupted"
+    assert stopped.value.code == f"interrupted; to resume: python train.py --resume {copy}"
     assert len(metrics(copy)) == len(metrics(whole)) - 1
     capsys.readouterr()
     in_process(train, "--resume", copy)
@@ -293,7 +293,7 @@ def test_ctrl_c_before_the_first_step_leaves_a_run_that_starts_anew(whole, tmp_p
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         interrupt(patch, "validation_loss", 2)
         in_process(train, *RUN, "--out", out)
-    assert stopped.value.code == "interrupted"
+    assert stopped.value.code == f"interrupted; to resume: python train.py --resume {out}"
     assert not (out / resume.NAME).exists()
     in_process(train, "--resume", out)
     assert_same(out, whole)
