@@ -59,8 +59,11 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
             check_parts(split, paths)
         if splits:
             return with_train(splits)
-    suffixes = ", ".join(LOADERS | SEPARATORS)
-    raise ValueError(f"{directory} holds no train.* or validation*.* file ({suffixes})")
+    others = sorted(path.name for path in directory.iterdir())
+    raise ValueError(
+        f"{directory} holds no train.* or validation*.* file "
+        f"({', '.join(LOADERS | SEPARATORS)}), only {', '.join(others)[:200] or 'nothing'}"
+    )
 
 
 def split_of(path: Path) -> str | None:

@@ -78,8 +78,9 @@ def load_splits(dataset: str, validation: float | None = None) -> dict[str, "Dat
     from datasets import config, disable_progress_bars, logging
 
     logging.set_verbosity(logging.CRITICAL)  # what it logs of an error stands in the error
-    # In a log file each movement of a bar would be one more line.
-    if not sys.stderr.isatty():
+    # The library's bars are for what the Hub sends. What it does with files of a directory takes
+    # a moment. In a log file each movement of a bar would be one more line.
+    if not sys.stderr.isatty() or Path(dataset).is_dir():
         disable_progress_bars()
     try:
         Path(config.HF_DATASETS_CACHE).mkdir(parents=True, exist_ok=True)
