@@ -270,7 +270,6 @@ def table(results: dict) -> str:
         lines.append(table_line(split, result))
     for split, test in results.get("compared", {}).items():
         gained = f"{test['only_second']:,} rows gained, {test['only_first']:,} lost"
-        gained += " against --compare"
         if test["p"] is None:
             lines.append(f"{split[:21]:21} {gained}; most of one were unparsed, so no p")
         else:

@@ -142,7 +142,7 @@ def test_answers_that_cannot_be_read_have_no_p_value():
     expected = {"n": 20, "only_first": 0, "only_second": 11, "p": None}
     assert metrics.compare(first, second) == expected
     table = metrics.table({"compared": {"validation": expected}})
-    assert "11 rows gained, 0 lost against --compare; most of one were unparsed, so no p" in table
+    assert "11 rows gained, 0 lost; most of one were unparsed, so no p" in table
     readable = predictions([0] * 20, [-1] * 10 + [0] * 10)
     assert metrics.compare(readable, second)["p"] < 0.01
 
@@ -207,7 +207,7 @@ def test_tables_fit_a_terminal():
     table = metrics.table(results)
     details = metrics.details(results["finetuned"]["validation_mismatched"])
     assert f"validation_mismatched   {2 / 3:.4f}   {1 / 3:.4f} " in table
-    assert "p = 1e-300: 5,000 rows gained, 4,000 lost against --compare" in table
+    assert "p = 1e-300: 5,000 rows gained, 4,000 lost" in table
     assert "3,277" in details
     assert "face-to-face" in details
     assert metrics.accuracies(results["finetuned"]) == f"validation_mismatched {2 / 3:.4f}"
