@@ -20,6 +20,7 @@ import copy
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -772,15 +773,26 @@ class Decoder:
         self.steps_left -= 1
         self.ids.copy_(torch.tensor(ids), non_blocking=True)
         if self.records and self.logits is not None and self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            # In here kernels are recorded, and none runs. Other threads may go on meanwhile.
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.logits = self.step()
+            self.record()
         if self.graph is None:
             self.logits = self.step()
         else:
             self.graph.replay()
         return self.logits
+
+    def record(self) -> None:
+        """Records a step, without running it. Where that fails, steps are run one by one."""
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # In here kernels are recorded, and none runs. Other threads may go on meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.logits = self.step()
+        except RuntimeError as error:
+            warnings.warn(f"no CUDA graph, so generation is slower: {error}", stacklevel=2)
+            self.records = False
+            self.model.uses_graphs = False
+        else:
+            self.graph = graph
 
     def step(self) -> Tensor:
         self.packed.next_token()

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,24 @@ def test_a_recorded_step_of_generation_gives_what_a_new_step_gives(tiny, quantiz
     for ids in ([15, 16], [17, 18]):
         repeated.ids.copy_(torch.tensor(ids))
         assert torch.equal(recorded(), anew.run(ids))
+
+
+@torch.no_grad()
+def test_where_no_step_can_be_recorded_generation_goes_on(tiny):
+    """A torch without CUDA has no graphs."""
+    mine = ours(tiny, torch.float32).eval()
+    logits = []
+    for records in (True, False):
+        packed = phi2.PackedRows([4], room=4)
+        mine(torch.tensor([5, 6, 7, 8]), packed)
+        decoder = phi2.Decoder(mine, packed)
+        decoder.records = records
+        decoder.run([9])
+        with pytest.warns(UserWarning, match="no CUDA graph") if records else nullcontext():
+            decoder.run([10])
+        logits.append(decoder.run([11]))
+    assert torch.equal(*logits)
+    assert not mine.uses_graphs
 
 
 class Recording(phi2.Decoder):
