@@ -44,10 +44,12 @@ ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split: those in the directory, or up to two folders below."""
     state = directory / "state.json"
-    if state.is_file():  # one split that save_to_disk has written
-        names = [entry["filename"] for entry in files.read_json(state).get("_data_files", [])]
+    # One split that save_to_disk has written. It leaves the files of an earlier call, so only
+    # those that it lists count.
+    if state.is_file() and (directory / "dataset_info.json").is_file():
         split = split_name(directory.name.lower())
-        return {split if split in SPLITS else "train": [directory / name for name in names]}
+        listed = [directory / entry["filename"] for entry in files.read_json(state)["_data_files"]]
+        return {split if split in SPLITS else "train": listed}
     for depth in (1, 2, 3):
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
@@ -152,7 +154,8 @@ def read_file(path: Path) -> "Dataset":
     try:
         content = read_bytes(path)
         # Where the first value is none of these, pyarrow's JSON reader crashes.
-        if LOADERS.get(suffix) == "json":
+        is_json = LOADERS.get(suffix) == "json"
+        if is_json:
             content.decode()  # for its error: the library finds it later, and names no file
             if content.lstrip()[:1] not in (b"{", b"["):
                 raise ValueError("it holds no JSON object")
@@ -165,7 +168,6 @@ def read_file(path: Path) -> "Dataset":
             cache = Path(datasets.config.HF_DATASETS_CACHE) / sha256(content).hexdigest()[:16]
             name = glob.escape(str(path.absolute()))
             # By chunks, the columns of the first would have to be those of all rows.
-            is_json = LOADERS[suffix] == "json"
             options = {"chunksize": len(content) + 1} if is_json else {}
             # A loader that is given a file alone calls it "train".
             rows = datasets.load_dataset(

@@ -216,17 +216,16 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
         raise ValueError(f"--columns names one column twice: {' '.join(given)}")
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
-        if given:
-            aliases = (given[number].strip().lower(),)
+        wanted = given[number : number + 1] or aliases
         if given and given[number] in names:
             found = given[number]
         else:
-            found = find_column(names, aliases, place)
+            found = find_column(names, wanted, place)
         if found is None:
-            wanted = given[number] if given else " or ".join(aliases)
             raise ValueError(
-                f"{place}: no column {wanted}; there are {', '.join(names)[:300]} (a table's first "
-                "line names them); --columns PREMISE HYPOTHESIS LABEL says which are meant"
+                f"{place}: no column {' or '.join(wanted)}; there are {', '.join(names)[:300]} "
+                "(a table's first line names them); --columns PREMISE HYPOTHESIS LABEL says "
+                "which are meant"
             )
         columns[column] = found
     return columns
@@ -235,7 +234,7 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
 def find_column(names: list[str], aliases: tuple[str, ...], place: str) -> str | None:
     """Returns the first column that is called by one of these words, in any case."""
     lower = [name.strip().lower() for name in names]
-    for alias in aliases:
+    for alias in (text.strip().lower() for text in aliases):
         if lower.count(alias) > 1:
             raise ValueError(f"{place}: two columns are called {alias}")
         if alias in lower:

@@ -20,6 +20,7 @@ MEANINGS = {
     2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
     HIDDEN: ("-1", "-"),
 }
+NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 # How an error about a label ends.
 MEANT = f"{', '.join(LABELS)}; --labels says what three others mean, and - stands for no label"
 
@@ -92,19 +93,18 @@ def as_word(label) -> str:
 
 def label_meanings(given: tuple[str, ...]) -> dict[str, int]:
     """Returns the number of each word that a label may be, those of --labels included."""
-    meanings = {word: number for number, words in MEANINGS.items() for word in words}
+    meanings = NUMBERS
     if given:  # then a number that is not among them has no meaning
-        meanings = {word: number for word, number in meanings.items() if not word.isdigit()}
+        meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()}
     return meanings | said_labels(given)
 
 
 def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     """Returns what --labels says: the number of each word."""
-    numbers = {word: number for number, words in MEANINGS.items() for word in words}
     said = {}
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
-        said[as_word(value or number)] = numbers.get(as_word(meaning))
+        said[as_word(value or number)] = NUMBERS.get(as_word(meaning))
     if given and sorted(said.values(), key=str) != [0, 1, 2]:
         raise ValueError(
             f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once"

@@ -432,6 +432,11 @@ def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
         load_examples(str(tmp_path / "test"), "test")
 
 
+def test_a_state_json_of_another_program_is_left_alone(write, tmp_path):
+    (tmp_path / "state.json").write_text('{"epoch": 3}')
+    assert list(load_examples(write(train=[ROW]), "train")) == [ROW]
+
+
 def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
     """The library reads 10 MB at a time, and takes the columns of the first part for all."""
     long = ROW | {"premise": "A" * 300, "id": 1, "genre": None}
