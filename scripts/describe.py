@@ -14,8 +14,8 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, dataset_files, examples, flags, pictures
-from support.labels import HIDDEN, LABELS, plain_labels
+from support import cli, columns, dataset_files, examples, flags, pictures
+from support.labels import HIDDEN, LABELS
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,16 +35,16 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
     if Path(dataset).is_dir():
         for path in dataset_files.find_files(Path(dataset)).get(split, []):
             print(f"  file {path}")
-    rows = examples.load_splits(dataset, reading.validation)[split]
-    columns = examples.find_columns(rows.column_names, reading.columns, split)
-    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
-    _, numbers = examples.read_split(dataset, split, reading)
-    labels = plain_labels(rows, columns["label"])
-    names = getattr(rows.features[columns["label"]], "names", [])
-    for (label, number), count in sorted(Counter(zip(labels, numbers)).items(), key=str):
-        name = f", called {names[label]}" if label in range(len(names)) else ""
+    parts = examples.load_parts(dataset)
+    source = split if split in parts else "train"  # --validation has cut it from train
+    names = parts[source][0].column_names
+    found = columns.find_columns(names, reading.columns, split)
+    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in found.items()))
+    rows = examples.read_split(dataset, split, reading)
+    labels = Counter(zip(rows["written"], rows["label"]))
+    for (label, number), count in sorted(labels.items()):
         meaning = "no label" if number == HIDDEN else f"{number} {LABELS[number]}"
-        print(f"  label {label!r}{name}: {meaning}, {count:,} rows")
+        print(f"  label {label}: {meaning}, {count:,} rows")
 
 
 def token_lengths(rows, tokenizer, split: str):
@@ -86,7 +86,7 @@ def main() -> None:
     reading = examples.Reading.of(args)
     lengths = {}
     labels = {}
-    splits = examples.load_splits(args.dataset, args.validation)
+    splits = examples.split_names(args.dataset, reading)
     # GLUE publishes no labels for its test splits.
     for split in [name for name in splits if not name.startswith("test")] or splits:
         print(f"\n{split}")

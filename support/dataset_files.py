@@ -1,37 +1,29 @@
 """Files of rows as other tools have written them: which split a file holds, and how it is read.
 
-Formats are parquet and arrow, and json, jsonl, csv and tsv, these with .gz or without. To read
-one more form, add a word to a table. What a row must hold is the matter of examples.py.
+To read one more form, add a word to SPLITS, or a suffix and its function to READERS at the
+end. What a row must hold is the matter of examples.py.
+
+Local files are read here, and not by load_dataset: its cache goes by name and time, so that
+copies of other content are taken for each other, and its readers guess at types and quotes.
 """
 
 import csv
-import glob
 import gzip
 import io
 import itertools
+import json
 import re
 import zlib
-from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from support import files
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
 # validation_matched.
-SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
-}
-# How a file is read, by its suffix: by a loader of `datasets`, or as a table, by its separator.
-LOADERS = {".parquet": "parquet", ".arrow": "arrow", ".jsonl": "json", ".json": "json"}
-SEPARATORS = {".csv": ",;\t", ".tsv": "\t"}  # of several, the one that its header has most of
-# train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56
-SHARD = re.compile(r"-(\d+)-of-(\d+)(?:-[0-9a-f]{16})?$")
+SPLITS = {"train": "train", "test": "test"}
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+# train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56; 0000; train_0
+PART = re.compile(r"(?:^|[-_])(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
 QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
 ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
@@ -47,13 +39,12 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
     # One split that save_to_disk has written. It leaves the files of an earlier call, so only
     # those that it lists count.
     if state.is_file() and (directory / "dataset_info.json").is_file():
-        split = split_name(directory.name.lower())
         listed = [directory / entry["filename"] for entry in files.read_json(state)["_data_files"]]
-        return {split if split in SPLITS else "train": listed}
-    for depth in (1, 2, 3):
+        return {split_name(directory.name) or "train": listed}
+    for pattern in ("[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"):
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
-        for path in sorted(directory.glob("/".join(["[!.]*"] * depth))):
+        for path in sorted(directory.glob(pattern)):
             split = split_of(path)
             if split:
                 splits.setdefault(split, []).append(path)
@@ -61,31 +52,28 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
             check_parts(split, paths)
         if splits:
             return with_train(splits)
-    others = sorted(path.name for path in directory.iterdir())
+    others = ", ".join(sorted(path.name for path in directory.iterdir()))
     raise ValueError(
-        f"{directory} holds no train.* or validation*.* file "
-        f"({', '.join(LOADERS | SEPARATORS)}), only {', '.join(others)[:200] or 'nothing'}"
+        f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
+        f"only {others[:200] or 'nothing'}"
     )
 
 
 def split_of(path: Path) -> str | None:
     """Returns the split that a file holds, or None when its name does not say."""
     stem, suffix = stem_and_suffix(path)
-    if suffix not in LOADERS | SEPARATORS or not path.is_file():
+    if suffix not in READERS or not path.is_file():
         return None
-    stem = SHARD.sub("", stem)
-    if stem == "data" or stem.isdigit():  # train/0000.parquet
-        stem = path.parent.name.lower()
-    return split_name(stem)
+    stem = PART.sub("", stem)
+    return split_name(path.parent.name if stem in ("", "data") else stem)  # train/0000.parquet
 
 
 def split_name(name: str) -> str | None:
     """Returns "validation_matched" for multinli_1.0_dev_matched, None for notes."""
-    words = re.findall("[a-z]+[0-9]*|[0-9]+", name)
+    words = re.findall("[a-z]+[0-9]*|[0-9]+", name.lower())
     for place, word in enumerate(words):
-        for split, aliases in SPLITS.items():
-            if word in aliases:
-                return "_".join([split, *words[place + 1 :]])
+        if word in SPLITS:
+            return "_".join([SPLITS[word], *words[place + 1 :]])
     return None
 
 
@@ -104,14 +92,11 @@ def check_parts(split: str, paths: list[Path]) -> None:
     numbers = []
     for path in paths:
         stem, _ = stem_and_suffix(path)
-        number, parts = 0, 1
-        shard = SHARD.search(stem)
-        if shard:
-            number, parts = int(shard[1]), int(shard[2])
-        elif stem.isdigit():  # the name does not say how many there are
-            number, parts = int(stem), len(paths)
-        numbers.append(number)
-        kinds.add((path.parent, path.suffix, parts))
+        part = PART.search(stem)
+        number, count = part.groups() if part else (0, None)
+        numbers.append(int(number))
+        # Where the name does not say how many parts there are, those here are all.
+        kinds.add((path.parent, path.suffix, int(count or len(paths))))
     is_one_kind = kinds == {(paths[0].parent, paths[0].suffix, len(paths))}
     first = min(numbers)
     if not is_one_kind or sorted(numbers) != list(range(first, first + len(paths))):
@@ -132,106 +117,89 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 # Reading them
 
 
-def read_files(paths: list[Path]) -> "Dataset":
-    """Reads the files of one split, which must have the same columns."""
-    import datasets
+class Table(dict):
+    """Columns by name, each a list: as much of a `datasets.Dataset` as is used here."""
 
+    features = {}
+
+    @property
+    def column_names(self) -> list[str]:
+        return list(self)
+
+
+def read_files(paths: list[Path]) -> list:
+    """Returns the parts of one split, each a Table or a Dataset, all with the same columns."""
     parts = [read_file(path) for path in paths]
     for path, part in zip(paths, parts):
         differing = sorted(set(part.column_names) ^ set(parts[0].column_names))
         if differing:
             raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
-    try:
-        return datasets.concatenate_datasets(parts)
-    except ValueError as error:  # labels that are numbers in one part and words in another
-        raise ValueError(f"{paths[0]} to {paths[-1]} do not fit together: {error}") from None
+    return parts
 
 
-def read_file(path: Path) -> "Dataset":
-    import datasets
-
+def read_file(path: Path):
+    """Returns the rows of a file, as a Table or a Dataset. Raises ValueError for none."""
     _, suffix = stem_and_suffix(path)
     try:
-        content = read_bytes(path)
-        # Where the first value is none of these, pyarrow's JSON reader crashes.
-        is_json = LOADERS.get(suffix) == "json"
-        if is_json:
-            content.decode()  # for its error: the library finds it later, and names no file
-            if content.lstrip()[:1] not in (b"{", b"["):
-                raise ValueError("it holds no JSON object")
-        if suffix in SEPARATORS:
-            rows = read_table(content, suffix)
-        else:
-            # Escaped, because the library takes a name with brackets for a pattern. Its cache
-            # goes by name and time, which copies of other content can share: hence a folder
-            # for each content.
-            cache = Path(datasets.config.HF_DATASETS_CACHE) / sha256(content).hexdigest()[:16]
-            name = glob.escape(str(path.absolute()))
-            # By chunks, the columns of the first would have to be those of all rows.
-            options = {"chunksize": len(content) + 1} if is_json else {}
-            # A loader that is given a file alone calls it "train".
-            rows = datasets.load_dataset(
-                LOADERS[suffix], data_files=name, split="train", cache_dir=str(cache), **options
-            )
+        open_file = gzip.open if path.suffix.lower() == ".gz" else open
+        with open_file(path, "rb") as file:
+            content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
+        if content.startswith(b"version https://git-lfs"):
+            raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
+        if not content.strip():
+            raise ValueError("it is empty")
+        part = READERS[suffix](content)
+        if not part.column_names or not len(part[part.column_names[0]]):
+            raise ValueError("it holds no rows")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path}: {error}; save it as UTF-8") from None
     # pyarrow's errors are ValueErrors, those of gzip the last two.
-    except (
-        datasets.exceptions.DatasetGenerationError, ValueError, OSError, EOFError, zlib.error,
-    ) as error:
-        # The library says only that reading failed; why is in the error that it came from.
-        reason = " ".join(str(error.__cause__ or error).split())
-        if "corresponds to no data" in reason or "BatchSize must be" in reason:
-            reason = "it holds no rows"
-        if isinstance(error, UnicodeDecodeError):
-            reason += "; save it as UTF-8"
-        raise ValueError(f"cannot read {path}: {reason}") from None
-    if not len(rows):
-        raise ValueError(f"{path} holds no rows")
-    return rows
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    return part
 
 
-def read_bytes(path: Path) -> bytes:
-    """Returns the content of a file, of a .gz file unpacked. Raises ValueError for nothing."""
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_file(path, "rb") as file:
-        content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
-    if not content.strip():
-        raise ValueError("it is empty")
-    if content.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-    return content
+def read_parquet(content: bytes):
+    from datasets import Dataset
+    from pyarrow import parquet
+
+    return Dataset(parquet.read_table(io.BytesIO(content)))
 
 
-def read_table(content: bytes, suffix: str) -> "Dataset":
-    """Reads a .csv or .tsv file. All its fields are text: 007 is not 7, and null is a word.
+def read_arrow(content: bytes):
+    from datasets import Dataset
+    from pyarrow import ArrowInvalid, ipc
 
-    An empty field is a missing one, and so is one at the end of a row that has fewer fields
-    than the header.
-    """
-    import datasets
-
-    header, *rows = [fields for fields in read_lines(content, suffix) if any(fields)]
-    for name in filter(None, header):
-        if header.count(name) > 1:
-            raise ValueError(f"its header has {name} twice")
-    for number, row in enumerate(rows):
-        if any(row[len(header) :]):
-            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
-    columns = {}
-    for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
-        columns.setdefault(name, [field or None for field in fields])
-    return datasets.Dataset.from_dict(columns)
+    try:
+        return Dataset(ipc.open_stream(content).read_all())  # as `datasets` writes
+    except ArrowInvalid:
+        return Dataset(ipc.open_file(content).read_all())  # as pandas' to_feather does
 
 
-def read_lines(content: bytes, suffix: str) -> list[list[str]]:
-    """Returns the fields of each line of a .csv or .tsv file, the header first."""
+def read_json(content: bytes) -> Table:
+    """Reads an array of objects, or one object after another, on a line each or on several."""
+    text = content.decode().strip()
+    decoder = json.JSONDecoder()
+    rows = []
+    end = 0
+    while end < len(text):
+        # Over the whole text, so that an error says its line.
+        row, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())
+        rows.append(row)
+    if isinstance(rows[0], list):
+        rows = rows[0]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("it holds no JSON object for each row")
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    return Table({name: [row.get(name) for row in rows] for name in names})
+
+
+def read_csv(content: bytes) -> Table:
     text = content.decode()
-    if suffix == ".tsv" and not is_spreadsheets(content):
-        # GLUE's files know no quoting: a quote is a character like any other.
-        return [line.removesuffix("\r").split("\t") for line in text.split("\n")]
     header, _, _ = text.partition("\n")
-    separator = max(SEPARATORS[suffix], key=header.count)
+    separator = max(",;\t", key=header.count)
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(
+    lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
@@ -241,26 +209,53 @@ def read_lines(content: bytes, suffix: str) -> list[list[str]]:
         strict=True,
     )
     try:
-        return list(reader)
+        return as_table(list(lines))
     except csv.Error as error:
         raise ValueError(
-            f"line {reader.line_num}: {error}; a quote within a field in quotes is doubled"
+            f"line {lines.line_num}: {error}; a quote within a field in quotes is doubled"
         ) from None
 
 
-def is_spreadsheets(content: bytes) -> bool:
-    """Returns whether the quotes of a .tsv file are a spreadsheet's.
+def read_tsv(content: bytes) -> Table:
+    """Reads a file in which a quote is a character like any other, as in GLUE's.
 
     A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
-    tab or a line end, and some put all in quotes, the header too. So all quotes must be of
-    that kind, and one of these reasons must be there. Where each line has as many tabs as
-    the header there is no tab or line end within a field.
+    tab or a line end, and some put all in quotes, the header too. A file is taken for one
+    of those where all of its quotes are of that kind, and one of these reasons is there.
     """
-    if not ALL_QUOTED.fullmatch(content):
-        return False
-    quoted = [field[1:-1] for field in re.findall(QUOTED, content)]
-    has_quoted_header = content.startswith(b'"')
-    has_doubled = any(b'""' in field for field in quoted)
+    quoted = re.findall(QUOTED, content) if ALL_QUOTED.fullmatch(content) else []
+    has_doubled = any(b'""' in field[1:-1] for field in quoted)
     has_break = any(b"\t" in field or b"\n" in field for field in quoted)
+    # Where all lines have as many tabs there is no tab or line end within a field.
     tabs = {line.count(b"\t") for line in content.split(b"\n") if line.strip()}
-    return has_quoted_header or has_doubled or (has_break and len(tabs) > 1)
+    if quoted and (content.startswith(b'"') or has_doubled or (has_break and len(tabs) > 1)):
+        return read_csv(content)
+    lines = content.decode().split("\n")
+    return as_table([line.removesuffix("\r").split("\t") for line in lines])
+
+
+def as_table(lines: list[list[str]]) -> Table:
+    """Returns the columns of lines of fields, of which the first is the header.
+
+    All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
+    and so is one at the end of a row that has fewer fields than the header.
+    """
+    header, *rows = [fields for fields in lines if any(fields)]
+    names = [name for name in header if name]
+    if len(set(names)) < len(names):
+        raise ValueError(f"its header names a column twice: {', '.join(names)}")
+    for number, row in enumerate(rows):
+        if any(row[len(header) :]):
+            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
+    columns = itertools.zip_longest(header, *rows, fillvalue="")
+    return Table({name: [field or None for field in fields] for name, *fields in columns if name})
+
+
+READERS = {
+    ".parquet": read_parquet,
+    ".arrow": read_arrow,
+    ".jsonl": read_json,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+}
