@@ -21,7 +21,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -855,60 +855,82 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Phi2:
-    """Streams a checkpoint into `model`, tensor by tensor, as `dtype` on `device`.
+    """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
-    Each tensor goes to its module's own `load_state_dict`, where a quantised layer
-    quantises it: at the peak the memory holds the model and one tensor. A weight that the
-    checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
+    The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
+    its weight: at the peak the memory holds the model and one layer's tensors. A weight that
+    the checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
     misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
+    files = find_tensors(directory)
     with torch.device("meta"):
-        expected = Phi2(model.config).state_dict()
-    missing = set(expected)
-    tensors = stream_tensors(directory)
-    bar = tqdm(tensors, "loading", len(expected), unit="tensor", leave=False, delay=2, disable=None)
-    for key, tensor, quant_state in bar:
-        if key not in expected:
-            raise ValueError(unknown_key(key, directory, model.config))
-        path, _, leaf = key.rpartition(".")
-        module = model.get_submodule(path)
-        state = {leaf: tensor.to(device)}
-        if quant_state:
-            if not hasattr(module, "absmax"):
-                raise ValueError(f"{directory} holds {key} in NF4; it needs --quant nf4")
-            state |= {f"{leaf}.{name}": value.to(device) for name, value in quant_state.items()}
-            module.dtype = dtype
-        elif tensor.shape != expected[key].shape:
-            raise ValueError(
-                f"{directory}: {key} has shape {tuple(tensor.shape)}, "
-                f"config.json asks for {tuple(expected[key].shape)}"
-            )
-        else:
-            state[leaf] = state[leaf].to(dtype)  # only now, so that a GPU converts
-        # Codes are bytes, whatever their dtype.
-        numbers = (quant_state or state).values()
-        if not all(is_finite(value) for value in numbers):
-            raise ValueError(f"{directory}: {key} holds numbers that are not finite")
-        # strict=False, because each tensor comes alone. Then a name that the module does
-        # not know would be left out in silence.
+        expected = Phi2(model.config).state_dict().keys()
+    check_keys(directory, files.keys(), expected, model.config)
+    paths = dict.fromkeys(key.rpartition(".")[0] for key in expected)
+    for path in tqdm(paths, "loading", unit="layer", leave=False, delay=2, disable=None):
+        layer = model.get_submodule(path)
+        tensors = read_layer(files, path, device, dtype)
+        if "weight.absmax" in tensors and not hasattr(layer, "absmax"):
+            raise ValueError(f"{directory} holds {path} in NF4; it needs --quant nf4")
+        if hasattr(layer, "absmax"):
+            layer.dtype = dtype  # codes do not say it
         try:
-            result = module.load_state_dict(state, strict=False, assign=True)
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:  # NF4 of another form
+            layer.load_state_dict(tensors, assign=True)
+        # Of another shape than config.json's, or NF4 of another form.
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{directory}: {key} cannot be loaded: {reason}") from None
-        if result.unexpected_keys:
             raise ValueError(
-                f"{path} takes no {leaf}: it has an adapter already, or {directory} is "
-                "quantised otherwise than config.json says"
+                f"{directory}: {path} is damaged, or not what config.json asks for: {reason}"
+            ) from None
+    return model
+
+
+def check_keys(directory: Path, found: Set[str], expected: Set[str], config: Phi2Config) -> None:
+    """Raises ValueError where a tensor is missing, or has no place in the model."""
+    for key in found:
+        # A weight in bitsandbytes' NF4 has more tensors beside it, such as weight.absmax.
+        path, found_part, _ = key.partition(".weight.")
+        is_part = found_part and f"{path}.weight" in expected
+        # Some fine-tuned uploads store the rotary tables, which are computed here.
+        if key in expected or is_part or key.endswith("inv_freq"):
+            continue
+        if ".query_key_value." in key or ".Wqkv." in key:
+            raise ValueError(
+                f"{directory}: {key} is of a layout of 2023; download today's from the Hub"
             )
-        missing.discard(key)
+        raise ValueError(
+            f"{directory}: a phi of {config.num_hidden_layers} layers has no tensor {key}"
+        )
+    missing = expected - found
     if missing:
         raise ValueError(
             f"{directory} lacks {len(missing)} of {len(expected)} tensors, "
             f"among them {min(missing)}"
         )
-    return model
+
+
+def read_layer(
+    files: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Returns the tensors of a layer by their names in it: weight, bias, and those of NF4."""
+    tensors = {}
+    is_nf4 = f"{path}.weight.absmax" in files
+    for key, file in files.items():
+        if not key.startswith(f"{path}."):
+            continue
+        name = key.removeprefix(f"{path}.")
+        tensor = read(file, key).to(device)
+        # NF4's codes are bytes, whatever their dtype, and what is beside them keeps its own.
+        is_code = is_nf4 and name == "weight"
+        if not is_nf4 or name == "bias":
+            if not tensor.is_floating_point():
+                raise ValueError(f"{file}: {key} holds {tensor.dtype}, not numbers")
+            tensor = tensor.to(dtype)  # only now, so that a GPU converts
+        if not is_code and not is_finite(tensor):
+            raise ValueError(f"{file}: {key} holds numbers that are not finite")
+        tensors[name] = tensor
+    return tensors
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -918,32 +940,6 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
-
-
-def unknown_key(key: str, directory: Path, config: Phi2Config) -> str:
-    if ".query_key_value." in key or ".Wqkv." in key:
-        return f"{directory}: {key} is of a layout of 2023; download today's from the Hub"
-    return f"{directory}: a phi of {config.num_hidden_layers} layers has no tensor {key}"
-
-
-def stream_tensors(directory: Path) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-    """Yields (key, tensor, quant_state) of all tensors of a checkpoint.
-
-    A weight in bitsandbytes' NF4 has more tensors beside it, such as "absmax". For all others
-    `quant_state` is empty. A file is opened again for each tensor, so that what was read leaves
-    the memory.
-    """
-    files = find_tensors(directory)
-    for key, path in files.items():
-        is_part = f"{key.rpartition('.weight.')[0]}.weight" in files
-        # Some fine-tuned uploads store the rotary tables, which are computed here.
-        if is_part or key.endswith("inv_freq"):
-            continue
-        names = [name for name in files if name.startswith(f"{key}.")]
-        tensor = read(path, key)
-        if not tensor.is_floating_point() and not names:
-            raise ValueError(f"{path}: {key} holds {tensor.dtype}, not numbers")
-        yield key, tensor, {name[len(key) + 1 :]: read(files[name], name) for name in names}
 
 
 def find_tensors(directory: Path) -> dict[str, Path]:
@@ -956,6 +952,7 @@ def find_tensors(directory: Path) -> dict[str, Path]:
 
 
 def read(path: Path, key: str) -> Tensor:
+    # Opened for each tensor, so that what was read leaves the memory.
     with open_tensors(path) as file:
         return file.get_tensor(key)
 

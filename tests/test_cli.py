@@ -654,7 +654,7 @@ MISTAKES = {
     ),
     "a shape": (
         lambda folder: broken_model(folder, reshape),
-        "model.layers.2.mlp.fc1.weight has shape (768, 100), config.json asks for (768, 192)",
+        "weight has shape (768, 100), not (768, 192)",
     ),
     "an architecture": (
         lambda folder: broken_model(folder, change_architecture),
