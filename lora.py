@@ -133,6 +133,7 @@ REQUIRED = ("r", "lora_alpha", "target_modules")  # keys that adapter_config.jso
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type",
     "peft_version", "revision", "task_type", "ensure_weight_tying",
+    "exclude_modules",  # where it leaves a layer out, the file lacks that layer's tensors: refused
     "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
     "rank_pattern",  # where it changes a rank, a tensor has another shape: check_ranks refuses it
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began

@@ -836,6 +836,7 @@ FIXED = {
     "qk_layernorm": False,
     "rope_scaling": None,
     "rope_type": "default",
+    "type": "default",  # rope_type's name in older files
     "tie_word_embeddings": False,
 }
 # What transformers' PhiConfig takes where config.json is silent. phi-2's says both.
@@ -1047,8 +1048,9 @@ def read_config(directory: Path) -> Phi2Config:
             "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
     check_quantization(raw.get("quantization_config"), path)
-    if isinstance(raw.get("rope_parameters"), dict):  # where transformers 5 keeps them
-        raw = raw | raw["rope_parameters"]
+    for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
+        if isinstance(raw.get(key), dict):
+            raw = raw | {key: None} | raw[key]
     # Grouped-query attention has fewer heads for keys and values than for queries.
     accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
     for key, value in accepted.items():

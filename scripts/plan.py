@@ -169,7 +169,8 @@ def memory(
 
 
 def main() -> None:
-    args = cli.train_arguments()
+    parser = cli.train_parser("the memory of a training step with these flags of train.py")
+    args = cli.train_arguments(parser=parser)
     directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])  # no weights
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)

@@ -329,9 +329,9 @@ def check_eval_folder(out: Path) -> None:
 # train.py
 
 
-def train_parser() -> Parser:
+def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
-        "LoRA over a frozen phi-2 in NF4, on MNLI",
+        description,
         epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args",
     )
     add_model_arguments(parser)
@@ -342,12 +342,14 @@ def train_parser() -> Parser:
     return parser
 
 
-def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def train_arguments(
+    argv: list[str] | None = None, parser: Parser | None = None
+) -> argparse.Namespace:
     """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
 
     `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None.
     """
-    parser = train_parser()
+    parser = parser or train_parser()
     typed = parser.typed(argv)
     run = run_to_resume(parser, typed)
     if run:

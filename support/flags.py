@@ -107,7 +107,8 @@ def add_dataset_arguments(group) -> None:
     group.add_argument(
         "--dataset",
         help="Hub id, or directory of train.* and validation*.* "
-        "(default: nyu-mll/glue, no GPU: tiny/data)",
+        "(default: nyu-mll/glue, no GPU: tiny/data); eval.py also takes -, JSON lines of "
+        "premise and hypothesis on standard input",
     )
     group.add_argument(
         "--columns",
@@ -356,13 +357,19 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         type=Path,
-        help="directory of a run of train.py, or any PEFT LoRA adapter; it names its model",
+        help="run of train.py, or any PEFT LoRA adapter: a directory or a Hub id; "
+        "it names its model",
     )
     parser.add_argument("--split", nargs="+", help="default: every validation split")
     parser.add_argument("--limit", type=count, help="first rows of each split only")
     # How: "generate" writes an answer and reads the number in it; "score" compares the
     # probabilities of the three answers, so that none is unparsed.
-    parser.add_argument("--mode", choices=["generate", "score"], default="generate")
+    parser.add_argument(
+        "--mode",
+        choices=["generate", "score"],
+        default="generate",
+        help="read the answer in written text (the default), or score the three answers",
+    )
     parser.add_argument(
         "--max-new-tokens", type=new_tokens, default=32, help="in mode generate (default: 32)"
     )
@@ -383,7 +390,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--premise", help="one pair instead of a dataset; with --hypothesis"
     )
-    parser.add_argument("--hypothesis")
+    parser.add_argument("--hypothesis", help="the second text of that pair")
     parser.add_argument(
         "--out", type=Path, help="write results.json and predictions_SPLIT.jsonl here"
     )

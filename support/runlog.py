@@ -12,6 +12,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -34,7 +35,8 @@ class RunLog:
         self.folder = Path(args.out)
         self.peak_memory = None  # of training above that of the empty process, in GiB
         self.memory_before = machine.peak_memory(device, reset=True)  # bytes
-        self.clock = time.perf_counter()  # when the steps since the last report began
+        self.started = time.perf_counter()  # of this process, not of a run that it resumes
+        self.clock = self.started  # when the steps since the last report began
         self.file = None  # metrics.jsonl
         self.wandb_run = None  # with --wandb
 
@@ -153,10 +155,9 @@ class RunLog:
             finish_wandb(self.wandb_run, results, self.folder)
         if self.args.push:
             self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
-        self.say(
-            f"adapter, results.json and report.html are in {self.folder}; "
-            f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ..."
-        )
+        duration = timedelta(seconds=round(time.perf_counter() - self.started))
+        self.say(f"adapter, results.json and report.html are in {self.folder} ({duration})")
+        self.say(f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ...")
 
 
 # -----------------------------------------------------------------------------

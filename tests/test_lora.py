@@ -174,6 +174,7 @@ UNSLOTH = (
         {"target_modules": ["q_proj"], "fan_in_fan_out": True},
         {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 8}},
         {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}},  # the rank of all
+        {"target_modules": ["q_proj"], "exclude_modules": ["lm_head", "fc1"]},
         {"target_modules": ["q_proj"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
@@ -197,6 +198,7 @@ def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
     [
         ({"rank_pattern": {"v_proj": 2}}, "layers with a rank of their own are not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "unknown .*lm_head"),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "lacks 2 tensors, .*layers.0"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")

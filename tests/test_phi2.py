@@ -737,6 +737,8 @@ def test_a_truncated_file(copy, kept):
         ("num_key_value_heads", 2, "num_key_value_heads"),
         ("num_attention_heads", 7, "not a multiple"),
         ("partial_rotary_factor", 0.35, "11 of a head's 32 dimensions cannot be rotated"),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}, "type = 'linear' is not supported"),
+        ("rope_parameters", {"rope_type": "yarn"}, "rope_type = 'yarn' is not supported"),
         ("hidden_size", "192", "hidden_size = '192' cannot be"),
         ("resid_pdrop", 1, "resid_pdrop must be below 1"),
         ("rope_theta", 0, "rope_theta"),  # every logit would be NaN
@@ -749,6 +751,12 @@ def test_a_config_that_does_not_fit(copy, key, value, message):
     config = read_json(copy / "config.json") | {key: value}
     (copy / "config.json").write_text(json.dumps(config))
     fails(copy, message)
+
+
+def test_rotary_positions_that_are_said_to_be_the_default_ones_load(tiny, copy):
+    config = read_json(copy / "config.json") | {"rope_scaling": {"rope_type": "default"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert phi2.read_config(copy) == phi2.read_config(tiny)
 
 
 def test_a_config_that_is_not_json(copy):
