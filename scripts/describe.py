@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, columns, dataset_files, examples, flags, pictures
+from support import cli, dataset_files, examples, flags, pictures
 from support.labels import HIDDEN, LABELS
 
 
@@ -35,12 +35,8 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
     if Path(dataset).is_dir():
         for path in dataset_files.find_files(Path(dataset)).get(split, []):
             print(f"  file {path}")
-    parts = examples.load_parts(dataset)
-    source = split if split in parts else "train"  # --validation has cut it from train
-    names = parts[source][0].column_names
-    found = columns.find_columns(names, reading.columns, split)
-    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in found.items()))
-    rows = examples.read_split(dataset, split, reading)
+    rows, columns = examples.read_split(dataset, split, reading)
+    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
     labels = Counter(zip(rows["written"], rows["label"]))
     for (label, number), count in sorted(labels.items()):
         meaning = "no label" if number == HIDDEN else f"{number} {LABELS[number]}"

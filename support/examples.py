@@ -44,16 +44,15 @@ BY_THE_TABLES = Reading()
 # Splits
 
 
-# Cached, because a run asks for the names and for each split: it is read once.
+# Cached, because a run asks for the names and for each split.
 @functools.cache
-def load_parts(dataset: str) -> dict[str, list]:
-    """Returns the parts of each split, Tables or Datasets, as their files have them.
+def find_splits(dataset: str) -> dict[str, list]:
+    """Returns the files of each split of a directory, or its rows for a dataset on the Hub.
 
-    Raises ValueError when there is no such dataset or a file of it cannot be read.
+    Raises ValueError when there is no such dataset.
     """
     if dataset and Path(dataset).is_dir():
-        files = find_files(Path(dataset))
-        return {split: read_files(paths) for split, paths in files.items()}
+        return find_files(Path(dataset))
     if Path(dataset).is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     # A mistyped path is said to be one, instead of being looked for on the Hub.
@@ -94,7 +93,7 @@ def load_from_hub(dataset: str) -> dict[str, list]:
 
 def split_names(dataset: str, reading: Reading = BY_THE_TABLES) -> list[str]:
     """Returns the names of all splits, also of one that --validation cuts from train."""
-    names = list(load_parts(dataset))
+    names = list(find_splits(dataset))
     return [*names, "validation"] if is_cut(names, reading) else names
 
 
@@ -133,7 +132,8 @@ def load_examples(
     a column that is missing, a text that is missing, a label that has no meaning, and when
     no row is left.
     """
-    rows = read_split(dataset, split, reading).remove_columns("written")
+    rows, _ = read_split(dataset, split, reading)
+    rows = rows.remove_columns("written")
     labels = rows["label"][:]
     labelled = [index for index, label in enumerate(labels) if label != HIDDEN]
     if not labelled:
@@ -154,43 +154,56 @@ def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> di
     """Returns how many rows the files of these splits hold, without a label, and used."""
     counts = {}
     for split, rows in used.items():
-        labels = read_split(dataset, split, reading)["label"][:]
+        every_row, _ = read_split(dataset, split, reading)
+        labels = every_row["label"][:]
         unlabelled = labels.count(HIDDEN)
         counts[split] = {"read": len(labels), "without_label": unlabelled, "used": len(rows)}
     return counts
 
 
 @functools.cache
-def read_split(dataset: str, split: str, reading: Reading) -> "Dataset":
-    """Returns all rows of a split: premise, hypothesis, label, and the label as `written`."""
-    from datasets import Dataset
+def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
+    """Returns all rows of a split, and which columns of its files they are.
 
+    A row has premise, hypothesis, label, and the label as `written`.
+    """
     if split not in split_names(dataset, reading):
         names = ", ".join(split_names(dataset, reading))
         cure = ": call the file that is meant train.*" if split == "train" else ""
         raise ValueError(f"{dataset} has no split {split!r}, only {names}{cure}")
-    parts = load_parts(dataset)
-    if split in ("train", "validation") and is_cut(parts, reading):
+    if split in ("train", "validation") and is_cut(find_splits(dataset), reading):
         return cut_train(dataset, split, reading)
-    place = f"{dataset}, {split}"  # how every error begins
-    names = parts[split][0].column_names
+    parts = find_splits(dataset)[split]
+    if Path(dataset).is_dir():
+        parts = read_files(parts)
+    rows, columns = join_parts(parts, reading, f"{dataset}, {split}")
+    if as_word(rows[0]["written"].strip("'")).isdigit() and not reading.labels:
+        refuse_names_in_card(Path(dataset))
+    return rows, columns
+
+
+def join_parts(parts: list, reading: Reading, place: str) -> tuple["Dataset", dict[str, str]]:
+    """Returns what `read_split` does. An error begins with `place`."""
+    from datasets import Dataset
+
+    names = parts[0].column_names
     columns = find_columns(names, reading.columns, place)
-    columns |= {name: name for name in KEPT if name in names}
+    kept = {name: name for name in KEPT if name in names}
     values = {
-        column: [value for part in parts[split] for value in values_of(part, name)]
-        for column, name in columns.items()
+        column: [value for part in parts for value in values_of(part, name)]
+        for column, name in (kept | columns).items()
     }
     check_texts(values, place)
-    if not reading.labels and as_word(values["label"][0]).isdigit():
-        refuse_names_in_card(Path(dataset))
     values["written"] = [repr(label) for label in values["label"]]
     values["label"] = label_numbers(values["label"], reading.labels, place)
-    return Dataset.from_dict(values, on_mixed_types="use_json")
+    return Dataset.from_dict(values, on_mixed_types="use_json"), columns
 
 
-def cut_train(dataset: str, split: str, reading: Reading) -> "Dataset":
+def cut_train(
+    dataset: str, split: str, reading: Reading
+) -> tuple["Dataset", dict[str, str]]:
     """Returns what --validation leaves of train, or takes from it for `validation`."""
-    train = read_split(dataset, "train", reading._replace(validation=None))
+    train, columns = read_split(dataset, "train", reading._replace(validation=None))
     # From a seed of its own: runs that differ in theirs are measured on the same rows.
     halves = train.train_test_split(reading.validation, seed=0)
-    return halves["train" if split == "train" else "test"]
+    return halves["train" if split == "train" else "test"], columns

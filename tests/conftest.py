@@ -31,7 +31,7 @@ import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
 from support import cli  # noqa: E402
-from support.examples import load_parts, read_split  # noqa: E402
+from support.examples import find_splits, read_split  # noqa: E402
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
@@ -214,7 +214,7 @@ def in_process(module: ModuleType, *arguments, cwd: Path = ROOT) -> None:
 
 def forget_what_was_read() -> None:
     """Lets the next test read a dataset anew that has changed under the same name."""
-    load_parts.cache_clear()
+    find_splits.cache_clear()
     read_split.cache_clear()
 
 

@@ -16,8 +16,8 @@ from pyarrow import csv as arrow_csv
 from support.examples import (
     Reading,
     count_rows,
+    find_splits,
     load_examples,
-    load_parts,
     validation_splits,
 )
 
@@ -103,7 +103,7 @@ def test_files_that_are_no_split_are_left_alone(write, tmp_path):
     directory = write(train=[ROW])
     (tmp_path / "notes.csv").write_text("not,rows\n")
     (tmp_path / "train.txt").write_text("not rows")
-    assert list(load_parts(directory)) == ["train"]
+    assert list(find_splits(directory)) == ["train"]
 
 
 # -----------------------------------------------------------------------------
@@ -141,7 +141,7 @@ def put(directory, name: str, rows: list[dict] = (ROW, QUOTED)) -> None:
 )
 def test_names_of_files_and_folders_say_the_split(tmp_path, name, split):
     put(tmp_path, name)
-    assert list(load_parts(str(tmp_path))) == [split]
+    assert list(find_splits(str(tmp_path))) == [split]
     assert list(load_examples(str(tmp_path), split)) == [ROW, QUOTED]
 
 
@@ -151,7 +151,7 @@ def test_names_of_files_and_folders_say_the_split(tmp_path, name, split):
 def test_other_names_say_nothing(tmp_path, name):
     put(tmp_path, name)
     with pytest.raises(ValueError, match="holds no train"):
-        load_parts(str(tmp_path))
+        find_splits(str(tmp_path))
 
 
 def test_files_below_a_dataset_are_not_mixed_with_its_own(tmp_path):
@@ -184,7 +184,7 @@ def test_two_files_that_are_not_parts_of_one_are_named(tmp_path, names):
     for name in names:
         put(tmp_path, name)
     with pytest.raises(ValueError, match="for the split train") as raised:
-        load_parts(str(tmp_path))
+        find_splits(str(tmp_path))
     for name in names:
         assert str(tmp_path / name) in str(raised.value)
 
@@ -194,7 +194,7 @@ def test_parts_with_other_columns_are_named_with_the_column(tmp_path):
     put(tmp_path, "train-00001-of-00002.jsonl", [ROW | {"source": "b"}])
     message = "train-00001-of-00002.jsonl and .*train-00000-of-.* differ in columns: source"
     with pytest.raises(ValueError, match=message):
-        load_parts(str(tmp_path))
+        load_examples(str(tmp_path), "train")
 
 
 def test_parts_may_hold_other_kinds_of_labels(tmp_path):
@@ -212,10 +212,10 @@ def test_parts_by_number_are_one_split(tmp_path):
 def test_a_train_split_of_one_language_is_train(tmp_path):
     put(tmp_path, "train_en.jsonl", [ROW])
     put(tmp_path, "dev_en.jsonl", [QUOTED])
-    assert list(load_parts(str(tmp_path))) == ["validation_en", "train"]
+    assert list(find_splits(str(tmp_path))) == ["validation_en", "train"]
     put(tmp_path, "train_de.jsonl", [ROW])
     forget_what_was_read()
-    assert list(load_parts(str(tmp_path))) == ["validation_en", "train_de", "train_en"]
+    assert list(find_splits(str(tmp_path))) == ["validation_en", "train_de", "train_en"]
 
 
 def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
@@ -309,8 +309,19 @@ def test_labels_in_every_spelling(write, label, number):
 
 def test_minus_one_beside_two_answers_alone_is_no_missing_label_in_silence(write):
     directory = write(train=[ROW | {"label": label} for label in (-1, 0, 1)])
-    with pytest.raises(ValueError, match="-1 may be an answer or none; --labels says what"):
+    with pytest.raises(ValueError, match="labels are -1, 0, 1, of which not all may mean"):
         load_examples(directory, "train")
+
+
+def test_two_classes_without_names_are_no_entailment_and_neutral_in_silence(write):
+    few = [ROW | {"label": number % 2} for number in range(30)]
+    assert load_examples(write(train=few), "train")["label"][:4] == [0, 1, 0, 1]
+    forget_what_was_read()
+    directory = write(train=[*few, ROW])
+    with pytest.raises(ValueError, match="labels are 0, 1, of which not all may mean what"):
+        load_examples(directory, "train")
+    reading = Reading(labels=("entailment", "neutral", "contradiction"))
+    assert len(load_examples(directory, "train", reading=reading)) == 31
 
 
 def test_a_dash_is_no_label(write):
@@ -477,7 +488,7 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
 def test_files_that_hold_no_rows_are_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as raised:
-        load_parts(str(tmp_path))
+        load_examples(str(tmp_path), "train")
     assert str(tmp_path / name) in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -542,9 +553,9 @@ def test_a_missing_label_is_named_with_what_to_write_instead(write, label):
 def test_a_file_or_nothing_is_no_dataset(write):
     path = f"{write(train=[ROW])}/train.jsonl"
     with pytest.raises(ValueError, match="train.jsonl is a file: pass the folder"):
-        load_parts(path)
+        find_splits(path)
     with pytest.raises(ValueError, match="no dataset directory ''"):
-        load_parts("")
+        find_splits("")
 
 
 # -----------------------------------------------------------------------------

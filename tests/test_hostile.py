@@ -239,7 +239,7 @@ ROW = st.fixed_dictionaries(
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 @hostile
 def test_any_rows_are_encoded_within_the_length_or_one_error(tiny, tmp_path_factory, rows):
-    directory = tmp_path_factory.mktemp("data")  # load_parts remembers a folder's content
+    directory = tmp_path_factory.mktemp("data")  # find_splits remembers a folder's content
     for split in ("train", "validation"):
         files.write_lines(directory / f"{split}.jsonl", rows)
     tokenizer = data.load_tokenizer(tiny)
