@@ -258,3 +258,7 @@ def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss
         last=last,
         targets=torch.tensor(targets),
     )
+
+
+if __name__ == "__main__":
+    raise SystemExit("how a dataset is read: python -m scripts.describe --dataset DIRECTORY")

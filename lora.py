@@ -476,3 +476,7 @@ def check_tensors(
             f"{file}: every B is zero, so the adapter changes nothing; "
             "it was saved before it was trained"
         )
+
+
+if __name__ == "__main__":
+    raise SystemExit("to merge an adapter into its base: python -m scripts.merge --help")
