@@ -273,7 +273,7 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
     `prompt` is the whole text, `tokens` what the model has read of it.
     """
     # Where the dataset has an idx of its own, it takes the place of our number.
-    known = {key: pair[key] for key in ("idx", "genre", "label") if key in pair}
+    known = {key: pair[key] for key in ("idx", "genre", "label") if pair.get(key) is not None}
     return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, dataset_files, examples, flags, pictures
+from support import cli, examples, flags, pictures
 from support.labels import HIDDEN, LABELS
 
 
@@ -32,9 +32,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
     """Prints the files of a split, and what its columns and its labels are taken for."""
-    if Path(dataset).is_dir():
-        for path in dataset_files.find_files(Path(dataset)).get(split, []):
-            print(f"  file {path}")
+    for path in examples.find_splits(dataset).get(split, []):
+        print(f"  file {path}")
     rows, columns = examples.read_split(dataset, split, reading)
     print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
     labels = Counter(zip(rows["written"], rows["label"]))

@@ -31,13 +31,6 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
     return columns
 
 
-def values_of(part, column: str) -> list:
-    """Returns a column of a part. Numbers that the file has names for become the names."""
-    values = part[column][:]
-    names = getattr(part.features.get(column), "names", None) or []
-    return [names[x] if x in range(len(names)) else x for x in values] if names else values
-
-
 def check_texts(values: dict[str, list], place: str) -> None:
     """Raises ValueError for a premise or a hypothesis that is missing, or no text."""
     for column in ("premise", "hypothesis"):
@@ -45,3 +38,11 @@ def check_texts(values: dict[str, list], place: str) -> None:
             if not isinstance(text, str):
                 problem = "is missing" if text is None else f"is {str(text)[:60]}, not text"
                 raise ValueError(f"{place}, row {row}: the {column} {problem}")
+
+
+def is_plain(values: list) -> bool:
+    """Returns whether a column holds texts, or whole numbers of 64 bits, and may have gaps."""
+    kinds = {type(value) for value in values if value is not None}
+    if kinds == {int}:
+        return all(value is None or abs(value) < 2**63 for value in values)
+    return kinds == {str}

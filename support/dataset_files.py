@@ -1,7 +1,7 @@
 """Files of rows as other tools have written them: which split a file holds, and how it is read.
 
 To read one more form, add a word to SPLITS, or a suffix and its function to READERS at the
-end. What a row must hold is the matter of examples.py.
+end. What a row must hold is the matter of columns.py and labels.py.
 
 Local files are read here, and not by load_dataset: its cache goes by name and time, so that
 copies of other content are taken for each other, and its readers guess at types and quotes.
@@ -15,18 +15,18 @@ import json
 import re
 import zlib
 from pathlib import Path
-
-from support import files
+from typing import NamedTuple
 
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
 # validation_matched.
 SPLITS = {"train": "train", "test": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-# train-00000-of-00002, in older uploads train-00000-of-00002-a09b74b3ef9c3b56; 0000; train_0
-PART = re.compile(r"(?:^|[-_])(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?$")
+# The number of a part: train-00000-of-00002, also with -a09b74b3ef9c3b56 behind it; 0000;
+# train_0; part-00000-...-c000.snappy (Spark).
+PART = re.compile(r"(?:^|[-_.])(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*)?)?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
-QUOTED = rb'"[^"]*+(?:""[^"]*+)*+"'
-ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
+QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
+ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+')
 
 
 # -----------------------------------------------------------------------------
@@ -35,12 +35,6 @@ ALL_QUOTED = re.compile(rb'(?:(?:%b|[^"\t\r\n]*+)(?:\t|\r?\n|\Z))*+' % QUOTED)
 
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split: those in the directory, or up to two folders below."""
-    state = directory / "state.json"
-    # One split that save_to_disk has written. It leaves the files of an earlier call, so only
-    # those that it lists count.
-    if state.is_file() and (directory / "dataset_info.json").is_file():
-        listed = [directory / entry["filename"] for entry in files.read_json(state)["_data_files"]]
-        return {split_name(directory.name) or "train": listed}
     for pattern in ("[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"):
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
@@ -62,10 +56,11 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
 def split_of(path: Path) -> str | None:
     """Returns the split that a file holds, or None when its name does not say."""
     stem, suffix = stem_and_suffix(path)
-    if suffix not in READERS or not path.is_file():
+    if suffix not in READERS or path.is_dir():
         return None
     stem = PART.sub("", stem)
-    return split_name(path.parent.name if stem in ("", "data") else stem)  # train/0000.parquet
+    # train/0000.parquet, train/data-00000-of-00001.arrow, train/part-00000.parquet
+    return split_name(path.parent.name if stem in ("", "data", "part") else stem)
 
 
 def split_name(name: str) -> str | None:
@@ -93,13 +88,14 @@ def check_parts(split: str, paths: list[Path]) -> None:
     for path in paths:
         stem, _ = stem_and_suffix(path)
         part = PART.search(stem)
-        number, count = part.groups() if part else (0, None)
+        number, count = part.groups() if part else (-1, None)
         numbers.append(int(number))
         # Where the name does not say how many parts there are, those here are all.
         kinds.add((path.parent, path.suffix, int(count or len(paths))))
     is_one_kind = kinds == {(paths[0].parent, paths[0].suffix, len(paths))}
-    first = min(numbers)
-    if not is_one_kind or sorted(numbers) != list(range(first, first + len(paths))):
+    from_0 = list(range(len(paths)))
+    from_1 = list(range(1, len(paths) + 1))
+    if not is_one_kind or (len(paths) > 1 and sorted(numbers) not in (from_0, from_1)):
         names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
         raise ValueError(
             f"{names}: not one file, and not all parts of one, for the split {split}; "
@@ -117,121 +113,158 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 # Reading them
 
 
-class Table(dict):
-    """Columns by name, each a list: as much of a `datasets.Dataset` as is used here."""
+class Table(NamedTuple):
+    """The columns of a file, by name."""
 
-    features = {}
+    columns: dict  # lists, or pyarrow's columns, which become lists only where they are needed
+    label_names: dict[str, list[str]]  # of the columns whose numbers have names in the file
 
-    @property
-    def column_names(self) -> list[str]:
-        return list(self)
+    def values(self, column: str) -> list:
+        """Returns a column. Numbers that have names become the names."""
+        values = self.columns[column]
+        if not isinstance(values, list):
+            values = values.to_pylist()
+        names = self.label_names.get(column, [])
+        places = range(len(names))
+        return [names[int(value)] if value in places else value for value in values]
 
 
-def read_files(paths: list[Path]) -> list:
-    """Returns the parts of one split, each a Table or a Dataset, all with the same columns."""
-    parts = [read_file(path) for path in paths]
-    for path, part in zip(paths, parts):
-        differing = sorted(set(part.column_names) ^ set(parts[0].column_names))
+def read_files(paths: list[Path]) -> dict[str, Table]:
+    """Returns the parts of one split, by their paths. They must have the same columns."""
+    parts = {str(path): read_file(path) for path in paths}
+    first = parts[str(paths[0])].columns
+    for path, part in parts.items():
+        differing = sorted(part.columns.keys() ^ first.keys())
         if differing:
             raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
     return parts
 
 
-def read_file(path: Path):
-    """Returns the rows of a file, as a Table or a Dataset. Raises ValueError for none."""
+def read_file(path: Path) -> Table:
+    """Reads a file by its suffix. Raises ValueError where it cannot, and where it has no rows."""
     _, suffix = stem_and_suffix(path)
     try:
-        open_file = gzip.open if path.suffix.lower() == ".gz" else open
-        with open_file(path, "rb") as file:
-            content = file.read().removeprefix(b"\xef\xbb\xbf")  # the mark that Excel puts first
+        content = path.read_bytes()
+        if content.startswith(b"\x1f\x8b"):  # as .gz files do, and some that are not called so
+            content = gzip.decompress(content)
         if content.startswith(b"version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-        if not content.strip():
-            raise ValueError("it is empty")
-        part = READERS[suffix](content)
-        if not part.column_names or not len(part[part.column_names[0]]):
+        table = READERS[suffix](content)
+        if not any(len(values) for values in table.columns.values()):
             raise ValueError("it holds no rows")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path}: {error}; save it as UTF-8") from None
     # pyarrow's errors are ValueErrors, those of gzip the last two.
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    return part
+    except (ValueError, OSError, RecursionError, EOFError, zlib.error) as error:
+        cure = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}{cure}") from None
+    return table
 
 
-def read_parquet(content: bytes):
-    from datasets import Dataset
+def arrow_table(table) -> Table:
+    """Returns a pyarrow.Table as ours. `datasets` writes names of labels into its metadata."""
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
+    features = metadata.get("info", {}).get("features") or {}
+    names = {
+        name: feature["names"]
+        for name, feature in features.items()
+        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+    }
+    return Table(dict(zip(table.column_names, table.columns)), names)
+
+
+def read_parquet(content: bytes) -> Table:
     from pyarrow import parquet
 
-    return Dataset(parquet.read_table(io.BytesIO(content)))
+    return arrow_table(parquet.read_table(io.BytesIO(content)))
 
 
-def read_arrow(content: bytes):
-    from datasets import Dataset
-    from pyarrow import ArrowInvalid, ipc
+def read_arrow(content: bytes) -> Table:
+    from pyarrow import ipc
 
-    try:
-        return Dataset(ipc.open_stream(content).read_all())  # as `datasets` writes
-    except ArrowInvalid:
-        return Dataset(ipc.open_file(content).read_all())  # as pandas' to_feather does
+    if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
+        return arrow_table(ipc.open_file(content).read_all())
+    if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
+        raise ValueError("its end is missing")
+    return arrow_table(ipc.open_stream(content).read_all())
+
+
+def as_text(content: bytes) -> str:
+    """Decodes a file's text. Raises ValueError where it is empty or not in UTF-8."""
+    text = content.decode("utf-8-sig")  # without the mark that Excel puts first
+    if "\0" in text:
+        raise ValueError("it holds the byte 0; save it as UTF-8")
+    if not text.strip():
+        raise ValueError("it is empty")
+    return text
 
 
 def read_json(content: bytes) -> Table:
     """Reads an array of objects, or one object after another, on a line each or on several."""
-    text = content.decode().strip()
+    text = as_text(content).strip()
     decoder = json.JSONDecoder()
     rows = []
     end = 0
     while end < len(text):
         # Over the whole text, so that an error says its line.
-        row, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())
-        rows.append(row)
-    if isinstance(rows[0], list):
-        rows = rows[0]
+        value, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())
+        rows += value if isinstance(value, list) else [value]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON object for each row")
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    return Table({name: [row.get(name) for row in rows] for name in names})
+    return Table({name: [row.get(name) for row in rows] for name in names}, {})
 
 
 def read_csv(content: bytes) -> Table:
-    text = content.decode()
-    header, _, _ = text.partition("\n")
-    separator = max(",;\t", key=header.count)
+    text = as_text(content).lstrip("\r\n")
+    separator = max(",;\t", key=first_line(text).count)
+    return read_tsv(content) if separator == "\t" else read_quoted(text, separator)
+
+
+def first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text, maxsplit=1)[0]
+
+
+def read_tsv(content: bytes) -> Table:
+    """Reads a table with tabs. A quote is a character like any other, as in GLUE's files.
+
+    A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
+    tab, a line end or a comma, and some put all in quotes, the header too. A file is taken
+    for one of those where all of its quotes are of that kind, and one of these reasons is
+    there.
+    """
+    text = as_text(content).lstrip("\r\n")
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
+    fields = [field[1:-1] for field in QUOTED.findall(text)] if ALL_QUOTED.fullmatch(text) else []
+    has_quotes = any('""' in field or "\r" in field or not field for field in fields)
+    has_break = any("\t" in field or "\n" in field for field in fields)
+    has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
+    # Where each line has the header's fields, no tab or line end was within one of them.
+    width = len(lines[0])
+    is_ragged = any(len(line) < width or any(line[width:]) for line in lines)
+    is_a_reason = text.startswith('"') or has_quotes or has_break or has_commas
+    if fields and is_a_reason and (is_ragged or not has_break):
+        return read_quoted(text, "\t")
+    return as_table(lines)
+
+
+def read_quoted(text: str, separator: str) -> Table:
+    """Reads a table in which a field may stand in quotes."""
     csv.field_size_limit(2**31 - 1)
+    names = first_line(text).split(separator)
     lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
-        skipinitialspace=f"{separator} " in header,
+        skipinitialspace=all(name.startswith(" ") for name in names[1:]),
         # Most quotes that are left open, which take the next rows into their field, are
         # then errors.
         strict=True,
     )
     try:
-        return as_table(list(lines))
+        return as_table([line for line in lines if any(line)])
     except csv.Error as error:
         raise ValueError(
             f"line {lines.line_num}: {error}; a quote within a field in quotes is doubled"
         ) from None
-
-
-def read_tsv(content: bytes) -> Table:
-    """Reads a file in which a quote is a character like any other, as in GLUE's.
-
-    A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
-    tab or a line end, and some put all in quotes, the header too. A file is taken for one
-    of those where all of its quotes are of that kind, and one of these reasons is there.
-    """
-    quoted = re.findall(QUOTED, content) if ALL_QUOTED.fullmatch(content) else []
-    has_doubled = any(b'""' in field[1:-1] for field in quoted)
-    has_break = any(b"\t" in field or b"\n" in field for field in quoted)
-    # Where all lines have as many tabs there is no tab or line end within a field.
-    tabs = {line.count(b"\t") for line in content.split(b"\n") if line.strip()}
-    if quoted and (content.startswith(b'"') or has_doubled or (has_break and len(tabs) > 1)):
-        return read_csv(content)
-    lines = content.decode().split("\n")
-    return as_table([line.removesuffix("\r").split("\t") for line in lines])
 
 
 def as_table(lines: list[list[str]]) -> Table:
@@ -240,7 +273,9 @@ def as_table(lines: list[list[str]]) -> Table:
     All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
     and so is one at the end of a row that has fewer fields than the header.
     """
-    header, *rows = [fields for fields in lines if any(fields)]
+    header, *rows = lines
+    while not header[-1]:  # fields that a spreadsheet puts at the end of each line
+        header.pop()
     names = [name for name in header if name]
     if len(set(names)) < len(names):
         raise ValueError(f"its header names a column twice: {', '.join(names)}")
@@ -248,13 +283,16 @@ def as_table(lines: list[list[str]]) -> Table:
         if any(row[len(header) :]):
             raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
     columns = itertools.zip_longest(header, *rows, fillvalue="")
-    return Table({name: [field or None for field in fields] for name, *fields in columns if name})
+    fields_of = {name: [field or None for field in fields] for name, *fields in columns if name}
+    return Table(fields_of, {})
 
 
 READERS = {
     ".parquet": read_parquet,
     ".arrow": read_arrow,
+    ".feather": read_arrow,
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
     ".tsv": read_tsv,

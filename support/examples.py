@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support import ranks
-from support.columns import check_texts, find_columns, values_of
-from support.dataset_files import find_files, read_files, split_name, with_train
+from support.columns import check_texts, find_columns, is_plain
+from support.dataset_files import (
+    Table,
+    arrow_table,
+    find_files,
+    read_files,
+    split_name,
+    with_train,
+)
 from support.labels import HIDDEN, LABELS, as_word, label_numbers, refuse_names_in_card
 
 if TYPE_CHECKING:
@@ -46,14 +53,19 @@ BY_THE_TABLES = Reading()
 
 # Cached, because a run asks for the names and for each split.
 @functools.cache
-def find_splits(dataset: str) -> dict[str, list]:
-    """Returns the files of each split of a directory, or its rows for a dataset on the Hub.
+def find_splits(dataset: str) -> dict[str, list[Path] | dict[str, Table]]:
+    """Returns the splits of a dataset: their files, or Tables by what an error calls them.
 
     Raises ValueError when there is no such dataset.
     """
-    if dataset and Path(dataset).is_dir():
-        return find_files(Path(dataset))
-    if Path(dataset).is_file():
+    directory = Path(dataset)
+    if dataset and directory.is_dir():
+        is_saved = (directory / "dataset_dict.json").is_file()
+        is_saved_split = (directory / "dataset_info.json").is_file()
+        if is_saved or (is_saved_split and (directory / "state.json").is_file()):
+            return load_saved(directory)
+        return find_files(directory)
+    if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     # A mistyped path is said to be one, instead of being looked for on the Hub.
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
@@ -64,45 +76,54 @@ def find_splits(dataset: str) -> dict[str, list]:
     return load_from_hub(dataset)
 
 
-def load_from_hub(dataset: str) -> dict[str, list]:
+def load_saved(directory: Path) -> dict[str, dict[str, Table]]:
+    """Reads what save_to_disk has written: a split or several."""
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(directory))
+        if isinstance(saved, datasets.Dataset):
+            saved = {split_name(directory.name) or "train": saved}
+        return as_tables(saved, str(directory))
+    # Its own files, state.json and others, are damaged or not there.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"cannot read {directory}, as of save_to_disk: {reason}") from None
+
+
+def as_tables(splits: dict[str, "Dataset"], dataset: str) -> dict[str, dict[str, Table]]:
+    tables = {}
+    for name, rows in splits.items():
+        table = arrow_table(rows.with_format("arrow")[:])
+        tables[split_name(name) or name] = {f"{dataset}, {name}": table}
+    return with_train(tables)
+
+
+def load_from_hub(dataset: str) -> dict[str, dict[str, Table]]:
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"cannot write the cache of the datasets library, {cache} ({error.strerror}): "
-            "set HF_DATASETS_CACHE to a folder that can be written"
-        ) from None
     try:
         splits = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
-    # The library raises these when it does not reach the Hub or find the dataset there.
+    # The library raises these when it does not reach the Hub or find the dataset there, and
+    # when it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason.
     except (OSError, ValueError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot load {dataset!r} from the Hub, and it is no directory here "
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
-    return with_train({split_name(name) or name: [rows] for name, rows in splits.items()})
+    return as_tables(splits, dataset)
 
 
-def split_names(dataset: str, reading: Reading = BY_THE_TABLES) -> list[str]:
+def split_names(dataset: str, reading: Reading) -> list[str]:
     """Returns the names of all splits, also of one that --validation cuts from train."""
     names = list(find_splits(dataset))
-    return [*names, "validation"] if is_cut(names, reading) else names
-
-
-def is_cut(names, reading: Reading) -> bool:
-    return bool(reading.validation) and not validation_names(names)
-
-
-def validation_names(names) -> list[str]:
-    return [name for name in names if name.startswith("validation")]
+    is_cut = reading.validation and not any(name.startswith("validation") for name in names)
+    return [*names, "validation"] if is_cut else names
 
 
 def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[str]:
@@ -111,12 +132,13 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     In MNLI they are validation_matched and validation_mismatched.
     """
     names = split_names(dataset, reading)
-    if not validation_names(names):
+    found = [name for name in names if name.startswith("validation")]
+    if not found:
         cure = "--split names the one to evaluate"
         if "train" in names:
             cure = "--validation 0.05 takes a part of train for it"
         raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
-    return validation_names(names)
+    return found
 
 
 # -----------------------------------------------------------------------------
@@ -167,36 +189,46 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
 
     A row has premise, hypothesis, label, and the label as `written`.
     """
-    if split not in split_names(dataset, reading):
-        names = ", ".join(split_names(dataset, reading))
+    splits = find_splits(dataset)
+    names = split_names(dataset, reading)
+    if split not in names:
         cure = ": call the file that is meant train.*" if split == "train" else ""
-        raise ValueError(f"{dataset} has no split {split!r}, only {names}{cure}")
-    if split in ("train", "validation") and is_cut(find_splits(dataset), reading):
+        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
+    if split in ("train", "validation") and len(names) > len(splits):
         return cut_train(dataset, split, reading)
-    parts = find_splits(dataset)[split]
-    if Path(dataset).is_dir():
+    parts = splits[split]
+    if isinstance(parts, list):
         parts = read_files(parts)
-    rows, columns = join_parts(parts, reading, f"{dataset}, {split}")
-    if as_word(rows[0]["written"].strip("'")).isdigit() and not reading.labels:
+    try:
+        rows, columns = join_parts(parts, reading)
+    except UnicodeError as error:  # within a parquet file, or half of a pair of surrogates
+        raise ValueError(f"{dataset}, {split}: a text is not Unicode: {error}") from None
+    words = {as_word(label.strip("'")) for label in rows["written"]}
+    if not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))
     return rows, columns
 
 
-def join_parts(parts: list, reading: Reading, place: str) -> tuple["Dataset", dict[str, str]]:
-    """Returns what `read_split` does. An error begins with `place`."""
+def join_parts(
+    parts: dict[str, Table], reading: Reading
+) -> tuple["Dataset", dict[str, str]]:
+    """Returns what `read_split` does. An error begins with the name of the part."""
     from datasets import Dataset
 
-    names = parts[0].column_names
-    columns = find_columns(names, reading.columns, place)
-    kept = {name: name for name in KEPT if name in names}
-    values = {
-        column: [value for part in parts for value in values_of(part, name)]
-        for column, name in (kept | columns).items()
-    }
-    check_texts(values, place)
-    values["written"] = [repr(label) for label in values["label"]]
-    values["label"] = label_numbers(values["label"], reading.labels, place)
-    return Dataset.from_dict(values, on_mixed_types="use_json"), columns
+    rows = {}
+    for place, part in parts.items():
+        columns = find_columns(list(part.columns), reading.columns, place)
+        kept = {name: name for name in KEPT if name in part.columns}
+        values = {column: part.values(name) for column, name in (kept | columns).items()}
+        check_texts(values, place)
+        values["written"] = [repr(label) for label in values["label"]]
+        values["label"] = label_numbers(values["label"], reading.labels, place)
+        for column, some in values.items():
+            rows.setdefault(column, []).extend(some)
+    for name in KEPT:
+        if not is_plain(rows.get(name, [])):
+            rows.pop(name, None)
+    return Dataset.from_dict(rows), columns
 
 
 def cut_train(
@@ -204,6 +236,9 @@ def cut_train(
 ) -> tuple["Dataset", dict[str, str]]:
     """Returns what --validation leaves of train, or takes from it for `validation`."""
     train, columns = read_split(dataset, "train", reading._replace(validation=None))
-    # From a seed of its own: runs that differ in theirs are measured on the same rows.
-    halves = train.train_test_split(reading.validation, seed=0)
+    try:
+        # From a seed of its own: runs that differ in theirs are measured on the same rows.
+        halves = train.train_test_split(reading.validation, seed=0)
+    except ValueError as error:
+        raise ValueError(f"{dataset}: --validation leaves no rows: {error}") from None
     return halves["train" if split == "train" else "test"], columns

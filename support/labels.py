@@ -4,6 +4,7 @@ To read one more word, add it to MEANINGS. --labels says what words of any other
 stand for.
 """
 
+import itertools
 import re
 from pathlib import Path
 
@@ -63,15 +64,21 @@ def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     said = {}
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
-        said[as_word(value or number)] = NUMBERS.get(as_word(meaning))
+        said[as_word(value if "=" in text else number)] = NUMBERS.get(as_word(meaning))
     if given and sorted(said.values(), key=str) != [0, 1, 2]:
         raise ValueError(f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once")
     return said
 
 
+# How the card of a dataset on the Hub says that its labels have names: in the lines at the
+# top of README.md, or in JSON.
+CARDS = ("README.md", "dataset_infos.json", "dataset_info.json")
+NAMED = re.compile(rb'---\n.*\bclass_label\b|.*"ClassLabel"', re.DOTALL)
+
+
 def refuse_names_in_card(directory: Path) -> None:
-    """Raises ValueError where the card of a dataset on the Hub has names for its numbers."""
-    for name in ("README.md", "dataset_infos.json"):
-        card = directory / name
-        if card.is_file() and re.search(b"class_label:|ClassLabel", card.read_bytes()):
+    """Raises ValueError where the card of a dataset, there or above, has names for its numbers."""
+    for folder, name in itertools.product((directory, directory.parent), CARDS):
+        card = folder / name
+        if card.is_file() and NAMED.match(card.read_bytes()):
             raise ValueError(f"{card} gives the labels names: say with --labels what they mean")

@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import random
+from datetime import date
 
 import datasets
 import pandas
@@ -12,6 +13,7 @@ import pyarrow
 import pytest
 from conftest import ROOT, SHARED, forget_what_was_read, script
 from pyarrow import csv as arrow_csv
+from pyarrow import parquet as pyarrow_parquet
 
 from support.examples import (
     Reading,
@@ -480,6 +482,10 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
         ("train.jsonl", b"null\n", "holds no JSON object"),
         ("train.csv", b'premise,hypothesis,label\n"A,B,0\n', "line 2: .*end of data"),
         ("train.jsonl", b"\n\n", "is empty"),
+        ("train.jsonl", "\u00a0".encode(), "is empty"),
+        ("train.jsonl", b"[" * 100_000, "recursion"),
+        ("train.csv", "premise,hypothesis,label\na,b,1\n".encode("utf-16-le"), "byte 0; save it"),
+        ("train.csv", b"premise,hypothesis,label,\nHi, b,c,0\n", "has 4 fields, the header 3"),
         ("train.jsonl.gz", gzip.compress(b"", mtime=0), "is empty"),
         ("train.tsv.gz", gzip.compress(b"a" * 999, mtime=0)[:-12], "cannot read"),
         ("train.jsonl.gz", b"no gzip", "cannot read"),
@@ -521,18 +527,37 @@ def test_of_two_columns_that_differ_in_case_the_exact_name_is_taken(write):
     assert list(load_examples(write(train=[row]), "train")) == [ROW]
 
 
-def test_a_card_that_gives_the_labels_names_is_not_ignored(write, tmp_path):
-    directory = write(train=[ROW])
-    card = "dataset_info:\n  features:\n  - dtype:\n      class_label:\n        names:\n"
-    (tmp_path / "README.md").write_text(f"---\n{card}          '0': contradiction\n---\n")
-    with pytest.raises(ValueError, match=r"README.md gives the labels names: say with --labels"):
-        load_examples(directory, "train")
+FLOW = '"dtype": {"class_label": {"names": {"0": "contradiction"}}}'
+
+
+@pytest.mark.parametrize(
+    "card, content",
+    [
+        ("README.md", "---\ndataset_info:\n  features:\n  - dtype:\n      class_label:\n---\n"),
+        ("README.md", f"---\ndataset_info: {{{FLOW}}}\n---\n"),
+        ("../README.md", "---\n- dtype:\n    class_label:\n---\n"),
+        ("dataset_info.json", '{"features": {"label": {"names": [], "_type": "ClassLabel"}}}'),
+    ],
+)
+def test_a_card_that_gives_the_labels_names_is_not_ignored(tmp_path, card, content):
+    directory = tmp_path / "data"
+    # The first row has no label, so the file is not of words because of it.
+    put(tmp_path, "data/train.jsonl", [ROW | {"label": "-"}, ROW])
+    (directory / card).write_text(content)
+    with pytest.raises(ValueError, match=r"gives the labels names: say with --labels"):
+        load_examples(str(directory), "train")
     reading = Reading(labels=("contradiction", "entailment", "neutral"))
-    assert load_examples(directory, "train", reading=reading)["label"][:] == [2]
+    assert load_examples(str(directory), "train", reading=reading)["label"][:] == [2]
     # Words need no names.
     forget_what_was_read()
-    directory = write(train=[ROW | {"label": "neutral"}])
-    assert load_examples(directory, "train")["label"][:] == [1]
+    put(tmp_path, "data/train.jsonl", [ROW | {"label": "neutral"}])
+    assert load_examples(str(directory), "train")["label"][:] == [1]
+
+
+def test_an_empty_label_can_be_said(write):
+    directory = write(train=[ROW | {"label": label} for label in ("yes", None)])
+    reading = Reading(labels=("yes=entailment", "=neutral", "no=contradiction"))
+    assert load_examples(directory, "train", reading=reading)["label"][:] == [0, 1]
 
 
 def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
@@ -556,6 +581,148 @@ def test_a_file_or_nothing_is_no_dataset(write):
         find_splits(path)
     with pytest.raises(ValueError, match="no dataset directory ''"):
         find_splits("")
+
+
+# -----------------------------------------------------------------------------
+# Corners of files that others have written
+
+
+@pytest.mark.parametrize(
+    "name, content, texts",
+    [
+        # A carriage return that belongs to a line end, and one that does not.
+        ("train.tsv", 'premise\thypothesis\tlabel\r\n"A ""b""."\tx\t0\r\n', ['A "b".']),
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a\rb"\tx\t0\n', ["a\rb"]),
+        # Excel puts fields with a comma in quotes, and no others.
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx\t0\nc\ty\t1\n', ["a, b", "c"]),
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx, y\t0\n', ['"a, b"']),
+        # Quotes of two fields, around the end of a line that has all its fields.
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\nb"\ty\t1\t\n', ['"a', 'b"']),
+        ("train.csv", 'premise\thypothesis\tlabel\n"a.\tx\t0\nb."\ty\t1\n', ['"a.', 'b."']),
+        ("train.csv", "\n\npremise;hypothesis;label\na;x;0\n", ["a"]),
+        ("train.csv", '"premise, in English",premise,hypothesis,label\nq, a,x,0\n', [" a"]),
+        ("train.csv", "premise,hypothesis,label,,\na,x,0,,\n", ["a"]),
+        ("train.csv", ",premise,hypothesis,label\n0,a,x,0\n", ["a"]),  # pandas' index
+        ("train.json", '[{"premise": "a", "hypothesis": "x", "label": 0}]\n' * 2, ["a", "a"]),
+        ("train.json", '{\n"premise": "a",\n"hypothesis": "x", "label": 0\n}\n' * 2, ["a", "a"]),
+        ("train.ndjson", '{"premise": "a", "hypothesis": "x", "label": 0}', ["a"]),
+    ],
+)
+def test_tables_and_objects_as_they_are_meant(tmp_path, name, content, texts):
+    (tmp_path / name).write_bytes(content.encode())
+    assert load_examples(str(tmp_path), "train")["premise"][:] == texts
+
+
+def test_a_file_is_unpacked_by_its_content(tmp_path):
+    (tmp_path / "train.jsonl").write_bytes(gzip.compress(json.dumps(ROW).encode()))
+    assert list(load_examples(str(tmp_path), "train")) == [ROW]
+
+
+def arrow_columns(**columns) -> pyarrow.Table:
+    rows = {name: [value, value] for name, value in ROW.items()}
+    return pyarrow.table(rows | columns)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"other": pyarrow.array([[("a", 1)]] * 2, pyarrow.map_(pyarrow.string(), pyarrow.int64()))},
+        {"label": pyarrow.array(["entailment"] * 2).dictionary_encode()},
+        {"premise": pyarrow.array([ROW["premise"]] * 2, pyarrow.large_string())},
+        {"label": pyarrow.array([0.0, 0.0])},
+    ],
+    ids=lambda columns: str(next(iter(columns.values())).type),
+)
+def test_columns_of_any_type_of_arrow(tmp_path, columns):
+    pyarrow_parquet.write_table(arrow_columns(**columns), tmp_path / "train.parquet")
+    assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
+
+
+@pytest.mark.parametrize("kind", ["int32", "float64"])
+def test_names_of_labels_are_kept_where_their_numbers_are_of_another_type(tmp_path, kind):
+    path = tmp_path / "train.parquet"
+    save_with_names(path, ["contradiction", "entailment", "neutral"], [0, 1])
+    table = pyarrow_parquet.read_table(path)
+    place = table.column_names.index("label")
+    table = table.set_column(place, "label", table["label"].cast(kind))
+    pyarrow_parquet.write_table(table, path)
+    assert load_examples(str(tmp_path), "train")["label"][:] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.5, None], [None, None], [[1], [2]], [{"a": 1}, None], [2**64, 1], ["a", 1], [True, False]],
+    ids=str,
+)
+def test_an_idx_that_is_no_number_and_no_text_is_left_out(write, values):
+    """predictions_SPLIT.jsonl has the number of a row instead."""
+    rows = [ROW | {"idx": value, "genre": "fiction"} for value in values]
+    assert list(load_examples(write(train=rows), "train")) == [ROW | {"genre": "fiction"}] * 2
+
+
+def test_dates_and_bytes_are_no_idx_and_no_genre(tmp_path):
+    table = arrow_columns(idx=pyarrow.array([date(2020, 1, 1)] * 2), genre=[b"a", b"b"])
+    pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
+    assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
+
+
+def test_what_save_to_disk_has_written_twice_is_the_second(tmp_path):
+    """Files of the first time stay beside those of the second."""
+    rows = datasets.Dataset.from_list([ROW, QUOTED, ROW])
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path, num_shards={"train": 3})
+    rows = rows.select([1, 0])
+    datasets.DatasetDict(train=rows).save_to_disk(tmp_path, num_shards={"train": 1})
+    assert list(load_examples(str(tmp_path), "train")) == [QUOTED, ROW]
+
+
+def test_an_arrow_file_that_was_not_written_to_its_end_is_refused(tmp_path):
+    rows = datasets.Dataset.from_list([ROW, QUOTED])
+    rows.save_to_disk(tmp_path / "saved")
+    content = (tmp_path / "saved" / "data-00000-of-00001.arrow").read_bytes()
+    (tmp_path / "train.arrow").write_bytes(content[:-8])
+    with pytest.raises(ValueError, match="train.arrow: its end is missing"):
+        load_examples(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("file", ["state.json", "dataset_info.json"])
+@pytest.mark.parametrize("content", ["{}", "null", "[]", "{"])
+def test_damaged_files_of_save_to_disk_are_one_line(tmp_path, file, content):
+    datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError):
+        load_examples(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (("train.jsonl", "train_1.jsonl"), "not one file, and not all parts of one"),
+        (("train_20240101.jsonl", "train_20240102.jsonl"), "not one file, and not all parts"),
+    ],
+)
+def test_files_that_only_look_like_parts_are_refused(tmp_path, names, message):
+    for name in names:
+        put(tmp_path, name)
+    with pytest.raises(ValueError, match=message):
+        load_examples(str(tmp_path), "train")
+
+
+def test_a_part_that_is_a_broken_link_is_named(tmp_path):
+    put(tmp_path, "train_0.jsonl")
+    (tmp_path / "train_1.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="cannot read .*train_1.jsonl: .*No such file"):
+        load_examples(str(tmp_path), "train")
+
+
+def test_texts_that_are_not_unicode_are_one_line(write, tmp_path):
+    with pytest.raises(ValueError, match="train: a text is not Unicode: .*surrogates"):
+        load_examples(write(train=[ROW | {"premise": "\ud83d"}]), "train")
+    damaged = pyarrow.array([b"\xe9"] * 2).view(pyarrow.string())
+    (tmp_path / "train.jsonl").unlink()
+    pyarrow_parquet.write_table(arrow_columns(premise=damaged), tmp_path / "train.parquet")
+    forget_what_was_read()
+    with pytest.raises(ValueError, match="train: a text is not Unicode: .*can't decode"):
+        load_examples(str(tmp_path), "train")
 
 
 # -----------------------------------------------------------------------------
@@ -695,14 +862,10 @@ def test_damaged_files_are_named(tmp_path, name, content):
     assert "\n" not in str(raised.value)
 
 
-def test_a_cache_that_cannot_be_written_is_named_where_one_is_needed(tmp_path):
+def test_files_of_a_directory_need_no_cache(tmp_path):
     put(tmp_path, "train.jsonl")
     (tmp_path / "file").write_text("no folder")
     home = {"HF_HOME": str(tmp_path / "file" / "cache")}
     describe = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
     done = script(*describe, tmp_path, env=home, fresh=True)
     assert done.returncode == 0, done.stderr
-    done = script(*describe, "nyu-mll/glue", env=home, fresh=True)
-    assert done.returncode == 1
-    assert f"cannot write the cache of the datasets library, {tmp_path}/file/cache" in done.stderr
-    assert "set HF_DATASETS_CACHE" in done.stderr

@@ -134,6 +134,17 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     assert_one_line(done, error)
 
 
+def test_a_cache_that_cannot_be_written_is_named(repositories, tmp_path):
+    cache = tmp_path / "file" / "cache"
+    (tmp_path / "file").write_text("no folder")
+    with serving(repositories) as (address, _):
+        env = environment(address, tmp_path / "home") | {"HF_DATASETS_CACHE": str(cache)}
+        command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
+        done = script(*command, "nyu-mll/glue", env=env, fresh=True)
+    assert_one_line(done, "error: cannot load 'nyu-mll/glue'")
+    assert str(tmp_path / "file") in done.stderr
+
+
 def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_without_hub):
     errors = {}
     for name in ("no model", "no data"):
