@@ -224,26 +224,35 @@ def first_line(text: str) -> str:
 
 
 def read_tsv(content: bytes) -> Table:
-    """Reads a table with tabs. A quote is a character like any other, as in GLUE's files.
-
-    A spreadsheet puts a field in quotes where it holds a quote, which is then doubled, a
-    tab, a line end or a comma, and some put all in quotes, the header too. A file is taken
-    for one of those where all of its quotes are of that kind, and one of these reasons is
-    there.
-    """
+    """Reads a table with tabs. A quote is a character like any other, as in GLUE's files."""
     text = as_text(content).lstrip("\r\n")
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
-    fields = [field[1:-1] for field in QUOTED.findall(text)] if ALL_QUOTED.fullmatch(text) else []
-    has_quotes = any('""' in field or "\r" in field or not field for field in fields)
-    has_break = any("\t" in field or "\n" in field for field in fields)
+    return read_quoted(text, "\t") if is_spreadsheets(text, lines) else as_table(lines)
+
+
+def is_spreadsheets(text: str, lines: list[list[str]]) -> bool:
+    """Returns whether the quotes of a table with tabs were put there by a spreadsheet.
+
+    It puts a field in quotes where it holds a quote, which is then doubled, a tab, a line
+    end or a comma, or it puts all in quotes, the header too. So all quotes have to be of
+    that kind, and one of these reasons has to be there. `lines` are the fields without
+    regard to quotes.
+    """
+    if '"' not in text or not ALL_QUOTED.fullmatch(text):
+        return False
+    fields = [field[1:-1] for field in QUOTED.findall(text)]
+    if any(map(re.compile(r"[\t\n]").search, fields)):
+        # Where each line has the header's fields, no tab or line end was within one of them.
+        return is_ragged(lines)
+    has_reason = any(map(re.compile(r'""|\r|^$').search, fields))
     has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
-    # Where each line has the header's fields, no tab or line end was within one of them.
+    return text.startswith('"') or has_reason or has_commas
+
+
+def is_ragged(lines: list[list[str]]) -> bool:
+    """Returns whether a line has fewer fields than the first, or more."""
     width = len(lines[0])
-    is_ragged = any(len(line) < width or any(line[width:]) for line in lines)
-    is_a_reason = text.startswith('"') or has_quotes or has_break or has_commas
-    if fields and is_a_reason and (is_ragged or not has_break):
-        return read_quoted(text, "\t")
-    return as_table(lines)
+    return any(len(line) < width or any(line[width:]) for line in lines)
 
 
 def read_quoted(text: str, separator: str) -> Table:

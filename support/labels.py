@@ -30,10 +30,9 @@ def as_word(label) -> str:
 
 
 def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]:
-    """Returns labels as 0, 1, 2, or HIDDEN.
+    """Returns labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
 
-    `given` is what --labels says. Raises ValueError for any other label, and where --labels
-    has no effect, or would be needed.
+    `given` is what --labels says. An error begins with `place`.
     """
     words = [as_word(label) for label in labels]
     said = said_labels(given)
@@ -43,20 +42,23 @@ def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]
     for word in set(words) - meanings.keys():
         row = words.index(word)
         raise ValueError(f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {MEANT}")
+    check_meanings(words, said, place)
+    return [meanings[word] for word in words]
+
+
+def check_meanings(words: list[str], said: dict[str, int], place: str) -> None:
+    """Raises ValueError where --labels has no effect, or would be needed."""
+    found = ", ".join(sorted(set(words)))
     if said and not said.keys() & set(words):
-        raise ValueError(
-            f"{place}: no row has a label of --labels {' '.join(given)}; "
-            f"there are {', '.join(sorted(set(words)))}"
-        )
+        raise ValueError(f"{place}: its labels are {found}, none of those that --labels says")
     numbers = {word for word in set(words) if word.isdigit()}
     # -1 is one of three answers in some files, and of many rows none lacks an answer by chance.
     if not said and numbers == {"0", "1"} and ("-1" in words or len(words) > FEW):
         raise ValueError(
-            f"{place}: its labels are {', '.join(sorted(set(words)))}, of which not all may mean "
-            "what they do here; --labels says it, as in --labels entailment neutral contradiction "
-            "or --labels -1=contradiction 0=neutral 1=entailment"
+            f"{place}: its labels are {found}, of which not all may mean what they do here; "
+            "--labels says it, as in --labels entailment neutral contradiction or "
+            "--labels -1=contradiction 0=neutral 1=entailment"
         )
-    return [meanings[word] for word in words]
 
 
 def said_labels(given: tuple[str, ...]) -> dict[str, int]:
