@@ -13,6 +13,7 @@ what a model knows even if it would not say it.
 import argparse
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -221,8 +222,13 @@ def answer_shares(logits: Tensor, answers: list[int]) -> list[list[float]]:
 
     Six digits are kept: a reader of the file wants no more.
     """
-    shares = logits[:, answers].float().softmax(dim=-1)
-    return [[float(f"{share:.6g}") for share in row] for row in shares.tolist()]
+    shares = logits[:, answers].float().softmax(dim=-1).tolist()
+    if not all(math.isfinite(share) for row in shares for share in row):
+        raise ValueError(
+            "the model's logits are not finite: its numbers or the adapter's are too large, "
+            "as after a training with too high a --learning-rate"
+        )
+    return [[float(f"{share:.6g}") for share in row] for row in shares]
 
 
 def evaluate(

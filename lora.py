@@ -77,10 +77,8 @@ class LoRAConfig:
             value = getattr(self, name)
             if type(value) not in (int, float):  # a bool is an int to isinstance
                 raise ValueError(f"{name} must be a number, not {value!r}")
-        if not 0 < self.alpha < math.inf:
-            raise ValueError(
-                f"alpha must be above 0, not {self.alpha}: at 0 the adapter has no effect"
-            )
+        if not 0 < self.alpha < 1e38:  # B A is multiplied by it in fp32
+            raise ValueError(f"alpha must be above 0 and below 1e38, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
         names = (self.targets,) if isinstance(self.targets, str) else self.targets
@@ -133,14 +131,13 @@ REQUIRED = ("r", "lora_alpha", "target_modules")  # keys that adapter_config.jso
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout", "peft_type",
     "peft_version", "revision", "task_type", "ensure_weight_tying",
-    "exclude_modules",  # where it leaves a layer out, the file lacks that layer's tensors: refused
     "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
     "rank_pattern",  # where it changes a rank, a tensor has another shape: check_ranks refuses it
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began
 }
 MERGE = "merge the adapter with PEFT (merge_and_unload), and use the merged model"  # a cure
 # How A and B can begin while the base stays as it is. Other ways change its weights too.
-INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+INITIALISATIONS = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 # What PEFT takes for a key that is not there (0.21), where that is not off.
 PEFT_DEFAULTS = {
     "megatron_core": "megatron.core",
@@ -366,6 +363,10 @@ def save_adapter(
         PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
     }
+    # Checked before a good file would be replaced.
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{key} holds numbers that are not finite, and is not saved")
     metadata = {"format": "pt", **(fingerprint or {})}  # PEFT looks for this format
     save_file(tensors, directory / "adapter_model.safetensors", metadata)
     text = json.dumps(config.to_peft(base_model), indent=2)

@@ -835,8 +835,6 @@ FIXED = {
     "hidden_act": "gelu_new",
     "qk_layernorm": False,
     "rope_scaling": None,
-    "rope_type": "default",
-    "type": "default",  # rope_type's name in older files
     "tie_word_embeddings": False,
 }
 # What transformers' PhiConfig takes where config.json is silent. phi-2's says both.
@@ -880,7 +878,7 @@ def load_weights(
             layer.load_state_dict(tensors, assign=True)
         # Of another shape than config.json's, or NF4 of another form.
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(
                 f"{directory}: {path} is damaged, or not what config.json asks for: {reason}"
             ) from None
@@ -929,7 +927,7 @@ def read_layer(
                 raise ValueError(f"{file}: {key} holds {tensor.dtype}, not numbers")
             tensor = tensor.to(dtype)  # only now, so that a GPU converts
         if not is_code and not is_finite(tensor):
-            raise ValueError(f"{file}: {key} holds numbers that are not finite")
+            raise ValueError(f"{file}: {key} holds numbers that are not finite in {tensor.dtype}")
         tensors[name] = tensor
     return tensors
 
@@ -1048,9 +1046,7 @@ def read_config(directory: Path) -> Phi2Config:
             "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
     check_quantization(raw.get("quantization_config"), path)
-    for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
-        if isinstance(raw.get(key), dict):
-            raw = raw | {key: None} | raw[key]
+    raw = with_rotary_values(raw, path)
     # Grouped-query attention has fewer heads for keys and values than for queries.
     accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
     for key, value in accepted.items():
@@ -1069,6 +1065,18 @@ def read_config(directory: Path) -> Phi2Config:
     config = Phi2Config(**values)
     check_sizes(config, path)
     return config
+
+
+def with_rotary_values(raw: dict, path: Path) -> dict:
+    """Returns config.json with the values that it may hold in a dictionary of their own."""
+    for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
+        values = raw.get(key)
+        if isinstance(values, dict):
+            kind = values.get("rope_type", values.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"{path}: {key} of type {kind!r} is not supported")
+            raw = raw | {key: None} | values
+    return raw
 
 
 def check_quantization(quantization: object, path: Path) -> None:

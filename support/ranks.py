@@ -28,21 +28,22 @@ if TYPE_CHECKING:
 # -----------------------------------------------------------------------------
 # What torchrun says in the environment
 
-# All four, because one or two may be left over in a shell from something else.
+# All five, because one or two may be left over in a shell from something else.
 IN_TORCHRUN = bool(os.environ.get("MASTER_ADDR")) and all(
-    os.environ.get(name, "").isdigit() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    os.environ.get(name, "").isdecimal()
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 )
-IN_TORCHRUN &= os.environ.get("WORLD_SIZE") != "0"
+IN_TORCHRUN = IN_TORCHRUN and int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
 
 
 def number_from_torchrun(name: str, alone: int) -> int:
     """Returns a variable of torchrun, and `alone` in a process that it has not started."""
     value = os.environ.get(name, "")
-    return int(value) if IN_TORCHRUN and value.isdigit() else alone
+    return int(value) if IN_TORCHRUN and value.isdecimal() else alone
 
 
 WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
-RANK = number_from_torchrun("RANK", 0) % WORLD  # this process, counted over all machines
+RANK = number_from_torchrun("RANK", 0)  # this process, counted over all machines
 LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)  # this process on this machine
 LOCAL_WORLD = number_from_torchrun("LOCAL_WORLD_SIZE", WORLD)  # ranks on this machine
 FIRST = RANK == 0  # the rank that prints and writes

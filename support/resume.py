@@ -272,7 +272,8 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
         return []
     kept = []
     # With their ends: a line without one was cut short by a kill.
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    for line in text.splitlines(keepends=True):
         try:
             entry = json.loads(line)
             # A line of training has "loss", one of an evaluation SPLIT_loss.

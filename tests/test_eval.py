@@ -334,6 +334,20 @@ def test_premises_that_were_cut_are_counted_on_the_screen(capsys):
     assert re.search(r"\n[1-8] prompts were cut to --max-length 72\n", capsys.readouterr().out)
 
 
+def test_logits_that_are_not_finite_are_no_answer(run, tmp_path, capsys):
+    """As an adapter gives them that has diverged: each of its numbers is finite."""
+    adapter = shutil.copytree(run, tmp_path / "adapter")
+    path = adapter / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = {key: 1e20 * tensor.sign() for key, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata)
+    for mode in ("score", "generate"):
+        message = "the model.s logits are not finite"
+        with pytest.raises(SystemExit, match=message):
+            in_process(evaluation, "--adapter", adapter, "--limit", 4, "--mode", mode)
+
+
 def test_an_evaluation_does_not_write_over_a_run(run):
     before = (run / "results.json").read_bytes()
     message = "holds a run of train.py, whose results this would replace"

@@ -174,7 +174,7 @@ UNSLOTH = (
         {"target_modules": ["q_proj"], "fan_in_fan_out": True},
         {"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 8}},
         {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 4}},  # the rank of all
-        {"target_modules": ["q_proj"], "exclude_modules": ["lm_head", "fc1"]},
+        {"target_modules": ["q_proj"], "init_lora_weights": None},
         {"target_modules": ["q_proj"], "ensure_weight_tying": True},
         {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
         {"target_modules": ["q_proj"], "init_lora_weights": "gaussian"},
@@ -198,7 +198,7 @@ def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
     [
         ({"rank_pattern": {"v_proj": 2}}, "layers with a rank of their own are not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "unknown .*lm_head"),
-        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "lacks 2 tensors, .*layers.0"),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "exclude_modules = .*not supported"),
     ],
 )
 @pytest.mark.filterwarnings("ignore")
@@ -241,6 +241,17 @@ def test_numbers_beyond_fp32_are_refused(tiny, saved):
     save_file(tensors, file, {"format": "pt"})
     with pytest.raises(ValueError, match="holds numbers that are not finite"):
         lora.load_adapter(ours(tiny, torch.float32), saved)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved_over_a_good_one(tiny, saved):
+    mine = ours(tiny, torch.float32)
+    config = lora.load_adapter(mine, saved)
+    before = (saved / "adapter_model.safetensors").read_bytes()
+    with torch.no_grad():
+        next(iter(lora.lora_parameters(mine).values()))[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="lora_A.* not finite, and is not saved"):
+        lora.save_adapter(mine, config, saved, PHI_2)
+    assert (saved / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_the_config_has_only_keys_that_peft_has_had_from_its_beginning(tiny, saved):
@@ -489,7 +500,7 @@ def test_a_target_that_matches_nothing_lists_the_names(tiny):
         ({"rank": 0}, "rank must be a whole number of at least 1, not 0"),
         ({"rank": True}, "rank must be a whole number of at least 1, not True"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
-        ({"alpha": 0}, "alpha must be above 0, not 0"),
+        ({"alpha": 0}, "alpha must be above 0 and below 1e38, not 0"),
         ({"alpha": "16"}, "alpha must be a number, not '16'"),
         ({"targets": (1,)}, "targets must be names"),
     ],

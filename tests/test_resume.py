@@ -257,8 +257,8 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
         )
         in_process(train, *RUN, *more, "--out", out)
     assert [line["step"] for line in metrics(out)] == [0, 7]
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "lo')  # a kill has cut it short
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": \xff}\n{"step": 5, "lo')  # damaged, and cut short by a kill
     in_process(train, "--resume", out)
     # Step 9 has a line for its training and one for the last evaluation.
     assert [line["step"] for line in metrics(out)] == [0, 7, 9, 9]
@@ -534,6 +534,20 @@ def test_a_save_with_other_tensors_is_refused(copy, change):
     rewrite(path, change(load_file(path)))
     expected = f"error: {path} does not hold the tensors of this adapter"
     assert refusal("--resume", copy) == expected
+
+
+def test_numbers_that_are_not_finite_are_not_saved_over_those_that_are(copy):
+    """The last step, after which no loss would show them."""
+    path = copy / resume.NAME
+    tensors = load_file(path)
+    tensors["optimizer.3.exp_avg"][0, 0] = float("nan")
+    rewrite(path, tensors)
+    before = content(copy)
+    steps = read_json(copy / "args.json")["steps"] + 1
+    error = refusal("--resume", copy, "--steps", str(steps))
+    assert "holds numbers that are not finite, and is not saved" in error
+    for name in ("adapter_model.safetensors", resume.NAME):
+        assert content(copy)[name] == before[name]
 
 
 def test_a_random_state_that_is_none_is_refused(copy):
