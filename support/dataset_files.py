@@ -83,24 +83,24 @@ def check_parts(split: str, paths: list[Path]) -> None:
 
     Otherwise they are two formats of the same rows, two datasets, or of two exports.
     """
-    kinds = set()
-    numbers = []
-    for path in paths:
-        stem, _ = stem_and_suffix(path)
-        part = PART.search(stem)
-        number, count = part.groups() if part else (-1, None)
-        numbers.append(int(number))
-        # Where the name does not say how many parts there are, those here are all.
-        kinds.add((path.parent, path.suffix, int(count or len(paths))))
-    is_one_kind = kinds == {(paths[0].parent, paths[0].suffix, len(paths))}
-    from_0 = list(range(len(paths)))
-    from_1 = list(range(1, len(paths) + 1))
-    if not is_one_kind or (len(paths) > 1 and sorted(numbers) not in (from_0, from_1)):
+    numbers, counts = zip(*map(part_of, paths))
+    kinds = {(path.parent, path.suffix) for path in paths}
+    whole_runs = [list(range(first, first + len(paths))) for first in (0, 1)]
+    is_one_file = counts == (0,)  # whatever number is in its name
+    are_parts = set(counts) <= {0, len(paths)} and sorted(numbers) in whole_runs
+    if len(kinds) > 1 or not (is_one_file or are_parts):
         names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
         raise ValueError(
             f"{names}: not one file, and not all parts of one, for the split {split}; "
             "remove what is not meant, or pass the folder that is"
         )
+
+
+def part_of(path: Path) -> tuple[int, int]:
+    """Returns the number of a part, and of how many: -1 and 0 where its name does not say."""
+    stem, _ = stem_and_suffix(path)
+    part = PART.search(stem)
+    return (int(part[1]), int(part[2] or 0)) if part else (-1, 0)
 
 
 def stem_and_suffix(path: Path) -> tuple[str, str]:
@@ -163,11 +163,7 @@ def arrow_table(table) -> Table:
     """Returns a pyarrow.Table as ours. `datasets` writes names of labels into its metadata."""
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features") or {}
-    names = {
-        name: feature["names"]
-        for name, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
+    names = {name: feature["names"] for name, feature in features.items() if "names" in feature}
     return Table(dict(zip(table.column_names, table.columns)), names)
 
 
