@@ -16,7 +16,7 @@ torch takes seconds to import, so the functions that use it import it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -229,11 +229,21 @@ def load(run: Path) -> Saved:
     # Fields that another version has added or dropped are a TypeError of the dataclass.
     try:
         state = State(**(raw | {"progress": Progress(**raw["progress"])}))
+        check_types(state)
+        check_types(state.progress)
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"{place} was not written by this version of train.py ({error})"
         ) from None
     return Saved(state, tensors, path)
+
+
+def check_types(record: State | Progress) -> None:
+    """Raises TypeError where a field holds a value of another type than it says."""
+    for part in fields(record):
+        kind = type(getattr(record, part.name)).__name__
+        if kind != part.type and (kind, part.type) != ("int", "float"):
+            raise TypeError(f"{part.name} is {kind}, not {part.type}")
 
 
 def load_if_begun(run: Path | None) -> Saved | None:

@@ -558,9 +558,21 @@ def test_a_random_state_that_is_none_is_refused(copy):
     assert f"{path} holds no state of a random generator" in refusal("--resume", copy)
 
 
-def test_the_state_of_another_version_is_refused(copy):
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"a_field_of_the_future": 1},
+        {"arguments": []},
+        {"fingerprint": None},
+        {"progress": {"step": "2"}},
+        {"progress": {"loss": None}},
+        {"progress": []},
+    ],
+    ids=str,
+)
+def test_the_state_of_another_version_is_refused(copy, change):
     path = copy / resume.NAME
-    rewrite(path, load_file(path), a_field_of_the_future=1)
+    rewrite(path, load_file(path), **change)
     assert "was not written by this version of train.py" in refusal("--resume", copy)
 
 
