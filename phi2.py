@@ -870,10 +870,10 @@ def load_weights(
     for path in tqdm(paths, "loading", unit="layer", leave=False, delay=2, disable=None):
         layer = model.get_submodule(path)
         tensors = read_layer(files, path, device, dtype)
-        if "weight.absmax" in tensors and not hasattr(layer, "absmax"):
-            raise ValueError(f"{directory} holds {path} in NF4; it needs --quant nf4")
         if hasattr(layer, "absmax"):
             layer.dtype = dtype  # codes do not say it
+        elif "weight.absmax" in tensors:
+            raise ValueError(f"{directory} holds {path} in NF4; it needs --quant nf4")
         try:
             layer.load_state_dict(tensors, assign=True)
         # Of another shape than config.json's, or NF4 of another form.

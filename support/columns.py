@@ -15,20 +15,32 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
     """Returns which of the columns `names` are premise, hypothesis and label."""
     if len(set(given)) < len(given):
         raise ValueError(f"--columns names one column twice: {' '.join(given)}")
-    by_lower = {name.strip().lower(): name for name in names}
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         wanted = given[number : number + 1] or aliases
-        exact = [name for name in wanted if name in names]
-        found = exact or [by_lower[name.lower()] for name in wanted if name.lower() in by_lower]
-        if not found:
+        if given and given[number] in names:
+            found = given[number]
+        else:
+            found = find_column(names, wanted, place)
+        if found is None:
             raise ValueError(
                 f"{place}: no column {' or '.join(wanted)}; there are {', '.join(names)[:300]} "
                 "(a table's first line names them); --columns PREMISE HYPOTHESIS LABEL says "
                 "which are meant"
             )
-        columns[column] = found[0]
+        columns[column] = found
     return columns
+
+
+def find_column(names: list[str], aliases: tuple[str, ...], place: str) -> str | None:
+    """Returns the first column that is called by one of these words, in any case."""
+    lower = [name.strip().lower() for name in names]
+    for alias in (text.strip().lower() for text in aliases):
+        if lower.count(alias) > 1:
+            raise ValueError(f"{place}: two columns are called {alias}")
+        if alias in lower:
+            return names[lower.index(alias)]
+    return None
 
 
 def check_texts(values: dict[str, list], place: str) -> None:
@@ -36,7 +48,12 @@ def check_texts(values: dict[str, list], place: str) -> None:
     for column in ("premise", "hypothesis"):
         for row, text in enumerate(values[column]):
             if not isinstance(text, str):
-                problem = "is missing" if text is None else f"is {str(text)[:60]}, not text"
+                problem = "is missing"
+                if text is not None:
+                    problem = (
+                        f"is {str(text)[:60]}, not text; a json file has an object for each row, "
+                        "as of pandas' to_json(path, orient='records')"
+                    )
                 raise ValueError(f"{place}, row {row}: the {column} {problem}")
 
 

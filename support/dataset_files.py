@@ -28,6 +28,8 @@ PART = re.compile(r"(?:^|[-_.])(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*
 QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+')
 
+SPACE = re.compile(r"\s*")
+
 
 # -----------------------------------------------------------------------------
 # Which files hold which split
@@ -201,7 +203,7 @@ def read_json(content: bytes) -> Table:
     end = 0
     while end < len(text):
         # Over the whole text, so that an error says its line.
-        value, end = decoder.raw_decode(text, re.compile(r"\s*").match(text, end).end())
+        value, end = decoder.raw_decode(text, SPACE.match(text, end).end())
         rows += value if isinstance(value, list) else [value]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON object for each row")
@@ -281,9 +283,9 @@ def as_table(lines: list[list[str]]) -> Table:
     header, *rows = lines
     while not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
-    names = [name for name in header if name]
-    if len(set(names)) < len(names):
-        raise ValueError(f"its header names a column twice: {', '.join(names)}")
+    for name in filter(None, header):
+        if header.count(name) > 1:
+            raise ValueError(f"its header has {name} twice")
     for number, row in enumerate(rows):
         if any(row[len(header) :]):
             raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")

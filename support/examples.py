@@ -203,7 +203,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
         rows, columns = join_parts(parts, reading)
     except UnicodeError as error:  # within a parquet file, or half of a pair of surrogates
         raise ValueError(f"{dataset}, {split}: a text is not Unicode: {error}") from None
-    words = {as_word(label.strip("'")) for label in rows["written"]}
+    words = [as_word(label.strip("'")) for label in rows.unique("written")]
     if not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))
     return rows, columns
@@ -222,7 +222,8 @@ def join_parts(
         values = {column: part.values(name) for column, name in (kept | columns).items()}
         check_texts(values, place)
         values["written"] = [repr(label) for label in values["label"]]
-        values["label"] = label_numbers(values["label"], reading.labels, place)
+        names = part.label_names.get(columns["label"], [])
+        values["label"] = label_numbers(values["label"], names, reading.labels, place)
         for column, some in values.items():
             rows.setdefault(column, []).extend(some)
     for name in KEPT:

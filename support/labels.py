@@ -29,16 +29,22 @@ def as_word(label) -> str:
     return "" if label is None else str(label).strip().lower().removesuffix(".0")
 
 
-def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]:
+def label_numbers(
+    labels: list, names: list[str], given: tuple[str, ...], place: str
+) -> list[int]:
     """Returns labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
 
-    `given` is what --labels says. An error begins with `place`.
+    `names` is what the file calls its labels, if it says so; `given` is what --labels says.
+    An error begins with `place`.
     """
     words = [as_word(label) for label in labels]
     said = said_labels(given)
     meanings = NUMBERS
     if said:  # then a number that is not among them has no meaning
         meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
+    # All names, because the one that is no answer here may be in another split.
+    if not {as_word(name) for name in names} <= meanings.keys():
+        raise ValueError(f"{place}: its labels are {', '.join(names)}, not {MEANT}")
     for word in set(words) - meanings.keys():
         row = words.index(word)
         raise ValueError(f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {MEANT}")
@@ -48,14 +54,15 @@ def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]
 
 def check_meanings(words: list[str], said: dict[str, int], place: str) -> None:
     """Raises ValueError where --labels has no effect, or would be needed."""
-    found = ", ".join(sorted(set(words)))
-    if said and not said.keys() & set(words):
-        raise ValueError(f"{place}: its labels are {found}, none of those that --labels says")
-    numbers = {word for word in set(words) if word.isdigit()}
+    found = set(words)
+    listed = ", ".join(sorted(found))
+    if said and not said.keys() & found:
+        raise ValueError(f"{place}: its labels are {listed}, none of those that --labels says")
+    numbers = {word for word in found if word.isdigit()}
     # -1 is one of three answers in some files, and of many rows none lacks an answer by chance.
-    if not said and numbers == {"0", "1"} and ("-1" in words or len(words) > FEW):
+    if not said and numbers == {"0", "1"} and ("-1" in found or len(words) > FEW):
         raise ValueError(
-            f"{place}: its labels are {found}, of which not all may mean what they do here; "
+            f"{place}: its labels are {listed}, of which not all may mean what they do here; "
             "--labels says it, as in --labels entailment neutral contradiction or "
             "--labels -1=contradiction 0=neutral 1=entailment"
         )

@@ -759,6 +759,12 @@ def test_rotary_positions_that_are_said_to_be_the_default_ones_load(tiny, copy):
     assert phi2.read_config(copy) == phi2.read_config(tiny)
 
 
+def test_rope_parameters_do_not_undo_rope_scaling(copy):
+    both = {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": {"rope_type": "default"}}
+    (copy / "config.json").write_text(json.dumps(read_json(copy / "config.json") | both))
+    fails(copy, "rope_scaling of type 'linear' is not supported")
+
+
 def test_a_config_that_is_not_json(copy):
     (copy / "config.json").write_text("{")
     fails(copy, "config.json is not JSON")
