@@ -33,7 +33,7 @@ import data
 import lora
 import phi2
 import quant
-from support import examples, files, machine, metrics, ranks, typed_pairs
+from support import checkpoints, examples, files, machine, metrics, ranks, typed_pairs
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -298,7 +298,7 @@ def main() -> None:
 
 def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
-    directory = phi2.locate(args.model)
+    directory = checkpoints.find(args.model)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     device = ranks.start(args.device)
     model = load_model(

@@ -21,8 +21,7 @@ import functools
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterator, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,12 +29,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
@@ -837,8 +830,13 @@ FIXED = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
 }
-# What transformers' PhiConfig takes where config.json is silent. phi-2's says both.
-ABSENT = {"partial_rotary_factor": 0.5, "resid_pdrop": 0.0}
+# What transformers' PhiConfig takes where config.json is silent.
+ABSENT = {
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "layer_norm_eps": 1e-5,
+    "resid_pdrop": 0.0,
+}
 
 
 def build(name: str | Path) -> Phi2:
@@ -857,86 +855,90 @@ def load_weights(
     """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
     The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
-    its weight: at the peak the memory holds the model and one layer's tensors. A weight that
-    the checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
-    misshapen or damaged tensors; the model is then unusable.
+    its weight: at the peak the memory holds the model and one layer's tensors. Raises
+    ValueError for missing, unknown, misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     files = find_tensors(directory)
     with torch.device("meta"):
         expected = Phi2(model.config).state_dict().keys()
-    check_keys(directory, files.keys(), expected, model.config)
+    check_keys(directory, files.keys(), expected)
     paths = dict.fromkeys(key.rpartition(".")[0] for key in expected)
     for path in tqdm(paths, "loading", unit="layer", leave=False, delay=2, disable=None):
         layer = model.get_submodule(path)
-        tensors = read_layer(files, path, device, dtype)
-        if hasattr(layer, "absmax"):
-            layer.dtype = dtype  # codes do not say it
-        elif "weight.absmax" in tensors:
-            raise ValueError(f"{directory} holds {path} in NF4; it needs --quant nf4")
         try:
+            tensors = read_layer(files, path, device, dtype)
+            if "absmax" in tensors:
+                if getattr(layer, "double_quant", True):
+                    raise ValueError("it is in NF4: --quant nf4 without --double-quant reads it")
+                layer.dtype = dtype  # codes do not say it
             layer.load_state_dict(tensors, assign=True)
-        # Of another shape than config.json's, or NF4 of another form.
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        # Of another shape than config.json's, for example, or damaged.
+        except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            raise ValueError(
-                f"{directory}: {path} is damaged, or not what config.json asks for: {reason}"
-            ) from None
+            raise ValueError(f"{directory}: {path} cannot be loaded: {reason}") from None
     return model
 
 
-def check_keys(directory: Path, found: Set[str], expected: Set[str], config: Phi2Config) -> None:
+def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
     """Raises ValueError where a tensor is missing, or has no place in the model."""
-    for key in found:
-        # A weight in bitsandbytes' NF4 has more tensors beside it, such as weight.absmax.
-        path, found_part, _ = key.partition(".weight.")
-        is_part = found_part and f"{path}.weight" in expected
-        # Some fine-tuned uploads store the rotary tables, which are computed here.
-        if key in expected or is_part or key.endswith("inv_freq"):
-            continue
-        if ".query_key_value." in key or ".Wqkv." in key:
-            raise ValueError(
-                f"{directory}: {key} is of a layout of 2023; download today's from the Hub"
-            )
-        raise ValueError(
-            f"{directory}: a phi of {config.num_hidden_layers} layers has no tensor {key}"
-        )
     missing = expected - found
     if missing:
         raise ValueError(
             f"{directory} lacks {len(missing)} of {len(expected)} tensors, "
             f"among them {min(missing)}"
         )
+    for key in found:
+        # A weight in NF4 has more tensors beside it, such as q_proj.weight.absmax. Some
+        # uploads store the rotary tables, which are computed here.
+        weight = key.partition(".weight.")[0] + ".weight"
+        if key not in expected and weight not in expected and not key.endswith("inv_freq"):
+            raise ValueError(f"{directory}: its config.json leaves no place for {key}")
 
 
 def read_layer(
     files: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a layer by their names in it: weight, bias, and those of NF4."""
-    tensors = {}
-    is_nf4 = f"{path}.weight.absmax" in files
+    """Returns the tensors of a layer by their names in it: weight and bias.
+
+    A weight that the checkpoint holds in NF4 stays so: then they are weight, absmax and bias.
+    """
+    parts = {}
     for key, file in files.items():
-        if not key.startswith(f"{path}."):
-            continue
-        name = key.removeprefix(f"{path}.")
-        tensor = read(file, key).to(device)
-        # NF4's codes are bytes, whatever their dtype, and what is beside them keeps its own.
-        is_code = is_nf4 and name == "weight"
-        if not is_nf4 or name == "bias":
-            if not tensor.is_floating_point():
-                raise ValueError(f"{file}: {key} holds {tensor.dtype}, not numbers")
-            tensor = tensor.to(dtype)  # only now, so that a GPU converts
-        if not is_code and not is_finite(tensor):
-            raise ValueError(f"{file}: {key} holds numbers that are not finite in {tensor.dtype}")
-        tensors[name] = tensor
+        if key.startswith(f"{path}."):
+            parts[key.removeprefix(f"{path}.")] = read(file, key).to(device)
+    tensors = {}
+    if "weight.absmax" in parts:
+        tensors = read_nf4(parts)
+        parts = {"bias": parts["bias"]}
+    for name, tensor in parts.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} holds {tensor.dtype}, not numbers")
+        tensors[name] = tensor.to(dtype)  # only now, so that a GPU converts
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            raise ValueError(f"{name} holds numbers that are not finite in {tensor.dtype}")
     return tensors
+
+
+def read_nf4(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a weight that bitsandbytes has quantised, as the buffers of quant.NF4Linear."""
+    record = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    if record["blocksize"] != 64:
+        raise ValueError(f"its NF4 has blocks of {record['blocksize']} weights, not of 64")
+    absmax = parts["weight.absmax"]
+    if "nested_offset" in record:  # double quantisation: absmax is in 8 bits
+        levels = parts["weight.nested_quant_map"][absmax.long()]
+        scales = parts["weight.nested_absmax"].repeat_interleave(record["nested_blocksize"])
+        absmax = levels * scales[: len(levels)] + record["nested_offset"]
+    # Some uploads store the codes under another dtype, with the same bits.
+    codes = parts["weight"].view(torch.uint8).reshape(-1, 1)
+    return {"weight": codes, "absmax": absmax.float()}
 
 
 def is_finite(tensor: Tensor) -> bool:
     # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
     # tensor.isfinite() this makes no tensor of the same size.
-    if not tensor.numel():
-        return True
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
 
@@ -945,149 +947,15 @@ def find_tensors(directory: Path) -> dict[str, Path]:
     """Returns the file of each tensor of a checkpoint, by its key."""
     files = {}
     for path in weight_files(directory):
-        with open_tensors(path) as file:
+        with safe_open(path, framework="pt") as file:
             files |= dict.fromkeys(file.keys(), path)
     return files
 
 
 def read(path: Path, key: str) -> Tensor:
     # Opened for each tensor, so that what was read leaves the memory.
-    with open_tensors(path) as file:
+    with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)
-
-
-@contextmanager
-def open_tensors(path: Path) -> Iterator[safe_open]:
-    """Opens a safetensors file. Raises ValueError where it is damaged."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is damaged or cut short ({error}): download it again, "
-            "in a git clone with `git lfs pull`"
-        ) from None
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """Returns the safetensors files of a model directory.
-
-    As in transformers, model.safetensors comes before an index, which may be that of an
-    earlier save.
-    """
-    single = directory / "model.safetensors"
-    index = directory / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if not index.is_file():
-        raise ValueError(
-            f"{directory} holds no {single.name} and no {index.name}; other formats are not "
-            "read: transformers' save_pretrained writes safetensors"
-        )
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map")
-    names = weight_map.values()
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index}: {name!r} in its weight_map is no plain file name")
-        if not (directory / name).is_file():
-            raise ValueError(f"{index} lists {name}, which is not there: download it again")
-    return [directory / name for name in sorted(set(names))]
-
-
-def locate(name: str | Path, patterns: list[str] = FILES) -> Path:
-    """Returns the directory of a model: `name` itself, or its download from the Hub.
-
-    Files that are in the Hub's local cache are not downloaded again. Raises ValueError when
-    there is neither a directory nor a model on the Hub.
-    """
-    directory = Path(name)
-    if directory.is_dir():
-        if not (directory / "config.json").is_file():
-            raise ValueError(f"{directory} is not a model directory: it has no config.json")
-        return directory
-    name = str(name)
-    # Not asked of the Hub: a path that does not exist is no model's name.
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"no model directory {name!r}, and it is not a Hub id (owner/name): "
-            "--model says where it is"
-        )
-
-    cure = (
-        "without a network, pass a directory instead: --model tiny/model, or one that holds "
-        + ", ".join(FILES[:3])
-    )
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (RepositoryNotFoundError, HFValidationError):
-        raise ValueError(
-            f"no model {name!r}: neither a directory nor a public repository on the Hub; {cure}"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"cannot reach the Hub for {name!r}, which is no directory here "
-            f"({type(error).__name__}); {cure}"
-        ) from None
-
-
-def read_config(directory: Path) -> Phi2Config:
-    """Reads config.json of a model directory.
-
-    Raises ValueError for an architecture that is not a phi, for an option that is not
-    implemented, and for impossible sizes.
-    """
-    path = Path(directory) / "config.json"
-    raw = read_json(path)
-    if raw.get("model_type") != "phi":
-        raise ValueError(
-            f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' "
-            "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
-        )
-    check_quantization(raw.get("quantization_config"), path)
-    raw = with_rotary_values(raw, path)
-    # Grouped-query attention has fewer heads for keys and values than for queries.
-    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
-    for key, value in accepted.items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-
-    values = {}
-    for field in fields(Phi2Config):
-        value = raw.get(field.name)
-        if value is None:
-            value = ABSENT.get(field.name)
-        if value is not None:
-            values[field.name] = number(value, type(field.default), f"{path}: {field.name}")
-        elif type(field.default) is int:
-            raise ValueError(f"{path} lacks {field.name}")
-    config = Phi2Config(**values)
-    check_sizes(config, path)
-    return config
-
-
-def with_rotary_values(raw: dict, path: Path) -> dict:
-    """Returns config.json with the values that it may hold in a dictionary of their own."""
-    for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
-        values = raw.get(key)
-        if isinstance(values, dict):
-            kind = values.get("rope_type", values.get("type", "default"))
-            if kind != "default":
-                raise ValueError(f"{path}: {key} of type {kind!r} is not supported")
-            raw = raw | {key: None} | values
-    return raw
-
-
-def check_quantization(quantization: object, path: Path) -> None:
-    """Raises ValueError where the checkpoint is quantised, but not in bitsandbytes' NF4."""
-    known = quantization if isinstance(quantization, dict) else {}
-    is_nf4 = known.get("load_in_4bit") and known.get("bnb_4bit_quant_type") == "nf4"
-    if quantization is not None and not is_nf4:
-        raise ValueError(
-            f"{path}: weights quantised as {quantization} are not supported, only "
-            "bitsandbytes' NF4; take the model that they were made from"
-        )
 
 
 def not_quantized(directory: Path) -> tuple[str, ...]:
@@ -1103,41 +971,57 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
     return tuple(key.removesuffix(".weight") for key in weights)
 
 
-def number(value: object, kind: type, place: str) -> int | float:
-    """Returns `value` if it is a number of this kind that a model can have."""
-    if kind is int and type(value) is int and 0 < value < 2**31:
-        return value
-    if kind is float and type(value) in (int, float) and 0 <= value < 1e30:
-        return float(value)
-    raise ValueError(f"{place} = {value!r} cannot be a number of a model")
+def weight_files(directory: Path) -> list[Path]:
+    """Returns the safetensors files of a model directory.
+
+    As in transformers, model.safetensors comes before an index, which may be that of an
+    earlier save.
+    """
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    index = json.loads((directory / "model.safetensors.index.json").read_bytes())
+    return [directory / name for name in sorted(set(index["weight_map"].values()))]
 
 
-def check_sizes(config: Phi2Config, path: Path) -> None:
-    if config.hidden_size % config.num_attention_heads:
+def locate(name: str | Path) -> Path:
+    """Returns the directory of a model: `name` itself, or its download from the Hub."""
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(str(name), allow_patterns=FILES))
+
+
+def read_config(directory: Path) -> Phi2Config:
+    """Reads config.json of a model directory.
+
+    Raises ValueError for an architecture that is not a phi, and for an option that is not
+    implemented.
+    """
+    path = Path(directory) / "config.json"
+    raw = json.loads(path.read_bytes())
+    if raw.get("model_type") != "phi":
         raise ValueError(
-            f"{path}: hidden_size {config.hidden_size} is not a multiple of "
-            f"num_attention_heads {config.num_attention_heads}"
+            f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' "
+            "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
-    head_dim = config.hidden_size // config.num_attention_heads
-    rotary_dim = int(head_dim * config.partial_rotary_factor)
-    if rotary_dim % 2 or rotary_dim > head_dim:
-        raise ValueError(
-            f"{path}: {rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
-            "it must be an even number of them"
-        )
-    if config.rope_theta < 1:
-        raise ValueError(f"{path}: rope_theta must be at least 1, not {config.rope_theta}")
-    if config.resid_pdrop >= 1:
-        raise ValueError(f"{path}: resid_pdrop must be below 1, not {config.resid_pdrop}")
+    raw = with_rotary_values(raw, path)
+    # Grouped-query attention has fewer heads for keys and values than for queries.
+    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
+    for key, value in accepted.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
+
+    values = ABSENT | {key: value for key, value in raw.items() if value is not None}
+    return Phi2Config(**{field.name: values[field.name] for field in fields(Phi2Config)})
 
 
-def read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return content
+def with_rotary_values(raw: dict, path: Path) -> dict:
+    """Returns config.json with the values that it may hold in a dictionary of their own."""
+    for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
+        values = raw.get(key)
+        if isinstance(values, dict):
+            kind = values.get("rope_type", values.get("type", "default"))
+            if kind != "default":
+                raise ValueError(f"{path}: {key} of type {kind!r} is not supported")
+            raw = raw | {key: None} | values
+    return raw

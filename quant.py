@@ -21,7 +21,6 @@ eval mode; 8-bit weights; fp4.
 """
 
 import functools
-import json
 import logging
 from collections.abc import Callable
 
@@ -36,7 +35,6 @@ LEVELS = torch.tensor(
 )
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
-QUANT_STATE = "quant_state.bitsandbytes__nf4"  # a part of a quantised weight: JSON, as bytes
 PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
 
 
@@ -113,9 +111,6 @@ class NF4Linear(nn.Module):
     computes in the dtype of the weight that was loaded, and its inputs must have it too. It
     is no part of the state_dict: it is `torch.get_default_dtype()` where buffers are loaded
     instead.
-
-    A weight that bitsandbytes has quantised is taken as it is: `load_state_dict` then finds
-    its codes as `weight`, and weight.absmax, weight.quant_state.bitsandbytes__nf4 and more.
     """
 
     def __init__(
@@ -124,6 +119,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
+        self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
         # The dequantised weight, once keep_dequantized has put it here. It is no buffer: the
         # state_dict is to hold the weight once.
@@ -131,23 +127,15 @@ class NF4Linear(nn.Module):
 
         numel = in_features * out_features
         self.register_buffer("weight", torch.empty((numel + 1) // 2, 1, dtype=torch.uint8))
-        self.make_absmax(double_quant)
+        blocks = -(-numel // BLOCK)  # rounded up
+        absmax_dtype = torch.uint8 if double_quant else torch.float32
+        self.register_buffer("absmax", torch.empty(blocks, dtype=absmax_dtype))
+        if double_quant:
+            self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK)))
+            self.register_buffer("offset", torch.empty(()))
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
-
-    def make_absmax(self, double_quant: bool) -> None:
-        """Makes the empty buffers that hold absmax."""
-        self.double_quant = double_quant
-        blocks = -(-self.in_features * self.out_features // BLOCK)  # rounded up
-        nested_blocks = -(-blocks // NESTED_BLOCK)
-        dtype = torch.uint8 if double_quant else torch.float32
-        # A buffer of None is none: it is not in the state_dict either.
-        nested_absmax = torch.empty(nested_blocks) if double_quant else None
-        offset = torch.empty(()) if double_quant else None
-        self.register_buffer("absmax", torch.empty(blocks, dtype=dtype))
-        self.register_buffer("nested_absmax", nested_absmax)
-        self.register_buffer("offset", offset)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is not None:
@@ -172,9 +160,7 @@ class NF4Linear(nn.Module):
         weight = state_dict.get(prefix + "weight")
         if weight is not None:
             self.kept = None  # it belongs to the weight before
-        if f"{prefix}weight.{QUANT_STATE}" in state_dict:
-            self.rename_parts(state_dict, prefix)
-        elif weight is not None and weight.is_floating_point():
+        if weight is not None and weight.is_floating_point():
             shape = (self.out_features, self.in_features)
             if weight.shape != shape:
                 raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
@@ -183,32 +169,6 @@ class NF4Linear(nn.Module):
             for name, tensor in self.quantize(weight).items():
                 state_dict[prefix + name] = tensor
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def rename_parts(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Gives the parts of a weight that bitsandbytes has quantised our buffers' names."""
-        names = [name for name in state_dict if name.startswith(f"{prefix}weight.")]
-        parts = {name.removeprefix(f"{prefix}weight."): state_dict.pop(name) for name in names}
-        record = json.loads(bytes(parts[QUANT_STATE].tolist()))
-        blocks_and_shape = (record["blocksize"], record.get("nested_blocksize"), record["shape"])
-        is_nested = "nested_absmax" in parts
-        nested_block = NESTED_BLOCK if is_nested else None
-        has_our_levels = torch.equal(parts["quant_map"].cpu(), LEVELS)
-        if is_nested:
-            table = parts["nested_quant_map"]
-            has_our_levels &= torch.equal(table, nested_code(table.device))
-        shape = [self.out_features, self.in_features]
-        if not has_our_levels or blocks_and_shape != (BLOCK, nested_block, shape):
-            raise ValueError(f"{prefix}weight is in NF4 of another form: {record}")
-
-        self.make_absmax(double_quant=is_nested)
-        # Some uploads store the codes under another dtype than uint8, with the same bits.
-        codes = state_dict[prefix + "weight"].view(torch.uint8)
-        state_dict[prefix + "weight"] = codes.reshape(-1, 1)
-        state_dict[prefix + "absmax"] = parts["absmax"]
-        if is_nested:
-            state_dict[prefix + "nested_absmax"] = parts["nested_absmax"]
-            offset = torch.tensor(record["nested_offset"], device=codes.device)
-            state_dict[prefix + "offset"] = offset
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the buffers that hold this weight, as `quantize` above computes them."""

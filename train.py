@@ -32,7 +32,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import examples, files, metrics, ranks, resume
+from support import checkpoints, examples, files, metrics, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -213,7 +213,7 @@ def main() -> None:
     device = ranks.start(args.device)
 
     # ---- Data -------------------------------------------------------------------------------
-    directory = phi2.locate(args.model)
+    directory = checkpoints.find(args.model)
     base_config = phi2.read_config(directory)
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     reading = examples.Reading.of(args)

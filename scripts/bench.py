@@ -48,7 +48,7 @@ import lora
 import phi2
 import quant
 import train
-from support import cli, examples, files, flags, machine
+from support import checkpoints, cli, examples, files, flags, machine
 
 ROOT = Path(__file__).resolve().parent.parent
 ARMS = ("ours", "reference", "notebooks")
@@ -588,7 +588,7 @@ def ratio(rates: dict[str, list[float]], arm: str) -> float:
 
 def count(args: argparse.Namespace, folder: Path) -> dict:
     """Returns {arm: {task: costs}} of phi-2 at full size, as scripts/count.py models a GPU."""
-    tokenizer_folder = args.tokenizer or phi2.locate(args.model)
+    tokenizer_folder = args.tokenizer or checkpoints.find(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)
     validation, *_ = examples.validation_splits(args.dataset)
@@ -770,7 +770,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
         write_random_adapter(args.model, args.adapter)
         # Random weights never end an answer: two tokens stand for one that does.
         new_tokens = 2
-    args.model = str(phi2.locate(args.model).resolve())
+    args.model = str(checkpoints.find(args.model).resolve())
     tokenizer_folder = args.tokenizer or Path(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)

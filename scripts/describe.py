@@ -14,7 +14,7 @@ from pathlib import Path
 
 import data
 import phi2
-from support import cli, examples, flags, pictures
+from support import checkpoints, cli, examples, flags, pictures
 from support.labels import HIDDEN, LABELS
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     import numpy
 
     args = parse_arguments()
-    directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])
+    directory = checkpoints.find(args.model, checkpoints.DESCRIPTION)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     lengths = {}

@@ -27,7 +27,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import cli, examples, files, flags, ranks
+from support import checkpoints, cli, examples, files, flags, ranks
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -207,7 +207,7 @@ def accuracies(
 
 def main() -> None:
     args = parse_arguments()
-    directory = phi2.locate(args.model, [*phi2.FILES, *COPIED])
+    directory = checkpoints.find(args.model, (*checkpoints.MODEL, *COPIED))
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     splits = {}
     if args.measure:

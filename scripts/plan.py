@@ -33,7 +33,7 @@ import lora
 import phi2
 import quant
 import train
-from support import cli, examples
+from support import checkpoints, cli, examples
 from support.live_bytes import LiveBytes
 
 CANDIDATES = 1000  # rows with the most characters; those with the most tokens are among them
@@ -171,7 +171,7 @@ def memory(
 def main() -> None:
     parser = cli.train_parser("the memory of a training step with these flags of train.py")
     args = cli.train_arguments(parser=parser)
-    directory = phi2.locate(args.model, ["config.json", "tokenizer.json"])  # no weights
+    directory = checkpoints.find(args.model, checkpoints.DESCRIPTION)  # no weights
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)

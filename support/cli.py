@@ -507,6 +507,8 @@ def run(main: Callable[[], None]) -> None:
 
 def is_users(error: Exception) -> bool:
     """Returns whether a user can put an error right. Any other one is a bug."""
+    if type(error).__name__ == "SafetensorError":  # by its name, to import nothing here
+        return True
     return isinstance(error, (ValueError, OSError, OverflowError)) or is_out_of_memory(error)
 
 

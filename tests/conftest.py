@@ -30,7 +30,7 @@ from zygote import script, start_script  # noqa: E402, F401  (the tests import t
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import cli  # noqa: E402
+from support import checkpoints, cli  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
@@ -92,6 +92,7 @@ def ours(
     directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False
 ) -> phi2.Phi2:
     """Our model on the CPU, in eval mode."""
+    checkpoints.find(str(directory))
     model = phi2.build(str(directory))
     if quantization == "nf4":
         quant.quantize_linears(model, double_quant=double_quant)

@@ -1,5 +1,6 @@
 """microsoft/phi-2 and nyu-mll/glue through the Hub's client libraries, from a Hub on loopback."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -132,6 +133,20 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         env = environment(address, tmp_path / "home")
         done = script(*RUN, flag, "nobody/nothing", "--out", tmp_path / "run", env=env)
     assert_one_line(done, error)
+
+
+def test_weights_of_a_kind_that_is_not_read_are_not_downloaded(repositories, tmp_path):
+    model = shutil.copytree(repositories["models/microsoft/phi-2"], tmp_path / "model")
+    config = read_json(model / "config.json")
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (model / "config.json").write_text(json.dumps(config))
+    with serving({"models/somebody/phi-2-GPTQ": model}) as (address, requests):
+        env = environment(address, tmp_path / "home")
+        done = script(*RUN, "--model", "somebody/phi-2-GPTQ", env=env)
+    assert done.returncode == 1
+    assert "config.json: weights quantised as" in done.stderr.splitlines()[-1]
+    assert any("config.json" in request for request in requests)
+    assert not any("safetensors" in request for request in requests)
 
 
 def test_a_cache_that_cannot_be_written_is_named(repositories, tmp_path):

@@ -739,12 +739,12 @@ def test_a_truncated_file(copy, kept):
         ("partial_rotary_factor", 0.35, "11 of a head's 32 dimensions cannot be rotated"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling of type 'linear' is"),
         ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters of type 'yarn' is"),
-        ("hidden_size", "192", "hidden_size = '192' cannot be"),
-        ("resid_pdrop", 1, "resid_pdrop must be below 1"),
+        ("hidden_size", "192", "hidden_size = '192' is no number"),
+        ("resid_pdrop", 1, "resid_pdrop = 1 is no number from 0 to"),
         ("rope_theta", 0, "rope_theta"),  # every logit would be NaN
-        ("intermediate_size", 512, "fc1 is damaged, or not what config.json asks for: .*512"),
+        ("intermediate_size", 512, "fc1 cannot be loaded: .*512"),
         ("num_hidden_layers", 7, "lacks 14 of 103 tensors"),
-        ("num_hidden_layers", 5, "a phi of 5 layers has no tensor model.layers.5"),
+        ("num_hidden_layers", 5, "config.json leaves no place for model.layers.5"),
     ],
 )
 def test_a_config_that_does_not_fit(copy, key, value, message):

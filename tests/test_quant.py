@@ -16,6 +16,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
+from support import checkpoints
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
@@ -68,19 +69,18 @@ def test_a_checkpoint_that_is_in_nf4_already_is_taken_bit_for_bit(
     theirs = reference(tiny, dtype, "nf4", double_quant)
     theirs.save_pretrained(tmp_path, max_shard_size="1MB")  # a weight's parts in several files
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    # Whatever --double-quant says: the file decides.
-    mine = phi2.build(tmp_path)
-    quant.quantize_linears(mine, double_quant=not double_quant)
-    phi2.load_weights(mine, tmp_path, "cpu", dtype)
-    mine.eval()
+    mine = ours(tmp_path, dtype, "nf4")
     saved = tensors_of(tmp_path)
     layers = nf4_layers(mine)
     assert len(layers) == 6 * mine.config.num_hidden_layers
     for path, layer in layers.items():
         expected = theirs.get_submodule(path).weight
         assert torch.equal(layer.weight, saved[f"{path}.weight"])
-        assert torch.equal(layer.absmax, saved[f"{path}.weight.absmax"])
-        assert layer.double_quant == double_quant
+        absmax = saved[f"{path}.weight.absmax"]
+        if double_quant:  # ours is in fp32 then
+            state = expected.quant_state
+            absmax = functional().dequantize_blockwise(absmax, state.state2) + state.offset
+        assert torch.equal(layer.absmax, absmax)
         values = functional().dequantize_4bit(expected.data, expected.quant_state)
         assert layer.dequantize().dtype == dtype
         assert torch.equal(layer.dequantize(), values)
@@ -140,15 +140,16 @@ def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path, 
 
 def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
     reference(tiny, torch.float32, "nf4").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"in NF4; it needs --quant nf4"):
-        evaluation.load_model(tmp_path, "none", "fp32", "cpu")
+    for flags in (("none", False), ("nf4", True)):
+        with pytest.raises(ValueError, match="it is in NF4: --quant nf4 without --double-quant"):
+            ours(tmp_path, torch.float32, *flags)
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     key = "model.layers.0.self_attn.q_proj.weight." + "quant_state.bitsandbytes__nf4"
     record = json.loads(bytes(tensors[key].tolist())) | {"blocksize": 128}
     tensors[key] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="is in NF4 of another form: .*'blocksize': 128"):
+    with pytest.raises(ValueError, match="its NF4 has blocks of 128 weights, not of 64"):
         evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
 
 
@@ -174,8 +175,8 @@ def no_object(tensors, key):
         ("absmax", lose),
         ("absmax", halve),
         ("absmax", not_a_number),
-        ("quant_map", halve),
         ("nested_absmax", lose),
+        ("nested_absmax", halve),
         ("nested_quant_map", halve),
         ("quant_state.bitsandbytes__nf4", no_object),
         ("quant_state.bitsandbytes__nf4", halve),
@@ -209,7 +210,7 @@ def test_other_quantisations_are_refused_from_config_json(tiny, tmp_path, quanti
     config["quantization_config"] = quantization
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json: weights quantised as .* only bitsandbytes"):
-        phi2.read_config(tmp_path)
+        checkpoints.find(str(tmp_path), checkpoints.DESCRIPTION)
 
 
 def test_a_model_that_was_dequantised_is_quantised_whatever_its_config_says(tiny, tmp_path):
