@@ -15,7 +15,6 @@ import json
 import re
 import zlib
 from pathlib import Path
-from typing import NamedTuple
 
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
 # validation_matched.
@@ -61,8 +60,11 @@ def split_of(path: Path) -> str | None:
     if suffix not in READERS or path.is_dir():
         return None
     stem = PART.sub("", stem)
-    # train/0000.parquet, train/data-00000-of-00001.arrow, train/part-00000.parquet
-    return split_name(path.parent.name if stem in ("", "data", "part") else stem)
+    # The folder says it: train/0000.parquet, train/part-00000.parquet, and as save_to_disk
+    # writes them, train/data-00000-of-00001.arrow or, of one split, my-rows/data-...
+    if stem in ("", "data", "part"):
+        return split_name(path.parent.name) or ("train" if suffix == ".arrow" else None)
+    return split_name(stem)
 
 
 def split_name(name: str) -> str | None:
@@ -85,24 +87,17 @@ def check_parts(split: str, paths: list[Path]) -> None:
 
     Otherwise they are two formats of the same rows, two datasets, or of two exports.
     """
-    numbers, counts = zip(*map(part_of, paths))
+    parts = [PART.search(stem_and_suffix(path)[0]) for path in paths]
+    numbers = sorted(int(part[1]) for part in parts if part)
+    counts = {int(part[2]) for part in parts if part and part[2]}
     kinds = {(path.parent, path.suffix) for path in paths}
-    whole_runs = [list(range(first, first + len(paths))) for first in (0, 1)]
-    is_one_file = counts == (0,)  # whatever number is in its name
-    are_parts = set(counts) <= {0, len(paths)} and sorted(numbers) in whole_runs
-    if len(kinds) > 1 or not (is_one_file or are_parts):
-        names = " and ".join(dict.fromkeys([str(paths[0]), str(paths[-1])]))
+    is_one = len(paths) == 1 and not counts  # whatever number is in its name
+    is_whole = numbers in [list(range(first, first + len(paths))) for first in (0, 1)]
+    if not is_one and not (is_whole and counts <= {len(paths)} and len(kinds) == 1):
         raise ValueError(
-            f"{names}: not one file, and not all parts of one, for the split {split}; "
+            f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for the split {split}; "
             "remove what is not meant, or pass the folder that is"
         )
-
-
-def part_of(path: Path) -> tuple[int, int]:
-    """Returns the number of a part, and of how many: -1 and 0 where its name does not say."""
-    stem, _ = stem_and_suffix(path)
-    part = PART.search(stem)
-    return (int(part[1]), int(part[2] or 0)) if part else (-1, 0)
 
 
 def stem_and_suffix(path: Path) -> tuple[str, str]:
@@ -112,37 +107,10 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 
 
 # -----------------------------------------------------------------------------
-# Reading them
+# Reading them: each function returns the columns of a file, by name
 
 
-class Table(NamedTuple):
-    """The columns of a file, by name."""
-
-    columns: dict  # lists, or pyarrow's columns, which become lists only where they are needed
-    label_names: dict[str, list[str]]  # of the columns whose numbers have names in the file
-
-    def values(self, column: str) -> list:
-        """Returns a column. Numbers that have names become the names."""
-        values = self.columns[column]
-        if not isinstance(values, list):
-            values = values.to_pylist()
-        names = self.label_names.get(column, [])
-        places = range(len(names))
-        return [names[int(value)] if value in places else value for value in values]
-
-
-def read_files(paths: list[Path]) -> dict[str, Table]:
-    """Returns the parts of one split, by their paths. They must have the same columns."""
-    parts = {str(path): read_file(path) for path in paths}
-    first = parts[str(paths[0])].columns
-    for path, part in parts.items():
-        differing = sorted(part.columns.keys() ^ first.keys())
-        if differing:
-            raise ValueError(f"{path} and {paths[0]} differ in columns: {', '.join(differing)}")
-    return parts
-
-
-def read_file(path: Path) -> Table:
+def read_file(path: Path) -> dict[str, list]:
     """Reads a file by its suffix. Raises ValueError where it cannot, and where it has no rows."""
     _, suffix = stem_and_suffix(path)
     try:
@@ -151,51 +119,46 @@ def read_file(path: Path) -> Table:
             content = gzip.decompress(content)
         if content.startswith(b"version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-        table = READERS[suffix](content)
-        if not any(len(values) for values in table.columns.values()):
+        columns = READERS[suffix](content)
+        if not any(columns.values()):
             raise ValueError("it holds no rows")
     # pyarrow's errors are ValueErrors, those of gzip the last two.
     except (ValueError, OSError, RecursionError, EOFError, zlib.error) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}{cure}") from None
-    return table
+    return columns
 
 
-def arrow_table(table) -> Table:
-    """Returns a pyarrow.Table as ours. `datasets` writes names of labels into its metadata."""
+def arrow_columns(table) -> dict[str, list]:
+    """Returns the columns of a pyarrow.Table. Numbers that the file names become the names."""
+    columns = table.to_pydict()
+    # Here `datasets` keeps the names.
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features") or {}
-    names = {name: feature["names"] for name, feature in features.items() if "names" in feature}
-    return Table(dict(zip(table.column_names, table.columns)), names)
+    for column, feature in features.items():
+        if column in columns and "names" in feature:
+            names = dict(enumerate(feature["names"]))
+            columns[column] = [names.get(value, value) for value in columns[column]]
+    return columns
 
 
-def read_parquet(content: bytes) -> Table:
+def read_parquet(content: bytes) -> dict[str, list]:
     from pyarrow import parquet
 
-    return arrow_table(parquet.read_table(io.BytesIO(content)))
+    return arrow_columns(parquet.read_table(io.BytesIO(content)))
 
 
-def read_arrow(content: bytes) -> Table:
+def read_arrow(content: bytes) -> dict[str, list]:
     from pyarrow import ipc
 
     if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
-        return arrow_table(ipc.open_file(content).read_all())
+        return arrow_columns(ipc.open_file(content).read_all())
     if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
         raise ValueError("its end is missing")
-    return arrow_table(ipc.open_stream(content).read_all())
+    return arrow_columns(ipc.open_stream(content).read_all())
 
 
-def as_text(content: bytes) -> str:
-    """Decodes a file's text. Raises ValueError where it is empty or not in UTF-8."""
-    text = content.decode("utf-8-sig")  # without the mark that Excel puts first
-    if "\0" in text:
-        raise ValueError("it holds the byte 0; save it as UTF-8")
-    if not text.strip():
-        raise ValueError("it is empty")
-    return text
-
-
-def read_json(content: bytes) -> Table:
+def read_json(content: bytes) -> dict[str, list]:
     """Reads an array of objects, or one object after another, on a line each or on several."""
     text = as_text(content).strip()
     decoder = json.JSONDecoder()
@@ -208,24 +171,28 @@ def read_json(content: bytes) -> Table:
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON object for each row")
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    return Table({name: [row.get(name) for row in rows] for name in names}, {})
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
-def read_csv(content: bytes) -> Table:
-    text = as_text(content).lstrip("\r\n")
-    separator = max(",;\t", key=first_line(text).count)
+def as_text(content: bytes) -> str:
+    text = content.decode("utf-8-sig")  # without the mark that Excel puts first
+    if "\0" in text:
+        raise ValueError("it holds the byte 0; save it as UTF-8")
+    return text.strip("\r\n")
+
+
+def read_csv(content: bytes) -> dict[str, list]:
+    """Reads a table whose separator is what its header has most of: comma, semicolon or tab."""
+    text = as_text(content)
+    separator = max(",;\t", key=text.partition("\n")[0].count)
     return read_tsv(content) if separator == "\t" else read_quoted(text, separator)
 
 
-def first_line(text: str) -> str:
-    return re.split(r"[\r\n]", text, maxsplit=1)[0]
-
-
-def read_tsv(content: bytes) -> Table:
+def read_tsv(content: bytes) -> dict[str, list]:
     """Reads a table with tabs. A quote is a character like any other, as in GLUE's files."""
-    text = as_text(content).lstrip("\r\n")
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n") if line.strip()]
-    return read_quoted(text, "\t") if is_spreadsheets(text, lines) else as_table(lines)
+    text = as_text(content)
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    return read_quoted(text, "\t") if is_spreadsheets(text, lines) else as_columns(lines)
 
 
 def is_spreadsheets(text: str, lines: list[list[str]]) -> bool:
@@ -239,24 +206,17 @@ def is_spreadsheets(text: str, lines: list[list[str]]) -> bool:
     if '"' not in text or not ALL_QUOTED.fullmatch(text):
         return False
     fields = [field[1:-1] for field in QUOTED.findall(text)]
-    if any(map(re.compile(r"[\t\n]").search, fields)):
-        # Where each line has the header's fields, no tab or line end was within one of them.
-        return is_ragged(lines)
-    has_reason = any(map(re.compile(r'""|\r|^$').search, fields))
+    has_quotes = any('""' in field or "\r" in field for field in fields)
     has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
-    return text.startswith('"') or has_reason or has_commas
-
-
-def is_ragged(lines: list[list[str]]) -> bool:
-    """Returns whether a line has fewer fields than the first, or more."""
+    # Of a field with a tab or a line end a line has more fields than the header, or fewer.
     width = len(lines[0])
-    return any(len(line) < width or any(line[width:]) for line in lines)
+    is_ragged = any(len(line) < width or any(line[width:]) for line in lines if any(line))
+    return text.startswith('"') or has_quotes or has_commas or is_ragged
 
 
-def read_quoted(text: str, separator: str) -> Table:
+def read_quoted(text: str, separator: str) -> dict[str, list]:
     """Reads a table in which a field may stand in quotes."""
-    csv.field_size_limit(2**31 - 1)
-    names = first_line(text).split(separator)
+    names = text.partition("\n")[0].split(separator)
     lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
@@ -267,31 +227,32 @@ def read_quoted(text: str, separator: str) -> Table:
         strict=True,
     )
     try:
-        return as_table([line for line in lines if any(line)])
+        return as_columns(list(lines))
     except csv.Error as error:
         raise ValueError(
             f"line {lines.line_num}: {error}; a quote within a field in quotes is doubled"
         ) from None
 
 
-def as_table(lines: list[list[str]]) -> Table:
+def as_columns(lines: list[list[str]]) -> dict[str, list]:
     """Returns the columns of lines of fields, of which the first is the header.
 
     All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
     and so is one at the end of a row that has fewer fields than the header.
     """
-    header, *rows = lines
-    while not header[-1]:  # fields that a spreadsheet puts at the end of each line
+    header, *rows = [line for line in lines if any(line)] or [[]]
+    while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
-    for name in filter(None, header):
-        if header.count(name) > 1:
+    columns = {}
+    for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
+        if name in columns:
             raise ValueError(f"its header has {name} twice")
+        if name:
+            columns[name] = [field or None for field in fields]
     for number, row in enumerate(rows):
         if any(row[len(header) :]):
             raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
-    columns = itertools.zip_longest(header, *rows, fillvalue="")
-    fields_of = {name: [field or None for field in fields] for name, *fields in columns if name}
-    return Table(fields_of, {})
+    return columns
 
 
 READERS = {

@@ -14,19 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from support import ranks
-from support.columns import check_texts, find_columns, is_plain
-from support.dataset_files import (
-    Table,
-    arrow_table,
-    find_files,
-    read_files,
-    split_name,
-    with_train,
-)
+from support.columns import check_texts, find_columns
+from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
 from support.labels import HIDDEN, LABELS, as_word, label_numbers, refuse_names_in_card
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
 
 KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
@@ -53,18 +46,15 @@ BY_THE_TABLES = Reading()
 
 # Cached, because a run asks for the names and for each split.
 @functools.cache
-def find_splits(dataset: str) -> dict[str, list[Path] | dict[str, Table]]:
-    """Returns the splits of a dataset: their files, or Tables by what an error calls them.
+def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
+    """Returns the parts of each split by what an error calls them: files, or rows of the Hub.
 
     Raises ValueError when there is no such dataset.
     """
     directory = Path(dataset)
     if dataset and directory.is_dir():
-        is_saved = (directory / "dataset_dict.json").is_file()
-        is_saved_split = (directory / "dataset_info.json").is_file()
-        if is_saved or (is_saved_split and (directory / "state.json").is_file()):
-            return load_saved(directory)
-        return find_files(directory)
+        splits = find_files(directory)
+        return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     # A mistyped path is said to be one, instead of being looked for on the Hub.
@@ -73,40 +63,19 @@ def find_splits(dataset: str) -> dict[str, list[Path] | dict[str, Table]]:
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "--dataset says where it is"
         )
-    return load_from_hub(dataset)
+    splits = load_from_hub(dataset)
+    parts = {name: {f"{dataset}, {name}": rows} for name, rows in splits.items()}
+    return with_train({split_name(name) or name: parts[name] for name in parts})
 
 
-def load_saved(directory: Path) -> dict[str, dict[str, Table]]:
-    """Reads what save_to_disk has written: a split or several."""
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(directory))
-        if isinstance(saved, datasets.Dataset):
-            saved = {split_name(directory.name) or "train": saved}
-        return as_tables(saved, str(directory))
-    # Its own files, state.json and others, are damaged or not there.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"cannot read {directory}, as of save_to_disk: {reason}") from None
-
-
-def as_tables(splits: dict[str, "Dataset"], dataset: str) -> dict[str, dict[str, Table]]:
-    tables = {}
-    for name, rows in splits.items():
-        table = arrow_table(rows.with_format("arrow")[:])
-        tables[split_name(name) or name] = {f"{dataset}, {name}": table}
-    return with_train(tables)
-
-
-def load_from_hub(dataset: str) -> dict[str, dict[str, Table]]:
+def load_from_hub(dataset: str) -> "DatasetDict":
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
     try:
-        splits = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
+        return datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
     # The library raises these when it does not reach the Hub or find the dataset there, and
     # when it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason.
     except (OSError, ValueError) as error:
@@ -116,7 +85,6 @@ def load_from_hub(dataset: str) -> dict[str, dict[str, Table]]:
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
-    return as_tables(splits, dataset)
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
@@ -196,12 +164,9 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
         raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
     if split in ("train", "validation") and len(names) > len(splits):
         return cut_train(dataset, split, reading)
-    parts = splits[split]
-    if isinstance(parts, list):
-        parts = read_files(parts)
     try:
-        rows, columns = join_parts(parts, reading)
-    except UnicodeError as error:  # within a parquet file, or half of a pair of surrogates
+        rows, columns = join_parts(splits[split], reading)
+    except UnicodeError as error:  # half of a pair of surrogates, which JSON can hold
         raise ValueError(f"{dataset}, {split}: a text is not Unicode: {error}") from None
     words = [as_word(label.strip("'")) for label in rows.unique("written")]
     if not reading.labels and any(word.isdigit() for word in words):
@@ -210,26 +175,38 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
 
 
 def join_parts(
-    parts: dict[str, Table], reading: Reading
+    parts: "dict[str, Path | Dataset]", reading: Reading
 ) -> tuple["Dataset", dict[str, str]]:
     """Returns what `read_split` does. An error begins with the name of the part."""
     from datasets import Dataset
 
+    tables = {place: read_part(part) for place, part in parts.items()}
+    first = next(iter(tables))
     rows = {}
-    for place, part in parts.items():
-        columns = find_columns(list(part.columns), reading.columns, place)
-        kept = {name: name for name in KEPT if name in part.columns}
-        values = {column: part.values(name) for column, name in (kept | columns).items()}
+    for place, table in tables.items():
+        differing = sorted(table.keys() ^ tables[first].keys())
+        if differing:
+            raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
+        columns = find_columns(list(table), reading.columns, place)
+        names = {name: name for name in KEPT if name in table} | columns
+        values = {column: table[name] for column, name in names.items()}
         check_texts(values, place)
         values["written"] = [repr(label) for label in values["label"]]
-        names = part.label_names.get(columns["label"], [])
-        values["label"] = label_numbers(values["label"], names, reading.labels, place)
+        values["label"] = label_numbers(values["label"], reading.labels, place)
         for column, some in values.items():
             rows.setdefault(column, []).extend(some)
     for name in KEPT:
-        if not is_plain(rows.get(name, [])):
+        kinds = {type(value) for value in rows.get(name, ())} - {type(None)}
+        if kinds not in ({int}, {str}):  # predictions_SPLIT.jsonl has the row's number instead
             rows.pop(name, None)
     return Dataset.from_dict(rows), columns
+
+
+def read_part(part: "Path | Dataset") -> dict[str, list]:
+    """Returns the columns of a part, by name."""
+    if isinstance(part, Path):
+        return read_file(part)
+    return arrow_columns(part.with_format("arrow")[:])
 
 
 def cut_train(

@@ -20,8 +20,6 @@ MEANINGS = {
 }
 NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 FEW = 30  # so many rows may lack one of the answers by chance
-# How an error about a label ends.
-MEANT = f"{', '.join(LABELS)}; --labels says what three others mean, and - stands for no label"
 
 
 def as_word(label) -> str:
@@ -29,43 +27,36 @@ def as_word(label) -> str:
     return "" if label is None else str(label).strip().lower().removesuffix(".0")
 
 
-def label_numbers(
-    labels: list, names: list[str], given: tuple[str, ...], place: str
-) -> list[int]:
+def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]:
     """Returns labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
 
-    `names` is what the file calls its labels, if it says so; `given` is what --labels says.
-    An error begins with `place`.
+    `given` is what --labels says. An error begins with `place`.
     """
     words = [as_word(label) for label in labels]
-    said = said_labels(given)
-    meanings = NUMBERS
-    if said:  # then a number that is not among them has no meaning
-        meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
-    # All names, because the one that is no answer here may be in another split.
-    if not {as_word(name) for name in names} <= meanings.keys():
-        raise ValueError(f"{place}: its labels are {', '.join(names)}, not {MEANT}")
-    for word in set(words) - meanings.keys():
-        row = words.index(word)
-        raise ValueError(f"{place}, row {row}: label {labels[row]!r} is not 0, 1, 2 or {MEANT}")
-    check_meanings(words, said, place)
-    return [meanings[word] for word in words]
-
-
-def check_meanings(words: list[str], said: dict[str, int], place: str) -> None:
-    """Raises ValueError where --labels has no effect, or would be needed."""
     found = set(words)
-    listed = ", ".join(sorted(found))
-    if said and not said.keys() & found:
-        raise ValueError(f"{place}: its labels are {listed}, none of those that --labels says")
-    numbers = {word for word in found if word.isdigit()}
-    # -1 is one of three answers in some files, and of many rows none lacks an answer by chance.
-    if not said and numbers == {"0", "1"} and ("-1" in found or len(words) > FEW):
+    listed = f"{place}: its labels are {', '.join(sorted(found))}"
+    meanings = NUMBERS
+    if given:
+        said = said_labels(given)
+        if not said.keys() & found:
+            raise ValueError(f"{listed}, none of those that --labels says")
+        # Then a number that is not among them has no meaning.
+        meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
+    for word in found - meanings.keys():
+        row = words.index(word)
         raise ValueError(
-            f"{place}: its labels are {listed}, of which not all may mean what they do here; "
-            "--labels says it, as in --labels entailment neutral contradiction or "
+            f"{place}, row {row}: label {labels[row]!r} is none of {', '.join(meanings)}; "
+            "--labels says what three others mean, and - stands for no label"
+        )
+    has_two = {word for word in found if word.isdigit()} == {"0", "1"}
+    # -1 is one of three answers in some files, and of many rows none lacks an answer by chance.
+    if not given and has_two and ("-1" in found or len(words) > FEW):
+        raise ValueError(
+            f"{listed}, of which not all may mean what they do here; --labels says it, as in "
+            "--labels entailment neutral contradiction or "
             "--labels -1=contradiction 0=neutral 1=entailment"
         )
+    return [meanings[word] for word in words]
 
 
 def said_labels(given: tuple[str, ...]) -> dict[str, int]:
@@ -74,7 +65,7 @@ def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
         said[as_word(value if "=" in text else number)] = NUMBERS.get(as_word(meaning))
-    if given and sorted(said.values(), key=str) != [0, 1, 2]:
+    if sorted(said.values(), key=str) != [0, 1, 2]:
         raise ValueError(f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once")
     return said
 

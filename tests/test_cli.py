@@ -662,13 +662,13 @@ MISTAKES = {
     ),
     "a column": (
         lambda folder: dataset_of(folder, {"premise": "a", "label": 0}),
-        "no column hypothesis",
+        "no columns are called hypothesis",
     ),
     "a label": (
         lambda folder: dataset_of(folder, ROW, ROW | {"label": 3}),
-        "row 1: label 3 is not 0, 1, 2",
+        "row 1: label 3 is none of 0, ",
     ),
-    "an empty split": (dataset_of, "train.jsonl: it is empty"),
+    "an empty split": (dataset_of, "train.jsonl: it holds no rows"),
 }
 
 
