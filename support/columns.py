@@ -16,8 +16,6 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
 
     `given` is what --columns says. An error begins with `place`.
     """
-    if len(set(given)) < len(given):
-        raise ValueError(f"--columns names one column twice: {' '.join(given)}")
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         wanted = given[number : number + 1] or aliases

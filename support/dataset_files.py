@@ -40,7 +40,7 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
         for path in sorted(directory.glob(pattern)):
-            split = split_of(path)
+            split = split_of(path, directory)
             if split:
                 splits.setdefault(split, []).append(path)
         for split, paths in splits.items():
@@ -54,17 +54,18 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
     )
 
 
-def split_of(path: Path) -> str | None:
-    """Returns the split that a file holds, or None when its name does not say."""
+def split_of(path: Path, directory: Path) -> str | None:
+    """Returns the split that a file of a dataset holds, or None when its name does not say."""
     stem, suffix = stem_and_suffix(path)
     if suffix not in READERS or path.is_dir():
         return None
     stem = PART.sub("", stem)
-    # The folder says it: train/0000.parquet, train/part-00000.parquet, and as save_to_disk
-    # writes them, train/data-00000-of-00001.arrow or, of one split, my-rows/data-...
-    if stem in ("", "data", "part"):
-        return split_name(path.parent.name) or ("train" if suffix == ".arrow" else None)
-    return split_name(stem)
+    if stem not in ("", "data", "part", "dataset"):
+        return split_name(stem)
+    # The folder says it: train/0000.parquet, train/part-00000.parquet,
+    # train/data-00000-of-00001.arrow. save_to_disk of one split writes into any folder.
+    is_one_split = suffix == ".arrow" and path.parent == directory
+    return split_name(path.parent.name) or ("train" if is_one_split else None)
 
 
 def split_name(name: str) -> str | None:
@@ -181,42 +182,46 @@ def as_text(content: bytes) -> str:
     return text.strip("\r\n")
 
 
-def read_csv(content: bytes) -> dict[str, list]:
-    """Reads a table whose separator is what its header has most of: comma, semicolon or tab."""
-    text = as_text(content)
-    separator = max(",;\t", key=text.partition("\n")[0].count)
-    return read_tsv(content) if separator == "\t" else read_quoted(text, separator)
+def read_table(content: bytes) -> dict[str, list]:
+    """Reads a table whose separator is what its header has most of: comma, semicolon or tab.
 
-
-def read_tsv(content: bytes) -> dict[str, list]:
-    """Reads a table with tabs. A quote is a character like any other, as in GLUE's files."""
+    Between tabs a quote is a character like any other, as in GLUE's files.
+    """
     text = as_text(content)
+    separator = max(",;\t", key=first_line(text).count)
+    if separator != "\t":
+        return read_quoted(text, separator)
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
     return read_quoted(text, "\t") if is_spreadsheets(text, lines) else as_columns(lines)
+
+
+def first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text, maxsplit=1)[0]
 
 
 def is_spreadsheets(text: str, lines: list[list[str]]) -> bool:
     """Returns whether the quotes of a table with tabs were put there by a spreadsheet.
 
     It puts a field in quotes where it holds a quote, which is then doubled, a tab, a line
-    end or a comma, or it puts all in quotes, the header too. So all quotes have to be of
-    that kind, and one of these reasons has to be there. `lines` are the fields without
-    regard to quotes.
+    end or a comma, where it is empty, or it puts all in quotes, the header too. So all
+    quotes have to be of that kind, and one of these reasons has to be there. `lines` are
+    the fields without regard to quotes.
     """
     if '"' not in text or not ALL_QUOTED.fullmatch(text):
         return False
     fields = [field[1:-1] for field in QUOTED.findall(text)]
-    has_quotes = any('""' in field or "\r" in field for field in fields)
+    if any("\t" in field or "\n" in field for field in fields):
+        # Where each line has the header's fields, no tab or line end was within one of them.
+        width = len(lines[0])
+        return any(len(line) < width or any(line[width:]) for line in lines if any(line))
+    has_reason = any(not field or '""' in field or "\r" in field for field in fields)
     has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
-    # Of a field with a tab or a line end a line has more fields than the header, or fewer.
-    width = len(lines[0])
-    is_ragged = any(len(line) < width or any(line[width:]) for line in lines if any(line))
-    return text.startswith('"') or has_quotes or has_commas or is_ragged
+    return text.startswith('"') or has_reason or has_commas
 
 
 def read_quoted(text: str, separator: str) -> dict[str, list]:
     """Reads a table in which a field may stand in quotes."""
-    names = text.partition("\n")[0].split(separator)
+    names = first_line(text).split(separator)
     lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
@@ -262,6 +267,6 @@ READERS = {
     ".jsonl": read_json,
     ".ndjson": read_json,
     ".json": read_json,
-    ".csv": read_csv,
-    ".tsv": read_tsv,
+    ".csv": read_table,
+    ".tsv": read_table,
 }

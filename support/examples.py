@@ -34,7 +34,10 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        return cls(tuple(args.columns or ()), tuple(args.labels or ()), args.validation)
+        columns = tuple(args.columns or ())
+        if len(set(columns)) < len(columns):
+            raise ValueError(f"--columns names one column twice: {' '.join(columns)}")
+        return cls(columns, tuple(args.labels or ()), args.validation)
 
 
 BY_THE_TABLES = Reading()
@@ -166,8 +169,9 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
         return cut_train(dataset, split, reading)
     try:
         rows, columns = join_parts(splits[split], reading)
-    except UnicodeError as error:  # half of a pair of surrogates, which JSON can hold
-        raise ValueError(f"{dataset}, {split}: a text is not Unicode: {error}") from None
+    # Half of a pair of surrogates, which JSON can hold, or an idx of more than 64 bits.
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(f"{dataset}, {split}: {error}") from None
     words = [as_word(label.strip("'")) for label in rows.unique("written")]
     if not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))

@@ -19,7 +19,6 @@ MEANINGS = {
     HIDDEN: ("-1", "-"),
 }
 NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
-FEW = 30  # so many rows may lack one of the answers by chance
 
 
 def as_word(label) -> str:
@@ -49,8 +48,8 @@ def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]
             "--labels says what three others mean, and - stands for no label"
         )
     has_two = {word for word in found if word.isdigit()} == {"0", "1"}
-    # -1 is one of three answers in some files, and of many rows none lacks an answer by chance.
-    if not given and has_two and ("-1" in found or len(words) > FEW):
+    # -1 is one of three answers in some files. A few rows may lack an answer by chance.
+    if not given and has_two and ("-1" in found or len(words) > 30):
         raise ValueError(
             f"{listed}, of which not all may mean what they do here; --labels says it, as in "
             "--labels entailment neutral contradiction or "
