@@ -855,8 +855,9 @@ def load_weights(
     """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
     The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
-    its weight: at the peak the memory holds the model and one layer's tensors. Raises
-    ValueError for missing, unknown, misshapen or damaged tensors; the model is then unusable.
+    its weight: at the peak the memory holds the model and one layer's tensors. A weight that
+    the checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
+    misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     files = find_tensors(directory)
@@ -873,7 +874,7 @@ def load_weights(
                     raise ValueError("it is in NF4: --quant nf4 without --double-quant reads it")
                 layer.dtype = dtype  # codes do not say it
             layer.load_state_dict(tensors, assign=True)
-        # Of another shape than config.json's, for example, or damaged.
+        # A shape that is not config.json's, for example, or a damaged tensor.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{directory}: {path} cannot be loaded: {reason}") from None
@@ -901,7 +902,7 @@ def read_layer(
 ) -> dict[str, Tensor]:
     """Returns the tensors of a layer by their names in it: weight and bias.
 
-    A weight that the checkpoint holds in NF4 stays so: then they are weight, absmax and bias.
+    Of a layer that the checkpoint holds in NF4 they are weight, absmax and bias.
     """
     parts = {}
     for key, file in files.items():

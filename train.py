@@ -215,6 +215,7 @@ def main() -> None:
     # ---- Data -------------------------------------------------------------------------------
     directory = checkpoints.find(args.model)
     base_config = phi2.read_config(directory)
+    lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     reading = examples.Reading.of(args)
     train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
@@ -255,7 +256,6 @@ def main() -> None:
         model.model.checkpointing = "blocks"
     model.uses_graphs = args.graphs
     set_residual_dropout(model, args.residual_dropout)
-    lora.match_targets(model, adapter_config.targets)  # a wrong name is found before the baseline
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
         f"{len(train_rows):,} rows, {steps:,} steps of {rows_per_step}, into {args.out}"

@@ -14,15 +14,11 @@ DESCRIPTION = ("config.json", "tokenizer.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MODEL = DESCRIPTION + WEIGHTS
 
-# What config.json has to say, with the least and the most that it can be.
-SIZES = {
-    "vocab_size": (1, 2**31),
-    "hidden_size": (1, 2**31),
-    "intermediate_size": (1, 2**31),
-    "num_hidden_layers": (1, 2**31),
-    "num_attention_heads": (1, 2**31),
-}
-# What it may say.
+# The whole numbers that config.json has to say.
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+# What it may say, with the least and the most that it can be.
 NUMBERS = {
     "partial_rotary_factor": (0, 1),
     "rope_theta": (1, 1e30),
@@ -98,7 +94,7 @@ def check_config(path: Path) -> None:
     for key in ("rope_scaling", "rope_parameters"):  # which may hold some of the numbers
         if isinstance(config.get(key), dict):
             config |= config[key]
-    for name, (least, most) in (SIZES | NUMBERS).items():
+    for name, (least, most) in (NUMBERS | dict.fromkeys(SIZES, (1, 2**31))).items():
         value = config.get(name)
         if value is None and name not in SIZES:
             continue

@@ -424,7 +424,7 @@ def check_train(parser: Parser, args: argparse.Namespace) -> None:
             "or choose another --out, or remove it"
         )
     if args.out.is_file():
-        raise ValueError(f"--out {args.out} is a file: a run is a folder")
+        raise ValueError(f"--out {args.out} is a file: pass a folder")
     for name in ("README.md", "results.json"):  # as in somebody's project, or with --out ""
         if (args.out / name).exists():
             raise ValueError(f"{args.out} holds a {name} that is no run's: choose another --out")

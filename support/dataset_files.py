@@ -96,8 +96,8 @@ def check_parts(split: str, paths: list[Path]) -> None:
     is_whole = numbers in [list(range(first, first + len(paths))) for first in (0, 1)]
     if not is_one and not (is_whole and counts <= {len(paths)} and len(kinds) == 1):
         raise ValueError(
-            f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for the split {split}; "
-            "remove what is not meant, or pass the folder that is"
+            f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
+            f"the split {split}; remove what is not meant, or pass the folder that is"
         )
 
 

@@ -213,9 +213,7 @@ def read_part(part: "Path | Dataset") -> dict[str, list]:
     return arrow_columns(part.with_format("arrow")[:])
 
 
-def cut_train(
-    dataset: str, split: str, reading: Reading
-) -> tuple["Dataset", dict[str, str]]:
+def cut_train(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
     """Returns what --validation leaves of train, or takes from it for `validation`."""
     train, columns = read_split(dataset, "train", reading._replace(validation=None))
     try:

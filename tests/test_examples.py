@@ -607,7 +607,7 @@ def test_a_file_or_nothing_is_no_dataset(write):
         ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx, y\t0\n', ['"a, b"']),
         # Quotes of two fields, around the end of a line that has all its fields.
         ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\nb"\ty\t1\t\n', ['"a', 'b"']),
-        ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\n""\tz\t1\nb"\ty\t1\n', ['"a', '""', 'b"']),
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\n""\tz\t1\n"\ty\t1\n', ['"a', '""', '"']),
         ("train.csv", "premise,hypothesis,label\ra;b;c;d;e,x,0\r", ["a;b;c;d;e"]),
         ("train.csv", 'premise\thypothesis\tlabel\n"a.\tx\t0\nb."\ty\t1\n', ['"a.', 'b."']),
         ("train.csv", "\n\npremise;hypothesis;label\na;x;0\n", ["a"]),
@@ -808,7 +808,7 @@ def test_shared_mnli_in_files_of_other_tools_holds_the_same_rows(tmp_path, name)
 @pytest.mark.parametrize(
     "rows, message",
     [
-        ([{"premise": "a", "label": 0}], "no columns are called hypothesis or sentence2 or hypo; there"),
+        ([{"premise": "a", "label": 0}], "no columns are called hypothesis or sentence2 or hypo;"),
         ([ROW, ROW | {"label": 3}], "row 1: label 3 is none of 0, ent"),
         ([ROW | {"label": "maybe"}], "row 0: label 'maybe' is none of 0, ent"),
         ([ROW | {"label": None}], "row 0: label None is none of 0, ent"),

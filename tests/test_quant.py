@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import eval as evaluation
 import lora
-import phi2
 import quant
 from support import checkpoints
 
