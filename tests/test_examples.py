@@ -607,7 +607,7 @@ def test_a_file_or_nothing_is_no_dataset(write):
         ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx, y\t0\n', ['"a, b"']),
         # Quotes of two fields, around the end of a line that has all its fields.
         ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\nb"\ty\t1\t\n', ['"a', 'b"']),
-        ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\n""\tz\t1\n"\ty\t1\n', ['"a', '""', '"']),
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\n""\tz\t1\n"\ty\t1', ['"a', '""', '"']),
         ("train.csv", "premise,hypothesis,label\ra;b;c;d;e,x,0\r", ["a;b;c;d;e"]),
         ("train.csv", 'premise\thypothesis\tlabel\n"a.\tx\t0\nb."\ty\t1\n', ['"a.', 'b."']),
         ("train.csv", "\n\npremise;hypothesis;label\na;x;0\n", ["a"]),
