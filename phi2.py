@@ -930,7 +930,7 @@ def read_nf4(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     absmax = parts["weight.absmax"]
     if "nested_offset" in record:  # double quantisation: absmax is in 8 bits
         levels = parts["weight.nested_quant_map"][absmax.long()]
-        scales = parts["weight.nested_absmax"].repeat_interleave(record["nested_blocksize"])
+        scales = parts["weight.nested_absmax"].float().repeat_interleave(record["nested_blocksize"])
         absmax = levels * scales[: len(levels)] + record["nested_offset"]
     # Some uploads store the codes under another dtype, with the same bits.
     codes = parts["weight"].view(torch.uint8).reshape(-1, 1)
