@@ -43,14 +43,16 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no tokenizer.json")
+        raise ValueError(f"{directory} has no tokenizer.json: copy that of the base model")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from None
-    # What another program has stored in the file must not cut or fill our prompts.
+    # What another program has stored in the file must not cut or fill our prompts, or add to
+    # them, as transformers' add_eos_token does.
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.post_processor = None
     if tokenizer.token_to_id(EOS) is None:
         raise ValueError(f"{path} has no token {EOS}")
     known = known_ids(tokenizer)

@@ -298,7 +298,7 @@ def main() -> None:
 
 def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
-    directory = checkpoints.find(args.model)
+    directory = checkpoints.find(args.model, phi2.read_config)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     device = ranks.start(args.device)
     model = load_model(
@@ -309,7 +309,9 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
         here = None if args.force else fingerprint_of(args, directory, tokenizer)
         config = lora.load_adapter(model, args.adapter, here)
         adapted = len(lora.lora_parameters(model)) // 2  # an A and a B for each
-        print(f"{args.adapter}: rank {config.rank}, {adapted} layers adapted", file=output)
+        base = f"{args.model} in {args.dtype if args.quant == 'none' else args.quant}"
+        layers = f"rank {config.rank}, {adapted} layers adapted"
+        print(f"{args.adapter}: {layers}, over {base}", file=output)
     return model, tokenizer
 
 

@@ -150,6 +150,8 @@ def check_options(raw: dict) -> None:
     """Raises ValueError for an option of adapter_config.json that is not implemented here."""
     if raw.get("peft_type") != "LORA":
         raise ValueError(f"peft_type {raw.get('peft_type')!r} is not supported, only 'LORA'")
+    if raw.get("task_type") in ("SEQ_CLS", "TOKEN_CLS"):
+        raise ValueError(f"task_type {raw['task_type']!r} is not supported: it has another head")
     for key in REQUIRED:
         if raw.get(key) is None:
             raise ValueError(f"it lacks {key}")

@@ -42,8 +42,8 @@ HAS_TRITON = find_spec("triton") is not None
 class Phi2Config:
     """The fields of config.json that matter, under Hugging Face's names, with phi-2's values.
 
-    What a config.json leaves out is in ABSENT below: there transformers' values hold, not
-    these.
+    For what a config.json leaves out read_config does not take these: there transformers'
+    values hold (ABSENT).
     """
 
     vocab_size: int = 51200
@@ -573,7 +573,6 @@ class PackedRows:
         self.lengths = lengths
         last_positions = torch.tensor(lengths) + (prefix_length - 1)
         self.last_positions = last_positions.to(device, non_blocking=True)
-        self.prefix_length = prefix_length
         self.positions = torch.cat((prefix, positions)).to(device, non_blocking=True)
         self.token_of = token_of
         self.asking_tokens = None
@@ -856,25 +855,28 @@ def load_weights(
 
     The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
     its weight: at the peak the memory holds the model and one layer's tensors. A weight that
-    the checkpoint holds in NF4 goes there as it is. Raises ValueError for missing, unknown,
+    is in NF4 already is not quantised again. Raises ValueError for missing, unknown,
     misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
-    files = find_tensors(directory)
-    with torch.device("meta"):
+    file_of = find_tensors(directory)
+    with torch.device("meta"):  # a plain model: this one may hold NF4's buffers
         expected = Phi2(model.config).state_dict().keys()
-    check_keys(directory, files.keys(), expected)
+    check_keys(directory, file_of.keys(), expected)
     paths = dict.fromkeys(key.rpartition(".")[0] for key in expected)
     for path in tqdm(paths, "loading", unit="layer", leave=False, delay=2, disable=None):
         layer = model.get_submodule(path)
         try:
-            tensors = read_layer(files, path, device, dtype)
+            tensors = read_layer(file_of, path, device, dtype)
             if "absmax" in tensors:
-                if getattr(layer, "double_quant", True):
+                is_plain_nf4 = getattr(layer, "double_quant", None) is False
+                if not is_plain_nf4:
                     raise ValueError("it is in NF4: --quant nf4 without --double-quant reads it")
-                layer.dtype = dtype  # codes do not say it
+                layer.dtype = dtype  # packed indices do not say it
             layer.load_state_dict(tensors, assign=True)
-        # A shape that is not config.json's, for example, or a damaged tensor.
+        except torch.OutOfMemoryError:
+            raise
+        # Such as a shape that is not config.json's, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{directory}: {path} cannot be loaded: {reason}") from None
@@ -898,23 +900,23 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
 
 
 def read_layer(
-    files: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
+    file_of: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Returns the tensors of a layer by their names in it: weight and bias.
 
     Of a layer that the checkpoint holds in NF4 they are weight, absmax and bias.
     """
     parts = {}
-    for key, file in files.items():
+    for key, file in file_of.items():
         if key.startswith(f"{path}."):
             parts[key.removeprefix(f"{path}.")] = read(file, key).to(device)
     tensors = {}
     if "weight.absmax" in parts:
         tensors = read_nf4(parts)
-        parts = {"bias": parts["bias"]}
+        parts = {"bias": parts["bias"]}  # all others belong to the weight
     for name, tensor in parts.items():
         if not tensor.is_floating_point():
-            raise ValueError(f"{name} holds {tensor.dtype}, not numbers")
+            raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         tensors[name] = tensor.to(dtype)  # only now, so that a GPU converts
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
@@ -924,17 +926,18 @@ def read_layer(
 
 def read_nf4(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns a weight that bitsandbytes has quantised, as the buffers of quant.NF4Linear."""
-    record = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
-    if record["blocksize"] != 64:
-        raise ValueError(f"its NF4 has blocks of {record['blocksize']} weights, not of 64")
+    state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
+    if state["blocksize"] != 64:
+        raise ValueError(f"its NF4 has blocks of {state['blocksize']} weights, not of 64")
     absmax = parts["weight.absmax"]
-    if "nested_offset" in record:  # double quantisation: absmax is in 8 bits
+    if "nested_offset" in state:  # double quantisation: absmax is in 8 bits
         levels = parts["weight.nested_quant_map"][absmax.long()]
-        scales = parts["weight.nested_absmax"].float().repeat_interleave(record["nested_blocksize"])
-        absmax = levels * scales[: len(levels)] + record["nested_offset"]
-    # Some uploads store the codes under another dtype, with the same bits.
-    codes = parts["weight"].view(torch.uint8).reshape(-1, 1)
-    return {"weight": codes, "absmax": absmax.float()}
+        nested_absmax = parts["weight.nested_absmax"].float()
+        scales = nested_absmax.repeat_interleave(state["nested_blocksize"])
+        absmax = levels * scales[: len(levels)] + state["nested_offset"]
+    # Some uploads store the packed indices under another dtype, with the same bits.
+    packed = parts["weight"].view(torch.uint8).reshape(-1, 1)
+    return {"weight": packed, "absmax": absmax.float()}
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -946,11 +949,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 def find_tensors(directory: Path) -> dict[str, Path]:
     """Returns the file of each tensor of a checkpoint, by its key."""
-    files = {}
+    file_of = {}
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
-    return files
+            file_of |= dict.fromkeys(file.keys(), path)
+    return file_of
 
 
 def read(path: Path, key: str) -> Tensor:
@@ -965,7 +968,7 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
     Of a checkpoint that is in NF4 already it is whatever has a weight of another form there.
     """
     keys = find_tensors(directory)
-    # (Not of config.json: a model that was dequantised may still say that it is in NF4.)
+    # Asked of the tensors: a dequantised model's config.json may still say that it is in NF4.
     if not any(key.endswith(".weight.absmax") for key in keys):
         return ("lm_head",)
     weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]
@@ -998,7 +1001,7 @@ def read_config(directory: Path) -> Phi2Config:
     Raises ValueError for an architecture that is not a phi, and for an option that is not
     implemented.
     """
-    path = Path(directory) / "config.json"
+    path = directory / "config.json"
     raw = json.loads(path.read_bytes())
     if raw.get("model_type") != "phi":
         raise ValueError(
@@ -1013,7 +1016,7 @@ def read_config(directory: Path) -> Phi2Config:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
 
     values = ABSENT | {key: value for key, value in raw.items() if value is not None}
-    return Phi2Config(**{field.name: values[field.name] for field in fields(Phi2Config)})
+    return Phi2Config(**{field.name: values.get(field.name) for field in fields(Phi2Config)})
 
 
 def with_rotary_values(raw: dict, path: Path) -> dict:

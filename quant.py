@@ -83,9 +83,9 @@ def kernels():
 
 
 @functools.cache
-def nested_code(device: torch.device) -> Tensor:
+def nested_levels(device: torch.device) -> Tensor:
     """Returns the 256 levels (fp32) that absmax is rounded to under double quantisation."""
-    kernels()
+    kernels()  # first, because it silences a remark of the import
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map().to(device)
@@ -102,15 +102,14 @@ class NF4Linear(nn.Module):
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
     With `double_quant` absmax is (numel / 64,) uint8, and two more buffers restore its fp32
-    values: code[absmax] * nested_absmax[block of 256] + offset, with a table `code` of 256
-    levels.
+    values: nested_levels[absmax] * nested_absmax[block of 256] + offset.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
     Loading a floating-point `weight` through `load_state_dict` quantises it. The layer
-    computes in the dtype of the weight that was loaded, and its inputs must have it too. It
-    is no part of the state_dict: it is `torch.get_default_dtype()` where buffers are loaded
-    instead.
+    computes in `dtype`, and its inputs must have it too: that of the weight that was loaded.
+    It is no part of the state_dict. Where buffers are loaded instead, set `layer.dtype`;
+    until then it is torch's default. (`layer.to(dtype)` would round absmax.)
     """
 
     def __init__(
@@ -121,9 +120,9 @@ class NF4Linear(nn.Module):
         self.out_features = out_features
         self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
-        # The dequantised weight, once keep_dequantized has put it here. It is no buffer: the
+        # The dequantised weight, once keep_dequantized has put it here. Not persistent: the
         # state_dict is to hold the weight once.
-        self.kept = None
+        self.register_buffer("kept", None, persistent=False)
 
         numel = in_features * out_features
         self.register_buffer("weight", torch.empty((numel + 1) // 2, 1, dtype=torch.uint8))
@@ -131,8 +130,9 @@ class NF4Linear(nn.Module):
         absmax_dtype = torch.uint8 if double_quant else torch.float32
         self.register_buffer("absmax", torch.empty(blocks, dtype=absmax_dtype))
         if double_quant:
-            self.register_buffer("nested_absmax", torch.empty(-(-blocks // NESTED_BLOCK)))
-            self.register_buffer("offset", torch.empty(()))
+            nested_blocks = -(-blocks // NESTED_BLOCK)
+            self.register_buffer("nested_absmax", torch.empty(nested_blocks, dtype=torch.float32))
+            self.register_buffer("offset", torch.empty((), dtype=torch.float32))
         self.bias = None
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False)
@@ -143,14 +143,14 @@ class NF4Linear(nn.Module):
         return DequantizedLinear.apply(x, self)
 
     def dequantize(self) -> Tensor:
-        """Returns the weight (out_features, in_features), as `dequantize` above computes it."""
+        """Returns the weight (out_features, in_features): `dequantize` above, of absmax in fp32."""
         if self.kept is not None:
             return self.kept
         absmax = self.absmax
         if self.double_quant:
-            code = nested_code(absmax.device)
+            levels = nested_levels(absmax.device)
             absmax = kernels().dequantize_blockwise(
-                absmax, self.nested_absmax, code, NESTED_BLOCK, torch.float32
+                absmax, self.nested_absmax, levels, NESTED_BLOCK, torch.float32
             )
             absmax = absmax + self.offset
         shape = (self.out_features, self.in_features)
@@ -171,7 +171,7 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the buffers that hold this weight, as `quantize` above computes them."""
+        """Returns the buffers that hold this weight: `quantize` above, then absmax in 8 bits."""
         size = PIECE if weight.device.type == "cpu" else weight.numel()
         pieces = [
             kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
@@ -183,11 +183,11 @@ class NF4Linear(nn.Module):
         }
         if self.double_quant:
             absmax = buffers["absmax"]
-            code = nested_code(absmax.device)
+            levels = nested_levels(absmax.device)
             # The table has levels of both signs. absmax is positive; less its mean it has both.
             buffers["offset"] = absmax.mean()
             buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
-                absmax - buffers["offset"], code, NESTED_BLOCK
+                absmax - buffers["offset"], levels, NESTED_BLOCK
             )
         return buffers
 
@@ -239,7 +239,7 @@ def quantize_linears(
             layer = NF4Linear(linear.in_features, linear.out_features, has_bias, double_quant)
         layer.train(linear.training)
         if not linear.weight.is_meta:
-            layer.load_state_dict(linear.state_dict(), strict=False, assign=True)
+            layer.load_state_dict(linear.state_dict(), assign=True)
         return layer
 
     return replace(model, nn.Linear, make, skip)

@@ -213,7 +213,7 @@ def main() -> None:
     device = ranks.start(args.device)
 
     # ---- Data -------------------------------------------------------------------------------
-    directory = checkpoints.find(args.model)
+    directory = checkpoints.find(args.model, phi2.read_config)
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)

@@ -588,7 +588,7 @@ def ratio(rates: dict[str, list[float]], arm: str) -> float:
 
 def count(args: argparse.Namespace, folder: Path) -> dict:
     """Returns {arm: {task: costs}} of phi-2 at full size, as scripts/count.py models a GPU."""
-    tokenizer_folder = args.tokenizer or checkpoints.find(args.model)
+    tokenizer_folder = args.tokenizer or checkpoints.find(args.model, phi2.read_config)
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)
     validation, *_ = examples.validation_splits(args.dataset)
@@ -770,7 +770,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
         write_random_adapter(args.model, args.adapter)
         # Random weights never end an answer: two tokens stand for one that does.
         new_tokens = 2
-    args.model = str(checkpoints.find(args.model).resolve())
+    args.model = str(checkpoints.find(args.model, phi2.read_config).resolve())
     tokenizer_folder = args.tokenizer or Path(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)

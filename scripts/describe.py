@@ -15,7 +15,7 @@ from pathlib import Path
 import data
 import phi2
 from support import checkpoints, cli, examples, flags, pictures
-from support.labels import HIDDEN, LABELS
+from support.labels import LABELS, NO_LABEL
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,18 +32,18 @@ def parse_arguments() -> argparse.Namespace:
 
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
     """Prints the files of a split, and what its columns and its labels are taken for."""
-    for path in examples.find_splits(dataset).get(split, []):
-        print(f"  file {path}")
+    for place in examples.find_splits(dataset).get(split, []):
+        print(f"  file {place}")
     rows, columns = examples.read_split(dataset, split, reading)
     print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
-    labels = Counter(zip(rows["written"], rows["label"]))
-    for (label, number), count in sorted(labels.items()):
-        meaning = "no label" if number == HIDDEN else f"{number} {LABELS[number]}"
-        print(f"  label {label}: {meaning}, {count:,} rows")
+    counts = Counter(zip(rows["written"], rows["label"]))
+    for (written, label), count in sorted(counts.items()):
+        meaning = "no label" if label == NO_LABEL else f"{label} {LABELS[label]}"
+        print(f"  label {written}: {meaning}, {count:,} rows")
 
 
 def token_lengths(rows, tokenizer, split: str):
-    """Returns the tokens of prompt and label of each row, (rows,): what --max-length must hold."""
+    """Returns how many tokens prompt and answer of each row have, (rows,)."""
     import numpy
     from tqdm import tqdm
 
@@ -59,7 +59,8 @@ def describe_rows(rows, lengths, counts) -> None:
 
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
-    percentiles = numpy.percentile(lengths, [0, 50, 95, 99, 100]).astype(int)
+    # "higher": the length of a row, which so many rows do not exceed.
+    percentiles = numpy.percentile(lengths, [0, 50, 95, 99, 100], method="higher")
     shortest, median, p95, p99, longest = percentiles
     print(
         f"  tokens of prompt and answer: {shortest} to {longest}, median {median}, "
@@ -76,22 +77,23 @@ def main() -> None:
     import numpy
 
     args = parse_arguments()
-    directory = checkpoints.find(args.model, checkpoints.DESCRIPTION)
+    directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     lengths = {}
-    labels = {}
+    counts = {}
     splits = examples.split_names(args.dataset, reading)
-    # GLUE publishes no labels for its test splits.
-    for split in [name for name in splits if not name.startswith("test")] or splits:
+    # Test splits, for which GLUE publishes no labels, only where there is nothing else.
+    shown = [name for name in splits if not name.startswith("test")] or splits
+    for split in shown:
         print(f"\n{split}")
         describe_reading(args.dataset, split, reading)
         rows = examples.load_examples(args.dataset, split, args.limit, reading)
         lengths[split] = token_lengths(rows, tokenizer, split)
-        labels[split] = numpy.bincount(rows["label"], minlength=3)
-        describe_rows(rows, lengths[split], labels[split])
+        counts[split] = numpy.bincount(rows["label"], minlength=3)
+        describe_rows(rows, lengths[split], counts[split])
     if args.plot:
-        pictures.draw_lengths(lengths, labels, args.dataset, args.plot)
+        pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
         print(f"\nlengths and labels are drawn in {args.plot}")
 
 

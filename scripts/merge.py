@@ -207,7 +207,7 @@ def accuracies(
 
 def main() -> None:
     args = parse_arguments()
-    directory = checkpoints.find(args.model, (*checkpoints.MODEL, *COPIED))
+    directory = checkpoints.find(args.model, phi2.read_config, (*checkpoints.MODEL, *COPIED))
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     splits = {}
     if args.measure:

@@ -132,12 +132,10 @@ def memory(
     "sum" is the peak within the step.
     """
     model = build_base(directory, args)
-    base = [*model.parameters(), *model.buffers()]
-    kept = [
-        module.kept
-        for module in model.modules()
-        if isinstance(module, quant.NF4Linear) and module.kept is not None
-    ]
+    base = list(model.parameters())
+    kept = []
+    for name, buffer in model.named_buffers():
+        (kept if name.endswith(".kept") else base).append(buffer)
     lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
     adapter = list(lora.lora_parameters(model).values())
     bytes_of = {
@@ -171,7 +169,8 @@ def memory(
 def main() -> None:
     parser = cli.train_parser("the memory of a training step with these flags of train.py")
     args = cli.train_arguments(parser=parser)
-    directory = checkpoints.find(args.model, checkpoints.DESCRIPTION)  # no weights
+    # Without the weights.
+    directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)

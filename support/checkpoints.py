@@ -1,9 +1,9 @@
 """A base model that others have made: found or downloaded, and judged before it is loaded.
 
-phi2.py reads a checkpoint that is as it should be. What is wrong with any other one is said
-here, in one line.
+phi2.py says what it cannot compute. What is wrong with the files of a model is said here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,12 +14,8 @@ DESCRIPTION = ("config.json", "tokenizer.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MODEL = DESCRIPTION + WEIGHTS
 
-# The whole numbers that config.json has to say.
-SIZES = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-)  # fmt: skip
-# What it may say, with the least and the most that it can be.
-NUMBERS = {
+# The least and the most that the numbers of config.json can be. All others are whole.
+BOUNDS = {
     "partial_rotary_factor": (0, 1),
     "rope_theta": (1, 1e30),
     "layer_norm_eps": (0, 1e30),
@@ -27,18 +23,20 @@ NUMBERS = {
 }
 
 
-def find(name: str, patterns: tuple[str, ...] = MODEL) -> Path:
+def find(
+    name: str, read_config: Callable[[Path], object], patterns: tuple[str, ...] = MODEL
+) -> Path:
     """Returns the directory of a model: `name` itself, or its download from the Hub.
 
-    `patterns` are the files that are wanted. Raises ValueError when there is no such model,
-    and for one that cannot be loaded.
+    `read_config` is phi2's, `patterns` are the files that are wanted. Raises ValueError when
+    there is no such model, and for one that cannot be loaded.
     """
     directory = Path(name)
     is_here = directory.is_dir()
     if not is_here:
         # First this file alone: gigabytes may be of a kind that is not read.
-        directory = download(name, DESCRIPTION[:1])
-    check_config(directory / "config.json")
+        directory = download(name, ("config.json",))
+    check_config(directory, read_config)
     if not is_here:
         directory = download(name, patterns)
     if WEIGHTS[0] in patterns:
@@ -52,30 +50,25 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise ValueError(
             f"no model directory {name!r}, and it is not a Hub id (owner/name): "
-            "--model says where it is"
+            "say with --model where it is"
         )
+    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
-    cure = (
-        "without a network, pass a directory instead: --model tiny/model, or one that holds "
-        "config.json, tokenizer.json, *.safetensors"
-    )
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except (RepositoryNotFoundError, HFValidationError):
         raise ValueError(
-            f"no model {name!r}: neither a directory nor a public repository on the Hub; {cure}"
+            f"no model {name!r}: neither a directory nor a public repository on the Hub"
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    # Most errors of the Hub are OSErrors, and so is a full disk. A proxy's are httpx2's.
+    except (OSError, httpx2.HTTPError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"cannot reach the Hub for {name!r}, which is no directory here "
-            f"({type(error).__name__}); {cure}"
+            f"cannot download {name!r} from the Hub, and it is no directory here ({reason}); "
+            "without a network, pass a directory instead: --model tiny/model, or one that "
+            "holds config.json, tokenizer.json, *.safetensors"
         ) from None
 
 
@@ -83,24 +76,20 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
 # config.json
 
 
-def check_config(path: Path) -> None:
+def check_config(directory: Path, read_config: Callable[[Path], object]) -> None:
     """Raises ValueError for a config.json with which no phi can be made."""
+    path = directory / "config.json"
     if not path.is_file():
-        raise ValueError(f"{path.parent} is not a model directory: it has no config.json")
-    config = files.read_json(path)
-    if config.get("model_type") != "phi":
-        return  # phi2.read_config says so; another model has other fields
-    check_quantization(config.get("quantization_config"), path)
-    for key in ("rope_scaling", "rope_parameters"):  # which may hold some of the numbers
-        if isinstance(config.get(key), dict):
-            config |= config[key]
-    for name, (least, most) in (NUMBERS | dict.fromkeys(SIZES, (1, 2**31))).items():
-        value = config.get(name)
-        if value is None and name not in SIZES:
-            continue
-        is_number = type(value) is int or (type(value) is float and name not in SIZES)
-        if not is_number or not least <= value <= most:
-            raise ValueError(f"{path}: {name} = {value!r} is no number from {least} to {most}")
+        raise ValueError(f"{directory} is not a model directory: it has no config.json")
+    raw = files.read_json(path)
+    check_quantization(raw.get("quantization_config") or raw.get("quantization"), path)
+    config = vars(read_config(directory))
+    for name, value in config.items():
+        kinds = (int, float) if name in BOUNDS else (int,)
+        least, most = BOUNDS.get(name, (1, 2**31))
+        if type(value) not in kinds or not least <= value <= most:
+            kind = "number" if name in BOUNDS else "whole number"
+            raise ValueError(f"{path}: {name} = {value!r} is no {kind} from {least} to {most}")
     check_heads(config, path)
 
 
@@ -108,9 +97,9 @@ def check_quantization(quantization: object, path: Path) -> None:
     """Raises ValueError where the checkpoint is quantised, but not in bitsandbytes' NF4."""
     known = quantization if isinstance(quantization, dict) else {}
     is_nf4 = known.get("load_in_4bit") and known.get("bnb_4bit_quant_type") == "nf4"
-    if quantization is not None and not is_nf4:
+    if quantization and not is_nf4:
         raise ValueError(
-            f"{path}: weights quantised as {quantization} are not supported, only "
+            f"{path}: weights quantised as {str(quantization)[:300]} are not supported, only "
             "bitsandbytes' NF4; take the model that they were made from"
         )
 
@@ -123,8 +112,7 @@ def check_heads(config: dict, path: Path) -> None:
         raise ValueError(
             f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
         )
-    share = config.get("partial_rotary_factor")
-    rotary_dim = int(width // heads * (0.5 if share is None else share))
+    rotary_dim = int(width // heads * config["partial_rotary_factor"])
     if rotary_dim % 2:
         raise ValueError(
             f"{path}: {rotary_dim} of a head's {width // heads} dimensions cannot be rotated; "

@@ -263,13 +263,14 @@ def fill_in(args: argparse.Namespace) -> None:
 def adapter_defaults(adapter: Path) -> dict:
     """Returns those arguments of an adapter's training that a user of it needs.
 
-    A directory that PEFT has written holds no args.json; then only the model is known, and
-    where our adapter file is alone, the quantisation.
+    A directory that PEFT has written holds no args.json, or another program's; then only the
+    model is known, and where our adapter file is alone, the quantisation.
     """
     values = fingerprint.recorded_quantization(adapter)
     folder = "."
-    if (adapter / "args.json").is_file():
-        saved = files.read_json(adapter / "args.json")
+    path = adapter / "args.json"
+    saved = files.read_json(path) if path.is_file() else {}
+    if "versions" in saved:
         values |= {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
         folder = str(saved.get("started_in", "."))
     # PEFT's file has the last word on the model: its writer may have no args.json at all.

@@ -12,21 +12,21 @@ COLUMNS = {
 
 
 def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[str, str]:
-    """Returns which of the columns `names` are premise, hypothesis and label.
+    """Returns what a file that has the columns `names` calls premise, hypothesis and label.
 
     `given` is what --columns says. An error begins with `place`.
     """
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         wanted = given[number : number + 1] or aliases
-        found = [name for name in names if name in given and name in wanted]
+        # What --columns says is first looked for as it is typed.
+        found = [name for name in given[number : number + 1] if name in names]
         for alias in wanted:
             found = found or [name for name in names if name.strip().lower() == alias.lower()]
         if len(found) != 1:
             raise ValueError(
                 f"{place}: {len(found) or 'no'} columns are called {' or '.join(wanted)}; there "
-                f"are {', '.join(names)[:300]} (a table's first line names them); --columns "
-                "PREMISE HYPOTHESIS LABEL says which are meant"
+                f"are {str(names)[:300]}; --columns PREMISE HYPOTHESIS LABEL says which are meant"
             )
         columns[column] = found[0]
     return columns

@@ -16,13 +16,16 @@ import re
 import zlib
 from pathlib import Path
 
+import pyarrow
+from pyarrow import ipc, parquet
+
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
 # validation_matched.
 SPLITS = {"train": "train", "test": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 # The number of a part: train-00000-of-00002, also with -a09b74b3ef9c3b56 behind it; 0000;
-# train_0; part-00000-...-c000.snappy (Spark).
-PART = re.compile(r"(?:^|[-_.])(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*)?)?$")
+# train_0, but not train_v1.0; part-00000-...-c000.snappy (Spark).
+PART = re.compile(r"(?:^|[-_]|(?<!\d)\.)(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*)?)?$")
 # A field in quotes, and a file in which every quote belongs to such a field.
 QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+')
@@ -60,7 +63,7 @@ def split_of(path: Path, directory: Path) -> str | None:
     if suffix not in READERS or path.is_dir():
         return None
     stem = PART.sub("", stem)
-    if stem not in ("", "data", "part", "dataset"):
+    if stem not in ("", "data", "part"):
         return split_name(stem)
     # The folder says it: train/0000.parquet, train/part-00000.parquet,
     # train/data-00000-of-00001.arrow. save_to_disk of one split writes into any folder.
@@ -86,15 +89,16 @@ def with_train(splits: dict) -> dict:
 def check_parts(split: str, paths: list[Path]) -> None:
     """Raises ValueError unless the files are one, or all the parts of one.
 
-    Otherwise they are two formats of the same rows, two datasets, or of two exports.
+    Otherwise they are two formats of the same rows, or parts of two datasets.
     """
     parts = [PART.search(stem_and_suffix(path)[0]) for path in paths]
     numbers = sorted(int(part[1]) for part in parts if part)
     counts = {int(part[2]) for part in parts if part and part[2]}
-    kinds = {(path.parent, path.suffix) for path in paths}
-    is_one = len(paths) == 1 and not counts  # whatever number is in its name
-    is_whole = numbers in [list(range(first, first + len(paths))) for first in (0, 1)]
-    if not is_one and not (is_whole and counts <= {len(paths)} and len(kinds) == 1):
+    total = len(paths)
+    is_one = total == 1 and not counts  # whatever number is in its name
+    is_whole = numbers in (list(range(total)), list(range(1, total + 1))) and counts <= {total}
+    kinds = {(path.parent, stem_and_suffix(path)[1]) for path in paths}
+    if not is_one and not (is_whole and len(kinds) == 1):
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
             f"the split {split}; remove what is not meant, or pass the folder that is"
@@ -113,45 +117,42 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 
 def read_file(path: Path) -> dict[str, list]:
     """Reads a file by its suffix. Raises ValueError where it cannot, and where it has no rows."""
-    _, suffix = stem_and_suffix(path)
     try:
         content = path.read_bytes()
         if content.startswith(b"\x1f\x8b"):  # as .gz files do, and some that are not called so
             content = gzip.decompress(content)
         if content.startswith(b"version https://git-lfs"):
             raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-        columns = READERS[suffix](content)
+        columns = READERS[stem_and_suffix(path)[1]](content)
         if not any(columns.values()):
             raise ValueError("it holds no rows")
-    # pyarrow's errors are ValueErrors, those of gzip the last two.
-    except (ValueError, OSError, RecursionError, EOFError, zlib.error) as error:
+    # gzip raises EOFError and zlib's, json RecursionError.
+    except (
+        OSError, ValueError, EOFError, zlib.error, RecursionError, pyarrow.ArrowException
+    ) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}{cure}") from None
     return columns
 
 
-def arrow_columns(table) -> dict[str, list]:
-    """Returns the columns of a pyarrow.Table. Numbers that the file names become the names."""
+def arrow_columns(table: pyarrow.Table) -> dict[str, list]:
+    """Returns the columns of a table. Numbers that have names in it become the names."""
     columns = table.to_pydict()
     # Here `datasets` keeps the names.
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features") or {}
     for column, feature in features.items():
-        if column in columns and "names" in feature:
+        if column in columns and "ClassLabel" in feature.values():
             names = dict(enumerate(feature["names"]))
             columns[column] = [names.get(value, value) for value in columns[column]]
     return columns
 
 
 def read_parquet(content: bytes) -> dict[str, list]:
-    from pyarrow import parquet
-
     return arrow_columns(parquet.read_table(io.BytesIO(content)))
 
 
 def read_arrow(content: bytes) -> dict[str, list]:
-    from pyarrow import ipc
-
     if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
         return arrow_columns(ipc.open_file(content).read_all())
     if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
@@ -161,7 +162,7 @@ def read_arrow(content: bytes) -> dict[str, list]:
 
 def read_json(content: bytes) -> dict[str, list]:
     """Reads an array of objects, or one object after another, on a line each or on several."""
-    text = as_text(content).strip()
+    text = content.decode("utf-8-sig").strip()
     decoder = json.JSONDecoder()
     rows = []
     end = 0
@@ -171,15 +172,11 @@ def read_json(content: bytes) -> dict[str, list]:
         rows += value if isinstance(value, list) else [value]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON object for each row")
+    if len(rows) == 1 and all(isinstance(value, dict) for value in rows[0].values()):
+        # One object for each column, as pandas' to_json(path) writes them.
+        return {name: list(values.values()) for name, values in rows[0].items()}
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     return {name: [row.get(name) for row in rows] for name in names}
-
-
-def as_text(content: bytes) -> str:
-    text = content.decode("utf-8-sig")  # without the mark that Excel puts first
-    if "\0" in text:
-        raise ValueError("it holds the byte 0; save it as UTF-8")
-    return text.strip("\r\n")
 
 
 def read_table(content: bytes) -> dict[str, list]:
@@ -187,46 +184,51 @@ def read_table(content: bytes) -> dict[str, list]:
 
     Between tabs a quote is a character like any other, as in GLUE's files.
     """
-    text = as_text(content)
+    text = content.decode("utf-8-sig").strip("\r\n")  # without the mark that Excel puts first
     separator = max(",;\t", key=first_line(text).count)
     if separator != "\t":
         return read_quoted(text, separator)
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    return read_quoted(text, "\t") if is_spreadsheets(text, lines) else as_columns(lines)
+    return read_quoted(text, "\t") if has_spreadsheets_quotes(text, lines) else as_columns(lines)
 
 
 def first_line(text: str) -> str:
     return re.split(r"[\r\n]", text, maxsplit=1)[0]
 
 
-def is_spreadsheets(text: str, lines: list[list[str]]) -> bool:
-    """Returns whether the quotes of a table with tabs were put there by a spreadsheet.
+def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
+    """Returns whether a spreadsheet has put the quotes into a table with tabs.
 
     It puts a field in quotes where it holds a quote, which is then doubled, a tab, a line
-    end or a comma, where it is empty, or it puts all in quotes, the header too. So all
-    quotes have to be of that kind, and one of these reasons has to be there. `lines` are
-    the fields without regard to quotes.
+    end or a comma, where it is empty, or it puts all texts in quotes. So all quotes have to
+    be of that kind, and one of these reasons has to be there. `lines` are the fields without
+    regard to quotes.
     """
     if '"' not in text or not ALL_QUOTED.fullmatch(text):
         return False
     fields = [field[1:-1] for field in QUOTED.findall(text)]
     if any("\t" in field or "\n" in field for field in fields):
-        # Where each line has the header's fields, no tab or line end was within one of them.
-        width = len(lines[0])
-        return any(len(line) < width or any(line[width:]) for line in lines if any(line))
+        quoted = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
+        return is_even(quoted) and not is_even(lines)
+    are_all_texts = len(fields) >= 2 * (len(lines) - 1)
     has_reason = any(not field or '""' in field or "\r" in field for field in fields)
     has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
-    return text.startswith('"') or has_reason or has_commas
+    return are_all_texts or has_reason or has_commas
+
+
+def is_even(lines: list[list[str]]) -> bool:
+    """Returns whether all lines have as many fields as the first."""
+    return all(len(line) == len(lines[0]) for line in lines if any(line))
 
 
 def read_quoted(text: str, separator: str) -> dict[str, list]:
     """Reads a table in which a field may stand in quotes."""
-    names = first_line(text).split(separator)
     lines = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
-        skipinitialspace=all(name.startswith(" ") for name in names[1:]),
+        skipinitialspace=f'"{separator} "' in text
+        or all(name[:1] == " " for name in first_line(text).split(separator)[1:]),
         # Most quotes that are left open, which take the next rows into their field, are
         # then errors.
         strict=True,
@@ -260,13 +262,7 @@ def as_columns(lines: list[list[str]]) -> dict[str, list]:
     return columns
 
 
-READERS = {
-    ".parquet": read_parquet,
-    ".arrow": read_arrow,
-    ".feather": read_arrow,
-    ".jsonl": read_json,
-    ".ndjson": read_json,
-    ".json": read_json,
-    ".csv": read_table,
-    ".tsv": read_table,
-}
+READERS = {".parquet": read_parquet}
+READERS |= dict.fromkeys((".arrow", ".feather"), read_arrow)
+READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), read_json)
+READERS |= dict.fromkeys((".csv", ".tsv"), read_table)

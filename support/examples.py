@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple
 from support import ranks
 from support.columns import check_texts, find_columns
 from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
-from support.labels import HIDDEN, LABELS, as_word, label_numbers, refuse_names_in_card
+from support.labels import (
+    LABELS,
+    NO_LABEL,
+    as_word,
+    check_meanings,
+    label_numbers,
+    refuse_names_in_card,
+)
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -64,11 +71,15 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
     if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
         raise ValueError(
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
-            "--dataset says where it is"
+            "say with --dataset where it is"
         )
-    splits = load_from_hub(dataset)
-    parts = {name: {f"{dataset}, {name}": rows} for name, rows in splits.items()}
-    return with_train({split_name(name) or name: parts[name] for name in parts})
+    splits = {}
+    for name, rows in load_from_hub(dataset).items():
+        split = split_name(name) or name
+        # snli_dev and mnli_dev are both validation: the second is validation_mnli_dev then.
+        split = f"{split}_{name}" if split in splits else split
+        splits[split] = {f"{dataset}, {name}": rows}
+    return with_train(splits)
 
 
 def load_from_hub(dataset: str) -> "DatasetDict":
@@ -79,9 +90,10 @@ def load_from_hub(dataset: str) -> "DatasetDict":
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
-    # The library raises these when it does not reach the Hub or find the dataset there, and
-    # when it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason.
-    except (OSError, ValueError) as error:
+    # The library raises these when it does not reach the Hub or find the dataset there, when
+    # it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason, for
+    # files that it cannot read, and for repositories that hold a script.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot load {dataset!r} from the Hub, and it is no directory here "
@@ -128,7 +140,7 @@ def load_examples(
     rows, _ = read_split(dataset, split, reading)
     rows = rows.remove_columns("written")
     labels = rows["label"][:]
-    labelled = [index for index, label in enumerate(labels) if label != HIDDEN]
+    labelled = [index for index, label in enumerate(labels) if label != NO_LABEL]
     if not labelled:
         raise ValueError(f"{dataset}, {split}: no labelled row")
     dropped = len(labels) - len(labelled)
@@ -149,7 +161,7 @@ def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> di
     for split, rows in used.items():
         every_row, _ = read_split(dataset, split, reading)
         labels = every_row["label"][:]
-        unlabelled = labels.count(HIDDEN)
+        unlabelled = labels.count(NO_LABEL)
         counts[split] = {"read": len(labels), "without_label": unlabelled, "used": len(rows)}
     return counts
 
@@ -165,43 +177,43 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
     if split not in names:
         cure = ": call the file that is meant train.*" if split == "train" else ""
         raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
-    if split in ("train", "validation") and len(names) > len(splits):
+    is_cut = len(names) > len(splits)
+    if is_cut and split in ("train", "validation"):
         return cut_train(dataset, split, reading)
     try:
-        rows, columns = join_parts(splits[split], reading)
+        return join_parts(dataset, split, reading)
     # Half of a pair of surrogates, which JSON can hold, or an idx of more than 64 bits.
     except (UnicodeError, OverflowError) as error:
         raise ValueError(f"{dataset}, {split}: {error}") from None
-    words = [as_word(label.strip("'")) for label in rows.unique("written")]
-    if not reading.labels and any(word.isdigit() for word in words):
-        refuse_names_in_card(Path(dataset))
-    return rows, columns
 
 
-def join_parts(
-    parts: "dict[str, Path | Dataset]", reading: Reading
-) -> tuple["Dataset", dict[str, str]]:
-    """Returns what `read_split` does. An error begins with the name of the part."""
+def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
+    """Returns what `read_split` does, of a split that is there. An error begins with the part."""
     from datasets import Dataset
 
-    tables = {place: read_part(part) for place, part in parts.items()}
+    tables = {place: read_part(part) for place, part in find_splits(dataset)[split].items()}
     first = next(iter(tables))
+    columns = find_columns(list(tables[first]), reading.columns, first)
     rows = {}
+    words = set()
     for place, table in tables.items():
         differing = sorted(table.keys() ^ tables[first].keys())
         if differing:
             raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
-        columns = find_columns(list(table), reading.columns, place)
         names = {name: name for name in KEPT if name in table} | columns
         values = {column: table[name] for column, name in names.items()}
         check_texts(values, place)
+        words |= {as_word(label) for label in values["label"]}
         values["written"] = [repr(label) for label in values["label"]]
         values["label"] = label_numbers(values["label"], reading.labels, place)
         for column, some in values.items():
             rows.setdefault(column, []).extend(some)
+    check_meanings(words, len(rows["label"]), reading.labels, f"{dataset}, {split}")
+    if not reading.labels and any(word.isdigit() for word in words):
+        refuse_names_in_card(Path(dataset))
     for name in KEPT:
         kinds = {type(value) for value in rows.get(name, ())} - {type(None)}
-        if kinds not in ({int}, {str}):  # predictions_SPLIT.jsonl has the row's number instead
+        if kinds not in ({int}, {str}):  # a column needs one type, and is not needed itself
             rows.pop(name, None)
     return Dataset.from_dict(rows), columns
 
@@ -218,7 +230,7 @@ def cut_train(dataset: str, split: str, reading: Reading) -> tuple["Dataset", di
     train, columns = read_split(dataset, "train", reading._replace(validation=None))
     try:
         # From a seed of its own: runs that differ in theirs are measured on the same rows.
-        halves = train.train_test_split(reading.validation, seed=0)
+        cut = train.train_test_split(reading.validation, seed=0)
     except ValueError as error:
         raise ValueError(f"{dataset}: --validation leaves no rows: {error}") from None
-    return halves["train" if split == "train" else "test"], columns
+    return cut["train" if split == "train" else "test"], columns

@@ -58,13 +58,14 @@ def find_adapter(name: str) -> Path:
 
 def download_adapter(repo: str) -> Path:
     """Returns the local folder of an adapter's repository. What is there is not loaded again."""
+    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
-    # Without a connection and a copy the library raises an OSError or a ValueError.
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    # Without a connection and a copy the library raises an OSError or a ValueError, behind a
+    # proxy that refuses it httpx2's.
+    except (OSError, ValueError, httpx2.HTTPError) as error:
         raise ValueError(
             f"{repo} is not an adapter: there is no such folder, "
             f"and the Hub gives none ({type(error).__name__})"

@@ -9,14 +9,14 @@ import re
 from pathlib import Path
 
 LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
-HIDDEN = -1  # stands for the label of a row that has none
+NO_LABEL = -1  # of a row without one
 
 # What a label may be called, in any case.
 MEANINGS = {
     0: ("0", "entailment", "entails", "entail", "e"),
     1: ("1", "neutral", "n"),
     2: ("2", "contradiction", "contradicts", "contradict", "contradictory", "c"),
-    HIDDEN: ("-1", "-"),
+    NO_LABEL: ("-1", "-"),
 }
 NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 
@@ -27,35 +27,40 @@ def as_word(label) -> str:
 
 
 def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]:
-    """Returns labels as 0, 1, 2, or HIDDEN. Raises ValueError for any other.
+    """Returns labels as 0, 1, 2, or NO_LABEL. Raises ValueError for any other.
 
     `given` is what --labels says. An error begins with `place`.
     """
     words = [as_word(label) for label in labels]
-    found = set(words)
-    listed = f"{place}: its labels are {', '.join(sorted(found))}"
     meanings = NUMBERS
-    if given:
+    if given:  # then a number that is not among them has no meaning
         said = said_labels(given)
-        if not said.keys() & found:
-            raise ValueError(f"{listed}, none of those that --labels says")
-        # Then a number that is not among them has no meaning.
         meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
-    for word in found - meanings.keys():
-        row = words.index(word)
-        raise ValueError(
-            f"{place}, row {row}: label {labels[row]!r} is none of {', '.join(meanings)}; "
-            "--labels says what three others mean, and - stands for no label"
-        )
-    has_two = {word for word in found if word.isdigit()} == {"0", "1"}
-    # -1 is one of three answers in some files. A few rows may lack an answer by chance.
-    if not given and has_two and ("-1" in found or len(words) > 30):
+    for row, word in enumerate(words):
+        if word not in meanings:
+            raise ValueError(
+                f"{place}, row {row}: label {repr(labels[row])[:60]} is none of "
+                f"{', '.join(meanings)}; --labels says what three others mean, and - stands for "
+                "no label"
+            )
+    return [meanings[word] for word in words]
+
+
+def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: str) -> None:
+    """Raises ValueError where --labels has no effect on a split's labels, or would be needed."""
+    listed = f"{place}: its labels are {', '.join(sorted(words))}"
+    if given and not said_labels(given).keys() & words:
+        raise ValueError(f"{listed}, none of those that --labels says")
+    # Without a 2 these may be two classes, or three that are called -1, 0 and 1. One sign of
+    # it may be chance.
+    numbers = words & {"0", "1", "2"}
+    signs = [numbers == {"0", "1"}, "-1" in words, rows > 30]
+    if not given and numbers and "2" not in numbers and sum(signs) > 1:
         raise ValueError(
             f"{listed}, of which not all may mean what they do here; --labels says it, as in "
             "--labels entailment neutral contradiction or "
             "--labels -1=contradiction 0=neutral 1=entailment"
         )
-    return [meanings[word] for word in words]
 
 
 def said_labels(given: tuple[str, ...]) -> dict[str, int]:
@@ -69,15 +74,16 @@ def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     return said
 
 
-# How the card of a dataset on the Hub says that its labels have names: in the lines at the
-# top of README.md, or in JSON.
-CARDS = ("README.md", "dataset_infos.json", "dataset_info.json")
-NAMED = re.compile(rb'---\n.*\bclass_label\b|.*"ClassLabel"', re.DOTALL)
+# The card of a dataset on the Hub, and how it says that its labels have names: above the
+# second line of dashes in README.md, or in JSON.
+CARDS = ("README.md", "dataset_infos.json")
+NAMED = re.compile(rb'(?s)(?:\xef\xbb\xbf)?---\s(?:(?!\n---).)*\bclass_label\b|\{.*"ClassLabel"')
 
 
 def refuse_names_in_card(directory: Path) -> None:
     """Raises ValueError where the card of a dataset, there or above, has names for its numbers."""
-    for folder, name in itertools.product((directory, directory.parent), CARDS):
+    directory = directory.resolve()
+    for folder, name in itertools.product((directory, *directory.parents[:2]), CARDS):
         card = folder / name
         if card.is_file() and NAMED.match(card.read_bytes()):
             raise ValueError(f"{card} gives the labels names: say with --labels what they mean")

@@ -92,7 +92,7 @@ def ours(
     directory: Path, dtype: torch.dtype, quantization: str = "none", double_quant: bool = False
 ) -> phi2.Phi2:
     """Our model on the CPU, in eval mode."""
-    checkpoints.find(str(directory))
+    checkpoints.find(str(directory), phi2.read_config)
     model = phi2.build(str(directory))
     if quantization == "nf4":
         quant.quantize_linears(model, double_quant=double_quant)

@@ -253,7 +253,8 @@ def adapter(tmp_path) -> Path:
     config = {"base_model_name_or_path": "tiny/model", "r": 8}
     saved = {"dataset": "tiny/data", "quant": "none", "dtype": "fp32", "max_length": 99}
     write_json(directory / "adapter_config.json", config)
-    write_json(directory / "args.json", saved | {"limit": 5, "batch_size": 3, "ranks": 2})
+    saved |= {"limit": 5, "batch_size": 3, "ranks": 2, "versions": {}}
+    write_json(directory / "args.json", saved)
     return directory
 
 
@@ -277,6 +278,9 @@ def test_an_adapter_of_peft_names_its_model_alone(adapter):
     (adapter / "args.json").unlink()
     args = parse("eval.py", "--adapter", adapter)
     assert (args.model, args.dataset, args.quant) == ("tiny/model", "nyu-mll/glue", "nf4")
+    # An args.json beside it may be another program's.
+    write_json(adapter / "args.json", {"dataset": ["alpaca"], "dtype": "bfloat16"})
+    assert parse("eval.py", "--adapter", adapter) == args
 
 
 def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
@@ -694,7 +698,7 @@ def test_a_script_ends_with_status_1_one_line_and_no_traceback_but_with_debug(tm
     command = ("train.py", "--model", "no/such/model", "--out", tmp_path / "run")
     done = script(*command)
     line = "error: no model directory 'no/such/model', and it is not a Hub id (owner/name): "
-    line += "--model says where it is\n"
+    line += "say with --model where it is\n"
     assert (done.returncode, done.stdout, done.stderr) == (1, "", line)
     done = script(*command, "--debug")
     assert done.returncode == 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import ROOT, ours
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 
 import data
 import train
@@ -106,11 +106,13 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path):
     assert "\n" not in str(raised.value)
 
 
-def test_a_tokenizers_own_truncation_and_padding_are_off(tiny, tokenizer, tmp_path):
-    """Programs that train store them in the file, where they would cut our prompts."""
+def test_a_tokenizers_own_truncation_padding_and_template_are_off(tiny, tokenizer, tmp_path):
+    """Programs that train store them in the file, where they would change our prompts."""
     stored = Tokenizer.from_file(str(tiny / "tokenizer.json"))
     stored.enable_truncation(8)
     stored.enable_padding(length=64)
+    template = {"single": f"$A {data.EOS}", "special_tokens": [(data.EOS, 0)]}  # add_eos_token
+    stored.post_processor = processors.TemplateProcessing(**template)
     stored.save(str(tmp_path / "tokenizer.json"))
     prompt = data.PROMPT.format(premise="Anna bought a dog.", hypothesis="Anna has an animal.")
     assert data.load_tokenizer(tmp_path).encode(prompt).ids == tokenizer.encode(prompt).ids

@@ -241,7 +241,7 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
     command = ["--premise", pair["premise"], "--hypothesis", pair["hypothesis"]]
     in_process(evaluation, "--adapter", run, *command)
     first, *lines = capsys.readouterr().out.splitlines()
-    assert first == f"{run}: rank 8, 12 layers adapted"
+    assert first == f"{run}: rank 8, 12 layers adapted, over tiny/model in nf4"
 
     prompt, _ = data.encode(pair | {"label": 0}, tokenizer)
     model = adapted(tiny, run, torch.float32)

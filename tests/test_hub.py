@@ -168,7 +168,7 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
-    assert no_model.startswith("error: cannot reach the Hub for 'microsoft/phi-2'")
+    assert no_model.startswith("error: cannot download 'microsoft/phi-2' from the Hub")
     assert "pass a directory instead: --model tiny/model" in no_model
     no_data = errors["no data"].splitlines()[-1]
     assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")

@@ -432,6 +432,7 @@ def test_adapters_that_would_silently_do_nothing_are_errors(tiny, saved, change,
         ("a_key_of_the_future", 3),
         ("qalora_group_size", 8),
         ("peft_type", "IA3"),
+        ("task_type", "SEQ_CLS"),
     ],
 )
 def test_active_options_that_are_not_implemented_are_refused_by_name(tiny, saved, key, value):

@@ -739,7 +739,7 @@ def test_a_truncated_file(copy, kept):
         ("partial_rotary_factor", 0.35, "11 of a head's 32 dimensions cannot be rotated"),
         ("rope_scaling", {"type": "linear", "factor": 2.0}, "rope_scaling of type 'linear' is"),
         ("rope_parameters", {"rope_type": "yarn"}, "rope_parameters of type 'yarn' is"),
-        ("hidden_size", "192", "hidden_size = '192' is no number"),
+        ("hidden_size", "192", "hidden_size = '192' is no whole number"),
         ("resid_pdrop", 1, "resid_pdrop = 1 is no number from 0 to"),
         ("rope_theta", 0, "rope_theta"),  # every logit would be NaN
         ("intermediate_size", 512, "fc1 cannot be loaded: .*512"),

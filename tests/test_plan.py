@@ -66,7 +66,7 @@ def test_the_plan_is_what_the_allocator_gives_out(tiny, tokenizer, rows, flags):
     model = ours(tiny, torch.float32, args.quant, args.double_quant)
     if args.keep_dequantized:
         quant.keep_dequantized(model)
-    weights = plan.size([*model.parameters(), *model.buffers()])
+    weights = plan.size(model.state_dict().values())
     lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
     for block in model.model.layers:
         block.resid_dropout.p = 0.1

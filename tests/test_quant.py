@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import eval as evaluation
 import lora
+import phi2
 import quant
 from support import checkpoints
 
@@ -209,7 +210,15 @@ def test_other_quantisations_are_refused_from_config_json(tiny, tmp_path, quanti
     config["quantization_config"] = quantization
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="config.json: weights quantised as .* only bitsandbytes"):
-        checkpoints.find(str(tmp_path), checkpoints.DESCRIPTION)
+        checkpoints.find(str(tmp_path), phi2.read_config, checkpoints.DESCRIPTION)
+
+
+def test_a_quantisation_of_mlx_is_refused_from_config_json(tiny, tmp_path):
+    config = json.loads((tiny / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json: weights quantised as .'group_size': 64"):
+        checkpoints.find(str(tmp_path), phi2.read_config, checkpoints.DESCRIPTION)
 
 
 def test_a_model_that_was_dequantised_is_quantised_whatever_its_config_says(tiny, tmp_path):
