@@ -292,6 +292,7 @@ class Layout:
             that `put` is given. On the CPU.
         sources: (rows * (P + row_width),) the same for each cell.
         cells: (M,) the cell of each token of each row, of none of the prefix.
+        prefix_length: P.
         shape: (rows, P + row_width).
         span: a slice of the tokens, where the cells are just that: no prefix, no padding,
             nothing twice. The grid is then a view of them, and the indices stay on the CPU.
@@ -542,6 +543,7 @@ class PackedRows:
         room: how many tokens may be added to each row.
         cache: where there is room, what was kept, (B, H, cache_width, D), by (layer, "k") or
             (layer, "v").
+        cache_width: how many tokens of a row it has room for, those of the prefix too.
         cache_layout: where the first call's tokens stand in it.
         head_starts: (B, H) the place of each head's first key in the cache, if it is seen as
             (B * H * cache_width, D).

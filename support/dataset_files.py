@@ -42,7 +42,7 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
     for pattern in ("[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"):
         splits = {}
         # Sorted, because glob has no order and the order of the rows decides the batches.
-        for path in sorted(directory.glob(pattern)):
+        for path in sorted(directory.glob(pattern), key=by_numbers):
             split = split_of(path, directory)
             if split:
                 splits.setdefault(split, []).append(path)
@@ -55,6 +55,11 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
         f"only {others[:200] or 'nothing'}"
     )
+
+
+def by_numbers(path: Path) -> list[str | int]:
+    """Returns what sorts train_2 before train_10."""
+    return [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", str(path))]
 
 
 def split_of(path: Path, directory: Path) -> str | None:

@@ -211,6 +211,11 @@ def test_parts_by_number_are_one_split(tmp_path):
     put(tmp_path, "train_1.jsonl", [ROW])
     put(tmp_path, "train_2.jsonl", [QUOTED])
     assert list(load_examples(str(tmp_path), "train")) == [ROW, QUOTED]
+    for number in range(3, 12):
+        put(tmp_path, f"train_{number}.jsonl", [ROW | {"premise": f"Part {number}."}])
+    forget_what_was_read()
+    last = load_examples(str(tmp_path), "train")["premise"][-3:]
+    assert last == ["Part 9.", "Part 10.", "Part 11."]
 
 
 def test_numbers_of_versions_are_no_numbers_of_parts(tmp_path):
