@@ -12,6 +12,9 @@ import argparse
 from collections import Counter
 from pathlib import Path
 
+import numpy
+from tqdm import tqdm
+
 import data
 import phi2
 from support import checkpoints, cli, examples, flags, pictures
@@ -44,9 +47,6 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
 
 def token_lengths(rows, tokenizer, split: str):
     """Returns how many tokens prompt and answer of each row have, (rows,)."""
-    import numpy
-    from tqdm import tqdm
-
     # delay and disable: no bar for a moment's work, and none in a log file.
     bar = tqdm(rows, desc=split, leave=False, delay=2, disable=None)
     encoded = (data.encode(row, tokenizer) for row in bar)
@@ -55,8 +55,6 @@ def token_lengths(rows, tokenizer, split: str):
 
 def describe_rows(rows, lengths, counts) -> None:
     """Prints a split's rows by label, the percentiles of its lengths and its first examples."""
-    import numpy
-
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
     # "higher": the length of a row, which so many rows do not exceed.
@@ -66,16 +64,14 @@ def describe_rows(rows, lengths, counts) -> None:
         f"  tokens of prompt and answer: {shortest} to {longest}, median {median}, "
         f"95% up to {p95}, 99% up to {p99}"
     )
+    labels = rows["label"][:]
     for label, name in enumerate(LABELS):
-        # Of few rows none may have this label.
-        first = next((row for row in rows if row["label"] == label), None)
-        if first is not None:
+        if label in labels:  # of few rows none may have it
+            first = rows[labels.index(label)]
             print(f"  {label} {name}: {first['premise'][:120]} -> {first['hypothesis'][:80]}")
 
 
 def main() -> None:
-    import numpy
-
     args = parse_arguments()
     directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)

@@ -39,15 +39,14 @@ def find(
     check_config(directory, read_config)
     if not is_here:
         directory = download(name, patterns)
-    if WEIGHTS[0] in patterns:
+    if patterns != DESCRIPTION:
         check_weights(directory)
     return directory
 
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
     """Returns the local folder of a model on the Hub. What is in its cache is not loaded again."""
-    # Not asked of the Hub: a path that does not exist is no model's name.
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if not files.is_hub_id(name):
         raise ValueError(
             f"no model directory {name!r}, and it is not a Hub id (owner/name): "
             "say with --model where it is"

@@ -133,7 +133,7 @@ def read_file(path: Path) -> dict[str, list]:
             raise ValueError("it holds no rows")
     # gzip raises EOFError and zlib's, json RecursionError.
     except (
-        OSError, ValueError, EOFError, zlib.error, RecursionError, pyarrow.ArrowException
+        OSError, ValueError, EOFError, zlib.error, RecursionError, csv.Error, pyarrow.ArrowException
     ) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
         raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}{cure}") from None
@@ -147,7 +147,7 @@ def arrow_columns(table: pyarrow.Table) -> dict[str, list]:
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features") or {}
     for column, feature in features.items():
-        if column in columns and "ClassLabel" in feature.values():
+        if column in columns and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
             names = dict(enumerate(feature["names"]))
             columns[column] = [names.get(value, value) for value in columns[column]]
     return columns

@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from support import ranks
+from support import files, ranks
 from support.columns import check_texts, find_columns
 from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
 from support.labels import (
@@ -67,8 +67,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
         return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
-    # A mistyped path is said to be one, instead of being looked for on the Hub.
-    if dataset.count("/") != 1 or dataset.startswith((".", "/", "~")):
+    if not files.is_hub_id(dataset):
         raise ValueError(
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "say with --dataset where it is"

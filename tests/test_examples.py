@@ -383,6 +383,12 @@ def save_with_names(path, names: list[str], labels: list[int]) -> None:
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
 
 
+def test_a_struct_with_a_field_called_names_is_no_label(tmp_path):
+    rows = datasets.Dataset.from_list([ROW | {"meta": {"names": "a"}}])
+    rows.to_parquet(tmp_path / "train.parquet")
+    assert list(load_examples(str(tmp_path), "train")) == [ROW]
+
+
 def test_two_classes_are_refused_by_name(tmp_path, write):
     save_with_names(tmp_path / "train.parquet", ["entailment", "not_entailment"], [0, 1])
     with pytest.raises(ValueError, match="row 1: label 'not_entailment' is none of"):
