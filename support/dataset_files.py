@@ -232,7 +232,7 @@ def read_quoted(text: str, separator: str) -> dict[str, list]:
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
-        skipinitialspace=f'"{separator} "' in text
+        skipinitialspace=bool(re.search(rf'(?m)^"[^"\n]*"{separator} "', text))
         or all(name[:1] == " " for name in first_line(text).split(separator)[1:]),
         # Most quotes that are left open, which take the next rows into their field, are
         # then errors.
