@@ -42,8 +42,8 @@ HAS_TRITON = find_spec("triton") is not None
 class Phi2Config:
     """The fields of config.json that matter, under Hugging Face's names, with phi-2's values.
 
-    For what a config.json leaves out read_config does not take these: there transformers'
-    values hold (ABSENT).
+    What a config.json leaves out is not taken from here: ABSENT has transformers' values,
+    and the sizes have to be there.
     """
 
     vocab_size: int = 51200
@@ -856,9 +856,9 @@ def load_weights(
     """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
     The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
-    its weight: at the peak the memory holds the model and one layer's tensors. A weight that
-    is in NF4 already is not quantised again. Raises ValueError for missing, unknown,
-    misshapen or damaged tensors; the model is then unusable.
+    its weight: at the peak the memory holds the model and one layer's tensors, as they are
+    stored and as `dtype`. A weight that is in NF4 already is not quantised again. Raises
+    ValueError for missing, unknown, misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
@@ -876,7 +876,7 @@ def load_weights(
                     raise ValueError("it is in NF4: --quant nf4 without --double-quant reads it")
                 layer.dtype = dtype  # packed indices do not say it
             layer.load_state_dict(tensors, assign=True)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError:  # a RuntimeError too, and not the checkpoint's fault
             raise
         # Such as a shape that is not config.json's, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
@@ -896,8 +896,9 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
     for key in found:
         # A weight in NF4 has more tensors beside it, such as q_proj.weight.absmax. Some
         # uploads store the rotary tables, which are computed here.
-        weight = key.partition(".weight.")[0] + ".weight"
-        if key not in expected and weight not in expected and not key.endswith("inv_freq"):
+        path, separator, _ = key.partition(".weight.")
+        is_of_nf4 = separator and f"{path}.weight" in expected
+        if key not in expected and not is_of_nf4 and not key.endswith("inv_freq"):
             raise ValueError(f"{directory}: its config.json leaves no place for {key}")
 
 
@@ -1018,11 +1019,15 @@ def read_config(directory: Path) -> Phi2Config:
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
 
     values = ABSENT | {key: value for key, value in raw.items() if value is not None}
-    return Phi2Config(**{field.name: values.get(field.name) for field in fields(Phi2Config)})
+    names = [field.name for field in fields(Phi2Config)]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    return Phi2Config(**{name: values[name] for name in names})
 
 
 def with_rotary_values(raw: dict, path: Path) -> dict:
-    """Returns config.json with the values that it may hold in a dictionary of their own."""
+    """Returns config.json with what rope_parameters holds where older versions have it."""
     for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
         values = raw.get(key)
         if isinstance(values, dict):

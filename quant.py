@@ -84,7 +84,7 @@ def kernels():
 
 @functools.cache
 def nested_levels(device: torch.device) -> Tensor:
-    """Returns the 256 levels (fp32) that absmax is rounded to under double quantisation."""
+    """Returns the 256 levels (fp32, from -1 to 1) of double quantisation."""
     kernels()  # first, because it silences a remark of the import
     from bitsandbytes.functional import create_dynamic_map
 
@@ -106,10 +106,9 @@ class NF4Linear(nn.Module):
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    Loading a floating-point `weight` through `load_state_dict` quantises it. The layer
-    computes in `dtype`, and its inputs must have it too: that of the weight that was loaded.
-    It is no part of the state_dict. Where buffers are loaded instead, set `layer.dtype`;
-    until then it is torch's default. (`layer.to(dtype)` would round absmax.)
+    `load_state_dict(..., assign=True)` quantises a floating-point `weight`. `dtype` is that
+    of this weight, and inputs and bias must have it. No state_dict holds it: after packed
+    indices were loaded set `layer.dtype`. Do not call `layer.to(dtype)`, which rounds absmax.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class NF4Linear(nn.Module):
         return DequantizedLinear.apply(x, self)
 
     def dequantize(self) -> Tensor:
-        """Returns the weight (out_features, in_features): `dequantize` above, of absmax in fp32."""
+        """Returns the weight (out_features, in_features), as `dequantize` above restores it."""
         if self.kept is not None:
             return self.kept
         absmax = self.absmax
@@ -171,7 +170,7 @@ class NF4Linear(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the buffers that hold this weight: `quantize` above, then absmax in 8 bits."""
+        """Returns the buffers that hold this weight: `quantize` above, and double quantisation."""
         size = PIECE if weight.device.type == "cpu" else weight.numel()
         pieces = [
             kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)

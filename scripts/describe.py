@@ -54,10 +54,10 @@ def token_lengths(rows, tokenizer, split: str):
 
 
 def describe_rows(rows, lengths, counts) -> None:
-    """Prints a split's rows by label, the percentiles of its lengths and its first examples."""
+    """Prints a split's rows by label, percentiles of their lengths, an example of each label."""
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
-    # "higher": the length of a row, which so many rows do not exceed.
+    # "higher": a length that some row has, not one between two rows'.
     percentiles = numpy.percentile(lengths, [0, 50, 95, 99, 100], method="higher")
     shortest, median, p95, p99, longest = percentiles
     print(

@@ -14,7 +14,7 @@ DESCRIPTION = ("config.json", "tokenizer.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 MODEL = DESCRIPTION + WEIGHTS
 
-# The least and the most that the numbers of config.json can be. All others are whole.
+# Numbers of config.json that need not be whole, and from what to what they can be.
 BOUNDS = {
     "partial_rotary_factor": (0, 1),
     "rope_theta": (1, 1e30),
@@ -28,8 +28,8 @@ def find(
 ) -> Path:
     """Returns the directory of a model: `name` itself, or its download from the Hub.
 
-    `read_config` is phi2's, `patterns` are the files that are wanted. Raises ValueError when
-    there is no such model, and for one that cannot be loaded.
+    `read_config` is phi2's, which support cannot import; `patterns` are the files that are
+    wanted. Raises ValueError when there is no such model, and for one that cannot be loaded.
     """
     directory = Path(name)
     is_here = directory.is_dir()
@@ -45,7 +45,7 @@ def find(
 
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
-    """Returns the local folder of a model on the Hub. What is in its cache is not loaded again."""
+    """Returns the local folder of a model on the Hub. What is there is not downloaded again."""
     if not files.is_hub_id(name):
         raise ValueError(
             f"no model directory {name!r}, and it is not a Hub id (owner/name): "
@@ -61,8 +61,9 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
         raise ValueError(
             f"no model {name!r}: neither a directory nor a public repository on the Hub"
         ) from None
-    # Most errors of the Hub are OSErrors, and so is a full disk. A proxy's are httpx2's.
-    except (OSError, httpx2.HTTPError) as error:
+    # Most errors of the Hub are OSErrors, and so is a full disk. A proxy's are httpx2's, and
+    # an ImportError where it is one of SOCKS and the package for it is not installed.
+    except (OSError, httpx2.HTTPError, ImportError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot download {name!r} from the Hub, and it is no directory here ({reason}); "

@@ -3,8 +3,9 @@
 To read one more form, add a word to SPLITS, or a suffix and its function to READERS at the
 end. What a row must hold is the matter of columns.py and labels.py.
 
-Local files are read here, and not by load_dataset: its cache goes by name and time, so that
-copies of other content are taken for each other, and its readers guess at types and quotes.
+Local files are read here, and not by load_dataset: its cache knows a file by its name and
+time alone, and gives the rows of another that has the same, and its readers guess at types
+and quotes.
 """
 
 import csv
@@ -29,8 +30,6 @@ PART = re.compile(r"(?:^|[-_]|(?<!\d)\.)(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(
 # A field in quotes, and a file in which every quote belongs to such a field.
 QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
 ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+')
-
-SPACE = re.compile(r"\s*")
 
 
 # -----------------------------------------------------------------------------
@@ -73,7 +72,7 @@ def split_of(path: Path, directory: Path) -> str | None:
     # The folder says it: train/0000.parquet, train/part-00000.parquet,
     # train/data-00000-of-00001.arrow. save_to_disk of one split writes into any folder.
     is_one_split = suffix == ".arrow" and path.parent == directory
-    return split_name(path.parent.name) or ("train" if is_one_split else None)
+    return split_name(path.parent.absolute().name) or ("train" if is_one_split else None)
 
 
 def split_name(name: str) -> str | None:
@@ -87,8 +86,8 @@ def split_name(name: str) -> str | None:
 
 def with_train(splits: dict) -> dict:
     """Returns the splits, of which train_en, say, is called train where it is the only one."""
-    names = [name for name in splits if name.startswith("train")]
-    return {"train" if [name] == names else name: value for name, value in splits.items()}
+    trains = [name for name in splits if name.startswith("train")]
+    return {"train" if trains == [name] else name: value for name, value in splits.items()}
 
 
 def check_parts(split: str, paths: list[Path]) -> None:
@@ -96,13 +95,14 @@ def check_parts(split: str, paths: list[Path]) -> None:
 
     Otherwise they are two formats of the same rows, or parts of two datasets.
     """
-    parts = [PART.search(stem_and_suffix(path)[0]) for path in paths]
+    names = [(path.parent, *stem_and_suffix(path)) for path in paths]
+    parts = [PART.search(stem) for _, stem, _ in names]
     numbers = sorted(int(part[1]) for part in parts if part)
     counts = {int(part[2]) for part in parts if part and part[2]}
     total = len(paths)
     is_one = total == 1 and not counts  # whatever number is in its name
     is_whole = numbers in (list(range(total)), list(range(1, total + 1))) and counts <= {total}
-    kinds = {(path.parent, stem_and_suffix(path)[1]) for path in paths}
+    kinds = {(folder, PART.sub("", stem), suffix) for folder, stem, suffix in names}
     if not is_one and not (is_whole and len(kinds) == 1):
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
@@ -173,13 +173,14 @@ def read_json(content: bytes) -> dict[str, list]:
     end = 0
     while end < len(text):
         # Over the whole text, so that an error says its line.
-        value, end = decoder.raw_decode(text, SPACE.match(text, end).end())
+        value, end = decoder.raw_decode(text, json.decoder.WHITESPACE.match(text, end).end())
         rows += value if isinstance(value, list) else [value]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("it holds no JSON object for each row")
     if len(rows) == 1 and all(isinstance(value, dict) for value in rows[0].values()):
-        # One object for each column, as pandas' to_json(path) writes them.
-        return {name: list(values.values()) for name, values in rows[0].items()}
+        # One object for each column, as pandas' to_json(path) writes them: {row: value}.
+        keys = dict.fromkeys(itertools.chain.from_iterable(rows[0].values()))
+        rows = [{name: values.get(key) for name, values in rows[0].items()} for key in keys]
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     return {name: [row.get(name) for row in rows] for name in names}
 
@@ -232,7 +233,7 @@ def read_quoted(text: str, separator: str) -> dict[str, list]:
         io.StringIO(text, newline=""),
         delimiter=separator,
         # Where people put a space behind each comma, a quote after it opens a field too.
-        skipinitialspace=bool(re.search(rf'(?m)^"[^"\n]*"{separator} "', text))
+        skipinitialspace=re.search(rf'(?m)^("?)[^"\n]*\1{separator} "[^"\n]+"{separator}', text)
         or all(name[:1] == " " for name in first_line(text).split(separator)[1:]),
         # Most quotes that are left open, which take the next rows into their field, are
         # then errors.
@@ -267,7 +268,6 @@ def as_columns(lines: list[list[str]]) -> dict[str, list]:
     return columns
 
 
-READERS = {".parquet": read_parquet}
-READERS |= dict.fromkeys((".arrow", ".feather"), read_arrow)
+READERS = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
 READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), read_json)
 READERS |= dict.fromkeys((".csv", ".tsv"), read_table)

@@ -41,10 +41,7 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        columns = tuple(args.columns or ())
-        if len(set(columns)) < len(columns):
-            raise ValueError(f"--columns names one column twice: {' '.join(columns)}")
-        return cls(columns, tuple(args.labels or ()), args.validation)
+        return cls(tuple(args.columns or ()), tuple(args.labels or ()), args.validation)
 
 
 BY_THE_TABLES = Reading()
@@ -57,9 +54,10 @@ BY_THE_TABLES = Reading()
 # Cached, because a run asks for the names and for each split.
 @functools.cache
 def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
-    """Returns the parts of each split by what an error calls them: files, or rows of the Hub.
+    """Returns the parts of each split, by their places.
 
-    Raises ValueError when there is no such dataset.
+    A part is a file, or a table from the Hub; its place is what an error calls it. Raises
+    ValueError when there is no such dataset.
     """
     directory = Path(dataset)
     if dataset and directory.is_dir():
@@ -72,12 +70,13 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "say with --dataset where it is"
         )
+    tables = load_from_hub(dataset)
+    found = [split_name(name) or name for name in tables]
     splits = {}
-    for name, rows in load_from_hub(dataset).items():
-        split = split_name(name) or name
-        # snli_dev and mnli_dev are both validation: the second is validation_mnli_dev then.
-        split = f"{split}_{name}" if split in splits else split
-        splits[split] = {f"{dataset}, {name}": rows}
+    for split, (name, rows) in zip(found, tables.items()):
+        # snli_dev and mnli_dev are both validation: validation_snli_dev, validation_mnli_dev.
+        is_shared = found.count(split) > 1 and name != split
+        splits[f"{split}_{name}" if is_shared else split] = {f"{dataset}, {name}": rows}
     return with_train(splits)
 
 
@@ -92,7 +91,10 @@ def load_from_hub(dataset: str) -> "DatasetDict":
     # The library raises these when it does not reach the Hub or find the dataset there, when
     # it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason, for
     # files that it cannot read, and for repositories that hold a script.
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
+    # ImportError: a SOCKS proxy is set and httpx2's package for it is not installed.
+    except (
+        OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError
+    ) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot load {dataset!r} from the Hub, and it is no directory here "
@@ -132,9 +134,9 @@ def load_examples(
 ) -> "Dataset":
     """Returns the first `limit` labelled rows: premise, hypothesis, label (0, 1, 2).
 
-    All rows are checked, not in the middle of a training. Raises ValueError for a split or
-    a column that is missing, a text that is missing, a label that has no meaning, and when
-    no row is left.
+    All rows are checked here, so that none stops a training in its middle. Raises ValueError
+    for a split or a column that is missing, a text that is missing, a label that has no
+    meaning, and when no row is left.
     """
     rows, _ = read_split(dataset, split, reading)
     rows = rows.remove_columns("written")
@@ -155,7 +157,7 @@ def load_examples(
 
 
 def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> dict:
-    """Returns how many rows the files of these splits hold, without a label, and used."""
+    """Returns for each split how many rows it has, how many without a label, and how many used."""
     counts = {}
     for split, rows in used.items():
         every_row, _ = read_split(dataset, split, reading)
@@ -187,12 +189,17 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
 
 
 def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
-    """Returns what `read_split` does, of a split that is there. An error begins with the part."""
+    """Returns what `read_split` does, of a split that is there.
+
+    An error begins with the part or the split that it is about.
+    """
     from datasets import Dataset
 
     tables = {place: read_part(part) for place, part in find_splits(dataset)[split].items()}
     first = next(iter(tables))
     columns = find_columns(list(tables[first]), reading.columns, first)
+    if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
+        raise ValueError(f"--columns names one column twice: {' '.join(reading.columns)}")
     rows = {}
     words = set()
     for place, table in tables.items():
@@ -208,11 +215,13 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
         for column, some in values.items():
             rows.setdefault(column, []).extend(some)
     check_meanings(words, len(rows["label"]), reading.labels, f"{dataset}, {split}")
-    if not reading.labels and any(word.isdigit() for word in words):
+    # Of a dataset on the Hub the names are in its columns already.
+    is_local = Path(dataset).is_dir()
+    if is_local and not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))
     for name in KEPT:
         kinds = {type(value) for value in rows.get(name, ())} - {type(None)}
-        if kinds not in ({int}, {str}):  # a column needs one type, and is not needed itself
+        if kinds not in ({int}, {str}):  # a column has one type; these are only shown
             rows.pop(name, None)
     return Dataset.from_dict(rows), columns
 

@@ -51,8 +51,8 @@ def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: st
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
     if given and not said_labels(given).keys() & words:
         raise ValueError(f"{listed}, none of those that --labels says")
-    # Without a 2 these may be two classes, or three that are called -1, 0 and 1. One sign of
-    # it may be chance.
+    # Where no label is 2, 0 and 1 may be two classes, or -1, 0 and 1 three. Signs of that:
+    # both 0 and 1, a -1, and so many rows that a 2 would be among them. One may be chance.
     numbers = words & {"0", "1", "2"}
     signs = [numbers == {"0", "1"}, "-1" in words, rows > 30]
     if not given and numbers and "2" not in numbers and sum(signs) > 1:

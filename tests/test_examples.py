@@ -26,6 +26,10 @@ from support.examples import (
 TINY = str(ROOT / "tiny" / "data")
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
 DOG = ROW["premise"]
+BY_COLUMNS = (
+    '{"premise": {"0": "a", "1": "b"}, "hypothesis": {"0": "x", "1": "y"}, '
+    '"label": {"1": 1, "0": 0}}'
+)
 HEADER = "premise\thypothesis\tlabel"
 QUOTED = {"premise": 'Anna said "no, thanks".', "hypothesis": "Anna spoke.", "label": 2}
 
@@ -448,6 +452,20 @@ def test_a_file_that_has_changed_is_read_anew_even_at_the_same_time(tmp_path):
         assert list(load_examples(str(tmp_path), "train")) == rows
 
 
+def test_one_column_cannot_be_two(write):
+    reading = Reading(columns=("premise", "Premise", "label"))
+    with pytest.raises(ValueError, match="--columns names one column twice: premise Premise"):
+        load_examples(write(train=[ROW]), "train", reading=reading)
+
+
+def test_a_split_saved_to_disk_is_called_by_its_folder_however_that_is_typed(
+    tmp_path, monkeypatch
+):
+    datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "test")
+    monkeypatch.chdir(tmp_path / "test")
+    assert list(find_splits(".")) == ["test"]
+
+
 def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_path):
     texts = ["A room."] * 20_000 + ["007", "1.10", "True"] * 5_000
     lines = [f"{text},{text},1" for text in texts]
@@ -649,8 +667,10 @@ def test_a_file_or_nothing_is_no_dataset(write):
         ("train.csv", "premise,hypothesis,label,,\na,x,0,,\n", ["a"]),
         ("train.csv", ",premise,hypothesis,label\n0,a,x,0\n", ["a"]),  # pandas' index
         ("train.csv", 'premise,hypothesis,label\n"a, b", "x, y", 0\n', ["a, b"]),
+        ("train.csv", 'label,premise,hypothesis\n0, "a, b", "x, y"\n', ["a, b"]),
         # pandas' to_json without orient="records"
         ("train.json", json.dumps({name: {"0": text} for name, text in ROW.items()}), [DOG]),
+        ("train.json", BY_COLUMNS, ["a", "b"]),
         ("train.json", '[{"premise": "a", "hypothesis": "x", "label": 0}]\n' * 2, ["a", "a"]),
         ("train.json", '{\n"premise": "a",\n"hypothesis": "x", "label": 0\n}\n' * 2, ["a", "a"]),
         ("train.ndjson", '{"premise": "a", "hypothesis": "x", "label": 0}', ["a"]),
@@ -729,6 +749,7 @@ def test_an_arrow_file_that_was_not_written_to_its_end_is_refused(tmp_path):
         (("train.jsonl", "train_1.jsonl"), "not one file, and not all parts of one"),
         (("train_20240101.jsonl", "train_20240102.jsonl"), "not one file, and not all parts"),
         (("train_0.csv.gz", "train_1.jsonl.gz"), "not one file, and not all parts"),
+        (("snli_train_1.jsonl", "mnli_train_2.jsonl"), "not one file, and not all parts"),
     ],
 )
 def test_files_that_only_look_like_parts_are_refused(tmp_path, names, message):

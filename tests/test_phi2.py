@@ -753,6 +753,14 @@ def test_a_config_that_does_not_fit(copy, key, value, message):
     fails(copy, message)
 
 
+def test_a_config_without_a_size_is_refused(copy):
+    config = read_json(copy / "config.json")
+    del config["hidden_size"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json lacks hidden_size"):
+        phi2.build(copy)
+
+
 def test_rotary_positions_that_are_said_to_be_the_default_ones_load(tiny, copy):
     config = read_json(copy / "config.json") | {"rope_scaling": {"rope_type": "default"}}
     (copy / "config.json").write_text(json.dumps(config))
