@@ -15,7 +15,6 @@ export MALLOC_TRIM_THRESHOLD_ = 268435456
 export MALLOC_MMAP_THRESHOLD_ = 33554432
 
 demo: .venv/run
-	rm -rf out/demo
 	$(BIN)/python train.py @tiny/args --rank 8 --out out/demo
 
 test: .venv/dev

@@ -14,8 +14,9 @@ def main() -> None:
     parser = cli.Parser("draws the pictures and writes report.html of a run again")
     parser.add_argument("run", type=Path, help="the directory of a finished run")
     args = parser.parse_args()
-    if not (args.run / "results.json").is_file():
-        raise ValueError(f"{args.run} is not a finished run of train.py: it has no results.json")
+    for name in ("args.json", "results.json"):
+        if not (args.run / name).is_file():
+            raise ValueError(f"{args.run} is not a finished run of train.py: it has no {name}")
     page.write(args.run)
     print(args.run / "report.html")
 

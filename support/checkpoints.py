@@ -32,6 +32,8 @@ def find(
     wanted. Raises ValueError when there is no such model, and for one that cannot be loaded.
     """
     directory = Path(name)
+    if directory.is_file():
+        raise ValueError(f"{name} is a file: pass the folder that it is in")
     is_here = directory.is_dir()
     if not is_here:
         # First this file alone: gigabytes may be of a kind that is not read.

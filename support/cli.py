@@ -315,7 +315,7 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_eval_folder(out: Path) -> None:
-    """Raises ValueError where --out is no folder, or a training's."""
+    """Raises ValueError where --out is no folder, or holds results already."""
     if out.is_file():
         raise ValueError(f"--out {out} is a file: pass a folder")
     # eval.py writes results.json too, under the name that train.py uses.
@@ -324,6 +324,8 @@ def check_eval_folder(out: Path) -> None:
             f"{out} holds a run of train.py, whose results this would replace: "
             "choose another --out"
         )
+    if (out / "results.json").exists():
+        raise ValueError(f"{out} holds an evaluation already: choose another --out, or remove it")
 
 
 # -----------------------------------------------------------------------------

@@ -82,8 +82,11 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
 
 def load_from_hub(dataset: str) -> "DatasetDict":
     import datasets
+    import huggingface_hub
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
+    # Their errors and their tries are told below.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
     try:

@@ -57,9 +57,9 @@ def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: st
     signs = [numbers == {"0", "1"}, "-1" in words, rows > 30]
     if not given and numbers and "2" not in numbers and sum(signs) > 1:
         raise ValueError(
-            f"{listed}, of which not all may mean what they do here; --labels says it, as in "
-            "--labels entailment neutral contradiction or "
-            "--labels -1=contradiction 0=neutral 1=entailment"
+            f"{listed}, which may be two classes, that are not read, or other three than "
+            "entailment, neutral and contradiction; --labels entailment neutral contradiction says "
+            "that 0, 1 and 2 mean these, --labels -1=contradiction 0=neutral 1=entailment others"
         )
 
 
