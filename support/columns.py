@@ -25,7 +25,7 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
             found = found or [name for name in names if name.strip().lower() == alias.lower()]
         if len(found) != 1:
             raise ValueError(
-                f"{place}: {len(found) or 'no'} columns are called {' or '.join(wanted)}; there are "
+                f"{place}: {len(found) or 'no'} columns are called {' or '.join(wanted)}; it has "
                 f"{str(names)[:300]} (a table's first line); --columns P H L says which are meant"
             )
         columns[column] = found[0]

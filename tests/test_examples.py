@@ -439,7 +439,7 @@ def test_columns_of_any_other_name_can_be_said(write):
     row = {"a": "A dog.", "b": "An animal.", "c": 0, "premise": "x", "hypothesis": "y", "label": 2}
     rows = load_examples(write(train=[row]), "train", reading=Reading(columns=("a", "b", "c")))
     assert list(rows) == [{"premise": "A dog.", "hypothesis": "An animal.", "label": 0}]
-    with pytest.raises(ValueError, match=r"no columns are called z; there are \['a', 'b', 'c'"):
+    with pytest.raises(ValueError, match=r"no columns are called z; it has \['a', 'b', 'c'"):
         load_examples(write(train=[row]), "train", reading=Reading(columns=("a", "b", "z")))
 
 
