@@ -327,6 +327,12 @@ def test_an_evaluation_is_not_written_over_a_run(adapter):
         parse("eval.py", *TINY, "--out", adapter)
 
 
+def test_an_evaluation_is_not_written_over_another(tmp_path):
+    write_json(tmp_path / "results.json", {})
+    with pytest.raises(ValueError, match="holds an evaluation already: choose another --out"):
+        parse("eval.py", *TINY, "--out", tmp_path)
+
+
 # -----------------------------------------------------------------------------
 # The arguments of a run that is resumed
 

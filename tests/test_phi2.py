@@ -696,6 +696,10 @@ def test_no_such_model():
     fails("./nothing", "no model directory './nothing'")
 
 
+def test_a_file_is_no_model(copy):
+    fails(copy / "model.safetensors", "is a file: pass the folder that it is in")
+
+
 def test_a_directory_without_a_model(tmp_path):
     fails(tmp_path, "is not a model directory: it has no config.json")
 
