@@ -8,7 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from support import files
+from support import card, files, hub
 
 DESCRIPTION = ("config.json", "tokenizer.json")
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
@@ -48,24 +48,21 @@ def find(
 
 def download(name: str, patterns: tuple[str, ...]) -> Path:
     """Returns the local folder of a model on the Hub. What is there is not downloaded again."""
-    if not files.is_hub_id(name):
+    if not card.is_repository(name):
         raise ValueError(
             f"no model directory {name!r}, and it is not a Hub id (owner/name): "
             "say with --model where it is"
         )
-    import httpx2
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
-    except (RepositoryNotFoundError, HFValidationError):
+    except RepositoryNotFoundError:
         raise ValueError(
             f"no model {name!r}: neither a directory nor a public repository on the Hub"
         ) from None
-    # Most errors of the Hub are OSErrors, and so is a full disk. A proxy's are httpx2's, and
-    # an ImportError where it is one of SOCKS and the package for it is not installed.
-    except (OSError, httpx2.HTTPError, ImportError) as error:
+    except hub.errors() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot download {name!r} from the Hub, and it is no directory here ({reason}); "

@@ -213,11 +213,11 @@ def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
     if '"' not in text or not ALL_QUOTED.fullmatch(text):
         return False
     fields = [field[1:-1] for field in QUOTED.findall(text)]
-    if any("\t" in field or "\n" in field for field in fields):
+    if any(map(re.compile(r"[\t\n]").search, fields)):
         quoted = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
         return is_even(quoted) and not is_even(lines)
     are_all_texts = len(fields) >= 2 * (len(lines) - 1)
-    has_reason = any(not field or '""' in field or "\r" in field for field in fields)
+    has_reason = any(map(re.compile(r'""|\r|^$').search, fields))
     has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
     return are_all_texts or has_reason or has_commas
 

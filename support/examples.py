@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from support import files, ranks
+from support import card, hub, ranks
 from support.columns import check_texts, find_columns
 from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
 from support.labels import (
@@ -65,7 +65,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
         return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
-    if not files.is_hub_id(dataset):
+    if not card.is_repository(dataset):
         raise ValueError(
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "say with --dataset where it is"
@@ -91,13 +91,9 @@ def load_from_hub(dataset: str) -> "DatasetDict":
         datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
-    # The library raises these when it does not reach the Hub or find the dataset there, when
-    # it cannot write its cache (HF_DATASETS_CACHE), whose path is then in the reason, for
-    # files that it cannot read, and for repositories that hold a script.
-    # ImportError: a SOCKS proxy is set and httpx2's package for it is not installed.
-    except (
-        OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError
-    ) as error:
+    # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
+    # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
+    except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot load {dataset!r} from the Hub, and it is no directory here "
@@ -198,7 +194,7 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
     """
     from datasets import Dataset
 
-    tables = {place: read_part(part) for place, part in find_splits(dataset)[split].items()}
+    tables = read_parts(find_splits(dataset)[split])
     first = next(iter(tables))
     columns = find_columns(list(tables[first]), reading.columns, first)
     if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
@@ -206,27 +202,42 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
     rows = {}
     words = set()
     for place, table in tables.items():
-        differing = sorted(table.keys() ^ tables[first].keys())
-        if differing:
-            raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
-        names = {name: name for name in KEPT if name in table} | columns
-        values = {column: table[name] for column, name in names.items()}
-        check_texts(values, place)
-        words |= {as_word(label) for label in values["label"]}
-        values["written"] = [repr(label) for label in values["label"]]
-        values["label"] = label_numbers(values["label"], reading.labels, place)
-        for column, some in values.items():
-            rows.setdefault(column, []).extend(some)
+        words |= {as_word(label) for label in table[columns["label"]]}
+        for column, values in rows_of(table, columns, reading, place).items():
+            rows.setdefault(column, []).extend(values)
     check_meanings(words, len(rows["label"]), reading.labels, f"{dataset}, {split}")
     # Of a dataset on the Hub the names are in its columns already.
     is_local = Path(dataset).is_dir()
     if is_local and not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))
     for name in KEPT:
-        kinds = {type(value) for value in rows.get(name, ())} - {type(None)}
+        kinds = set(map(type, rows.get(name, ()))) - {type(None)}
         if kinds not in ({int}, {str}):  # a column has one type; these are only shown
             rows.pop(name, None)
     return Dataset.from_dict(rows), columns
+
+
+def read_parts(parts: "dict[str, Path | Dataset]") -> dict[str, dict[str, list]]:
+    """Returns the columns of each part. Raises ValueError where they are not the same."""
+    tables = {place: read_part(part) for place, part in parts.items()}
+    first = next(iter(tables))
+    for place, table in tables.items():
+        differing = sorted(table.keys() ^ tables[first].keys())
+        if differing:
+            raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
+    return tables
+
+
+def rows_of(
+    table: dict[str, list], columns: dict[str, str], reading: Reading, place: str
+) -> dict[str, list]:
+    """Returns a part's columns under our names, checked, with the labels as numbers."""
+    names = {name: name for name in KEPT if name in table} | columns
+    values = {column: table[name] for column, name in names.items()}
+    check_texts(values, place)
+    values["written"] = [repr(label) for label in values["label"]]
+    values["label"] = label_numbers(values["label"], reading.labels, place)
+    return values
 
 
 def read_part(part: "Path | Dataset") -> dict[str, list]:

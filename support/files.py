@@ -124,14 +124,6 @@ def find_path(name: str, run: Path, started_in: Path = Path()) -> str:
     return name
 
 
-def is_hub_id(name: str) -> bool:
-    """Returns whether a name that is no directory may be one on the Hub, owner/name.
-
-    So a mistyped path is said to be one, instead of being looked for on the Hub.
-    """
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 # -----------------------------------------------------------------------------
 # JSON
 

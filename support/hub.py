@@ -56,16 +56,24 @@ def find_adapter(name: str) -> Path:
     raise ValueError(f"{name} is not an adapter: it has no {CONFIG}")
 
 
+def errors() -> tuple[type[Exception], ...]:
+    """Returns what the Hub's libraries raise where they fail for a reason outside.
+
+    Most errors are OSErrors, a full disk too, or ValueErrors. A lost connection, and a proxy
+    that refuses, are httpx2's. An ImportError is a SOCKS proxy without httpx2's package for it.
+    """
+    import httpx2
+
+    return (OSError, ValueError, ImportError, httpx2.HTTPError)
+
+
 def download_adapter(repo: str) -> Path:
     """Returns the local folder of an adapter's repository. What is there is not loaded again."""
-    import httpx2
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors"]))
-    # Without a connection and a copy the library raises an OSError or a ValueError, behind a
-    # proxy that refuses it httpx2's.
-    except (OSError, ValueError, httpx2.HTTPError) as error:
+    except errors() as error:
         raise ValueError(
             f"{repo} is not an adapter: there is no such folder, "
             f"and the Hub gives none ({type(error).__name__})"
@@ -78,7 +86,6 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
     A repository that does not exist is created. Raises ValueError when the directory holds
     no run, and when the Hub refuses or cannot be reached.
     """
-    import httpx2
     from huggingface_hub import HfApi
 
     directory = Path(directory)
@@ -95,9 +102,7 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
             api.upload_folder(
                 repo_id=repo, folder_path=folder, commit_message="A FLoRA adapter"
             )
-        # A refusal of the Hub is an OSError, a lost connection httpx2's, a bad card a
-        # ValueError.
-        except (httpx2.HTTPError, OSError, ValueError) as error:
+        except errors() as error:  # a refusal is an OSError, a bad card a ValueError
             raise ValueError(failure(error, directory, repo)) from None
     return f"{api.endpoint}/{repo}"
 
