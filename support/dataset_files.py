@@ -96,9 +96,9 @@ def check_parts(split: str, paths: list[Path]) -> None:
     Otherwise they are two formats of the same rows, or parts of two datasets.
     """
     names = [(path.parent, *stem_and_suffix(path)) for path in paths]
-    parts = [PART.search(stem) for _, stem, _ in names]
-    numbers = sorted(int(part[1]) for part in parts if part)
-    counts = {int(part[2]) for part in parts if part and part[2]}
+    parts = list(filter(None, (PART.search(stem) for _, stem, _ in names)))
+    numbers = sorted(int(part[1]) for part in parts)
+    counts = {int(part[2]) for part in parts if part[2]}
     total = len(paths)
     is_one = total == 1 and not counts  # whatever number is in its name
     is_whole = numbers in (list(range(total)), list(range(1, total + 1))) and counts <= {total}
