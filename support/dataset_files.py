@@ -253,7 +253,7 @@ def as_columns(lines: list[list[str]]) -> dict[str, list]:
     All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
     and so is one at the end of a row that has fewer fields than the header.
     """
-    header, *rows = [line for line in lines if any(line)] or [[]]
+    header, *rows = list(filter(any, lines)) or [[]]
     while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
     columns = {}
