@@ -209,6 +209,7 @@ def main() -> None:
     args = parse_arguments()
     directory = checkpoints.find(args.model, phi2.read_config, (*checkpoints.MODEL, *COPIED))
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     splits = {}
     if args.measure:
         reading = examples.Reading.of(args)

@@ -589,12 +589,12 @@ def test_generation_of_rows_that_begin_alike_is_the_slow_one(tiny, stems, prefix
 
 
 @torch.no_grad()
-def test_the_first_logits_are_those_after_each_prompt(tiny):
+def test_the_hidden_states_of_a_generation_are_those_after_each_prompt(tiny):
     mine = ours(tiny, torch.float32)
     prefix = [5, 6, 7, 8, 9]
     prompts = [prefix + row for row in drawn_ids([3, 17, 9])]
-    _, first = evaluation.generate(mine, prompts, prefix, 4, VOCABULARY, is_finished)
-    for found, prompt in zip(first, prompts):
+    _, hidden = evaluation.generate(mine, prompts, prefix, 4, VOCABULARY, is_finished)
+    for found, prompt in zip(mine.lm_head(hidden), prompts):
         assert distance(found, mine(torch.tensor(prompt))[-1]) < TOLERANCE
 
 
