@@ -9,7 +9,7 @@ longest prompt and answer say what --max-length has to be so that no premise is 
 """
 
 import argparse
-from collections import Counter
+import itertools
 from pathlib import Path
 
 import numpy
@@ -19,6 +19,10 @@ import data
 import phi2
 from support import checkpoints, cli, examples, flags, pictures
 from support.labels import LABELS, NO_LABEL
+from support.letters import printable
+from support.rows import Rows
+
+ROWS_AT_ONCE = 2000  # that are tokenised
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,21 +40,30 @@ def parse_arguments() -> argparse.Namespace:
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
     """Prints the files of a split, and what its columns and its labels are taken for."""
     for place in examples.find_splits(dataset).get(split, []):
-        print(f"  file {place}")
+        print(printable(f"  file {place}"))
     rows, columns = examples.read_split(dataset, split, reading)
-    print("  columns " + ", ".join(f"{name} (the {column})" for column, name in columns.items()))
-    counts = Counter(zip(rows["written"], rows["label"]))
-    for (written, label), count in sorted(counts.items()):
+    named = ", ".join(f"{name} (the {column})" for column, name in columns.items())
+    print(printable(f"  columns {named}"))
+    counts = rows.table.group_by(["written", "label"]).aggregate([([], "count_all")])
+    for row in sorted(Rows(counts), key=lambda row: row["written"]):
+        label = row["label"]
         meaning = "no label" if label == NO_LABEL else f"{label} {LABELS[label]}"
-        print(f"  label {written}: {meaning}, {count:,} rows")
+        print(f"  label {row['written']}: {meaning}, {row['count_all']:,} rows")
 
 
 def token_lengths(rows, tokenizer, split: str):
     """Returns how many tokens prompt and answer of each row have, (rows,)."""
+    lengths = []
     # delay and disable: no bar for a moment's work, and none in a log file.
-    bar = tqdm(rows, desc=split, leave=False, delay=2, disable=None)
-    encoded = (data.encode(row, tokenizer) for row in bar)
-    return numpy.array([len(prompt) + len(answer) for prompt, answer in encoded])
+    with tqdm(
+        total=len(rows), desc=split, unit="row", leave=False, delay=1, disable=None
+    ) as bar:
+        remaining = iter(rows)
+        while batch := list(itertools.islice(remaining, ROWS_AT_ONCE)):
+            encoded = data.encode_batch(batch, tokenizer)
+            lengths += [len(prompt) + len(answer) for prompt, answer in encoded]
+            bar.update(len(batch))
+    return numpy.array(lengths)
 
 
 def describe_rows(rows, lengths, counts) -> None:
@@ -64,11 +77,12 @@ def describe_rows(rows, lengths, counts) -> None:
         f"  tokens of prompt and answer: {shortest} to {longest}, median {median}, "
         f"95% up to {p95}, 99% up to {p99}"
     )
-    labels = rows["label"][:]
+    labels = rows["label"]
     for label, name in enumerate(LABELS):
         if label in labels:  # of few rows none may have it
             first = rows[labels.index(label)]
-            print(f"  {label} {name}: {first['premise'][:120]} -> {first['hypothesis'][:80]}")
+            example = f"{first['premise'][:120]} -> {first['hypothesis'][:80]}"
+            print(printable(f"  {label} {name}: {example}"))
 
 
 def main() -> None:

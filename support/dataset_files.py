@@ -196,7 +196,7 @@ def read_text(read: Callable[[str], dict[str, list]], file: BinaryIO) -> dict[st
 
     Zeros at its end are what a crash of the machine leaves.
     """
-    return read(file.read().decode("utf-8-sig").rstrip("\0"))
+    return read(file.read().decode("utf-8-sig").rstrip("\0\r\n"))
 
 
 READERS = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}

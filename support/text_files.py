@@ -17,19 +17,17 @@ from support.columns import has_texts
 
 # What may stand between two values. Files that were put one behind another hold marks.
 BETWEEN = re.compile("[ \t\n\r\ufeff]*")
+# What is wrong where this letter is the first that is no JSON.
+CURES = {
+    "'": "; a text stands in double quotes, as json.dumps writes it",
+    ",": "; no comma stands between objects, unless all are within [ ]",
+    "\0": "; the file was not written to its end",
+}
 
 
 def read_json(text: str) -> dict[str, list]:
     """Reads objects one after another, on a line each or on several, or what one value holds."""
-    text = text.strip()
-    decoder = json.JSONDecoder()
-    values = []
-    end = BETWEEN.match(text).end()
-    while end < len(text):
-        # Over the whole text, so that an error says its line.
-        value, end = decoder.raw_decode(text, end)
-        values.append(value)
-        end = BETWEEN.match(text, end).end()
+    values = json_values(text.strip())
     if len(values) == 1 and isinstance(values[0], dict):
         return columns_of_object(values[0])
     rows = []
@@ -39,6 +37,23 @@ def read_json(text: str) -> dict[str, list]:
         else:
             rows.append(value)
     return columns_of_rows(rows)
+
+
+def json_values(text: str) -> list:
+    """Returns all values of a text. Raises ValueError with the line and, where known, the cure."""
+    decoder = json.JSONDecoder()
+    values = []
+    end = BETWEEN.match(text).end()
+    try:
+        while end < len(text):
+            # Over the whole text, so that an error says its line.
+            value, end = decoder.raw_decode(text, end)
+            values.append(value)
+            end = BETWEEN.match(text, end).end()
+    except json.JSONDecodeError as error:
+        cure = CURES.get(text[error.pos : error.pos + 1], "")
+        raise ValueError(f"{error}{cure}") from None
+    return values
 
 
 def columns_of_rows(rows: list) -> dict[str, list]:
@@ -73,7 +88,7 @@ def columns_of_object(value: dict) -> dict[str, list]:
     if fields and not has_texts(value):
         if len(fields) > 1:
             names = " and in ".join(fields)
-            raise ValueError(f"it holds rows in {names}: write those of each into their own file")
+            raise ValueError(f"it holds rows in {names}: write each into a file of its own")
         inner = value[fields[0]]
         return columns_of_rows(inner) if isinstance(inner, list) else columns_of_object(inner)
 
@@ -154,19 +169,22 @@ def read_table(text: str) -> dict[str, list]:
 
     Between tabs a quote is a character like any other, as in GLUE's files.
     """
-    text = text.strip("\r\n")
-    header, line_end = first_line(text)
-    separator = max(",;|\t", key=header.count)
+    # Files that were put one behind another hold marks, and headers.
+    text = text.strip("\r\n").replace("\n\ufeff", "\n")
+    separator = max(",;|\t", key=first_line(text).count)
     if separator != "\t":
         return read_quoted(text, separator)
-    lines = [line.removesuffix("\r").split("\t") for line in text.split(line_end)]
-    return read_quoted(text, "\t") if has_spreadsheets_quotes(text, lines) else as_columns(lines)
+    if "\n" not in text:  # as an old Mac, and Excel for it, ends lines
+        text = text.replace("\r", "\n")
+    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+    for form in (text, text.replace('\\"', '""')):
+        if has_spreadsheets_quotes(form, lines):
+            return read_quoted(text, "\t")
+    return as_columns(lines)
 
 
-def first_line(text: str) -> tuple[str, str]:
-    """Returns the first line, and what ends lines: an old Mac's CR, or LF, also behind a CR."""
-    header, *end = re.split(r"(\r?\n|\r)", text, maxsplit=1)
-    return header, "\r" if end[:1] == ["\r"] else "\n"
+def first_line(text: str) -> str:
+    return re.split(r"[\r\n]", text, maxsplit=1)[0]
 
 
 def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
@@ -243,8 +261,7 @@ def has_spaces(text: str, separator: str) -> bool:
 
     It does if the header has them, or if a row has one behind a field in quotes, or its first.
     """
-    header, _ = first_line(text)
-    if all(name[:1] == " " for name in header.split(separator)[1:]):
+    if all(name[:1] == " " for name in first_line(text).split(separator)[1:]):
         return True
     quoted = re.compile(rf'{re.escape(separator)} "[^"\n]+"{re.escape(separator)}')
     for field in quoted.finditer(text):
@@ -263,6 +280,7 @@ def as_columns(lines: list[list[str]]) -> dict[str, list]:
     header, *rows = list(filter(any, lines)) or [[]]
     while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
+    rows = [row for row in rows if row != header]
     for number, row in enumerate(rows):
         if len(row) != len(header):
             if any(row[len(header) :]):
