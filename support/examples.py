@@ -70,7 +70,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
             splits = find_files(directory)
             return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     except PermissionError as error:
-        raise ValueError(f"cannot read {error.filename}: permission denied") from None
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     if not card.is_repository(dataset):
