@@ -246,7 +246,8 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
         table, labels = table_of(part, columns, shown, reading, place)
         tables.append(table)
         words |= set(map(as_word, labels))
-    table = pyarrow.concat_tables(tables, promote_options="permissive")
+    # Texts may be of two types, and what labels are written as is numbered in each part anew.
+    table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
     # Of a dataset on the Hub the names are in its columns already.
     is_local = Path(dataset).is_dir()
