@@ -3,6 +3,7 @@
 import json
 
 import numpy
+import pyarrow
 import pytest
 from conftest import in_process, script
 
@@ -10,6 +11,7 @@ import data
 from scripts import describe
 from support.examples import load_examples
 from support.labels import LABELS
+from support.rows import Rows
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
@@ -48,6 +50,19 @@ def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):
             lengths.append(len(prompt) + 2)  # the label and the end of text
         median = int(numpy.median(lengths))
         assert f"{min(lengths)} to {max(lengths)}, median {median}," in printed
+
+
+@pytest.mark.parametrize("text", ["A dog.", "A dog. ", "A dog.\n\n", "", " ", "\u00a0", "  a", ":"])
+def test_lengths_are_those_of_whole_prompts_however_a_text_ends(tiny, text):
+    tokenizer = data.load_tokenizer(tiny)
+    pairs = [(text, "An animal."), ("An animal.", text), (text, text), ("A", "B")]
+    premises, hypotheses = zip(*pairs)
+    table = pyarrow.table({"premise": premises, "hypothesis": hypotheses, "label": [0] * 4})
+    expected = [
+        len(tokenizer.encode(data.PROMPT.format(premise=premise, hypothesis=hypothesis)).ids) + 2
+        for premise, hypothesis in pairs
+    ]
+    assert describe.token_lengths(Rows(table), tokenizer, "train").tolist() == expected
 
 
 def test_hidden_labels_are_left_out(tmp_path, capsys):
