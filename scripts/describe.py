@@ -60,7 +60,7 @@ def token_lengths(rows: Rows, tokenizer, split: str):
     prefix, _, _ = data.fixed_ids(tokenizer)
     title, end = data.title_ids(tokenizer)
     lengths = numpy.full(len(rows), len(prefix) + len(title) + len(end) + 2)  # 2: the answer
-    grows = numpy.zeros(len(rows), dtype=bool)
+    may_grow = numpy.zeros(len(rows), dtype=bool)
     columns = [
         rows.table[column].dictionary_encode().unify_dictionaries().combine_chunks()
         for column in ("premise", "hypothesis")
@@ -69,20 +69,25 @@ def token_lengths(rows: Rows, tokenizer, split: str):
     # delay and disable: no bar for a moment's work, and none in a log file.
     with tqdm(total=total, desc=split, unit="text", leave=False, delay=1, disable=None) as bar:
         for column in columns:
-            counts = []
-            ends_in_space = []
-            for start in range(0, len(column.dictionary), TEXTS_AT_ONCE):
-                texts = column.dictionary.slice(start, TEXTS_AT_ONCE).to_pylist()
-                spaced = [" " + text for text in texts]
-                counts += [len(encoded) for encoded in tokenizer.encode_batch_fast(spaced)]
-                ends_in_space += [text[-1].isspace() for text in spaced]
-                bar.update(len(texts))
-            lengths += numpy.array(counts)[column.indices]
-            grows |= numpy.array(ends_in_space)[column.indices]
-    for number in numpy.flatnonzero(grows).tolist():
+            counts, ends_in_space = count_tokens(column.dictionary, tokenizer, bar)
+            lengths += counts[column.indices]
+            may_grow |= ends_in_space[column.indices]
+    for number in numpy.flatnonzero(may_grow).tolist():
         prompt, answer = data.encode(rows[number], tokenizer)
         lengths[number] = len(prompt) + len(answer)
     return lengths
+
+
+def count_tokens(texts, tokenizer, bar: tqdm):
+    """Returns how many tokens each text has behind a space, and whether it ends in white space."""
+    counts = []
+    ends_in_space = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        batch = [" " + text for text in texts.slice(start, TEXTS_AT_ONCE).to_pylist()]
+        counts += [len(encoded) for encoded in tokenizer.encode_batch_fast(batch)]
+        ends_in_space += [text[-1].isspace() for text in batch]
+        bar.update(len(batch))
+    return numpy.array(counts), numpy.array(ends_in_space)
 
 
 def describe_rows(rows, lengths, counts) -> None:

@@ -9,8 +9,11 @@ import io
 import itertools
 import json
 import re
+from collections.abc import Iterable, Iterator
 
 from support.columns import has_texts
+
+ROWS_AT_ONCE = 1000
 
 # -----------------------------------------------------------------------------
 # JSON
@@ -169,7 +172,7 @@ def read_table(text: str) -> dict[str, list]:
 
     Between tabs a quote is a character like any other, as in GLUE's files.
     """
-    # Files that were put one behind another hold marks, and headers.
+    # Files that were put one behind another hold marks.
     text = text.strip("\r\n").replace("\n\ufeff", "\n")
     separator = max(",;|\t", key=first_line(text).count)
     if separator != "\t":
@@ -177,14 +180,15 @@ def read_table(text: str) -> dict[str, list]:
     if "\n" not in text:  # as an old Mac, and Excel for it, ends lines
         text = text.replace("\r", "\n")
     lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    for form in (text, text.replace('\\"', '""')):
+    # A CR may stand for a quote behind a backslash: either gives a field a reason for quotes.
+    for form in (text, text.replace('\\"', "\r")):
         if has_spreadsheets_quotes(form, lines):
             return read_quoted(text, "\t")
     return as_columns(lines)
 
 
 def first_line(text: str) -> str:
-    return re.split(r"[\r\n]", text, maxsplit=1)[0]
+    return re.match(r"[^\r\n]*", text)[0]
 
 
 def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
@@ -230,12 +234,15 @@ def read_quoted(text: str, separator: str) -> dict[str, list]:
             raise error from None
 
 
-def split_quoted(text: str, separator: str, escapechar: str | None = None) -> list[list[str]]:
-    """Returns the fields of each row. Raises ValueError with the line where a wrong row begins."""
+def split_quoted(
+    text: str, separator: str, escapechar: str | None = None
+) -> Iterator[list[str]]:
+    """Yields the fields of each row. Raises ValueError with the line where a wrong row begins."""
     # No field is longer than the text. Python's limit is at 131,072.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(
-        io.StringIO(text, newline=""),
+        # (A StringIO takes four bytes for each letter, and longer.)
+        io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline=""),
         delimiter=separator,
         escapechar=escapechar,
         skipinitialspace=has_spaces(text, separator),
@@ -243,17 +250,15 @@ def split_quoted(text: str, separator: str, escapechar: str | None = None) -> li
         # then errors.
         strict=True,
     )
-    rows = []
     start = 1
     try:
         for row in lines:
-            rows.append(row)
+            yield row
             start = lines.line_num + 1
     except csv.Error as error:
         raise ValueError(
             f"line {start}: {error}; a quote within a field in quotes is doubled"
         ) from None
-    return rows
 
 
 def has_spaces(text: str, separator: str) -> bool:
@@ -271,25 +276,35 @@ def has_spaces(text: str, separator: str) -> bool:
     return False
 
 
-def as_columns(lines: list[list[str]]) -> dict[str, list]:
+def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
     """Returns the columns of lines of fields, of which the first is the header.
 
     All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
     and so is one at the end of a row that has fewer fields than the header.
     """
-    header, *rows = list(filter(any, lines)) or [[]]
+    lines = filter(any, lines)
+    first = next(lines, [])
+    # Where files were put one behind another it comes again.
+    lines = (row for row in lines if row != first)
+    header = list(first)
     while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
-    rows = [row for row in rows if row != header]
-    for number, row in enumerate(rows):
-        if len(row) != len(header):
-            if any(row[len(header) :]):
-                raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
-            rows[number] = row + [""] * (len(header) - len(row))
-    columns = {}
     for number, name in enumerate(header):
-        if name in columns:
+        if name and name in header[:number]:
             raise ValueError(f"its header has {name} twice")
-        if name:
-            columns[name] = [row[number] or None for row in rows]
-    return columns
+    columns = [[] for _ in header]
+    # Some at a time: as lists of fields the rows take much more memory than as columns.
+    while rows := list(itertools.islice(lines, ROWS_AT_ONCE)):
+        for number, row in enumerate(rows):
+            if len(row) != len(header):
+                rows[number] = of_length(row, len(header), len(columns[0]) + number)
+        for column, fields in zip(columns, zip(*rows)):
+            column += [field or None for field in fields]
+    return {name: column for name, column in zip(header, columns) if name}
+
+
+def of_length(row: list[str], length: int, number: int) -> list[str]:
+    """Returns a row without empty fields at its end, or with more of them."""
+    if any(row[length:]):
+        raise ValueError(f"row {number} has {len(row)} fields, the header {length}")
+    return row[:length] + [""] * (length - len(row))

@@ -709,6 +709,7 @@ def test_a_file_or_nothing_is_no_dataset(write):
         ("train.csv", f'{COMMAS}"C:\\",x,0\n"a ""b""",y,1\n', ["C:\\", 'a "b"']),
         ("train.tsv", f'{HEADER}\n"a \\"b\\""\tx\t0\nc\ty\t1\n', ['a "b"', "c"]),
         ("train.tsv", f'{HEADER}\n"a" \\"b\\"\tx\t0\n', ['"a" \\"b\\"']),
+        ("train.tsv", f'{HEADER}\r\na\rb\t\\"\t0\r\n', ["a\rb"]),
         # Files that were put one behind another; zeros that a crash has left at the end.
         ("train.jsonl", f"{LINE}\n\ufeff{LINE}\n", ["a", "a"]),
         ("train.csv", f"{COMMAS}a,x,0\n\ufeff{COMMAS}b,y,1\n", ["a", "b"]),
