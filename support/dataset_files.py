@@ -152,11 +152,10 @@ def read_file(path: Path) -> dict[str, Column]:
 
 
 def read_parquet(file: BinaryIO) -> dict[str, Column]:
-    # In batches, and a megabyte at a time: a whole file would be in memory twice.
+    # A megabyte and a column at a time: otherwise much of the file would be in memory twice.
     with parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as content:
-        return table_columns(
-            pyarrow.Table.from_batches(content.iter_batches(), content.schema_arrow)
-        )
+        batches = content.iter_batches(use_threads=False)
+        return table_columns(pyarrow.Table.from_batches(batches, content.schema_arrow))
 
 
 def read_arrow(file: BinaryIO) -> dict[str, Column]:
