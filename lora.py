@@ -223,14 +223,13 @@ class LoRALinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """W + scale B A, (out, in), rounded once to the dtype of W. A quantised W has none.
+        """W + scale B A, (out, in), rounded once to the dtype of W.
 
         For code that multiplies by a layer's weight instead of calling the layer, as
         nn.TransformerEncoderLayer does in eval mode. W alone would leave out the adapter.
         """
-        if not is_plain(self.base_layer):
-            raise AttributeError(f"the weight of {type(self.base_layer).__name__} is quantised")
-        base = self.base_layer.weight
+        layer = self.base_layer
+        base = layer.weight if is_plain(layer) else layer.dequantize()  # as quant.NF4Linear has it
         return (base + self.delta_weight()).to(base.dtype)
 
     @property

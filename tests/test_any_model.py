@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 
 import lora
+import quant
 
 CONFIG = lora.LoRAConfig(rank=3, alpha=5, dropout=0.0, targets=("linear1", "linear2"))
 
@@ -259,6 +260,17 @@ def test_an_adapter_acts_where_torch_reads_weights_instead_of_calling_layers(is_
         actual = actual[tokens]
     assert distance(base, expected) > 0.01
     assert distance(actual, expected) < TOLERANCE
+
+
+@torch.no_grad()
+def test_an_adapter_over_nf4_acts_there_too():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(64, 2, dim_feedforward=64, dropout=0.0, batch_first=True)
+    quant.quantize_linears(layer)
+    adapted(layer)
+    x = inputs(2, 3, 64)
+    expected = layer.train()(x)
+    assert distance(layer.eval()(x), expected) < TOLERANCE
 
 
 def test_the_weight_of_a_layer_is_what_merging_gives():
