@@ -26,6 +26,7 @@ from support.flags import (
     add_output_arguments,
     add_training_arguments,
 )
+from support.letters import printable
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = "microsoft/phi-2"
@@ -524,7 +525,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     """Returns what `run` prints of an error: one line, with the rank if there are more."""
     rank = f"rank {ranks.RANK}: " if ranks.WORLD > 1 else ""
-    # Libraries raise errors of several lines.
-    text = " ".join(str(error).split())
+    # Libraries raise errors of several lines, and others quote texts of a dataset.
+    text = printable(" ".join(str(error).split()))
     hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
     return f"error: {rank}{text}{hint}"
