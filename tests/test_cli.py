@@ -159,8 +159,8 @@ def test_the_defaults_are_those_that_the_readme_names():
     assert (args.learning_rate, args.weight_decay) == (2e-4, 0.01)
     assert (args.steps, args.epochs) == (40_000, None)
     assert (args.batch_size, args.accumulate) == (16, 1)
-    assert args.out.parent == Path("out")
-    assert args.out.name.startswith("phi-2-glue-r8-")
+    assert args.out is None
+    assert cli.new_name(args).startswith("phi-2-glue-r8-")
 
 
 def test_a_gpu_is_taken_with_phi_2_and_mnli_where_there_is_one(monkeypatch, capsys):
