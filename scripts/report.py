@@ -22,8 +22,9 @@ def main() -> None:
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(args.run)
-    page.write(args.run)  # with those pictures that are there
-    print(args.run / "report.html")
+    with extras.attempt("report.html"):  # with those pictures that are there
+        page.write(args.run)
+        print(args.run / "report.html")
     if extras.failed:
         sys.exit(1)
 

@@ -32,6 +32,7 @@ import phi2  # noqa: E402
 import quant  # noqa: E402
 from support import checkpoints, cli  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
+from support.stopping import StopRequest  # noqa: E402
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
@@ -230,7 +231,7 @@ def read_json(path: Path) -> dict:
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run in this process leaves handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -149,12 +149,15 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
         ("results.json", None, "has no results.json"),
     ],
 )
-def test_a_damaged_run_is_one_line(copy, name, content, message):
+def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     if content is None:
         (copy / name).unlink()
     else:
         (copy / name).write_text(content)
     with pytest.raises(SystemExit) as raised:
         in_process(report, copy)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
+    printed = capsys.readouterr().err
+    assert raised.value.code == 1 or not printed
+    (line,) = (printed or raised.value.code).splitlines()
+    assert line.startswith("error: ")
+    assert message in line
