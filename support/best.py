@@ -5,6 +5,7 @@ cannot part the one from the other, and a resumed run remembers the best adapter
 """
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +40,8 @@ def is_better(new: dict, old: dict | None) -> bool:
     """Returns whether an evaluation has the higher accuracy, or the same and a lower loss."""
     if old is None:
         return True
-    if new["accuracy"] == old["accuracy"]:
+    # Means of equal sums may differ in their last bit.
+    if math.isclose(new["accuracy"], old["accuracy"], rel_tol=1e-9):
         return new["loss"] < old["loss"]
     return new["accuracy"] > old["accuracy"]
 
