@@ -164,7 +164,7 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
     errors = {}
     for name in ("no model", "no data"):
         process = runs_without_hub[name]
-        _, errors[name] = process.communicate(timeout=120)
+        _, errors[name] = process.communicate(timeout=600)
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
