@@ -389,9 +389,11 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         return run
     if ranks.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
-    # A restart has the command line of the start, without --resume.
+    # A restart has the command line of the start, without --resume. Where the start was refused
+    # the folder is another one's.
     if ranks.RESTARTS and (out / "args.json").is_file():
-        return out
+        owner = files.read_json(out / "args.json").get("torchrun", ranks.TORCHRUN)
+        return out if owner == ranks.TORCHRUN else None
     return None
 
 

@@ -57,6 +57,8 @@ class RunLog:
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
         self.evaluated = evaluated_steps(lines)
+        if ranks.TORCHRUN:
+            record["torchrun"] = ranks.TORCHRUN
         if self.args.wandb:
             record["wandb_run"] = self.wandb_identity()
         files.write_json(self.folder / "args.json", record)

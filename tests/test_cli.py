@@ -479,6 +479,18 @@ def test_a_run_that_torchrun_starts_again_is_resumed(monkeypatch, tmp_path):
     assert (args.resume, args.out, args.steps) == (run, run, 9)
 
 
+def test_a_restart_after_a_refusal_does_not_take_the_run_of_another_torchrun(monkeypatch, tmp_path):
+    run = begin(tmp_path / "run", *TINY)
+    write_json(run / "args.json", read_json(run / "args.json") | {"torchrun": "another"})
+    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(ranks, "RESTARTS", 1)
+    monkeypatch.setattr(ranks, "TORCHRUN", "this one")
+    with pytest.raises(ValueError, match="holds a run already"):
+        parse("train.py", *TINY, "--out", run)
+    monkeypatch.setattr(ranks, "TORCHRUN", "another")
+    assert parse("train.py", *TINY, "--out", run).resume == run
+
+
 def test_a_restart_before_anything_was_written_starts_the_run(monkeypatch, tmp_path):
     monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
     monkeypatch.setattr(ranks, "RESTARTS", 1)
