@@ -200,7 +200,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     prefix_length = shared_prefix_length(tokenizer, args)
-    encoded = [data.encode(pair, tokenizer, args.max_length) for pair in pairs]
+    encoded = data.encode_batch(pairs, tokenizer, args.max_length)
     # Sorted by length, so that attention pads least.
     encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
@@ -236,6 +236,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     reading = examples.Reading.of(args)
     train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     validation = {
@@ -285,6 +286,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         with log.resumable():
             state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
         log.write_evaluation(0, state.baseline)
+    for split, result in state.baseline.items():
+        if result["cut"]:
+            number = f"{result['cut']:,}"
+            log.say(f"{number} prompts of {split} are cut to --max-length {args.max_length}")
     log.say(f"baseline: {metrics.accuracies(state.baseline)}")
 
     # ---- The adapters: all that is trained --------------------------------------------------
@@ -311,10 +316,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 resume.write(folder / resume.NAME, adapter, optimizer, random, state)
 
     def keep_best(results: dict[str, dict]) -> None:
-        evaluation = best.figures(progress.step, results)
-        if ranks.FIRST and args.keep_best and best.is_better(evaluation, best.read(args.out)):
+        if not (ranks.FIRST and args.keep_best):
+            return
+        figures = best.figures(progress.step, results)
+        if best.is_better(figures, best.read(args.out)):
             with best.replacing(args.out) as folder:
-                record = made_for | best.metadata(evaluation)
+                record = made_for | best.metadata(figures)
                 lora.save_adapter(model, adapter_config, folder, args.model, record)
 
     def evaluate_on_the_way() -> None:
@@ -398,7 +405,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if progress.cut:
         log.say(
             f"{progress.cut:,} prompts were cut to --max-length {args.max_length}, "
-            "at the end of their premise"
+            "at the end of their premise, and of their hypothesis where that was not enough"
         )
     with log.resumable():
         finetuned = evaluate(model, tokenizer, validation, args, "finetuned")

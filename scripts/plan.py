@@ -172,6 +172,7 @@ def main() -> None:
     # Without the weights.
     directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)

@@ -670,7 +670,7 @@ MISTAKES = {
     "no such model": (["--model", "no/such/model"], "no model directory 'no/such/model'"),
     "no such dataset": (["--dataset", "no/such/data"], "no dataset directory 'no/such/data'"),
     "a target": (["--targets", "q_porj"], TARGET),
-    "a length": (["--max-length", "50"], "alone exceeds --max-length 50"),
+    "a length": (["--max-length", "50"], "--max-length 50 leaves no room for"),
     "a shard not there": (
         lambda folder: broken_model(folder, lose_a_shard),
         "lists model-00001-of-00002.safetensors, which is not there",
