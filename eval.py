@@ -33,7 +33,7 @@ import data
 import lora
 import phi2
 import quant
-from support import checkpoints, examples, files, machine, metrics, ranks, typed_pairs
+from support import checkpoints, claims, examples, files, machine, metrics, ranks, typed_pairs
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -296,19 +296,25 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
 
 def main() -> None:
     args = cli.eval_arguments()
+    device = ranks.start(args.device)
     if args.premise is not None:
-        return answer_pair(args)
+        return answer_pair(args, device)
     if args.dataset == "-":
-        return answer_lines(args)
-    return evaluate_splits(args)
+        return answer_lines(args, device)
+    if args.out is None:
+        return evaluate_splits(args, device)
+    # No other process writes there until this one ends.
+    with claims.claimed(args.out, cli.check_eval_folder):
+        return evaluate_splits(args, device)
 
 
-def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
+def load(
+    args: argparse.Namespace, device: torch.device, output=None
+) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
     directory = checkpoints.find(args.model, phi2.read_config)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
-    device = ranks.start(args.device)
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
@@ -323,11 +329,11 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     return model, tokenizer
 
 
-def answer_pair(args: argparse.Namespace) -> None:
+def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
     print(f"completion: {answer['completion']!r}")
@@ -343,11 +349,11 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
     return prompt
 
 
-def answer_lines(args: argparse.Namespace) -> None:
+def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
-    model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
+    model, tokenizer = load(args, device, output=sys.stderr)  # standard output is for answers alone
     lines = typed_pairs.read(sys.stdin.buffer)
     # As many lines as a batch takes are read at a time, so a stream may be endless.
     while batch := list(itertools.islice(lines, args.batch_size)):
@@ -357,7 +363,7 @@ def answer_lines(args: argparse.Namespace) -> None:
             print(json.dumps(pair | answer, ensure_ascii=False))
 
 
-def evaluate_splits(args: argparse.Namespace) -> None:
+def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
     reading = examples.Reading.of(args)
@@ -372,9 +378,7 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             here = [describe(pair, number, tokens=0) for number, pair in enumerate(splits[name])]
             metrics.check_same_rows(others[name], here)
 
-    if args.out and ranks.FIRST:
-        files.make_folder(args.out)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"

@@ -9,6 +9,7 @@ longest prompt and answer say what --max-length has to be so that no premise is 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy
@@ -17,6 +18,7 @@ from tqdm import tqdm
 import data
 import phi2
 from support import checkpoints, cli, examples, flags, pictures
+from support.extras import Extras
 from support.labels import LABELS, NO_LABEL
 from support.letters import printable
 from support.rows import Rows
@@ -127,8 +129,12 @@ def main() -> None:
         counts[split] = numpy.bincount(rows["label"], minlength=3)
         describe_rows(rows, lengths[split], counts[split])
     if args.plot:
-        pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
-        print(f"\nlengths and labels are drawn in {args.plot}")
+        extras = Extras()
+        with extras.attempt("--plot"):
+            pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
+            print(f"\nlengths and labels are drawn in {args.plot}")
+        if extras.failed:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@
 train.py does this at the end of a run. Repeat it when the template or a picture has changed.
 """
 
+import sys
 from pathlib import Path
 
 from support import cli, page
+from support.extras import Extras
 
 
 def main() -> None:
@@ -17,8 +19,14 @@ def main() -> None:
     for name in ("args.json", "results.json"):
         if not (args.run / name).is_file():
             raise ValueError(f"{args.run} is not a finished run of train.py: it has no {name}")
-    page.write(args.run)
-    print(args.run / "report.html")
+    extras = Extras()
+    with extras.attempt("the pictures"):
+        page.draw_pictures(args.run)
+    with extras.attempt("report.html"):  # with those pictures that are there
+        page.write(args.run)
+        print(args.run / "report.html")
+    if extras.failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
