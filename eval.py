@@ -33,7 +33,7 @@ import data
 import lora
 import phi2
 import quant
-from support import checkpoints, examples, files, machine, metrics, ranks, typed_pairs
+from support import checkpoints, examples, files, machine, metrics, origin, ranks, typed_pairs
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -289,18 +289,20 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
 
 def main() -> None:
     args = cli.eval_arguments()
-    if args.premise is not None:
-        return answer_pair(args)
-    if args.dataset == "-":
-        return answer_lines(args)
-    return evaluate_splits(args)
-
-
-def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
-    """Loads the model that the arguments name, with its adapter, and its tokenizer."""
-    directory = checkpoints.find(args.model, phi2.read_config)
-    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     device = ranks.start(args.device)
+    if args.premise is not None:
+        return answer_pair(args, device)
+    if args.dataset == "-":
+        return answer_lines(args, device)
+    return evaluate_splits(args, device)
+
+
+def load(
+    args: argparse.Namespace, device: torch.device, output=None
+) -> tuple[phi2.Phi2, Tokenizer]:
+    """Loads the model that the arguments name, with its adapter, and its tokenizer."""
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
@@ -315,11 +317,11 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     return model, tokenizer
 
 
-def answer_pair(args: argparse.Namespace) -> None:
+def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
     print(f"completion: {answer['completion']!r}")
@@ -335,24 +337,23 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
     return prompt
 
 
-def answer_lines(args: argparse.Namespace) -> None:
+def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
-    model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
-    lines = typed_pairs.read(sys.stdin.buffer)
-    # As many lines as a batch takes are read at a time, so a stream may be endless.
-    while batch := list(itertools.islice(lines, args.batch_size)):
+    # Standard output is for answers alone.
+    model, tokenizer = load(args, device, output=sys.stderr)
+    for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
         answers = complete(model, tokenizer, prompts, args.max_new_tokens)
         for pair, answer in zip(batch, answers):
             print(json.dumps(pair | answer, ensure_ascii=False))
 
 
-def evaluate_splits(args: argparse.Namespace) -> None:
+def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
-    reading = examples.Reading.of(args)
+    reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
         name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
@@ -366,12 +367,17 @@ def evaluate_splits(args: argparse.Namespace) -> None:
 
     if args.out and ranks.FIRST:
         files.make_folder(args.out)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
-    counts = examples.count_rows(args.dataset, splits, reading)
-    results = {"protocol": protocol.record(), "rows": counts, stage: {}}
+    results = {
+        "protocol": protocol.record(),
+        "dataset": args.dataset,
+        "dataset_revision": examples.hub_commit(args.dataset, args.dataset_revision),
+        "rows": examples.count_rows(args.dataset, splits, reading),
+        stage: {},
+    }
     for name, rows in splits.items():
         results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
         if name in others:
@@ -382,6 +388,8 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
     # Of several ranks the first alone prints: ranks.start has silenced the others.
+    taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
+    print(f"{args.dataset}: {taken}")
     print(metrics.table(results))
     for name, statistics in results[stage].items():
         print(f"\n{name}\n{metrics.details(statistics)}")

@@ -32,7 +32,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import checkpoints, examples, files, metrics, ranks, resume
+from support import checkpoints, commands, examples, files, metrics, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -213,7 +213,8 @@ def main() -> None:
     device = ranks.start(args.device)
 
     # ---- Data -------------------------------------------------------------------------------
-    directory = checkpoints.find(args.model, phi2.read_config)
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
@@ -222,6 +223,11 @@ def main() -> None:
     validation = {
         split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
         for split in examples.validation_splits(args.dataset, reading)
+    }
+    args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
+    digests = {
+        split: examples.digest_split(args.dataset, split, reading)
+        for split in ("train", *validation)
     }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
@@ -232,7 +238,7 @@ def main() -> None:
     # ---- A resume is checked first: one that is refused changes nothing ---------------------
     made_for = evaluation.fingerprint_of(args, directory, tokenizer)
     state = resume.State(
-        arguments=cli.as_json(args),
+        arguments=cli.as_json(args) | {"digests": digests},
         steps=steps,
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
@@ -356,7 +362,7 @@ def main() -> None:
             bar.close()
             log.say(
                 f"stopped and saved after step {progress.step:,} of {steps:,}; "
-                f"to resume: {ranks.COMMAND} train.py --resume {args.out}"
+                f"to resume: {commands.resume(args.out)}"
             )
             return
     stop.release()

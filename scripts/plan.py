@@ -170,7 +170,9 @@ def main() -> None:
     parser = cli.train_parser("the memory of a training step with these flags of train.py")
     args = cli.train_arguments(parser=parser)
     # Without the weights.
-    directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
+    directory = checkpoints.find(
+        args.model, phi2.read_config, checkpoints.DESCRIPTION, args.model_revision
+    )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)

@@ -6,15 +6,13 @@
 No row of the data and no path of this machine is uploaded: see support/hub.py.
 """
 
-from pathlib import Path
-
 from data import PROMPT
-from support import cli, hub
+from support import cli, flags, hub
 
 
 def main() -> None:
     parser = cli.Parser("uploads the adapter, the card and the results of a run to the Hub")
-    parser.add_argument("--adapter", type=Path, required=True, help="the directory of a run")
+    parser.add_argument("--adapter", type=flags.path, required=True, help="the directory of a run")
     parser.add_argument(
         "--repo",
         type=hub.repository,

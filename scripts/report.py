@@ -5,14 +5,12 @@
 train.py does this at the end of a run. Repeat it when the template or a picture has changed.
 """
 
-from pathlib import Path
-
-from support import cli, page
+from support import cli, flags, page
 
 
 def main() -> None:
     parser = cli.Parser("draws the pictures and writes report.html of a run again")
-    parser.add_argument("run", type=Path, help="the directory of a finished run")
+    parser.add_argument("run", type=flags.path, help="the directory of a finished run")
     args = parser.parse_args()
     for name in ("args.json", "results.json"):
         if not (args.run / name).is_file():

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from support import card, hub, ranks
 from support.columns import check_texts, find_columns
 from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
+from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
@@ -38,10 +39,28 @@ class Reading(NamedTuple):
     columns: tuple[str, ...] = ()  # the names of premise, hypothesis and label
     labels: tuple[str, ...] = ()  # the meanings of 0, 1 and 2, or three VALUE=MEANING
     validation: float | None = None  # the share of train that is kept for validation
+    revision: str | None = None  # of a dataset on the Hub
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        return cls(tuple(args.columns or ()), tuple(args.labels or ()), args.validation)
+        """Returns what these arguments say. One that is missing says nothing."""
+        columns = tuple(getattr(args, "columns", None) or ())
+        labels = tuple(getattr(args, "labels", None) or ())
+        validation = getattr(args, "validation", None)
+        return cls(columns, labels, validation, getattr(args, "dataset_revision", None))
+
+    def flags(self) -> list[str]:
+        """Returns the words of a command line that say the same."""
+        words = []
+        if self.columns:
+            words += ["--columns", *self.columns]
+        if self.labels:
+            words += ["--labels", *self.labels]
+        if self.validation:
+            words += ["--validation", str(self.validation)]
+        if self.revision:
+            words += ["--dataset-revision", self.revision]
+        return words
 
 
 BY_THE_TABLES = Reading()
@@ -53,7 +72,9 @@ BY_THE_TABLES = Reading()
 
 # Cached, because a run asks for the names and for each split.
 @functools.cache
-def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
+def find_splits(
+    dataset: str, revision: str | None = None
+) -> "dict[str, dict[str, Path | Dataset]]":
     """Returns the parts of each split, by their places.
 
     A part is a file, or a table from the Hub; its place is what an error calls it. Raises
@@ -61,6 +82,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
     """
     directory = Path(dataset)
     if dataset and directory.is_dir():
+        hub.refuse_revision("dataset", dataset, revision)
         splits = find_files(directory)
         return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     if directory.is_file():
@@ -70,7 +92,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "say with --dataset where it is"
         )
-    tables = load_from_hub(dataset)
+    tables = load_from_hub(dataset, revision)
     found = [split_name(name) or name for name in tables]
     splits = {}
     for split, (name, rows) in zip(found, tables.items()):
@@ -80,7 +102,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
     return with_train(splits)
 
 
-def load_from_hub(dataset: str) -> "DatasetDict":
+def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     import datasets
     import huggingface_hub
 
@@ -89,22 +111,51 @@ def load_from_hub(dataset: str) -> "DatasetDict":
     huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
+    commit = None
     try:
-        return datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
+        if revision:
+            # The folder of a commit is called like it, offline too.
+            commit = Path(
+                huggingface_hub.snapshot_download(
+                    dataset, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
+                )
+            ).name
+        tables = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset), revision=commit)
     # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
     # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
     except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
+        name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"cannot load {dataset!r} from the Hub, and it is no directory here "
+            f"cannot load {name} from the Hub, and it is no directory here "
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
+    found = commit_of(next(iter(tables.values())))
+    if commit and found != commit:  # without a network `datasets` takes the latest of its cache
+        raise ValueError(
+            f"the cache of {dataset!r} holds the commit {found}, not {commit}, "
+            "and the Hub cannot be reached"
+        )
+    return tables
+
+
+def commit_of(table: "Dataset") -> str:
+    """Returns the commit that a table from the Hub is of: the name of its folder in the cache."""
+    return Path(table.cache_files[0]["filename"]).parent.name
+
+
+def hub_commit(dataset: str, revision: str | None) -> str | None:
+    """Returns the commit of a dataset that has come from the Hub, None of a directory."""
+    if Path(dataset).is_dir():
+        return None
+    first_split = next(iter(find_splits(dataset, revision).values()))
+    return commit_of(next(iter(first_split.values())))
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
     """Returns the names of all splits, also of one that --validation cuts from train."""
-    names = list(find_splits(dataset))
+    names = list(find_splits(dataset, reading.revision))
     is_cut = reading.validation and not any(name.startswith("validation") for name in names)
     return [*names, "validation"] if is_cut else names
 
@@ -166,13 +217,19 @@ def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> di
     return counts
 
 
+def digest_split(dataset: str, split: str, reading: Reading) -> str:
+    """Returns a digest of all rows of a split, whatever --limit takes of them."""
+    rows, _ = read_split(dataset, split, reading)
+    return digest_rows(rows)
+
+
 @functools.cache
 def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
     """Returns all rows of a split, and which columns of its files they are.
 
     A row has premise, hypothesis, label, and the label as `written`.
     """
-    splits = find_splits(dataset)
+    splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
     if split not in names:
         cure = ": call the file that is meant train.*" if split == "train" else ""
@@ -194,7 +251,7 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
     """
     from datasets import Dataset
 
-    tables = read_parts(find_splits(dataset)[split])
+    tables = read_parts(find_splits(dataset, reading.revision)[split])
     first = next(iter(tables))
     columns = find_columns(list(tables[first]), reading.columns, first)
     if len(set(columns.values())) < len(columns):  # "text Text" are one column, too

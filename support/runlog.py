@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import card, files, hub, machine, metrics, page, pictures, ranks
+from support import card, commands, files, hub, machine, metrics, page, pictures, ranks
 from support.resume import Progress, State, lines_up_to
 
 
@@ -78,7 +78,7 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
-            command = f"{ranks.COMMAND} train.py --resume {self.folder}"
+            command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say(self, text: str) -> None:
@@ -157,7 +157,8 @@ class RunLog:
             self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
         self.say(f"adapter, results.json and report.html are in {self.folder} ({duration})")
-        self.say(f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ...")
+        pair = ("--premise", "...", "--hypothesis", "...")
+        self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
 
 
 # -----------------------------------------------------------------------------
@@ -190,8 +191,8 @@ def start_wandb(folder: Path, record: dict):
     except wandb.Error as error:
         reason = " ".join(str(error).split())
     print(
-        f"W&B: {reason}, so this run is kept offline in {folder}/wandb; "
-        "send it later with `wandb sync`"
+        f"W&B: {reason}, so this run is kept offline in {folder}/wandb; send it later with "
+        f"`wandb sync {commands.quoted(folder / 'wandb')}/offline-run-*`"
     )
     return wandb.init(**options, mode="offline")
 
