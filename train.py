@@ -16,7 +16,11 @@ alone writes.
 import argparse
 import itertools
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 from support import cli
 
@@ -68,10 +72,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
     """Returns how many optimiser steps --steps or --epochs ask for."""
-    if args.epochs is None:
-        return args.steps
-    steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
-    return math.ceil(args.epochs * steps_per_epoch)
+    steps = args.steps
+    if args.epochs is not None:
+        # The last step of an epoch may be smaller.
+        steps = math.ceil(args.epochs * math.ceil(rows / rows_per_step))
+    if (args.warmup_steps or 0) > steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps} is more than the {steps:,} steps")
+    return steps
 
 
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:

@@ -9,10 +9,14 @@ longest prompt and answer say what --max-length has to be so that no premise is 
 """
 
 import argparse
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy
 from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/describe.py`
 
 import data
 import phi2

@@ -15,12 +15,15 @@ measured too. Both are printed, and stored in merge.json beside the merged model
 
 import argparse
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/merge.py`
 
 import data
 import eval as evaluation
@@ -203,6 +206,7 @@ def accuracies(
 
 def main() -> None:
     args = parse_arguments()
+    device = ranks.start(args.device)
     patterns = (*checkpoints.MODEL, *COPIED)
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
@@ -214,7 +218,6 @@ def main() -> None:
         for split in examples.validation_splits(args.dataset, reading):
             splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
-    device = ranks.start(args.device)
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
     here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
     lora.load_adapter(model, args.adapter, here)

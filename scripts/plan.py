@@ -15,6 +15,7 @@ need not be there.
 """
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/plan.py`
 
 import data
 import eval as evaluation

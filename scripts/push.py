@@ -6,6 +6,11 @@
 No row of the data and no path of this machine is uploaded: see support/hub.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/push.py`
+
 from data import PROMPT
 from support import cli, flags, hub
 

@@ -5,6 +5,11 @@
 train.py does this at the end of a run. Repeat it when the template or a picture has changed.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/report.py`
+
 from support import cli, flags, page
 
 

@@ -357,11 +357,17 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
+    if args.dataset == "-" and ranks.WORLD > 1:
+        # Each rank would take a part of the lines, and tear them.
+        parser.error("--dataset - is for one process: start python eval.py, not torchrun")
     if args.dataset == "-" or args.premise is not None:
         # These flags are about rows with labels; a typed pair has none.
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
+    for name in args.split or ():
+        if args.split.count(name) > 1:
+            parser.error(f"--split names {name} twice")
     if args.out:
         check_eval_folder(args.out)
 
@@ -387,7 +393,8 @@ def check_eval_folder(out: Path) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args",
+        epilog="@FILE reads words from a file, one to a line: "
+        + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
     add_model_arguments(parser)
     add_adapter_arguments(parser)
@@ -517,8 +524,17 @@ def answer_help(make_parser: Callable[[], Parser]) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
+    check_folder()
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def check_folder() -> None:
+    """Ends a script whose current folder is gone: there libraries fail in ways of their own."""
+    try:
+        os.getcwd()
+    except OSError:
+        sys.exit("error: the current folder has been removed: cd to another one")
 
 
 def leave(*_) -> None:
@@ -535,6 +551,7 @@ def run(main: Callable[[], None]) -> None:
     # Ctrl-C raises KeyboardInterrupt again, unless it was ignored from the start.
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    check_folder()
     if sys.stderr is None:  # closed, as by 2>&-
         sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
