@@ -8,6 +8,7 @@ how a dataset is read.
 """
 
 import functools
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -111,15 +112,8 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
-    commit = None
     try:
-        if revision:
-            # The folder of a commit is called like it, offline too.
-            commit = Path(
-                huggingface_hub.snapshot_download(
-                    dataset, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
-                )
-            ).name
+        commit = resolve(dataset, revision) if revision else None
         tables = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset), revision=commit)
     # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
     # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
@@ -138,6 +132,18 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
             "and the Hub cannot be reached"
         )
     return tables
+
+
+def resolve(dataset: str, revision: str) -> str:
+    """Returns the commit that a branch or a tag stands for. A commit is returned as it is."""
+    import huggingface_hub
+
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    folder = huggingface_hub.snapshot_download(
+        dataset, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
+    )
+    return Path(folder).name  # called like the commit, without a network too
 
 
 def commit_of(table: "Dataset") -> str:

@@ -112,6 +112,7 @@ def reading_of(args: Namespace) -> Reading:
     source = args.origin
     if source is None:
         return typed
+    examples.find_splits(args.dataset, typed.revision)  # one that is not there is another matter
     untyped = {
         name: value for name, value in source.settings.items() if getattr(args, name) is None
     }
