@@ -77,7 +77,9 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
         # The last step of an epoch may be smaller.
         steps = math.ceil(args.epochs * math.ceil(rows / rows_per_step))
     if (args.warmup_steps or 0) > steps:
-        raise ValueError(f"--warmup-steps {args.warmup_steps} is more than the {steps:,} steps")
+        raise ValueError(
+            f"--warmup-steps {args.warmup_steps} is more than the steps of the run, {steps:,}"
+        )
     return steps
 
 
