@@ -122,7 +122,8 @@ class Parser(argparse.ArgumentParser):
             is_value = bool(words) and self.takes_value(words[-1])
             if not line or (line.startswith("#") and not is_value):
                 continue
-            if line.startswith("--") and not is_value and " " in line.split("=")[0]:
+            is_pair = line.startswith("--") and len(line.split("=")[0].split()) > 1
+            if is_pair and not is_value:
                 self.error(f"{word}, line {number}: one word a line, or --flag=value, not {line}")
             words.append(line)
         return words
