@@ -72,15 +72,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
     """Returns how many optimiser steps --steps or --epochs ask for."""
-    steps = args.steps
-    if args.epochs is not None:
-        # The last step of an epoch may be smaller.
-        steps = math.ceil(args.epochs * math.ceil(rows / rows_per_step))
-    if (args.warmup_steps or 0) > steps:
-        raise ValueError(
-            f"--warmup-steps {args.warmup_steps} is more than the steps of the run, {steps:,}"
-        )
-    return steps
+    if args.epochs is None:
+        return args.steps
+    steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
+    return math.ceil(args.epochs * steps_per_epoch)
 
 
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
@@ -240,6 +235,8 @@ def main() -> None:
     }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
+    if (args.warmup_steps or 0) > steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps} are more than the {steps:,} of all")
     prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop

@@ -211,7 +211,7 @@ def main() -> None:
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     splits = {}
-    reading = examples.Reading.of(args)
+    reading = args.origin.reading(args.dataset_revision)
     # A run names a dataset too, but only one that is typed is worth the minutes.
     if args.is_dataset_typed:
         reading = origin.reading_of(args)

@@ -28,6 +28,10 @@ class Origin(NamedTuple):
     digests: dict[str, str]  # of the rows of each split; none from PEFT and older versions
     settings: dict  # those of SETTINGS that were typed for the training
 
+    def reading(self, revision: str | None) -> Reading:
+        """Returns how the run has read its rows."""
+        return Reading.of(Namespace(**self.settings, dataset_revision=revision))
+
 
 def origin(run: Path, arguments: dict, saved: dict) -> Origin:
     """Returns where a run comes from. `saved` are those of its arguments that are checked."""
@@ -90,7 +94,7 @@ def has_its_rows(
 
     Of splits that the run has not read, such as test, nothing is known: then the others tell.
     """
-    reading = Reading.of(Namespace(**source.settings, dataset_revision=revision))
+    reading = source.reading(revision)
     try:
         there = [name for name in examples.split_names(dataset, reading) if name in source.digests]
         evaluated = splits or examples.validation_splits(dataset, reading)
