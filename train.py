@@ -236,7 +236,7 @@ def main() -> None:
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
     if (args.warmup_steps or 0) > steps:
-        raise ValueError(f"--warmup-steps {args.warmup_steps} are more than the {steps:,} of all")
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
     prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop

@@ -852,7 +852,7 @@ MISTAKES = {
     "no such dataset": (["--dataset", "no/such/data"], "no dataset directory 'no/such/data'"),
     "a target": (["--targets", "q_porj"], TARGET),
     "a length": (["--max-length", "50"], "alone exceeds --max-length 50"),
-    "a warm-up": (["--warmup-steps", "2"], "--warmup-steps 2 are more than the 1 of all"),
+    "a warm-up": (["--warmup-steps", "2"], "--warmup-steps 2: the run has only 1 steps"),
     "a shard not there": (
         lambda folder: broken_model(folder, lose_a_shard),
         "lists model-00001-of-00002.safetensors, which is not there",
