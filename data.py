@@ -86,43 +86,90 @@ def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
     return prefix, answers, tokenizer.token_to_id(EOS)
 
 
+def after_prefix(example: dict) -> str:
+    """Returns the text of a prompt behind the prefix."""
+    return " " + example["premise"] + AFTER_PREMISE.format(hypothesis=example["hypothesis"])
+
+
 def encode(
     example: dict, tokenizer: Tokenizer, max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids) of an example: premise, hypothesis, and a label of 0 to 2.
 
-    Where both together are longer than `max_length`, the premise loses its end, and nothing
-    else is cut. Raises ValueError when the rest alone is too long.
+    Where both together are longer than `max_length`, the premise loses its end. Where that
+    is not enough, there is no premise, and the hypothesis loses its own.
     """
+    ids = tokenizer.encode(after_prefix(example)).ids
+    return prompt_and_answer(example, ids, tokenizer, max_length)
+
+
+def encode_batch(
+    examples, tokenizer: Tokenizer, max_length: int | None = None
+) -> list[tuple[list[int], list[int]]]:
+    """Returns what `encode` does, of many examples. The tokenizer uses all cores for them."""
+    encodings = tokenizer.encode_batch_fast([after_prefix(example) for example in examples])
+    return [
+        prompt_and_answer(example, encoding.ids, tokenizer, max_length)
+        for example, encoding in zip(examples, encodings)
+    ]
+
+
+def prompt_and_answer(
+    example: dict, ids: list[int], tokenizer: Tokenizer, max_length: int | None
+) -> tuple[list[int], list[int]]:
+    """Returns (prompt ids, answer ids) of an example whose text behind the prefix has these ids."""
     prefix, answers, eos = fixed_ids(tokenizer)
     answer = [answers[example["label"]], eos]
-    premise = " " + example["premise"]
-    after = AFTER_PREMISE.format(hypothesis=example["hypothesis"])
-    prompt = prefix + tokenizer.encode(premise + after).ids
-    if max_length is None or len(prompt) + len(answer) <= max_length:
-        return prompt, answer
+    if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
+        ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
+    return prefix + ids, answer
 
-    # The hypothesis and "### Label:" must stay, so the premise gets what is left.
-    after_ids = tokenizer.encode(after).ids
-    room = max_length - len(prefix) - len(after_ids) - len(answer)
-    if room < 0:
-        start = example["hypothesis"][:40]
-        raise ValueError(f"the hypothesis {start!r}... alone exceeds --max-length {max_length}")
-    return prefix + tokenizer.encode(premise).ids[:room] + after_ids, answer
+
+def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
+    """Returns `room` ids of a text that has more: the ends of premise and hypothesis are missing.
+
+    The titles stay, which ask for the answer.
+    """
+    premise = tokenizer.encode(" " + example["premise"]).ids
+    after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids
+    if len(after) <= room:
+        return premise[: room - len(after)] + after
+    title, end = title_ids(tokenizer)
+    hypothesis = tokenizer.encode(" " + example["hypothesis"]).ids
+    return title + hypothesis[: room - len(title) - len(end)] + end
+
+
+@functools.cache
+def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Returns the ids of what stands before a hypothesis, and of what stands after it."""
+    before, after = AFTER_PREMISE.split(" {hypothesis}")
+    return tokenizer.encode(before).ids, tokenizer.encode(after).ids
+
+
+def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
+    """Raises ValueError where --max-length leaves no room for a single token of the texts."""
+    prefix, _, _ = fixed_ids(tokenizer)
+    title, end = title_ids(tokenizer)
+    least = len(prefix) + len(title) + len(end) + 2 + 1  # 2: the answer and the end of text
+    if max_length is not None and max_length < least:
+        raise ValueError(
+            f"--max-length {max_length} leaves no room for premise and hypothesis: the rest of "
+            f"the prompt and the answer are {least - 1} tokens of this tokenizer"
+        )
 
 
 def count_cut(
-    examples: list[dict], encoded: list, tokenizer: Tokenizer, max_length: int | None
+    examples, encoded: list, tokenizer: Tokenizer, max_length: int | None
 ) -> int:
-    """Returns how many of these examples have lost a part of their premise in `encoded`."""
-    cut = 0
+    """Returns how many of these examples have lost a part of their texts in `encoded`."""
+    number = 0
     for example, (prompt, answer) in zip(examples, encoded):
         # A row that was cut has just max_length tokens, so few rows are tokenised once more.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):
-                cut += 1
-    return cut
+                number += 1
+    return number
 
 
 def parse(completion: str) -> int:

@@ -141,23 +141,23 @@ def generate(
     known_ids: int,
     is_finished: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], Tensor]:
-    """Returns greedy completions of prompts that begin with `prefix`, and their first logits.
+    """Returns greedy completions of prompts that begin with `prefix`, and hidden states (B, C).
 
     A row is finished as soon as is_finished(its new ids), or at max_new_tokens. The head
     has more ids than the tokenizer knows: those from `known_ids` on are never chosen. The
-    first logits (B, vocabulary) are those after the prompts.
+    hidden states are those after the prompts, from which the head chooses the first token.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
     ids, packed = pack_prompts(prompts, prefix, device, room=max_new_tokens)
-    first_logits = model(ids, packed, last=1)
+    hidden = model.model(ids, packed, last=1)
 
     decoder = phi2.Decoder(model, packed)
     completions = [[] for _ in prompts]
     prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
     unfinished = set(prompt_of)
-    logits = first_logits
+    logits = model.lm_head(hidden)
     while True:
         # 2. Choose the likeliest next token of each row.
         chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
@@ -167,7 +167,7 @@ def generate(
                 if len(completions[number]) == max_new_tokens or is_finished(completions[number]):
                     unfinished.remove(number)
         if not unfinished:
-            return completions, first_logits
+            return completions, hidden
 
         # 3. Drop the rows that are finished. Where steps are recorded, a batch of other rows
         #    means another recording. There they stay until they are half of the batch; their
@@ -196,14 +196,14 @@ def complete(
         # The text is decoded again for each token: a token may end in the middle of a character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
-    completions, logits = generate(
+    completions, hidden = generate(
         model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
     )
     ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
     texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
     return [
         {"completion": text, "prediction": data.parse(text), "scores": scores}
-        for text, scores in zip(texts, answer_shares(logits, answers))
+        for text, scores in zip(texts, answer_shares(model, hidden, answers))
     ]
 
 
@@ -212,25 +212,32 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
     ids, packed = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    logits = model(ids, packed, last=1)
+    hidden = model.model(ids, packed, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
-        for scores in answer_shares(logits, answers)
+        for scores in answer_shares(model, hidden, answers)
     ]
 
 
-def answer_shares(logits: Tensor, answers: list[int]) -> list[list[float]]:
-    """Returns the softmax of logits (B, vocabulary) over the three answers alone.
+def answer_shares(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
+    """Returns the probabilities of the three answers among themselves, from hidden states (B, C).
 
-    Six digits are kept: a reader of the file wants no more.
+    The answers' three rows of the head are multiplied in fp32. In bf16 a logit has three digits,
+    so the best two would often be equal, and the smaller label would win by its place.
     """
-    shares = logits[:, answers].float().softmax(dim=-1).tolist()
+    head = model.lm_head
+    weight = head.weight
+    if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
+        weight = head.dequantize()
+    logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
+    shares = logits.softmax(dim=-1).tolist()
     if not all(math.isfinite(share) for row in shares for share in row):
         raise ValueError(
             "the model's logits are not finite: its numbers or the adapter's are too large, "
             "as after a training with too high a --learning-rate"
         )
-    return [[float(f"{share:.6g}") for share in row] for row in shares]
+    # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
+    return [[float(f"{share:.9g}") for share in row] for row in shares]
 
 
 def evaluate(
@@ -245,7 +252,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    encoded = [data.encode(pair, tokenizer, protocol.max_length) for pair in pairs]
+    encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
     mine = list(itertools.chain.from_iterable(groups[ranks.RANK :: ranks.WORLD]))
@@ -305,6 +312,7 @@ def load(
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )

@@ -194,7 +194,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     prefix_length = shared_prefix_length(tokenizer, args)
-    encoded = [data.encode(pair, tokenizer, args.max_length) for pair in pairs]
+    encoded = data.encode_batch(pairs, tokenizer, args.max_length)
     # Sorted by length, so that attention pads least.
     encoded.sort(key=lambda pair: len(pair[0]))
     mine = encoded[ranks.RANK :: ranks.WORLD]
@@ -222,6 +222,7 @@ def main() -> None:
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     reading = examples.Reading.of(args)
     train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     validation = {
@@ -278,6 +279,10 @@ def main() -> None:
         with log.resumable():
             state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
         log.write_evaluation(0, state.baseline)
+    for split, result in state.baseline.items():
+        if result["cut"]:
+            number = f"{result['cut']:,}"
+            log.say(f"{number} prompts of {split} are cut to --max-length {args.max_length}")
     log.say(f"baseline: {metrics.accuracies(state.baseline)}")
 
     # ---- The adapters: all that is trained --------------------------------------------------
@@ -377,7 +382,7 @@ def main() -> None:
     if progress.cut:
         log.say(
             f"{progress.cut:,} prompts were cut to --max-length {args.max_length}, "
-            "at the end of their premise"
+            "at the end of their premise, and of their hypothesis where that was not enough"
         )
     with log.resumable():
         finetuned = evaluate(model, tokenizer, validation, args, "finetuned")

@@ -177,6 +177,7 @@ def main() -> None:
         args.model, phi2.read_config, checkpoints.DESCRIPTION, args.model_revision
     )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
     reading = examples.Reading.of(args)
     rows = examples.load_examples(args.dataset, "train", args.limit, reading)
     encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)

@@ -268,7 +268,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         type=count,
         default=512,
         help="tokens of prompt and answer; "
-        "longer ones lose the end of the premise (default: 512)",
+        "longer ones lose the end of the premise, then of the hypothesis (default: 512)",
     )
     # For one GPU of several, cuda:1, or for a CPU beside a GPU that is in use.
     group.add_argument("--device", type=device, help="default: cuda where there is one")

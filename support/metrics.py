@@ -29,7 +29,7 @@ def statistics(predictions: list[dict]) -> dict:
 
     accuracy, ci95, n, correct, unparsed, majority, confusion, labels and macro_f1 are
     always there; majority is the accuracy of always answering the most frequent label;
-    score_accuracy and nll where the rows have scores; genres where a row has one; lengths
+    score_accuracy, ties and nll where the rows have scores; genres where a row has one; lengths
     where the rows have tokens.
     Raises ValueError when there are no predictions.
     """
@@ -116,17 +116,21 @@ def by_label(predictions: list[dict]) -> dict:
 def by_scores(predictions: list[dict]) -> dict:
     """Returns what the probabilities say, whatever the model writes.
 
-    score_accuracy takes the likeliest of the three answers; nll is the mean negative
-    log-likelihood of the label among them.
+    score_accuracy takes the likeliest of the three answers; ties counts the rows in which two
+    are the likeliest, of which it takes the first; nll is the mean negative log-likelihood of
+    the label among the three.
     """
     import numpy
     from sklearn.metrics import log_loss
 
     labels = numpy.array([row["label"] for row in predictions])
     scores = numpy.array([row["scores"] for row in predictions], dtype=float)
-    scores /= scores.sum(axis=1, keepdims=True)  # stored rounded to six digits
+    ordered = numpy.sort(scores, axis=1)
+    ties = ordered[:, 2] == ordered[:, 1]
+    scores /= scores.sum(axis=1, keepdims=True)  # stored rounded
     likeliest = scores.argmax(axis=1)
     return {
+        "ties": int(ties.sum()),
         "score_accuracy": float((likeliest == labels).mean()),
         "nll": float(log_loss(labels, scores, labels=[0, 1, 2])),
     }
@@ -307,6 +311,8 @@ def details(result: dict) -> str:
         if key in result:
             summary += f", {name} {result[key]:.4f}"
     lines.append(summary)
+    if result.get("ties"):
+        lines.append(f"{result['ties']:,} rows in which two answers are equally likely")
     # Quarters by length, then genres, in one column so that accuracies stand below another.
     for part in result.get("lengths", []):
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"

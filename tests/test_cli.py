@@ -851,7 +851,7 @@ MISTAKES = {
     "no such model": (["--model", "no/such/model"], "no model directory 'no/such/model'"),
     "no such dataset": (["--dataset", "no/such/data"], "no dataset directory 'no/such/data'"),
     "a target": (["--targets", "q_porj"], TARGET),
-    "a length": (["--max-length", "50"], "alone exceeds --max-length 50"),
+    "a length": (["--max-length", "50"], "--max-length 50 leaves no room for"),
     "a warm-up": (["--warmup-steps", "2"], "--warmup-steps 2: the run has only 1 steps"),
     "a shard not there": (
         lambda folder: broken_model(folder, lose_a_shard),

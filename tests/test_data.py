@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, ours
+from conftest import ROOT, SHARED, ours
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, processors
@@ -74,11 +74,60 @@ def test_rows_that_were_cut_are_counted_and_those_that_just_fit_are_not(tokenize
     assert (expected > 0) == (max_length < 87)
 
 
-def test_a_hypothesis_that_is_too_long_is_an_error(tokenizer):
-    example = {"premise": "Anna.", "hypothesis": "Ben saw a fox. " * 9, "label": 2}
-    message = r"the hypothesis 'Ben saw a fox\. .*'\.\.\. alone exceeds --max-length 60"
+@pytest.mark.parametrize("premise", ["", "Anna.", "Anna bought a dog. " * 30])
+def test_where_the_premise_is_gone_the_hypothesis_loses_its_end(tokenizer, premise):
+    example = {"premise": premise, "hypothesis": "Ben saw a fox. " * 40, "label": 2}
+    whole, answer = data.encode(example, tokenizer)
+    prompt, cut_answer = data.encode(example, tokenizer, 120)
+    assert len(prompt) + len(cut_answer) == 120
+    assert cut_answer == answer
+
+    # The titles are whole, and between them stands what the hypothesis begins with.
+    title = tokenizer.encode(data.PREFIX + "\n\n### Hypothesis:").ids
+    end = tokenizer.encode("\n\n### Label:").ids
+    hypothesis = tokenizer.encode(" " + example["hypothesis"]).ids
+    room = 118 - len(title) - len(end)
+    assert 0 < room < len(hypothesis)
+    assert prompt == title + hypothesis[:room] + end
+    assert data.count_cut([example], [(prompt, answer)], tokenizer, 120) == 1
+
+
+def test_many_rows_are_encoded_as_each_by_itself(tokenizer):
+    rows = list(load_examples(TINY, "validation_matched", 200))
+    each = [data.encode(row, tokenizer, 75) for row in rows]
+    assert data.encode_batch(rows, tokenizer, 75) == each
+
+
+def test_a_length_that_leaves_no_room_is_refused_and_the_least_that_does_is_not(tokenizer):
+    """The least has one token of a hypothesis beside the template and the answer."""
+    empty = tokenizer.encode(data.PROMPT.replace(" {premise}", "").replace(" {hypothesis}", "")).ids
+    least = len(empty) + 1 + 2
+    data.check_max_length(tokenizer, None)
+    data.check_max_length(tokenizer, least)
+    example = {"premise": "Anna.", "hypothesis": "Ben saw a fox.", "label": 2}
+    prompt, answer = data.encode(example, tokenizer, least)
+    assert len(prompt) + len(answer) == least
+    assert set(tokenizer.encode(" Ben").ids[:1]) <= set(prompt)
+    message = f"--max-length {least - 1} leaves no room for .* are {least - 1} tokens"
     with pytest.raises(ValueError, match=message):
-        data.encode(example, tokenizer, 60)
+        data.check_max_length(tokenizer, least - 1)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no real MNLI and phi-2's tokenizer in ../shared")
+def test_shared_mnli_fits_into_short_lengths(tokenizer):
+    """Of 37,854 rows one has a hypothesis that is longer than 128 tokens alone, 156 than 96."""
+    import pyarrow.parquet
+
+    tokenizer = data.load_tokenizer(SHARED / "phi-2-tokenizer")
+    rows = pyarrow.parquet.read_table(SHARED / "mnli" / "train.parquet").to_pylist()
+    rows.sort(key=lambda row: len(row["hypothesis"]))
+    longest = rows[-1000:]
+    for max_length in (96, 128):
+        encoded = data.encode_batch(longest, tokenizer, max_length)
+        assert max(len(prompt) + len(answer) for prompt, answer in encoded) == max_length
+    whole = data.encode_batch(longest, tokenizer)
+    too_long = sum(len(prompt) + len(answer) > 128 for prompt, answer in whole)
+    assert data.count_cut(longest, encoded, tokenizer, 128) == too_long
 
 
 def test_text_in_braces_is_not_filled_in(tokenizer):

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+import quant
 import train
 from support import examples
 from support.examples import load_examples
@@ -120,6 +122,43 @@ def test_scores_are_the_softmax_over_the_three_answers(tiny, run, rows, tokenize
             shares = model(torch.tensor(prompt))[-1, answers].softmax(dim=0).tolist()
         assert answer["scores"] == pytest.approx(shares, abs=TOLERANCE[torch.float32])
         assert answer["prediction"] == shares.index(max(shares))
+
+
+@pytest.mark.parametrize("mode", ["generate", "score"])
+def test_in_bf16_the_answers_are_weighed_in_fp32(tiny, run, rows, tokenizer, mode):
+    """By hand, in fp64. Rounded to bf16 the same logits would tie in many rows."""
+    model = adapted(tiny, run, torch.bfloat16)
+    hidden = []
+    model.model.register_forward_hook(lambda _, inputs, output: hidden.append(output))
+    protocol = evaluation.Protocol(mode, max_new_tokens=1, batch_size=len(rows))
+    statistics, predictions = evaluation.evaluate(model, tokenizer, rows, protocol)
+    assert statistics["ties"] == 0
+
+    (last,) = hidden  # in the order in which the rows of a premise go together
+    answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+    head = model.lm_head
+    logits = last.double() @ head.weight[answers].double().T + head.bias[answers].double()
+    prompts = [prompt for prompt, _ in data.encode_batch(rows, tokenizer)]
+    order = itertools.chain.from_iterable(data.by_premise(rows, prompts))
+    for number, shares in zip(order, logits.softmax(dim=-1).tolist()):
+        assert predictions[number]["scores"] == pytest.approx(shares, rel=1e-5)
+        if mode == "score":
+            assert predictions[number]["prediction"] == shares.index(max(shares))
+    best = logits.to(torch.bfloat16).sort(dim=-1).values
+    assert (best[:, 2] == best[:, 1]).any(), "without ties in bf16 this proves nothing"
+
+
+def test_a_head_in_nf4_is_read_too(tiny, rows, tokenizer):
+    model = ours(tiny, torch.float32)
+    quant.quantize_linears(model, skip=("model",))
+    assert isinstance(model.lm_head, quant.NF4Linear)
+    prompts = [data.encode(row, tokenizer)[0] for row in rows.select(range(3))]
+    answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+    found = evaluation.score(model, tokenizer, prompts)
+    for answer, prompt in zip(found, prompts):
+        with torch.no_grad():
+            shares = model(torch.tensor(prompt))[-1, answers].softmax(dim=0).tolist()
+        assert answer["scores"] == pytest.approx(shares, abs=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("mode", ["generate", "score"])

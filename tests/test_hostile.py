@@ -236,14 +236,17 @@ ROW = st.fixed_dictionaries(
 
 @given(rows=st.lists(ROW, min_size=1, max_size=4))
 @hostile
-def test_any_rows_are_encoded_within_the_length_or_one_error(tiny, tmp_path_factory, rows):
+@pytest.mark.parametrize("max_length", [68, 90, 512])
+def test_any_rows_are_encoded_within_the_length_or_one_error(
+    tiny, tmp_path_factory, max_length, rows
+):
     directory = tmp_path_factory.mktemp("data")  # find_splits remembers a folder's content
     for split in ("train", "validation"):
         files.write_lines(directory / f"{split}.jsonl", rows)
     tokenizer = data.load_tokenizer(tiny)
     try:
         examples = load_examples(str(directory), "train")
-        encoded = [data.encode(example, tokenizer, 512) for example in examples]
+        encoded = data.encode_batch(examples, tokenizer, max_length)
     except ONE_LINE as error:
         assert str(error).strip()
         return
@@ -251,7 +254,7 @@ def test_any_rows_are_encoded_within_the_length_or_one_error(tiny, tmp_path_fact
     for example, (prompt, answer) in zip(examples, encoded):
         assert isinstance(example["premise"], str)
         assert isinstance(example["hypothesis"], str)
-        assert len(prompt) + len(answer) <= 512
+        assert len(prompt) + len(answer) <= max_length
         assert answer == [answers[example["label"]], eos]
 
 

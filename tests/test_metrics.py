@@ -67,6 +67,16 @@ def test_likelihood_and_scored_accuracy():
     assert result["score_accuracy"] == pytest.approx(accuracy.item())
 
 
+def test_rows_in_which_two_answers_are_the_likeliest_are_counted():
+    """A tie for the last place is none."""
+    scores = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [1 / 3] * 3, [0.2, 0.6, 0.2], [0.3, 0.2, 0.5]]
+    result = metrics.statistics(predictions([0, 2, 1, 1, 2], [0] * 5, scores=scores))
+    assert result["ties"] == 3
+    assert result["score_accuracy"] == 3 / 5
+    assert "3 rows in which two answers are equally likely" in metrics.details(result)
+    assert "likely" not in metrics.details(metrics.statistics(predictions([0], [0])))
+
+
 def test_accuracy_by_genre_and_by_quarter_of_length():
     rows = predictions(
         [0] * 8,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import signal
 from argparse import Namespace
@@ -16,7 +17,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import pictures, resume
+from support import files, pictures, resume
 from support.examples import load_examples
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
@@ -354,8 +355,26 @@ def test_prompts_that_are_cut_are_counted(tmp_path, capsys, tiny):
     assert 0 < too_long < 12
     flags = ["--limit", 12, "--epochs", 2, "--batch-size", 5, "--max-length", longest, *SHORT]
     in_process(train, *TINY, *flags, "--out", tmp_path / "run")
-    line = f"{2 * too_long} prompts were cut to --max-length {longest}, at the end of their premise"
-    assert line in capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert f"\n{2 * too_long} prompts were cut to --max-length {longest}, at the end of" in printed
+    line = rf"\n\d+ prompts of validation_matched are cut to --max-length {longest}\n"
+    assert re.search(line, printed)
+
+
+def test_a_hypothesis_that_is_too_long_alone_is_trained_on_and_counted(tmp_path, tiny):
+    """It ended the training at the step that met it, and each resume."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = list(load_examples("tiny/data", "train", 8))
+    rows[5] |= {"hypothesis": "Anna bought a flower. " * 200}
+    for split in ("train", "dev"):
+        files.write_lines(folder / f"{split}.jsonl", rows)
+    flags = ["--epochs", 2, "--batch-size", 4, *SHORT, "--out", tmp_path / "run"]
+    in_process(train, *TINY, *flags, "--dataset", folder)
+    results = read_json(tmp_path / "run" / "results.json")
+    assert results["rows"]["train"]["cut"] == 2
+    assert results["baseline"]["validation"]["cut"] == 1
+    assert results["finetuned"]["validation"]["cut"] == 1
 
 
 def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path, monkeypatch, capsys):
