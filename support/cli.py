@@ -154,7 +154,9 @@ class Parser(argparse.ArgumentParser):
     def _get_values(self, action: argparse.Action, arg_strings: list[str]):
         # argparse of Python 3.11 drops --, also where it is the value of a flag.
         if arg_strings == ["--"] and action.nargs is None:
-            return self._get_value(action, "--")
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
         return super()._get_values(action, arg_strings)
 
     def typed(self, argv: list[str] | None = None) -> dict:

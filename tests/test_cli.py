@@ -104,6 +104,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
         ("eval.py", "--max-new-tokens", "-3", "must be a whole number of at least 1, not -3"),
         ("eval.py", "--mode", "guess", "invalid choice: 'guess'"),
+        ("eval.py", "--mode", "--", "invalid choice: '--'"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_the_name_of_its_flag(

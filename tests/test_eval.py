@@ -548,6 +548,16 @@ def test_the_rows_of_a_run_are_read_like_the_runs_wherever_they_are(own_way, tmp
     assert results["rows"]["train"]["used"] == results["finetuned"]["train"]["n"] == len(rows)
 
 
+def test_a_run_is_resumed_over_its_rows_wherever_they_are(own_way, tmp_path, capsys):
+    forget_what_was_read()
+    run = shutil.copytree(own_way[0], tmp_path / "run")
+    moved = shutil.copytree(own_way[0].parent / "rows", tmp_path / "moved")
+    in_process(train, "--resume", run, "--dataset", moved, "--steps", 2)
+    assert "resuming after step 1 of 2" in capsys.readouterr().out
+    saved = read_json(run / "args.json")
+    assert (saved["dataset"], saved["labels"]) == (str(moved), list(LABELS[1:]))
+
+
 def test_other_rows_are_not_read_like_the_runs_and_a_line_says_so(own_way, tmp_path, capsys):
     run, _ = own_way
     other = write_rows(tmp_path / "rows", ("premise", "hypothesis", "label"), first=100)
