@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+
 from support import cli
 
 if __name__ == "__main__":
@@ -33,7 +35,17 @@ import data
 import lora
 import phi2
 import quant
-from support import checkpoints, claims, examples, files, machine, metrics, ranks, typed_pairs
+from support import (
+    checkpoints,
+    claims,
+    examples,
+    files,
+    machine,
+    metrics,
+    origin,
+    ranks,
+    typed_pairs,
+)
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -312,7 +324,7 @@ def load(
     args: argparse.Namespace, device: torch.device, output=None
 ) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
-    directory = checkpoints.find(args.model, phi2.read_config)
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
     model = load_model(
@@ -353,10 +365,9 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
-    model, tokenizer = load(args, device, output=sys.stderr)  # standard output is for answers alone
-    lines = typed_pairs.read(sys.stdin.buffer)
-    # As many lines as a batch takes are read at a time, so a stream may be endless.
-    while batch := list(itertools.islice(lines, args.batch_size)):
+    # Standard output is for answers alone.
+    model, tokenizer = load(args, device, output=sys.stderr)
+    for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
         answers = complete(model, tokenizer, prompts, args.max_new_tokens)
         for pair, answer in zip(batch, answers):
@@ -366,7 +377,7 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
 def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
-    reading = examples.Reading.of(args)
+    reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
         name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
@@ -382,8 +393,13 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
-    counts = examples.count_rows(args.dataset, splits, reading)
-    results = {"protocol": protocol.record(), "rows": counts, stage: {}}
+    results = {
+        "protocol": protocol.record(),
+        "dataset": args.dataset,
+        "dataset_revision": examples.hub_commit(args.dataset, args.dataset_revision),
+        "rows": examples.count_rows(args.dataset, splits, reading),
+        stage: {},
+    }
     for name, rows in splits.items():
         results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
         if name in others:
@@ -394,6 +410,8 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
     # Of several ranks the first alone prints: ranks.start has silenced the others.
+    taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
+    print(f"{args.dataset}: {taken}")
     print(metrics.table(results))
     for name, statistics in results[stage].items():
         print(f"\n{name}\n{metrics.details(statistics)}")

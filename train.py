@@ -20,6 +20,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+
 from support import cli
 
 if __name__ == "__main__":
@@ -34,7 +36,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import best, checkpoints, claims, examples, files, metrics, ranks, resume
+from support import best, checkpoints, claims, commands, examples, files, metrics, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -232,7 +234,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
 
     # ---- Data -------------------------------------------------------------------------------
-    directory = checkpoints.find(args.model, phi2.read_config)
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
@@ -243,8 +246,15 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
         for split in examples.validation_splits(args.dataset, reading)
     }
+    args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
+    digests = {
+        split: examples.digest_split(args.dataset, split, reading)
+        for split in ("train", *validation)
+    }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
+    if (args.warmup_steps or 0) > steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
     prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
@@ -252,7 +262,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- A resume is checked first: one that is refused changes nothing ---------------------
     made_for = evaluation.fingerprint_of(args, directory, tokenizer)
     state = resume.State(
-        arguments=cli.as_json(args),
+        arguments=cli.as_json(args) | {"digests": digests},
         steps=steps,
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
@@ -396,7 +406,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             bar.close()
             log.say(
                 f"stopped and saved after step {progress.step:,} of {steps:,}; "
-                f"to resume: {ranks.COMMAND} train.py --resume {args.out}"
+                f"to resume: {commands.resume(args.out)}"
             )
             return
     stop.release()

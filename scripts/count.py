@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/count.py`
+
 from scripts import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
 
 # isort: split

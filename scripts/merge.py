@@ -15,6 +15,7 @@ measured too. Both are printed, and stored in merge.json beside the merged model
 
 import argparse
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,12 +23,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/merge.py`
+
 import data
 import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, claims, cli, examples, files, flags, ranks
+from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -139,19 +142,18 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments. `measure` says whether the accuracy is to be measured."""
     parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
     flags.add_model_arguments(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=flags.name,
         required=True,
         help="the directory of a run, or any PEFT LoRA adapter",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="a new directory for the merged model"
+        "--out", type=flags.path, required=True, help="a new directory for the merged model"
     )
     parser.add_argument(
         "--into",
@@ -172,10 +174,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="take an adapter of another prompt, tokenizer, base or quantisation too",
     )
-    args = cli.parse_arguments(parser, check=check_arguments)
-    # A run names a dataset too, but only one that is typed is worth the minutes.
-    args.measure = "dataset" in parser.typed()
-    return args
+    return cli.parse_arguments(parser, check=check_arguments)
 
 
 def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
@@ -215,12 +214,15 @@ def main() -> None:
 
 def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     """Merges the adapter that the arguments name, and measures what that costs."""
-    directory = checkpoints.find(args.model, phi2.read_config, (*checkpoints.MODEL, *COPIED))
+    patterns = (*checkpoints.MODEL, *COPIED)
+    directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
     splits = {}
-    if args.measure:
-        reading = examples.Reading.of(args)
+    reading = args.origin.reading(args.dataset_revision)
+    # A run names a dataset too, but only one that is typed is worth the minutes.
+    if args.is_dataset_typed:
+        reading = origin.reading_of(args)
         for split in examples.validation_splits(args.dataset, reading):
             splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
@@ -248,10 +250,8 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     }
     write_model(model, directory, args.out, cost)
     print(describe_cost(cost))
-    print(
-        f"the merged model is in {args.out}; "
-        f"try: python eval.py --quant none --model {args.out} --dataset {args.dataset}"
-    )
+    words = ["--quant", "none", "--model", args.out, "--dataset", args.dataset, *reading.flags()]
+    print(f"the merged model is in {args.out}; try: {commands.command('eval.py', *words)}")
 
 
 def describe_sum(args: argparse.Namespace, stored_as: str) -> str:

@@ -24,7 +24,10 @@ BOUNDS = {
 
 
 def find(
-    name: str, read_config: Callable[[Path], object], patterns: tuple[str, ...] = MODEL
+    name: str,
+    read_config: Callable[[Path], object],
+    patterns: tuple[str, ...] = MODEL,
+    revision: str | None = None,
 ) -> Path:
     """Returns the directory of a model: `name` itself, or its download from the Hub.
 
@@ -35,18 +38,25 @@ def find(
     if directory.is_file():
         raise ValueError(f"{name} is a file: pass the folder that it is in")
     is_here = directory.is_dir()
-    if not is_here:
+    if is_here:
+        hub.refuse_revision("model", name, revision)
+    else:
         # First this file alone: gigabytes may be of a kind that is not read.
-        directory = download(name, ("config.json",))
+        directory = download(name, ("config.json",), revision)
     check_config(directory, read_config)
     if not is_here:
-        directory = download(name, patterns)
+        directory = download(name, patterns, revision)
     if patterns != DESCRIPTION:
         check_weights(directory)
     return directory
 
 
-def download(name: str, patterns: tuple[str, ...]) -> Path:
+def hub_commit(name: str, directory: Path) -> str | None:
+    """Returns the commit of a model that was downloaded into `directory`, None of one here."""
+    return None if Path(name).is_dir() else directory.name  # the Hub's cache calls it so
+
+
+def download(name: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     """Returns the local folder of a model on the Hub. What is there is not downloaded again."""
     if not card.is_repository(name):
         raise ValueError(
@@ -54,14 +64,16 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
             "say with --model where it is"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         raise ValueError(
             f"no model {name!r}: neither a directory nor a public repository on the Hub"
         ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"the model {name!r} has no revision {revision!r} on the Hub") from None
     except hub.errors() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(

@@ -106,7 +106,10 @@ def own_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     # torch's errors for a device that it does not know, find, or have support for.
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0][:150]}") from None
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(
+            f"--device {name}: torch has no such device here ({reason}); pass --device cpu"
+        ) from None
     if device.type == "meta":
         raise ValueError("--device meta holds no numbers; scripts/plan.py counts on it")
     return device

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, files, hub, machine, metrics, page, pictures, ranks
+from support import best, card, commands, files, hub, machine, metrics, page, pictures, ranks
 from support.extras import Extras
 from support.resume import Progress, State, evaluated_steps, lines_up_to
 from support.stopping import discard_closed_outputs
@@ -88,7 +88,7 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
-            command = f"{ranks.COMMAND} train.py --resume {self.folder}"
+            command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say(self, text: str) -> None:
@@ -198,8 +198,10 @@ class RunLog:
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
         self.say(f"{named} are in {self.folder} ({duration})")
         if {"the pictures", "report.html"} & set(self.extras.failed):
-            self.say(f"pictures and report.html once more: python -m scripts.report {self.folder}")
-        self.say(f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ...")
+            again = commands.command("scripts.report", self.folder)
+            self.say(f"pictures and report.html once more: {again}")
+        pair = ("--premise", "...", "--hypothesis", "...")
+        self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
 
 
 # -----------------------------------------------------------------------------
@@ -253,7 +255,7 @@ def start_wandb(folder: Path, record: dict):
     run = wandb.init(**options, mode="offline")
     print(
         f"W&B: {reason}, so this run is kept offline; "
-        f"send it later with: wandb sync {Path(run.dir).parent}"
+        f"send it later with: wandb sync {commands.quoted(Path(run.dir).parent)}"
     )
     return run
 

@@ -1,5 +1,6 @@
 """A merged model is the base with its adapter, for transformers too, and says what it cost."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+import train
 from scripts import merge
 from support import examples, files
 
@@ -247,6 +249,28 @@ def test_merge_says_what_it_cost(run, tmp_path, capsys):
         assert f"  {path.removeprefix('model.')} " in printed
     assert "W as the NF4 indices say, stored in fp32" in printed
     assert all(len(line) <= 79 for line in printed.splitlines()[:-1])
+
+
+def test_the_rows_of_a_run_are_read_like_the_runs_and_the_printed_command_says_how(
+    tmp_path, capsys
+):
+    rows = shutil.copytree(ROOT / "tiny" / "data", tmp_path / "rows")
+    (rows / "validation_mismatched.jsonl").unlink()
+    reading = ("--labels", "contradiction", "neutral", "entailment")
+    command = ("--model", "tiny/model", "--dataset", rows, *reading, "--limit", 4)
+    short = ("--eval-limit", 2, "--steps", 1, "--max-new-tokens", 1)
+    in_process(train, *command, *short, "--out", tmp_path / "run")
+    for number, dataset in enumerate([(), ("--dataset", rows.rename(tmp_path / "moved"))]):
+        out = tmp_path / f"merged {number}"
+        capsys.readouterr()
+        in_process(merge, "--adapter", tmp_path / "run", *dataset, "--limit", 4, "--out", out)
+        printed = capsys.readouterr()
+        assert "not used" not in printed.err
+        words = shlex.split(printed.out.splitlines()[-1].split("try: ")[1])
+        expected = ["--model", str(out), "--dataset", str(dataset[1] if dataset else rows)]
+        assert words == ["python", "eval.py", "--quant", "none", *expected, *reading]
+    accuracy = read_json(out / "merge.json")["accuracy"]
+    assert accuracy["validation_matched"]["n"] == 4
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(

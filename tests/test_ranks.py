@@ -288,7 +288,7 @@ def test_all_ranks_receive_what_each_of_them_gives(tmp_path):
 @pytest.mark.parametrize(
     "device, message",
     [
-        ("gpu", "--device gpu: Expected one of cpu, cuda"),
+        ("gpu", "--device gpu: torch has no such device here (Expected one of cpu, cuda"),
         ("cuda:99", "--device cuda:99: "),  # on a machine with GPUs and on one without
         ("", "--device : "),
     ],

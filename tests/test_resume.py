@@ -489,7 +489,8 @@ def test_a_full_disk_is_one_line_and_the_last_save_still_loads(whole, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_its_rows(tmp_path):
     out = tmp_path / "run"
-    diverging = ["--learning-rate", 1e30, "--max-grad-norm", 1e30, "--weight-decay", 0]
+    diverging = ["--learning-rate", 1e6, "--alpha", 1e6]
+    diverging += ["--max-grad-norm", 1e30, "--weight-decay", 0]
     line = refusal(*RUN, *diverging, "--save-every", 1, "--out", out)
     assert "norm of its gradient" in line
     assert line.endswith(f"{out} keeps the last save")
@@ -586,7 +587,8 @@ def test_other_rows_another_tokenizer_and_other_weights_would_make_another_run(
 ):
     change(project)
     before = content(copy)
-    assert message in refusal("--resume", copy, cwd=project)
+    names = ("--model", "tiny/model", "--dataset", "tiny/data")  # those of this folder
+    assert message in refusal("--resume", copy, *names, cwd=project)
     assert content(copy) == before
 
 
@@ -599,7 +601,8 @@ def test_another_prompt_would_make_another_run(copy, monkeypatch):
 
 def test_a_run_whose_model_has_only_moved_is_resumed(copy, project, capsys):
     """What counts is what the folders hold, not where they are."""
-    in_process(train, "--resume", copy, "--steps", STEPS + 1, cwd=project)
+    names = ("--model", "tiny/model", "--dataset", "tiny/data")  # those of this folder
+    in_process(train, "--resume", copy, "--steps", STEPS + 1, *names, cwd=project)
     assert f"resuming after step {STEPS} of {STEPS + 1}" in capsys.readouterr().out
     assert saved_step(copy) == STEPS + 1
 
@@ -612,7 +615,7 @@ def test_a_run_whose_model_has_only_moved_is_resumed(copy, project, capsys):
         (("--dataset", "tiny/model"), "tiny/model holds no train.* or validation*.* file"),
         (("--steps", STEPS - 1), f"has taken {STEPS} steps already, more than {STEPS - 1}"),
         (("--epochs", 0.5), f"has taken {STEPS} steps already, more than 7"),
-        (("--device", "gpu"), "--device gpu"),
+        (("--device", "mps:7"), "--device mps:7"),
     ],
 )
 def test_what_would_make_another_run_is_refused_and_nothing_is_changed(copy, flags, message):
