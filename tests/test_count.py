@@ -111,8 +111,8 @@ def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
     first = 12 * square * tokens  # q, k, v and dense, and 8 squares in the MLP
     # In the last layer all tokens give keys and values, and one of each row the rest.
     last = 2 * square * tokens + 10 * square * len(rows)
-    head = 51200 * 2560 * len(rows)
-    assert costs["score"]["tflop"] * 1e12 == pytest.approx(2 * (first + last + head), rel=0.02)
+    # Of the head three rows alone, too few to count.
+    assert costs["score"]["tflop"] * 1e12 == pytest.approx(2 * (first + last), rel=0.02)
     assert costs["score"]["launches"] < 120
 
 
