@@ -14,7 +14,7 @@ forward pass, B that of rows, and H that of heads, of D dimensions each.
 import copy
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,17 +48,60 @@ def fold(rows: list[list[int]]) -> tuple[list[int], list[int]]:
 
 
 @dataclass
-class Grid:
-    """Some rows as attention takes them: side by side, (rows, width), short ones padded.
+class Cells:
+    """Rows side by side in grids, (rows, width) each, as attention takes them.
 
-    mask: (1, rows or 1, T, keys) for T queries a row: 0 where one sees a key, -inf where not.
-        None on a GPU where each row's T queries are the last of its keys: its kernels know
-        that form, and need no mask in memory.
+    tokens: for each cell, grid after grid, which of the N tokens stands in it.
+    places: (N,) the cell that is each token's own. Others are copies of it.
+    shapes: (rows, width) of each grid.
+    starts: how many tokens of the prefix stand first in each row of each grid.
+    is_shared: whether rows share tokens, so that places leaves out cells of theirs.
     """
 
-    rows: int
-    width: int
-    mask: Tensor | None
+    tokens: Tensor
+    places: Tensor
+    shapes: list[tuple[int, int]]
+    starts: list[int]
+    is_shared: bool
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        """Returns the grids (rows, width, H, D) that hold x (N, H, D)."""
+        # (Of tokens that rows share the gradients are added up by index_select.)
+        cells = x.index_select(0, self.tokens) if self.is_shared else Put.apply(x, self)
+        return self.split(cells)
+
+    def split(self, cells: Tensor) -> list[Tensor]:
+        """Returns each grid's part of (all cells, H, D)."""
+        parts = cells.split([rows * width for rows, width in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
+
+    def take(self, grids: list[Tensor]) -> Tensor:
+        """Returns what stands in the tokens' own cells of the grids, (N, H, D)."""
+        cells = [grid.flatten(0, 1) for grid in grids]
+        return join(cells).index_select(0, self.places)
+
+
+class Put(torch.autograd.Function):
+    """Puts x (N, H, D) into cells, as x.index_select(0, cells.tokens) does.
+
+    Its backward pass would add up what comes from each cell of a token: zeros from behind
+    short rows, and a gradient of the prefix from each row, rounded each time. This one takes
+    each token's gradient from its own cell, and adds up the prefix's in one sum.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cells: Cells) -> Tensor:
+        ctx.cells = cells
+        return x.index_select(0, cells.tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.index_select(0, ctx.cells.places)
+        for grid, start in zip(ctx.cells.split(grad), ctx.cells.starts):
+            if start:
+                total[:start] += grid[:, :start].sum(dim=0)
+        return total, None
 
 
 class PackedRows:
@@ -83,18 +126,18 @@ class PackedRows:
     `token_of` is what `fold` returns, and a token that rows share is there once.
 
     Only for attention, the smallest part of the work, are the rows put side by side again,
-    in grids. On a GPU all rows are one grid. On a CPU a grid has a few rows; where they come
-    sorted by length, as in training and evaluation, little is padded.
+    in grids. The prefix is a grid by itself. On a GPU all rows are the other one. On a CPU
+    a grid has a few rows; where they come sorted by length, as in training and evaluation,
+    little is padded.
 
     Attributes:
         lengths: how many tokens each row has behind the prefix.
-        token_of: for each of them, row after row, which of the rows' distinct tokens it is.
+        prefix_length: how many the prefix has.
+        token_of: for each token of each row, row after row, which of the N it is.
         positions: (N,) each token's place in its own text.
-        queries: which of the N tokens have a query; None where all have one.
-        prefix: the prefix as a grid of one row.
-        grids: the rows' grids.
-        cells: for each cell of all grids, which of the rows' distinct tokens stands in it.
-        places: (N,) where each token's result stands among those of the prefix and the cells.
+        asking: which of the N tokens have a query; None where all have one.
+        queries, keys: the grids' cells. The keys of each row have the prefix's before them.
+        masks: of each grid, as `attention` takes it.
         cache: for generation, where keys and values are kept; else None.
     """
 
@@ -113,48 +156,64 @@ class PackedRows:
         """
         device = torch.device(device)
         self.lengths = lengths
-        self.token_of = torch.tensor(token_of or range(sum(lengths)))
-        self.queries = None
+        self.prefix_length = prefix_length
+        self.token_of = prefix_length + torch.tensor(token_of or range(sum(lengths)))
+        self.asking = None
         self.recomputes = recomputes
         self.cache = Cache(prefix_length + max(lengths), room) if room else None
 
-        def make_grid(rows: int, start: int, width: int) -> Grid:
-            """Returns a grid whose rows begin at position `start`."""
-            mask = None
-            if device.type != "cuda":
-                positions = torch.arange(start, start + width, device=device)
-                mask = causal_mask(positions[None], start + width)
-            return Grid(rows, width, mask)
-
-        # The indices are made on the CPU: for nonzero() a GPU would have to wait.
-        self.prefix = make_grid(1, 0, prefix_length)
-        self.grids = []
-        cells = []
-        is_filled = []
-        start = 0
+        # The lengths of the rows in each grid, and where these rows begin.
         at_once = ROWS_AT_ONCE if device.type == "cpu" else len(lengths)
-        for first in range(0, len(lengths), at_once):
-            few = torch.tensor(lengths[first : first + at_once])[:, None]
-            columns = torch.arange(int(few.max()))
-            row_starts = start + few.cumsum(0) - few
-            # Behind a short row its last token is repeated. Nobody looks there.
-            tokens = self.token_of[row_starts + columns.minimum(few - 1)]  # (rows, width)
-            cells.append(tokens.flatten())
-            is_filled.append((columns < few).flatten())
-            self.grids.append(make_grid(len(few), prefix_length, len(columns)))
-            start += int(few.sum())
+        groups = [lengths[first : first + at_once] for first in range(0, len(lengths), at_once)]
+        starts = [prefix_length] * len(groups)
+        if prefix_length:
+            groups.insert(0, [prefix_length])
+            starts.insert(0, 0)
 
-        # A token that rows share has a cell in each of them. Of the equal results the first is
-        # kept.
-        is_first = self.token_of.cummax(0).values.diff(prepend=torch.tensor([-1])) > 0
-        in_rows = torch.cat([torch.arange(length) for length in lengths])[is_first]
-        filled = torch.cat(is_filled).nonzero()[is_first, 0]
+        def mask_of(positions: Tensor, keys: int) -> Tensor | None:
+            return None if device.type == "cuda" else causal_mask(positions.to(device), keys)
+
+        # All indices are made on the CPU: for nonzero() a GPU would have to wait.
         prefix = torch.arange(prefix_length)
-        positions = torch.cat((prefix, prefix_length + in_rows))
-        places = torch.cat((prefix, prefix_length + filled))
-        self.positions = positions.to(device, non_blocking=True)
-        self.places = places.to(device, non_blocking=True)
-        self.cells = torch.cat(cells).to(device, non_blocking=True)
+        tokens = torch.cat((prefix, self.token_of))  # of the prefix, and of row after row
+        queries = []
+        keys = []
+        is_query = []
+        is_key = []
+        positions = []
+        self.masks = []
+        first = 0
+        for group, start in zip(groups, starts):
+            few = torch.tensor(group)[:, None]
+            columns = torch.arange(max(group))
+            is_own = columns < few  # (rows, width)
+            # Behind a short row its last token is repeated. Nobody looks there.
+            own = tokens[first + few.cumsum(0) - few + columns.minimum(few - 1)]
+            queries.append(own)
+            keys.append(torch.cat((prefix[:start].expand(len(few), -1), own), dim=1))
+            is_query.append(is_own)
+            is_key.append(F.pad(is_own, (start, 0)))
+            positions.append((start + columns).expand_as(own)[is_own])
+            self.masks.append(mask_of(start + columns[None], start + len(columns)))
+            first += sum(group)
+
+        # Of a token that several rows share the first cell is its own.
+        is_new = tokens.cummax(0).values.diff(prepend=torch.tensor([-1])) > 0
+
+        def make_cells(grids: list[Tensor], are_own: list[Tensor], starts: list[int]) -> Cells:
+            places = flatten(are_own).nonzero()[is_new, 0]
+            shapes = [tuple(grid.shape) for grid in grids]
+            return Cells(
+                tokens=flatten(grids).to(device, non_blocking=True),
+                places=places.to(device, non_blocking=True),
+                shapes=shapes,
+                starts=starts,
+                is_shared=not is_new.all(),
+            )
+
+        self.queries = make_cells(queries, is_query, [0] * len(starts))
+        self.keys = make_cells(keys, is_key, starts)
+        self.positions = torch.cat(positions)[is_new].to(device, non_blocking=True)
 
     def only_last(self, count: int) -> "PackedRows":
         """Returns the same rows, of which only the last `count` tokens each have a query."""
@@ -163,21 +222,25 @@ class PackedRows:
         device = self.positions.device
         lengths = torch.tensor(self.lengths)[:, None]
         last = torch.arange(-count, 0)
-        tokens = self.token_of[lengths.cumsum(0) + last].flatten()
-        positions = (self.prefix.width + lengths + last).to(device, non_blocking=True)
-        grids_positions = positions.split([grid.rows for grid in self.grids])
-
+        asking = self.token_of[lengths.cumsum(0) + last].flatten()
+        positions = self.prefix_length + lengths + last  # (B, count)
         narrowed = copy.copy(self)
-        narrowed.queries = (self.prefix.width + tokens).to(device, non_blocking=True)
-        narrowed.grids = [
-            replace(grid, mask=causal_mask(own, self.prefix.width + grid.width))
-            for grid, own in zip(self.grids, grids_positions)
+        narrowed.asking = asking.to(device, non_blocking=True)
+        shapes = self.keys.shapes[-len(self.row_counts()) :]
+        narrowed.masks = [
+            causal_mask(own.to(device, non_blocking=True), width)
+            for own, (_, width) in zip(positions.split(self.row_counts()), shapes)
         ]
         return narrowed
 
+    def row_counts(self) -> list[int]:
+        """Returns how many rows each grid has, but for that of the prefix."""
+        counts = [rows for rows, _ in self.keys.shapes]
+        return counts[1:] if self.prefix_length else counts
+
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that have a query."""
-        return x if self.queries is None else x.index_select(0, self.queries)
+        return x if self.asking is None else x.index_select(0, self.asking)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) v over the tokens that each query sees.
@@ -191,64 +254,51 @@ class PackedRows:
         return self.attend_in_grids(layer, q, k, v)
 
     def attend_in_grids(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # 1. Keys and values of each row, behind those of the prefix.
-        prefix_k, keys = self.in_grids(k)
-        prefix_v, values = self.in_grids(v)
-        seen_keys = self.behind_prefix((layer, "k"), prefix_k, keys)
-        seen_values = self.behind_prefix((layer, "v"), prefix_v, values)
-
-        # 2. The queries: of all tokens, those of the prefix too, or of each row's last ones.
-        outputs = []
-        if self.queries is None:
-            prefix_q, queries = self.in_grids(q)
-            if self.prefix.width:
-                outputs.append(attention(prefix_q, prefix_k, prefix_v, self.prefix.mask))
-        else:
-            rows = [grid.rows for grid in self.grids]
-            queries = q.transpose(0, 1).unflatten(1, (sum(rows), -1)).split(rows, dim=1)
-
-        # 3. Attention, grid by grid. Then the results stand in the order of the tokens again.
-        for grid, *inputs in zip(self.grids, queries, seen_keys, seen_values):
-            outputs.append(attention(*inputs, grid.mask))
-        results = [output.flatten(1, 2) for output in outputs]
-        y = results[0] if len(results) == 1 else torch.cat(results, dim=1)  # it would copy one
-        y = y.transpose(0, 1)
-        return y if self.queries is not None else y.index_select(0, self.places)
-
-    def in_grids(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Returns x (N, H, D) as the prefix's (H, 1, P, D) and grids (H, rows, width, D)."""
-        length = self.prefix.width
-        prefix, own = x.transpose(0, 1).split((length, len(x) - length), dim=1)
-        sizes = [grid.rows * grid.width for grid in self.grids]
-        cells = own.index_select(1, self.cells).split(sizes, dim=1)
-        shapes = [(grid.rows, grid.width) for grid in self.grids]
-        return prefix[:, None], [part.unflatten(1, shape) for part, shape in zip(cells, shapes)]
-
-    def behind_prefix(
-        self, name: tuple[int, str], prefix: Tensor, grids: list[Tensor]
-    ) -> list[Tensor]:
-        """Returns the keys, or the values, that each grid's queries see, (H, rows, keys, D)."""
+        keys = self.keys.put(k)
+        values = self.keys.put(v)
+        counts = self.row_counts()
         if self.cache is not None:
-            return self.cache.put(name, prefix, grids)
-        if not self.prefix.width:
-            return grids
-        # Backward, `expand` adds up what all rows send to the prefix, in one sum.
-        return [
-            torch.cat((prefix.expand(-1, grid.shape[1], -1, -1), grid), dim=2) for grid in grids
-        ]
+            self.cache.put((layer, "k"), keys[-len(counts) :])
+            self.cache.put((layer, "v"), values[-len(counts) :])
+        if self.asking is None:
+            queries = self.queries.put(q)
+        else:  # the same number of each row, and none of the prefix
+            queries = q.unflatten(0, (sum(counts), -1)).split(counts)
+            keys = keys[-len(counts) :]
+            values = values[-len(counts) :]
+        outputs = [attention(*grid) for grid in zip(queries, keys, values, self.masks)]
+        if self.asking is None:
+            return self.queries.take(outputs)
+        return join(outputs).flatten(0, 1)
+
+
+def flatten(grids: list[Tensor]) -> Tensor:
+    return torch.cat([grid.flatten() for grid in grids])
+
+
+def join(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # it would copy a single one
 
 
 def causal_mask(positions: Tensor, keys: int) -> Tensor:
-    """Returns the mask (1, rows or 1, T, keys) of queries at positions (rows or 1, T)."""
-    is_later = torch.arange(keys, device=positions.device) > positions[None, :, :, None]
+    """Returns the mask (rows or 1, 1, T, keys) of queries at positions (rows or 1, T).
+
+    It is 0 where a query sees a key, and -inf where the key is later.
+    """
+    is_later = torch.arange(keys, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Returns softmax(q k^T / sqrt(D) + mask) v, (H, rows, T, D), as `Grid` describes it.
+    """Returns softmax(q k^T / sqrt(D) + mask) v, (rows, T, H, D).
 
-    q is (H, rows, T, D), k and v are (H, rows, keys, D).
+    q is (rows, T, H, D), k and v are (rows, keys, H, D). On a GPU the mask may be None: then
+    each row's T queries are the last of its keys. Its kernels know that form, and need no
+    mask in memory.
     """
+    q = q.transpose(1, 2)  # (rows, H, T, D)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
     # On a CPU torch's fused kernel is faster than two products and a softmax in fp32 forward,
     # but slower in bf16 and backward.
     is_fast_on_cpu = q.dtype is torch.float32 and not torch.is_grad_enabled()
@@ -257,11 +307,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
             mask = causal_lower_right(q.shape[2], k.shape[2])
         elif q.device.type != "cpu":
             mask = mask.to(q.dtype)  # a GPU's kernels want it so
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
     # All is in fp32, as within the kernel.
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
-    return (weights @ v.float()).to(v.dtype)
+    return (weights @ v.float()).to(v.dtype).transpose(1, 2)
 
 
 # -----------------------------------------------------------------------------
@@ -269,7 +319,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Cache:
-    """The keys and values of all layers: (H, B, width, D), by (layer, "k") or (layer, "v")."""
+    """The keys and values of all layers: (B, H, width, D), by (layer, "k") or (layer, "v").
+
+    In memory each head's keys stand together, because one query at a time reads them.
+    """
 
     def __init__(self, longest: int, room: int):
         """There is room for the longest row, with its prefix, and so many tokens behind it."""
@@ -279,34 +332,32 @@ class Cache:
         self.width = math.ceil((longest + room) / 16) * 16
         self.kept = {}
 
-    def put(self, name: tuple[int, str], prefix: Tensor, grids: list[Tensor]) -> list[Tensor]:
-        """Keeps the rows of grids behind their prefix. Returns what each grid's queries see."""
-        rows = [grid.shape[1] for grid in grids]
-        heads, _, start, head_dim = prefix.shape
-        kept = prefix.new_zeros(heads, sum(rows), self.width, head_dim)
-        kept[:, :, :start] = prefix
-        seen = []
-        for part, grid in zip(kept.split(rows, dim=1), grids):
-            end = start + grid.shape[2]
-            part[:, :, start:end] = grid
-            seen.append(part[:, :, :end])
+    def put(self, name: tuple[int, str], grids: list[Tensor]) -> None:
+        """Keeps the keys, or the values, of rows in grids (rows, width, H, D)."""
+        rows = [len(grid) for grid in grids]
+        _, _, heads, head_dim = grids[0].shape
+        kept = grids[0].new_empty(sum(rows), heads, self.width, head_dim)
+        for part, grid in zip(kept.split(rows), grids):
+            width = grid.shape[1]
+            part[:, :, :width] = grid.transpose(1, 2)
+            part[:, :, width:] = 0  # no query sees it, but 0 times what stands there must be 0
         self.kept[name] = kept
-        return seen
 
     def add(self, name: tuple[int, str], x: Tensor, places: Tensor) -> Tensor:
-        """Writes x (B, H, D), of a new token of each row, and returns all that is kept.
+        """Writes x (B, H, D), of a new token of each row.
 
-        `places` (H * B,) are those in the cache as it lies in memory, (H * B * width, D).
+        Returns all that is kept, (B, width, H, D). `places` (B * H,) are the new ones' places
+        in the cache as it lies in memory, (B * H * width, D).
         """
         kept = self.kept[name]
-        kept.flatten(0, 2).index_copy_(0, places, x.transpose(0, 1).flatten(0, 1))
-        return kept
+        kept.flatten(0, 2).index_copy_(0, places, x.flatten(0, 1))
+        return kept.transpose(1, 2)
 
     def select(self, rows: Tensor) -> None:
         """Keeps the rows at these indices alone."""
         # One by one: the old and the new of all layers may not fit.
         for name, kept in self.kept.items():
-            self.kept[name] = kept.index_select(1, rows)
+            self.kept[name] = kept.index_select(0, rows)
 
 
 class NewTokens:
@@ -334,9 +385,9 @@ class NewTokens:
         """
         self.positions += 1
         kept = self.cache.kept[0, "k"]
-        heads, rows, width, _ = kept.shape
-        starts = torch.arange(0, heads * rows * width, width, device=kept.device)
-        self.places = (starts.view(heads, rows) + self.positions).flatten()
+        rows, heads, width, _ = kept.shape
+        starts = torch.arange(0, rows * heads * width, width, device=kept.device)
+        self.places = (starts.view(rows, heads) + self.positions[:, None]).flatten()
         self.mask = causal_mask(self.positions[:, None], width)
         if kept.is_cuda:
             self.mask = self.mask.to(kept.dtype)  # once for all layers
@@ -351,8 +402,7 @@ class NewTokens:
         """Returns what PackedRows.attend does; q, k, v and the result are (B, H, D)."""
         keys = self.cache.add((layer, "k"), k, self.places)
         values = self.cache.add((layer, "v"), v, self.places)
-        queries = q.transpose(0, 1)[:, :, None]  # (H, B, 1, D)
-        return attention(queries, keys, values, self.mask)[:, :, 0].transpose(0, 1)
+        return attention(q[:, None], keys, values, self.mask)[:, 0]
 
 
 class Decoder:
@@ -380,7 +430,7 @@ class Decoder:
         self.steps_left = rows.cache.room
         device = rows.positions.device
         self.records = model.uses_graphs and device.type == "cuda"
-        last = torch.tensor(rows.lengths) + (rows.prefix.width - 1)
+        last = torch.tensor(rows.lengths) + (rows.prefix_length - 1)
         self.layout = NewTokens(last.to(device, non_blocking=True), rows.cache)
         self.start(len(last))
 
