@@ -52,6 +52,25 @@ class Phi2Config:
     layer_norm_eps: float = 1e-5
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
 
+    def rotary_dim(self) -> int:
+        """Returns how many dimensions of a head carry the position. They turn in pairs.
+
+        Raises ValueError where the width cannot be cut into heads, and for an odd number.
+        """
+        head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
+        if rest:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        rotary_dim = int(head_dim * self.partial_rotary_factor)
+        if rotary_dim % 2:
+            raise ValueError(
+                f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
+                "it must be an even number of them"
+            )
+        return rotary_dim
+
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
@@ -90,8 +109,7 @@ def rotary_tables(
 
     R is the number of rotated dimensions of a head. The angles are computed in fp32.
     """
-    head_dim = config.hidden_size // config.num_attention_heads
-    rotary_dim = int(head_dim * config.partial_rotary_factor)
+    rotary_dim = config.rotary_dim()
     # The first pair of dimensions turns by one radian a token, the last by 1 / rope_theta
     # or so.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
@@ -320,6 +338,7 @@ ABSENT = {
 def build(name: str | Path) -> Phi2:
     """Returns the model of a directory or a Hub id without its weights, on the meta device."""
     config = read_config(locate(name))
+    config.rotary_dim()  # an error now, and not after the weights are loaded
     with torch.device("meta"):
         return Phi2(config)
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 
 import data
 import eval as evaluation
@@ -50,49 +50,50 @@ ERASED = (
 # Merging
 
 
+@torch.no_grad()
 def merge(
     model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
 ) -> dict[str, float]:
     """Merges all adapters of a model, in place; all weights are then of `dtype`.
 
     Returns by layer what rounding W + B A changes, as a share of B A. With `requantize` the merged
-    weights are rounded to NF4 first. One block after the other is held in fp32, not the model.
+    weights are rounded to NF4 first. One layer after the other is held in fp32, not the model.
+    Raises ValueError where a weight is not finite in `dtype`; the model is then unusable.
     """
-    parts = {f"model.layers.{number}.": block for number, block in enumerate(model.model.layers)}
-    parts[""] = model  # what is left: embeddings, and a head that may have an adapter
+    layers = {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, lora.LoRALinear)
+    }
     costs = {}
-    for prefix, part in parts.items():
-        part_costs = merge_part(part, dtype, requantize, double_quant)
-        costs |= {prefix + path: cost for path, cost in part_costs.items()}
-    return costs
-
-
-@torch.no_grad()
-def merge_part(
-    part: nn.Module, dtype: torch.dtype, requantize: bool, double_quant: bool
-) -> dict[str, float]:
-    """Merges the adapters within one module, as `merge` does."""
-    # In fp32, so that W + B A is rounded once, at the end.
-    quant.dequantize_linears(part, torch.float32)
-    bases = {}
-    updates = {}
-    for path, layer in part.named_modules():
-        if isinstance(layer, lora.LoRALinear):
-            layer.float()
-            bases[path] = layer.base_layer.weight.clone()
-            updates[path] = layer.delta_weight()
-    lora.merge(part)
-    part.to(dtype)
-
-    costs = {}
-    for path, update in updates.items():
-        linear = part.get_submodule(path)
+    for path, layer in layers.items():
+        # In fp32, so that W + B A is rounded once, at the end.
+        quant.dequantize_linears(layer, torch.float32)
+        layer.float()
+        merged = layer.weight.to(dtype)  # W + B A
         if requantize:
-            linear.weight.copy_(requantized(linear.weight, double_quant))
-        change = linear.weight.float() - bases[path] - update
-        # An adapter whose B is zero has nothing to lose.
-        costs[path] = (change.norm() / update.norm()).item() if update.any() else 0.0
+            merged = requantized(merged, double_quant)
+        costs[path] = rounding_cost(layer, merged)
+
+        linear = layer.base_layer.to(dtype)
+        linear.weight.copy_(merged)
+        model.set_submodule(path, linear)
+    quant.dequantize_linears(model, dtype)  # the layers without an adapter
+    model.to(dtype)
+
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"cannot merge: {name} is not finite in {dtype}")
     return costs
+
+
+def rounding_cost(layer: lora.LoRALinear, merged: Tensor) -> float:
+    """Returns the norm of what rounding has changed in W + B A, over the norm of B A."""
+    update = layer.delta_weight()
+    change = merged.float() - layer.base_layer.weight - update
+    # An adapter whose B is zero has nothing to lose.
+    if not update.any():
+        return 0.0
+    # In fp64, because a norm adds up squares, which may be beyond fp32.
+    return (change.double().norm() / update.double().norm()).item()
 
 
 def requantized(weight: Tensor, double_quant: bool) -> Tensor:

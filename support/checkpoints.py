@@ -82,8 +82,8 @@ def check_config(directory: Path, read_config: Callable[[Path], object]) -> None
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     raw = files.read_json(path)
     check_quantization(raw.get("quantization_config") or raw.get("quantization"), path)
-    config = vars(read_config(directory))
-    for name, value in config.items():
+    config = read_config(directory)
+    for name, value in vars(config).items():
         kinds = (int, float) if name in BOUNDS else (int,)
         least, most = BOUNDS.get(name, (1, 2**31))
         if type(value) not in kinds or not least <= value <= most:
@@ -103,20 +103,12 @@ def check_quantization(quantization: object, path: Path) -> None:
         )
 
 
-def check_heads(config: dict, path: Path) -> None:
-    """Raises ValueError where the width cannot be cut into heads, or a head not rotated."""
-    width = config["hidden_size"]
-    heads = config["num_attention_heads"]
-    if width % heads:
-        raise ValueError(
-            f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
-        )
-    rotary_dim = int(width // heads * config["partial_rotary_factor"])
-    if rotary_dim % 2:
-        raise ValueError(
-            f"{path}: {rotary_dim} of a head's {width // heads} dimensions cannot be rotated; "
-            "it must be an even number of them"
-        )
+def check_heads(config: object, path: Path) -> None:
+    """Raises ValueError where phi2 cannot cut the width into heads, or cannot rotate a head."""
+    try:
+        config.rotary_dim()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # -----------------------------------------------------------------------------

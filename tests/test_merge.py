@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, distance, in_process, ours, read_json, reference, script
 from hub import serving
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
@@ -156,8 +157,57 @@ def test_a_merge_rounds_once(tiny, run):
     assert not torch.equal(merged, (weight.bfloat16() + update).bfloat16())
 
 
+@pytest.mark.parametrize("requantize", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("size", [1e25, float("nan")], ids=["B A beyond fp32", "NaN"])
+def test_a_layer_that_would_not_be_finite_is_named(tiny, run, size, requantize):
+    model = adapted(tiny, run)
+    layer = model.model.layers[3].self_attn.v_proj
+    for matrix in (layer.lora_A, layer.lora_B):
+        torch.nn.init.constant_(matrix.weight, size)
+    with pytest.raises(ValueError, match=r"model.layers.3.self_attn.v_proj.* is not finite in"):
+        merge.merge(model, torch.float32, requantize, double_quant=requantize)
+
+
+def test_a_sum_that_is_finite_in_fp32_alone_is_named(tiny, run):
+    """B A is 65,536 everywhere; fp16 ends at 65,504."""
+    model = adapted(tiny, run)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.init.constant_(layer.lora_A.weight, 64.0)
+    torch.nn.init.constant_(layer.lora_B.weight, 64.0)  # 2 * 8 * 64 * 64 = 65,536
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.* finite in torch.float16"):
+        merge.merge(model, torch.float16)
+
+
+def test_the_cost_of_a_large_adapter_is_a_number(tiny, run):
+    """The squares of numbers of 1e22 are beyond fp32, where a norm would be infinite."""
+    model = adapted(tiny, run)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.init.constant_(layer.lora_A.weight, 1e11)
+    torch.nn.init.constant_(layer.lora_B.weight, 1e11)
+    update = 2 * 8 * torch.tensor(1e11).double() ** 2
+    rounded = update.bfloat16().double()
+    costs = merge.merge(model, torch.bfloat16)
+    expected = abs((rounded - update) / update).item()
+    assert costs["model.layers.0.self_attn.q_proj"] == pytest.approx(expected, rel=1e-3)
+
+
 # -----------------------------------------------------------------------------
 # The script
+
+
+def test_an_adapter_beyond_what_is_stored_is_one_line_and_nothing_is_written(run, tmp_path):
+    adapter = shutil.copytree(run, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if "layers.2.self_attn.q_proj" in key:
+            tensors[key] = torch.full_like(tensor, 1e30)  # finite, and B A is not
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata)
+    out = tmp_path / "merged"
+    with pytest.raises(SystemExit, match="^error: .*layers.2.self_attn.q_proj.* not finite"):
+        in_process(merge, "--adapter", adapter, "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def merge_and_measure(run: Path, out: Path) -> dict:

@@ -200,6 +200,48 @@ def test_a_config_that_does_not_fit(copy, key, value, message):
     fails(copy, message)
 
 
+@pytest.mark.parametrize("factor, rotated", [(0.0, 0), (0.03, 0), (0.0625, 2), (1.0, 32)])
+def test_any_even_number_of_dimensions_is_rotated_as_in_transformers(copy, factor, rotated):
+    config = read_json(copy / "config.json") | {"partial_rotary_factor": factor}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert phi2.read_config(copy).rotary_dim() == rotated
+    mine = ours(copy, torch.float32)
+    ids = random_ids(mine)
+    with torch.no_grad():
+        expected = reference(copy, torch.float32)(ids).logits
+        assert distance(logits(mine, ids), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "factor, rotated, dimensions", [(0.5, 7, 15), (1.0, 15, 15), (0.35, 5, 16)]
+)
+def test_an_odd_number_of_dimensions_is_refused_by_phi2_itself(factor, rotated, dimensions):
+    """transformers makes such a model, but it cannot be run."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 4 * dimensions,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "partial_rotary_factor": factor,
+    }
+    ids = torch.tensor([1, 2, 3])
+    with pytest.raises(RuntimeError, match="must match the size"):
+        PhiForCausalLM(PhiConfig(**sizes))(ids[None])
+    message = f"{rotated} of a head's {dimensions} dimensions cannot be rotated"
+    with pytest.raises(ValueError, match=message):
+        phi2.Phi2(phi2.Phi2Config(**sizes))(ids)
+
+
+def test_a_model_that_cannot_be_rotated_is_refused_before_its_weights_are_loaded(copy):
+    config = read_json(copy / "config.json") | {"partial_rotary_factor": 0.35}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="11 of a head's 32 dimensions cannot be rotated"):
+        phi2.build(copy)
+
+
 def test_a_config_without_a_size_is_refused(copy):
     config = read_json(copy / "config.json")
     del config["hidden_size"]
