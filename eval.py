@@ -43,6 +43,7 @@ from support import (
     machine,
     metrics,
     origin,
+    packing,
     ranks,
     typed_pairs,
 )
@@ -129,17 +130,17 @@ def fingerprint_of(
 
 def pack_prompts(
     prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
-) -> tuple[Tensor, phi2.PackedRows]:
-    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their PackedRows.
+) -> tuple[Tensor, packing.PackedRows]:
+    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their layout.
 
     What prompts begin with alike, a premise for example, goes through the model once.
     `room` is how many tokens may be added to each.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    tree = phi2.fold(rows)
+    own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
-    ids = torch.tensor(prefix + tree.ids).to(device, non_blocking=True)
-    return ids, phi2.PackedRows(lengths, len(prefix), device, room, tree)
+    ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
+    return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
 
 
 @torch.no_grad()
@@ -160,10 +161,10 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, packed = pack_prompts(prompts, prefix, device, room=max_new_tokens)
-    hidden = model.model(ids, packed, last=1)
+    ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
+    hidden = model.model(ids, layout, last=1)
 
-    decoder = phi2.Decoder(model, packed)
+    decoder = packing.Decoder(model, layout)
     completions = [[] for _ in prompts]
     prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
     unfinished = set(prompt_of)
@@ -221,8 +222,8 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, packed = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    hidden = model.model(ids, packed, last=1)
+    ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
+    hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(model, hidden, answers)

@@ -36,7 +36,18 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import best, checkpoints, claims, commands, examples, files, metrics, ranks, resume
+from support import (
+    best,
+    checkpoints,
+    claims,
+    commands,
+    examples,
+    files,
+    metrics,
+    packing,
+    ranks,
+    resume,
+)
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -81,14 +92,17 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over its targets.
 
-    The prefix that all rows share goes through the model once (phi2.PackedRows). The head
+    The prefix that all rows share goes through the model once (support/packing.py). The head
     runs on the tokens that have a target, and on no other.
     """
     device = model.lm_head.weight.device
-    packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
+    recomputes = model.model.checkpointing == "attention"
+    layout = packing.PackedRows(
+        batch.lengths, batch.prefix_length, device, recomputes=recomputes
+    )
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
     targets = batch.targets.to(device, non_blocking=True)
-    logits = model(ids, packed, batch.last)
+    logits = model(ids, layout, batch.last)
     # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 

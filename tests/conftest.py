@@ -31,7 +31,7 @@ from zygote import script, start_script  # noqa: E402, F401  (the tests import t
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import checkpoints, cli  # noqa: E402
+from support import checkpoints, cli, packing  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
 from support.stopping import StopRequest  # noqa: E402
 
@@ -198,7 +198,7 @@ def random_ids(model, rows: int = 3, length: int = 24, seed: int = 0) -> Tensor:
 def logits(model: phi2.Phi2, ids: Tensor) -> Tensor:
     """Runs our model on rows of one length, ids (B, T). Returns (B, T, vocab), as transformers."""
     rows, length = ids.shape
-    flat = model(ids.flatten(), phi2.PackedRows([length] * rows, device=ids.device))
+    flat = model(ids.flatten(), packing.PackedRows([length] * rows, device=ids.device))
     return flat.unflatten(0, (rows, length))
 
 
