@@ -366,7 +366,7 @@ def test_a_hypothesis_that_is_too_long_alone_is_trained_on_and_counted(tmp_path,
     folder = tmp_path / "data"
     folder.mkdir()
     rows = list(load_examples("tiny/data", "train", 8))
-    rows[5] |= {"hypothesis": "Anna bought a flower. " * 200}
+    rows[1] |= {"hypothesis": "Anna bought a flower. " * 200}
     for split in ("train", "dev"):
         files.write_lines(folder / f"{split}.jsonl", rows)
     flags = ["--epochs", 2, "--batch-size", 4, *SHORT, "--out", tmp_path / "run"]
