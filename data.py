@@ -210,10 +210,6 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
     at any n. An epoch takes each row once; its last list holds what is left. Each example
     has its number in `row`.
     """
-    lengths = [
-        len(premise) + len(hypothesis)
-        for premise, hypothesis in zip(examples["premise"], examples["hypothesis"])
-    ]
     lists_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
     for number in itertools.count(start):
@@ -221,12 +217,13 @@ def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dic
         if epoch != order_epoch:
             # Multiplied, so that the next seed has none of this seed's epochs.
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
-            order = torch.randperm(len(examples), generator=generator).tolist()
+            order = torch.randperm(len(examples), generator=generator)
             order_epoch = epoch
-        chosen = order[place * size : (place + 1) * size]
+        chosen = order[place * size : (place + 1) * size].tolist()
+        step = [examples[row] | {"row": row} for row in chosen]
         # By length, so that the batches of one step hold rows of similar length.
-        chosen.sort(key=lengths.__getitem__)
-        yield [examples[row] | {"row": row} for row in chosen]
+        step.sort(key=lambda example: len(example["premise"]) + len(example["hypothesis"]))
+        yield step
 
 
 def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:

@@ -35,7 +35,17 @@ import data
 import lora
 import phi2
 import quant
-from support import checkpoints, examples, files, machine, metrics, origin, ranks, typed_pairs
+from support import (
+    checkpoints,
+    claims,
+    examples,
+    files,
+    machine,
+    metrics,
+    origin,
+    ranks,
+    typed_pairs,
+)
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -303,7 +313,11 @@ def main() -> None:
         return answer_pair(args, device)
     if args.dataset == "-":
         return answer_lines(args, device)
-    return evaluate_splits(args, device)
+    if args.out is None:
+        return evaluate_splits(args, device)
+    # No other process writes there until this one ends.
+    with claims.claimed(args.out, cli.check_eval_folder):
+        return evaluate_splits(args, device)
 
 
 def load(
@@ -375,8 +389,6 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
             here = [describe(pair, number, tokens=0) for number, pair in enumerate(splits[name])]
             metrics.check_same_rows(others[name], here)
 
-    if args.out and ranks.FIRST:
-        files.make_folder(args.out)
     model, tokenizer = load(args, device)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.

@@ -8,9 +8,9 @@
     python eval.py --adapter out/wide
 
 It leaves in --out: the adapter in PEFT's format with its model card, args.json,
-metrics.jsonl, predictions, results.json, report.html, and trainer.safetensors to resume
-from. Of several ranks (support/ranks.py) each takes its part of every step, and the first
-alone writes.
+metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
+and with --keep-best the adapter of the best evaluation, in best/. Of several ranks
+(support/ranks.py) each takes its part of every step, and the first alone writes.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import checkpoints, commands, examples, files, metrics, ranks, resume
+from support import best, checkpoints, claims, commands, examples, files, metrics, ranks, resume
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -160,6 +160,14 @@ def encoded_steps(
 # Evaluation on the way
 
 
+def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
+    """Returns whether --eval-every asks for an evaluation after a step.
+
+    Before the first step and after the last one there is one in any case.
+    """
+    return bool(args.eval_every) and 0 < step < steps and step % args.eval_every == 0
+
+
 def evaluate(
     model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, args: argparse.Namespace, stage: str
 ) -> dict[str, dict]:
@@ -213,8 +221,17 @@ def validation_loss(
 
 def main() -> None:
     args = cli.train_arguments()
-    adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
     device = ranks.start(args.device)
+    folder = args.out or Path("out") / cli.new_name(args)
+    check = None if args.resume else cli.check_train_folder
+    # No other process writes there until this one ends.
+    with claims.claimed(folder, check, is_new=args.out is None) as args.out:
+        run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Trains, from the data to the results, in the folder `args.out`."""
+    adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
 
     # ---- Data -------------------------------------------------------------------------------
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
@@ -308,6 +325,23 @@ def main() -> None:
                 lora.save_adapter(model, adapter_config, folder, args.model, made_for)
                 resume.write(folder / resume.NAME, adapter, optimizer, random, state)
 
+    def keep_best(results: dict[str, dict]) -> None:
+        if not (ranks.FIRST and args.keep_best):
+            return
+        figures = best.figures(progress.step, results)
+        if best.is_better(figures, best.read(args.out)):
+            with best.replacing(args.out) as folder:
+                record = made_for | best.metadata(figures)
+                lora.save_adapter(model, adapter_config, folder, args.model, record)
+
+    def evaluate_on_the_way() -> None:
+        title = f"step {progress.step:6,}"
+        results = evaluate(model, tokenizer, validation, args, title)
+        keep_best(results)
+        log.write_evaluation(progress.step, results)
+        log.say(f"{title}  {metrics.accuracies(results)}")
+        log.start_clock()
+
     if saved:
         saved.restore(adapter, optimizer, ranks.RANK, device)
         log.open()  # only now is it certain that the run can be resumed
@@ -323,6 +357,9 @@ def main() -> None:
     following = next(left, NO_STEP)
     _, encoded, _ = following
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
+    # The run was killed between a save and the evaluation of its step.
+    if any(ranks.gather(is_evaluated(first, steps, args) and log.lacks_evaluation(first))):
+        evaluate_on_the_way()
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(first, steps), total=steps)
@@ -363,12 +400,8 @@ def main() -> None:
             log.write_training(progress, rate, grad_norm)
         if progress.step % args.save_every == 0 or is_last or stops:
             save()
-        if args.eval_every and progress.step % args.eval_every == 0 and not is_last:
-            title = f"step {progress.step:6,}"
-            results = evaluate(model, tokenizer, validation, args, title)
-            log.write_evaluation(progress.step, results)
-            log.say(f"{title}  {metrics.accuracies(results)}")
-            log.start_clock()
+        if is_evaluated(progress.step, steps, args):
+            evaluate_on_the_way()
         if stops:
             bar.close()
             log.say(
@@ -386,6 +419,7 @@ def main() -> None:
         )
     with log.resumable():
         finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
+        keep_best(finetuned)
     log.write_evaluation(steps, finetuned)
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
     rows["train"]["cut"] = progress.cut
@@ -397,7 +431,10 @@ def main() -> None:
             "finetuned": finetuned,
             "training_memory_gib": log.peak_memory,
         }
-        log.finish(results, data.PROMPT)
+        if args.keep_best:
+            results["best"] = best.read(args.out)
+        if not log.finish(results, data.PROMPT):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

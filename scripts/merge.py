@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, cli, commands, examples, files, flags, origin, ranks
+from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -112,23 +112,17 @@ def write_model(
 ) -> None:
     """Writes a checkpoint in phi-2's layout, which transformers loads, and `cost` as merge.json.
 
-    `out` is there in full or not at all. It may be an empty directory before.
+    `out` is a directory. It holds all of the files in the end, or none.
     """
     from huggingface_hub import save_torch_state_dict
 
-    temporary = files.temporary_path(out)
-    try:
-        temporary.mkdir(parents=True)
-        save_torch_state_dict(model.state_dict(), temporary, max_shard_size=shard_size)
-        files.apply_umask(temporary)
+    with files.replacing_files(out) as folder:
+        save_torch_state_dict(model.state_dict(), folder, max_shard_size=shard_size)
         for name in COPIED:
             if (base / name).is_file():
-                shutil.copy(base / name, temporary)
-        files.write_json(temporary / "config.json", merged_config(model, base))
-        files.write_json(temporary / "merge.json", cost)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copy(base / name, folder)
+        files.write_json(folder / "config.json", merged_config(model, base))
+        files.write_json(folder / "merge.json", cost)
 
 
 def merged_config(model: phi2.Phi2, base: Path) -> dict:
@@ -188,8 +182,13 @@ def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--requantize goes with --into nf4")
     if args.into == "nf4" and not args.requantize:
         raise ValueError(ERASED)
-    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
-        raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
+    check_merge_folder(args.out)
+
+
+def check_merge_folder(out: Path) -> None:
+    """Raises ValueError unless --out is a new or an empty directory."""
+    if out.is_file() or not claims.is_empty(out):
+        raise ValueError(f"{out} is there already: choose another --out, or remove it")
 
 
 def accuracies(
@@ -208,6 +207,13 @@ def accuracies(
 def main() -> None:
     args = parse_arguments()
     device = ranks.start(args.device)
+    # No other process writes there until this one ends.
+    with claims.claimed(args.out, check_merge_folder):
+        merge_run(args, device)
+
+
+def merge_run(args: argparse.Namespace, device: torch.device) -> None:
+    """Merges the adapter that the arguments name, and measures what that costs."""
     patterns = (*checkpoints.MODEL, *COPIED)
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)

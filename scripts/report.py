@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/report.py`
 
 from support import cli, flags, page
+from support.extras import Extras
 
 
 def main() -> None:
@@ -20,8 +21,14 @@ def main() -> None:
     for name in ("args.json", "results.json"):
         if not (args.run / name).is_file():
             raise ValueError(f"{args.run} is not a finished run of train.py: it has no {name}")
-    page.write(args.run)
-    print(args.run / "report.html")
+    extras = Extras()
+    with extras.attempt("the pictures"):
+        page.draw_pictures(args.run)
+    with extras.attempt("report.html"):  # with those pictures that are there
+        page.write(args.run)
+        print(args.run / "report.html")
+    if extras.failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import commands, files, fingerprint, flags, hub, machine, origin, ranks, resume
+from support import best, commands, files, fingerprint, flags, hub, machine, origin, ranks, resume
 from support.flags import (
     add_adapter_arguments,
     add_eval_arguments,
@@ -26,6 +26,7 @@ from support.flags import (
     add_output_arguments,
     add_training_arguments,
 )
+from support.letters import printable
 
 ROOT = commands.ROOT
 MODEL = "microsoft/phi-2"
@@ -48,7 +49,7 @@ FREE = (
     # where the model and the rows are now; digests tell whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "save_every",
+    "steps", "epochs", "eval_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
@@ -412,7 +413,8 @@ def train_arguments(
 ) -> argparse.Namespace:
     """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
 
-    `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None.
+    `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None. `out` is
+    None where a new run is to have a folder of its own, below out/ and called `new_name`.
     """
     parser = parser or train_parser()
     typed = parser.typed(argv)
@@ -437,8 +439,6 @@ def train_arguments(
         args.steps = STEPS
     if args.targets == ["all-linear"]:  # PEFT's file holds this word as a text, no list
         args.targets = "all-linear"
-    if args.out is None:
-        args.out = Path("out") / new_name(args)
     return args
 
 
@@ -452,9 +452,11 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         return run
     if ranks.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
-    # A restart has the command line of the start, without --resume.
+    # A restart has the command line of the start, without --resume. Where the start was refused
+    # the folder is another one's.
     if ranks.RESTARTS and (out / "args.json").is_file():
-        return out
+        owner = files.read_json(out / "args.json").get("torchrun", ranks.TORCHRUN)
+        return out if owner == ranks.TORCHRUN else None
     return None
 
 
@@ -479,24 +481,31 @@ def as_text(value) -> str:
 
 
 def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Raises ValueError when a new run would write over another one."""
+    """Refuses flags that do not go together, and a new run that would write over another one."""
+    if args.keep_best and not args.eval_every:
+        parser.error("--keep-best needs --eval-every, which says when to look")
     # Only the first rank looks, because it is the one that writes there.
-    if not ranks.FIRST or not args.out or args.resume:
-        return
-    if (args.out / "args.json").exists():
+    if ranks.FIRST and args.out and not args.resume:
+        check_train_folder(args.out)
+
+
+def check_train_folder(out: Path) -> None:
+    """Raises ValueError where --out is no folder, or a new run would write over what it holds."""
+    if (out / "args.json").exists():
         raise ValueError(
-            f"{args.out} holds a run already: --resume {args.out}, "
+            f"{out} holds a run already: --resume {commands.quoted(out)}, "
             "or choose another --out, or remove it"
         )
-    if args.out.is_file():
-        raise ValueError(f"--out {args.out} is a file: pass a folder")
-    for name in ("README.md", "results.json"):  # as in somebody's project, or with --out ""
-        if (args.out / name).exists():
-            raise ValueError(f"{args.out} holds a {name} that is no run's: choose another --out")
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: pass a folder")
+    # As in somebody's project, or with --out "".
+    for name in ("README.md", "results.json", best.FOLDER):
+        if (out / name).exists():
+            raise ValueError(f"{out} holds a {name} that is no run's: choose another --out")
 
 
 def new_name(args: argparse.Namespace) -> str:
-    """Returns a new run's name; with the time in it, no two runs share one."""
+    """Returns a new run's name. The time in it makes it one of its own but for the second."""
     parts = (
         Path(args.model).name,
         Path(args.dataset).name,
@@ -596,7 +605,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def one_line(error: Exception) -> str:
     """Returns what `run` prints of an error: one line, with the rank if there are more."""
     rank = f"rank {ranks.RANK}: " if ranks.WORLD > 1 else ""
-    # Libraries raise errors of several lines.
-    text = " ".join(str(error).split())
+    # Libraries raise errors of several lines, and others quote texts of a dataset.
+    text = printable(" ".join(str(error).split()))
     hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
     return f"error: {rank}{text}{hint}"

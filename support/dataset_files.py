@@ -5,20 +5,24 @@ end. What a row must hold is the matter of columns.py and labels.py.
 
 Local files are read here, and not by load_dataset: its cache knows a file by its name and
 time alone, and gives the rows of another that has the same, and its readers guess at types
-and quotes.
+and quotes. JSON and tables of text are the matter of text_files.py.
 """
 
-import csv
 import gzip
 import io
-import itertools
 import json
 import re
 import zlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 from pyarrow import ipc, parquet
+
+from support.columns import Column, different
+from support.text_files import read_json, read_table
 
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
 # validation_matched.
@@ -27,9 +31,8 @@ SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 # The number of a part: train-00000-of-00002, also with -a09b74b3ef9c3b56 behind it; 0000;
 # train_0, but not train_v1.0; part-00000-...-c000.snappy (Spark).
 PART = re.compile(r"(?:^|[-_]|(?<!\d)\.)(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*)?)?$")
-# A field in quotes, and a file in which every quote belongs to such a field.
-QUOTED = re.compile(r'"[^"]*+(?:""[^"]*+)*+"')
-ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+')
+# How the file begins that stands for another in a clone without Git LFS.
+LFS_POINTER = b"version https://git-lfs"
 
 
 # -----------------------------------------------------------------------------
@@ -38,17 +41,22 @@ ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+'
 
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split: those in the directory, or up to two folders below."""
-    for pattern in ("[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"):
+    folders = [directory]
+    for _ in range(3):
+        # Not by glob, which leaves out in silence what may not be read.
+        paths = [path for folder in folders for path in folder.iterdir()]
+        paths = [path for path in paths if not path.name.startswith(".")]
         splits = {}
-        # Sorted, because glob has no order and the order of the rows decides the batches.
-        for path in sorted(directory.glob(pattern), key=by_numbers):
+        # Sorted, because a folder has no order and the order of the rows decides the batches.
+        for path in sorted(paths, key=by_numbers):
             split = split_of(path, directory)
             if split:
                 splits.setdefault(split, []).append(path)
-        for split, paths in splits.items():
-            check_parts(split, paths)
+        for split, parts in splits.items():
+            check_parts(split, parts)
         if splits:
             return with_train(splits)
+        folders = [path for path in paths if path.is_dir()]
     others = ", ".join(sorted(path.name for path in directory.iterdir()))
     raise ValueError(
         f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
@@ -120,154 +128,77 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 # Reading them: each function returns the columns of a file, by name
 
 
-def read_file(path: Path) -> dict[str, list]:
+def read_file(path: Path) -> dict[str, Column]:
     """Reads a file by its suffix. Raises ValueError where it cannot, and where it has no rows."""
     try:
-        content = path.read_bytes()
-        if content.startswith(b"\x1f\x8b"):  # as .gz files do, and some that are not called so
-            content = gzip.decompress(content)
-        if content.startswith(b"version https://git-lfs"):
-            raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-        columns = READERS[stem_and_suffix(path)[1]](content)
-        if not any(columns.values()):
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+            file.seek(0)
+            if start == LFS_POINTER:
+                raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
+            is_packed = start.startswith(b"\x1f\x8b")  # .gz, and some that are not called so
+            content = io.BytesIO(gzip.decompress(file.read())) if is_packed else file
+            columns = READERS[stem_and_suffix(path)[1]](content)
+        if not any(map(len, columns.values())):
             raise ValueError("it holds no rows")
     # gzip raises EOFError and zlib's, json RecursionError.
     except (
-        OSError, ValueError, EOFError, zlib.error, RecursionError, csv.Error, pyarrow.ArrowException
+        OSError, ValueError, EOFError, zlib.error, RecursionError, pyarrow.ArrowException
     ) as error:
         cure = "; save it as UTF-8" if isinstance(error, UnicodeDecodeError) else ""
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}{cure}") from None
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"cannot read {path}: {reason}{cure}") from None
     return columns
 
 
-def arrow_columns(table: pyarrow.Table) -> dict[str, list]:
+def read_parquet(file: BinaryIO) -> dict[str, Column]:
+    # In batches, and a megabyte at a time: a whole file would be in memory twice.
+    with parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as content:
+        return table_columns(
+            pyarrow.Table.from_batches(content.iter_batches(), content.schema_arrow)
+        )
+
+
+def read_arrow(file: BinaryIO) -> dict[str, Column]:
+    content = file.read()
+    if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
+        return table_columns(ipc.open_file(content).read_all())
+    if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
+        raise ValueError("its end is missing")
+    return table_columns(ipc.open_stream(content).read_all())
+
+
+def table_columns(table: pyarrow.Table) -> dict[str, Column]:
     """Returns the columns of a table. Numbers that have names in it become the names."""
-    columns = table.to_pydict()
+    columns = dict(zip(table.column_names, table.columns))
     # Here `datasets` keeps the names.
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
     features = metadata.get("info", {}).get("features") or {}
     for column, feature in features.items():
         if column in columns and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            names = dict(enumerate(feature["names"]))
-            columns[column] = [names.get(value, value) for value in columns[column]]
+            columns[column] = named(columns[column], feature["names"])
     return columns
 
 
-def read_parquet(content: bytes) -> dict[str, list]:
-    return arrow_columns(parquet.read_table(io.BytesIO(content)))
-
-
-def read_arrow(content: bytes) -> dict[str, list]:
-    if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
-        return arrow_columns(ipc.open_file(content).read_all())
-    if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
-        raise ValueError("its end is missing")
-    return arrow_columns(ipc.open_stream(content).read_all())
-
-
-def read_json(content: bytes) -> dict[str, list]:
-    """Reads an array of objects, or one object after another, on a line each or on several."""
-    text = content.decode("utf-8-sig").strip()
-    decoder = json.JSONDecoder()
-    rows = []
-    end = 0
-    while end < len(text):
-        # Over the whole text, so that an error says its line.
-        value, end = decoder.raw_decode(text, json.decoder.WHITESPACE.match(text, end).end())
-        rows += value if isinstance(value, list) else [value]
-    if not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it holds no JSON object for each row")
-    if len(rows) == 1 and all(isinstance(value, dict) for value in rows[0].values()):
-        # One object for each column, as pandas' to_json(path) writes them: {row: value}.
-        keys = dict.fromkeys(itertools.chain.from_iterable(rows[0].values()))
-        rows = [{name: values.get(key) for name, values in rows[0].items()} for key in keys]
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def read_table(content: bytes) -> dict[str, list]:
-    """Reads a table whose separator is what its header has most of: comma, semicolon or tab.
-
-    Between tabs a quote is a character like any other, as in GLUE's files.
-    """
-    text = content.decode("utf-8-sig").strip("\r\n")  # without the mark that Excel puts first
-    separator = max(",;\t", key=first_line(text).count)
-    if separator != "\t":
-        return read_quoted(text, separator)
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    return read_quoted(text, "\t") if has_spreadsheets_quotes(text, lines) else as_columns(lines)
-
-
-def first_line(text: str) -> str:
-    return re.split(r"[\r\n]", text, maxsplit=1)[0]
-
-
-def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
-    """Returns whether a spreadsheet has put the quotes into a table with tabs.
-
-    It puts a field in quotes where it holds a quote, which is then doubled, a tab, a line
-    end or a comma, where it is empty, or it puts all texts in quotes. So all quotes have to
-    be of that kind, and one of these reasons has to be there. `lines` are the fields without
-    regard to quotes.
-    """
-    if '"' not in text or not ALL_QUOTED.fullmatch(text):
-        return False
-    fields = [field[1:-1] for field in QUOTED.findall(text)]
-    if any(map(re.compile(r"[\t\n]").search, fields)):
-        quoted = list(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
-        return is_even(quoted) and not is_even(lines)
-    are_all_texts = len(fields) >= 2 * (len(lines) - 1)
-    has_reason = any(map(re.compile(r'""|\r|^$').search, fields))
-    has_commas = all("," in field for field in fields) and "," not in QUOTED.sub("", text)
-    return are_all_texts or has_reason or has_commas
-
-
-def is_even(lines: list[list[str]]) -> bool:
-    """Returns whether all lines have as many fields as the first."""
-    return all(len(line) == len(lines[0]) for line in lines if any(line))
-
-
-def read_quoted(text: str, separator: str) -> dict[str, list]:
-    """Reads a table in which a field may stand in quotes."""
-    lines = csv.reader(
-        io.StringIO(text, newline=""),
-        delimiter=separator,
-        # Where people put a space behind each comma, a quote after it opens a field too.
-        skipinitialspace=re.search(rf'(?m)^("?)[^"\n]*\1{separator} "[^"\n]+"{separator}', text)
-        or all(name[:1] == " " for name in first_line(text).split(separator)[1:]),
-        # Most quotes that are left open, which take the next rows into their field, are
-        # then errors.
-        strict=True,
+def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:
+    """Returns the name of each number as a text. A number that has none, such as -1, is its own."""
+    values, value_of_row = different(numbers)
+    name_of = dict(enumerate(names))
+    texts = [None if value is None else str(name_of.get(value, value)) for value in values]
+    encoded = pyarrow.DictionaryArray.from_arrays(
+        value_of_row, pyarrow.array(texts, pyarrow.string())
     )
-    try:
-        return as_columns(list(lines))
-    except csv.Error as error:
-        raise ValueError(
-            f"line {lines.line_num}: {error}; a quote within a field in quotes is doubled"
-        ) from None
+    return pyarrow.chunked_array([encoded])
 
 
-def as_columns(lines: list[list[str]]) -> dict[str, list]:
-    """Returns the columns of lines of fields, of which the first is the header.
+def read_text(read: Callable[[str], dict[str, list]], file: BinaryIO) -> dict[str, list]:
+    """Reads a file of UTF-8, without the mark that Excel puts first.
 
-    All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
-    and so is one at the end of a row that has fewer fields than the header.
+    Zeros at its end are what a crash of the machine leaves.
     """
-    header, *rows = list(filter(any, lines)) or [[]]
-    while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
-        header.pop()
-    columns = {}
-    for name, *fields in itertools.zip_longest(header, *rows, fillvalue=""):
-        if name in columns:
-            raise ValueError(f"its header has {name} twice")
-        if name:
-            columns[name] = [field or None for field in fields]
-    for number, row in enumerate(rows):
-        if any(row[len(header) :]):
-            raise ValueError(f"row {number} has {len(row)} fields, the header {len(header)}")
-    return columns
+    return read(file.read().decode("utf-8-sig").rstrip("\0\r\n"))
 
 
 READERS = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}
-READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), read_json)
-READERS |= dict.fromkeys((".csv", ".tsv"), read_table)
+READERS |= dict.fromkeys((".jsonl", ".ndjson", ".json"), partial(read_text, read_json))
+READERS |= dict.fromkeys((".csv", ".tsv"), partial(read_text, read_table))

@@ -9,14 +9,18 @@ how a dataset is read.
 
 import functools
 import re
+import stat
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import pyarrow
+from pyarrow import compute
+
 from support import card, hub, ranks
-from support.columns import check_texts, find_columns
-from support.dataset_files import arrow_columns, find_files, read_file, split_name, with_train
+from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
+from support.dataset_files import find_files, read_file, split_name, table_columns, with_train
 from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
@@ -26,6 +30,7 @@ from support.labels import (
     label_numbers,
     refuse_names_in_card,
 )
+from support.rows import Rows, cut_by_premise
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -82,10 +87,13 @@ def find_splits(
     ValueError when there is no such dataset.
     """
     directory = Path(dataset)
-    if dataset and directory.is_dir():
-        hub.refuse_revision("dataset", dataset, revision)
-        splits = find_files(directory)
-        return {split: {str(path): path for path in paths} for split, paths in splits.items()}
+    try:
+        if dataset and is_folder(directory):
+            hub.refuse_revision("dataset", dataset, revision)
+            splits = find_files(directory)
+            return {split: {str(path): path for path in paths} for split, paths in splits.items()}
+    except PermissionError as error:
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     if not card.is_repository(dataset):
@@ -101,6 +109,14 @@ def find_splits(
         is_shared = found.count(split) > 1 and name != split
         splits[f"{split}_{name}" if is_shared else split] = {f"{dataset}, {name}": rows}
     return with_train(splits)
+
+
+def is_folder(path: Path) -> bool:
+    """Returns whether a path is a folder. Raises PermissionError where that cannot be known."""
+    try:
+        return stat.S_ISDIR(path.stat().st_mode)  # is_dir may answer no where it may not look
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
 
 
 def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
@@ -187,39 +203,54 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
 
 def load_examples(
     dataset: str, split: str, limit: int | None = None, reading: Reading = BY_THE_TABLES
-) -> "Dataset":
+) -> Rows:
     """Returns the first `limit` labelled rows: premise, hypothesis, label (0, 1, 2).
 
     All rows are checked here, so that none stops a training in its middle. Raises ValueError
     for a split or a column that is missing, a text that is missing, a label that has no
     meaning, and when no row is left.
     """
-    rows, _ = read_split(dataset, split, reading)
-    rows = rows.remove_columns("written")
-    labels = rows["label"][:]
-    labelled = [index for index, label in enumerate(labels) if label != NO_LABEL]
-    if not labelled:
+    every_row, _ = read_split(dataset, split, reading)
+    table = every_row.table.drop_columns("written")
+    is_labelled = compute.not_equal(table["label"], NO_LABEL)
+    labelled = table if compute.all(is_labelled).as_py() else table.filter(is_labelled)
+    if not len(labelled):
         raise ValueError(f"{dataset}, {split}: no labelled row")
-    dropped = len(labels) - len(labelled)
-    reason = f", {dropped:,} without a label dropped" if dropped else ""
-    missing = [name for number, name in enumerate(LABELS) if number not in labels]
-    if missing:
-        reason += f", none of {' or '.join(missing)}"
-    chosen = labelled[:limit]
+    taken = labelled.slice(0, limit)
     if ranks.FIRST:
-        print(f"{split}: {len(labels):,} rows{reason}; {len(chosen):,} taken", file=sys.stderr)
-    # `select` adds a table of indices, through which every later access would go.
-    return rows if len(chosen) == len(rows) else rows.select(chosen)
+        print(f"{split}: {describe_rows(table, labelled, taken)}", file=sys.stderr)
+    return Rows(taken)
 
 
-def count_rows(dataset: str, used: dict[str, "Dataset"], reading: Reading) -> dict:
+def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.Table) -> str:
+    """Returns a line on all rows of a split, those that have a label, and those that are taken."""
+    line = f"{len(table):,} rows"
+    if len(labelled) < len(table):
+        line += f", {len(table) - len(labelled):,} without a label dropped"
+    absent = absent_labels(labelled)
+    if absent:
+        line += f", none of {' or '.join(absent)}"
+    line += f"; {len(taken):,} taken"
+    # They are the first ones, and of rows that are sorted these are all alike.
+    left_out = [name for name in absent_labels(taken) if name not in absent]
+    if left_out:
+        line += f", none of {' or '.join(left_out)}: take more, or shuffle the rows"
+    return line
+
+
+def absent_labels(table: pyarrow.Table) -> list[str]:
+    """Returns the labels that no row has."""
+    present = compute.unique(table["label"]).to_pylist()
+    return [name for number, name in enumerate(LABELS) if number not in present]
+
+
+def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
     """Returns for each split how many rows it has, how many without a label, and how many used."""
     counts = {}
     for split, rows in used.items():
         every_row, _ = read_split(dataset, split, reading)
-        labels = every_row["label"][:]
-        unlabelled = labels.count(NO_LABEL)
-        counts[split] = {"read": len(labels), "without_label": unlabelled, "used": len(rows)}
+        unlabelled = every_row["label"].count(NO_LABEL)
+        counts[split] = {"read": len(every_row), "without_label": unlabelled, "used": len(rows)}
     return counts
 
 
@@ -230,7 +261,7 @@ def digest_split(dataset: str, split: str, reading: Reading) -> str:
 
 
 @functools.cache
-def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
+def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
     """Returns all rows of a split, and which columns of its files they are.
 
     A row has premise, hypothesis, label, and the label as `written`.
@@ -242,80 +273,106 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple["Dataset", d
         raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
     is_cut = len(names) > len(splits)
     if is_cut and split in ("train", "validation"):
-        return cut_train(dataset, split, reading)
+        train, validation, columns = cut_train(dataset, reading)
+        return (train if split == "train" else validation), columns
     try:
         return join_parts(dataset, split, reading)
-    # Half of a pair of surrogates, which JSON can hold, or an idx of more than 64 bits.
-    except (UnicodeError, OverflowError) as error:
+    except UnicodeError as error:  # of a label
         raise ValueError(f"{dataset}, {split}: {error}") from None
 
 
-def join_parts(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
+@functools.cache
+def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str]]:
+    """Returns what --validation leaves of train, what it takes from it, and the columns."""
+    rows, columns = read_split(dataset, "train", reading._replace(validation=None))
+    try:
+        train, validation = cut_by_premise(rows, reading.validation)
+    except ValueError as error:
+        raise ValueError(f"{dataset}: {error}") from None
+    return train, validation, columns
+
+
+def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
     """Returns what `read_split` does, of a split that is there.
 
     An error begins with the part or the split that it is about.
     """
-    from datasets import Dataset
-
-    tables = read_parts(find_splits(dataset, reading.revision)[split])
-    first = next(iter(tables))
-    columns = find_columns(list(tables[first]), reading.columns, first)
+    parts = read_parts(find_splits(dataset, reading.revision)[split])
+    first = next(iter(parts))
+    columns = find_columns(list(parts[first]), reading.columns, first)
     if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
         raise ValueError(f"--columns names one column twice: {' '.join(reading.columns)}")
-    rows = {}
+    shown = shown_columns(parts)
+    tables = []
     words = set()
-    for place, table in tables.items():
-        words |= {as_word(label) for label in table[columns["label"]]}
-        for column, values in rows_of(table, columns, reading, place).items():
-            rows.setdefault(column, []).extend(values)
-    check_meanings(words, len(rows["label"]), reading.labels, f"{dataset}, {split}")
+    for place, part in parts.items():
+        table, labels = table_of(part, columns, shown, reading, place)
+        tables.append(table)
+        words |= set(map(as_word, labels))
+    # Texts may be of two types, and what labels are written as is numbered in each part anew.
+    table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
     # Of a dataset on the Hub the names are in its columns already.
     is_local = Path(dataset).is_dir()
     if is_local and not reading.labels and any(word.isdigit() for word in words):
         refuse_names_in_card(Path(dataset))
-    for name in KEPT:
-        kinds = set(map(type, rows.get(name, ()))) - {type(None)}
-        if kinds not in ({int}, {str}):  # a column has one type; these are only shown
-            rows.pop(name, None)
-    return Dataset.from_dict(rows), columns
+    return Rows(table), columns
 
 
-def read_parts(parts: "dict[str, Path | Dataset]") -> dict[str, dict[str, list]]:
+def read_parts(parts: "dict[str, Path | Dataset]") -> dict[str, dict[str, Column]]:
     """Returns the columns of each part. Raises ValueError where they are not the same."""
-    tables = {place: read_part(part) for place, part in parts.items()}
-    first = next(iter(tables))
-    for place, table in tables.items():
-        differing = sorted(table.keys() ^ tables[first].keys())
+    columns = {place: read_part(part) for place, part in parts.items()}
+    first = next(iter(columns))
+    for place, names in columns.items():
+        differing = sorted(names.keys() ^ columns[first].keys())
         if differing:
             raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
-    return tables
+    return columns
 
 
-def rows_of(
-    table: dict[str, list], columns: dict[str, str], reading: Reading, place: str
-) -> dict[str, list]:
-    """Returns a part's columns under our names, checked, with the labels as numbers."""
-    names = {name: name for name in KEPT if name in table} | columns
-    values = {column: table[name] for column, name in names.items()}
-    check_texts(values, place)
-    values["written"] = [repr(label) for label in values["label"]]
-    values["label"] = label_numbers(values["label"], reading.labels, place)
-    return values
-
-
-def read_part(part: "Path | Dataset") -> dict[str, list]:
+def read_part(part: "Path | Dataset") -> dict[str, Column]:
     """Returns the columns of a part, by name."""
     if isinstance(part, Path):
         return read_file(part)
-    return arrow_columns(part.with_format("arrow")[:])
+    return table_columns(part.with_format("arrow")[:])
 
 
-def cut_train(dataset: str, split: str, reading: Reading) -> tuple["Dataset", dict[str, str]]:
-    """Returns what --validation leaves of train, or takes from it for `validation`."""
-    train, columns = read_split(dataset, "train", reading._replace(validation=None))
-    try:
-        # From a seed of its own: runs that differ in theirs are measured on the same rows.
-        cut = train.train_test_split(reading.validation, seed=0)
-    except ValueError as error:
-        raise ValueError(f"{dataset}: --validation leaves no rows: {error}") from None
-    return cut["train" if split == "train" else "test"], columns
+def shown_columns(parts: dict[str, dict[str, Column]]) -> dict[str, type]:
+    """Returns those columns of KEPT whose values are int in all parts, or str in all.
+
+    A column has one type. These are only shown, so one that has several is left out.
+    """
+    shown = {}
+    for name in KEPT:
+        kinds = set().union(*(types_in(part.get(name, [])) for part in parts.values()))
+        if kinds in ({int}, {str}):
+            shown[name] = kinds.pop()
+    return shown
+
+
+def table_of(
+    part: dict[str, Column],
+    columns: dict[str, str],
+    shown: dict[str, type],
+    reading: Reading,
+    place: str,
+) -> tuple[pyarrow.Table, list]:
+    """Returns a part as a table under our names, with labels as numbers, and its different labels.
+
+    Raises ValueError for a row that does not fit.
+    """
+    values = {
+        column: as_texts(part[columns[column]], column, place)
+        for column in ("premise", "hypothesis")
+    }
+    labels, label_of_row = different(part[columns["label"]])
+    numbers = label_numbers(labels, label_of_row, reading.labels, place)
+    values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
+    written = pyarrow.array(map(repr, labels), pyarrow.string())
+    values["written"] = pyarrow.DictionaryArray.from_arrays(label_of_row, written)
+    for name, kind in shown.items():
+        if kind is int:
+            values[name] = as_numbers(part[name], name, place)
+        else:
+            values[name] = as_texts(part[name], name, place, may_lack=True)
+    return pyarrow.table(values), labels

@@ -403,6 +403,11 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         "--eval-every", type=count, help="evaluate after each so many steps too"
     )
     group.add_argument(
+        "--keep-best",
+        action="store_true",
+        help="with --eval-every: keep the adapter of the best accuracy in RUN/best/",
+    )
+    group.add_argument(
         "--max-new-tokens",
         type=new_tokens,
         default=32,

@@ -54,6 +54,8 @@ def find_adapter(name: str) -> Path:
     if (directory / CONFIG).is_file():
         return directory
     below = [path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{CONFIG}")]
+    # Of a run and its best/ it is the run.
+    below = [path for path in below if path.parent not in below]
     if len(below) == 1:
         return below[0]
     if below:

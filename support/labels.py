@@ -8,6 +8,8 @@ import itertools
 import re
 from pathlib import Path
 
+from support.letters import plain
+
 LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
 NO_LABEL = -1  # of a row without one
 
@@ -23,23 +25,29 @@ NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 
 def as_word(label) -> str:
     """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"; for a missing one ""."""
-    return "" if label is None else str(label).strip().lower().removesuffix(".0")
+    return "" if label is None else plain(str(label)).removesuffix(".0")
 
 
-def label_numbers(labels: list, given: tuple[str, ...], place: str) -> list[int]:
-    """Returns labels as 0, 1, 2, or NO_LABEL. Raises ValueError for any other.
+def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
+    """Returns the different labels of a column as 0, 1, 2, or NO_LABEL.
 
-    `given` is what --labels says. An error begins with `place`.
+    Args:
+        labels: in the order in which they first occur
+        label_of_row: for each row which of `labels` it has, an array of Arrow
+        given: what --labels says
+
+    Raises ValueError for any other label. It begins with `place` and the first such row.
     """
     words = [as_word(label) for label in labels]
     meanings = NUMBERS
     if given:  # then a number that is not among them has no meaning
         said = said_labels(given)
         meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
-    for row, word in enumerate(words):
+    for number, word in enumerate(words):
         if word not in meanings:
+            row = label_of_row.index(number)  # the first that has it
             raise ValueError(
-                f"{place}, row {row}: label {repr(labels[row])[:60]} is none of "
+                f"{place}, row {row}: label {repr(labels[number])[:60]} is none of "
                 f"{', '.join(meanings)}; --labels says what three others mean, and - stands for "
                 "no label"
             )

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from support import files
 from support.labels import LABELS
+from support.letters import printable
 
 OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 1 or 2
 
@@ -318,5 +319,5 @@ def details(result: dict) -> str:
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
         lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")
     for genre, part in result.get("genres", {}).items():
-        lines.append(f"{genre[:20]:>20} {part['accuracy']:8.4f} of {part['n']:,}")
+        lines.append(f"{printable(genre)[:20]:>20} {part['accuracy']:8.4f} of {part['n']:,}")
     return "\n".join(lines)

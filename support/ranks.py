@@ -51,9 +51,11 @@ FIRST = RANK == 0  # the rank that prints and writes
 # What a script is started with, for the commands that are printed.
 COMMAND = "python" if WORLD == 1 else f"torchrun --nproc-per-node {LOCAL_WORLD}"
 
-# How often torchrun may start all ranks again, and how often it has.
+# How often torchrun may start all ranks again, and how often it has; and a name of its own,
+# which stays the same when it does.
 MAX_RESTARTS = number_from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0)
 RESTARTS = number_from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+TORCHRUN = os.environ.get("TORCHELASTIC_RUN_ID") if IN_TORCHRUN else None
 
 
 # -----------------------------------------------------------------------------

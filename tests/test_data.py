@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, processors
 import data
 import train
 from support.examples import load_examples
+from support.rows import Rows
 
 TINY = str(ROOT / "tiny" / "data")
 
@@ -249,6 +250,20 @@ def test_each_epoch_takes_every_row_once_and_a_run_can_go_on_at_any_batch():
     assert sizes == [4, 4, 2], "the last rows of an epoch are not dropped"
     assert take(5, seed=3, start=4) == first[4:]
     assert take(9, seed=4) != first
+
+
+def test_a_step_reads_its_own_rows_alone():
+    """Of hundreds of thousands of rows nobody waits for all texts before the first step."""
+
+    class Noted(Rows):
+        def __getitem__(self, key):
+            asked.append(key)
+            return super().__getitem__(key)
+
+    asked = []
+    rows = Noted(load_examples(TINY, "train").table)
+    step = next(data.batches(rows, 16, seed=0))
+    assert sorted(asked) == sorted(row["row"] for row in step)
 
 
 def test_the_rows_of_a_step_come_shortest_first():

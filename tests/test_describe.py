@@ -3,6 +3,7 @@
 import json
 
 import numpy
+import pyarrow
 import pytest
 from conftest import in_process, script
 
@@ -10,6 +11,7 @@ import data
 from scripts import describe
 from support.examples import load_examples
 from support.labels import LABELS
+from support.rows import Rows
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
@@ -48,6 +50,19 @@ def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):
             lengths.append(len(prompt) + 2)  # the label and the end of text
         median = int(numpy.median(lengths))
         assert f"{min(lengths)} to {max(lengths)}, median {median}," in printed
+
+
+@pytest.mark.parametrize("text", ["A dog.", "A dog. ", "A dog.\n\n", "", " ", "\u00a0", "  a", ":"])
+def test_lengths_are_those_of_whole_prompts_however_a_text_ends(tiny, text):
+    tokenizer = data.load_tokenizer(tiny)
+    pairs = [(text, "An animal."), ("An animal.", text), (text, text), ("A", "B")]
+    premises, hypotheses = zip(*pairs)
+    table = pyarrow.table({"premise": premises, "hypothesis": hypotheses, "label": [0] * 4})
+    expected = [
+        len(tokenizer.encode(data.PROMPT.format(premise=premise, hypothesis=hypothesis)).ids) + 2
+        for premise, hypothesis in pairs
+    ]
+    assert describe.token_lengths(Rows(table), tokenizer, "train").tolist() == expected
 
 
 def test_hidden_labels_are_left_out(tmp_path, capsys):
@@ -91,3 +106,34 @@ def test_a_wrong_label_is_one_line(tmp_path):
     (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit, match="error: .*train.jsonl, row 0: label 7 is none of 0, "):
         in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_texts_names_and_labels(tmp_path, capsys):
+    row = {"premise": "\x1b[2JAnna.\n  30 rows", "claim\x07": "\u202eB.", "label": "yes\x1b"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    command = ["--model", "tiny/model", "--dataset", tmp_path, "--columns", "premise", "claim\x07"]
+    labels = ["yes\x1b=entailment", "perhaps=neutral", "no=contradiction"]
+    in_process(describe, *command, "label", "--labels", *labels)
+    printed = capsys.readouterr().out
+    assert r"  0 entailment: \x1b[2JAnna.\n  30 rows -> \u202eB." in printed
+    assert r"  columns premise (the premise), claim\x07 (the hypothesis), label" in printed
+    assert r"  label 'yes\x1b': 0 entailment, 1 rows" in printed
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_what_a_terminal_would_obey_is_escaped_in_an_error(tmp_path):
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label,\x1b[2J,\x1b[2J\na,b,0,c,d\n")
+    with pytest.raises(SystemExit, match=r"error: .*its header has \\x1b\[2J twice"):
+        in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
+
+
+def test_labels_of_several_parts_are_counted_together(tmp_path, capsys):
+    for number, labels in enumerate([(0, 1, 2), (2, "neutral", 2)]):
+        rows = [{"premise": "A.", "hypothesis": "B.", "label": label} for label in labels]
+        content = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"train_{number}.jsonl").write_text(content)
+    in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
+    printed = capsys.readouterr().out
+    assert "  label 'neutral': 1 neutral, 1 rows\n" in printed
+    assert "  label 1: 1 neutral, 1 rows\n" in printed
+    assert "  label 2: 2 contradiction, 3 rows\n" in printed

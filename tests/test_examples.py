@@ -5,7 +5,10 @@ import gzip
 import json
 import os
 import random
+import tempfile
+from contextlib import contextmanager
 from datetime import date
+from pathlib import Path
 
 import datasets
 import pandas
@@ -31,6 +34,8 @@ BY_COLUMNS = (
     '"label": {"1": 1, "0": 0}}'
 )
 HEADER = "premise\thypothesis\tlabel"
+COMMAS = "premise,hypothesis,label\n"
+LINE = '{"premise": "a", "hypothesis": "x", "label": 0}'
 QUOTED = {"premise": 'Anna said "no, thanks".', "hypothesis": "Anna spoke.", "label": 2}
 
 
@@ -100,6 +105,21 @@ def test_a_limit_counts_labelled_rows_from_the_first(write):
     directory = write(train=[ROW | {"label": -1}, ROW, QUOTED, ROW])
     assert list(load_examples(directory, "train", 2)) == [ROW, QUOTED]
     assert list(load_examples(directory, "train", 9)) == [ROW, QUOTED, ROW]
+
+
+@pytest.mark.parametrize("limit, left_out", [(3, "neutral or contradiction"), (5, "neutral")])
+def test_a_limit_says_which_labels_the_rows_that_are_taken_lack(write, capsys, limit, left_out):
+    """As where the rows of a file are sorted by their labels."""
+    labels = [0] * 4 + [2] * 3 + [1] * 2
+    load_examples(write(train=[ROW | {"label": label} for label in labels]), "train", limit)
+    line = f"train: 9 rows; {limit} taken, none of {left_out}: take more, or shuffle the rows\n"
+    assert capsys.readouterr().err == line
+
+
+def test_a_label_that_a_split_lacks_is_not_asked_for_by_a_limit(write, capsys):
+    load_examples(write(train=[ROW, QUOTED]), "train", 1)
+    line = "train: 2 rows, none of neutral; 1 taken, none of contradiction: take more, or "
+    assert line in capsys.readouterr().err
 
 
 def test_only_the_columns_that_predictions_show_are_kept_besides(write):
@@ -257,7 +277,7 @@ def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
 def test_a_train_split_that_cannot_be_cut_is_named(tmp_path):
     reading = Reading(validation=0.05)
     put(tmp_path, "train_en.jsonl", [ROW])
-    with pytest.raises(ValueError, match="test_size=0.05 .* train set will be empty"):
+    with pytest.raises(ValueError, match="keeps a premise together, and all rows have the same"):
         load_examples(str(tmp_path), "train", reading=reading)
     put(tmp_path, "train_de.jsonl", [ROW])
     forget_what_was_read()
@@ -543,6 +563,10 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
         ("train.jsonl.gz", gzip.compress(b"", mtime=0), "holds no rows"),
         ("train.tsv.gz", gzip.compress(b"a" * 999, mtime=0)[:-12], "cannot read"),
         ("train.jsonl.gz", b"no gzip", "cannot read"),
+        ("train.jsonl", str(ROW).encode(), "line 1 .*a text stands in double quotes"),
+        ("train.jsonl", f"{LINE},\n{LINE},\n".encode(), "line 1 .*no comma stands between objects"),
+        # The line is that in which the wrong row begins, not the last of the file.
+        ("train.csv", f'{COMMAS}a,b,0\n"c,d,1\ne,f,2\n'.encode(), "line 3: .*end of data"),
     ],
 )
 def test_files_that_hold_no_rows_are_one_line(tmp_path, name, content, message):
@@ -674,6 +698,25 @@ def test_a_file_or_nothing_is_no_dataset(write):
         ("train.json", '[{"premise": "a", "hypothesis": "x", "label": 0}]\n' * 2, ["a", "a"]),
         ("train.json", '{\n"premise": "a",\n"hypothesis": "x", "label": 0\n}\n' * 2, ["a", "a"]),
         ("train.ndjson", '{"premise": "a", "hypothesis": "x", "label": 0}', ["a"]),
+        # Lines that end as on an old Mac; pipes.
+        ("train.tsv", 'premise\thypothesis\tlabel\ra\tx\t0\r"b"\ty\t1\r', ["a", '"b"']),
+        ("train.tsv", 'premise\thypothesis\tlabel\r"a ""b"""\tx\t0\r', ['a "b"']),
+        ("train.csv", 'premise|hypothesis|label\n"a|b"|x|0\nc, d|y, z|1\n', ["a|b", "c, d"]),
+        # A quote behind a backslash, as MySQL and Spark write it, and backslashes before others.
+        ("train.csv", f'{COMMAS}"a \\"b\\" c",x,0\n', ['a "b" c']),
+        ("train.csv", f'{COMMAS}"\\"a\\"",x,0\n"\\"b\\"",x,0\n', ['"a"', '"b"']),
+        ("train.csv", f'{COMMAS}"\\"a\\", C:\\new",x,0\n"b\\\\",y,1\n', ['"a", C:\\new', "b\\"]),
+        ("train.csv", f'{COMMAS}"C:\\",x,0\n"a ""b""",y,1\n', ["C:\\", 'a "b"']),
+        ("train.tsv", f'{HEADER}\n"a \\"b\\""\tx\t0\nc\ty\t1\n', ['a "b"', "c"]),
+        ("train.tsv", f'{HEADER}\n"a" \\"b\\"\tx\t0\n', ['"a" \\"b\\"']),
+        ("train.tsv", f'{HEADER}\r\na\rb\t\\"\t0\r\n', ["a\rb"]),
+        # Files that were put one behind another; zeros that a crash has left at the end.
+        ("train.jsonl", f"{LINE}\n\ufeff{LINE}\n", ["a", "a"]),
+        ("train.csv", f"{COMMAS}a,x,0\n\ufeff{COMMAS}b,y,1\n", ["a", "b"]),
+        ("train.jsonl", f"{LINE}\n" + "\0" * 99, ["a"]),
+        ("train.tsv", f"{HEADER}\na\tx\t0\n" + "\0" * 99 + "\n", ["a"]),
+        # Letters of no width in a name or in a label.
+        ("train.csv", "premise\u200b,\u200ehypothesis,label\na,x,\u200bneutral\ufeff\n", ["a"]),
     ],
 )
 def test_tables_and_objects_as_they_are_meant(tmp_path, name, content, texts):
@@ -681,9 +724,81 @@ def test_tables_and_objects_as_they_are_meant(tmp_path, name, content, texts):
     assert load_examples(str(tmp_path), "train")["premise"][:] == texts
 
 
+LONG = "word " * 50_000
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("train.csv", f"{COMMAS}{LONG},x,0\n"),
+        ("train.csv", f'premise;hypothesis;label\n"{LONG}";x;0\n'),
+        ("train.tsv", f'{HEADER}\n"{LONG}""a"""\tx\t0\n'),
+    ],
+)
+def test_a_field_may_be_of_any_length(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert len(load_examples(str(tmp_path), "train")[0]["premise"]) >= len(LONG)
+
+
+ROWS = [ROW, QUOTED, ROW | {"label": 1}]
+COLUMNS = {name: [row[name] for row in ROWS] for name in ROW}
+FORMS = {
+    "a list for each column": COLUMNS,
+    "and others beside": {"version": "1.0", **COLUMNS},
+    "rows in a field": {"version": "1.0", "tags": ["nli"], "data": ROWS},
+    "a split in a field": {"train": ROWS},
+    "columns in a field": {"version": "1.0", "data": COLUMNS},
+    "rows by their id": {f"id{number}": row for number, row in enumerate(ROWS)},
+    "rows that are wrapped": [{"row_idx": number, "row": row} for number, row in enumerate(ROWS)],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_json_that_people_write(tmp_path, form):
+    (tmp_path / "train.json").write_text(json.dumps(FORMS[form]))
+    assert list(load_examples(str(tmp_path), "train")) == ROWS
+
+
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
+@pytest.mark.parametrize("names", [tuple(ROW), ("text", "claim", "verdict")], ids="-".join)
+def test_json_of_pandas(tmp_path, orient, names):
+    frame = pandas.DataFrame([list(row.values()) for row in ROWS * 2], columns=names)
+    frame.to_json(tmp_path / "train.json", orient=orient)
+    rows = load_examples(str(tmp_path), "train", reading=Reading(columns=names))
+    assert list(rows) == ROWS * 2
+
+
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([["a", "x", 0]], 'row 0 is \\["a", "x", 0\\]; pandas\' to_json.path, orient="records"'),
+        (json.dumps(ROW), "holds no JSON object for each row: row 0 is"),
+        ({"train": ROWS, "dev": ROWS}, "rows in train and in dev: write each into a file of its"),
+        ({"train": COLUMNS, "dev": COLUMNS}, "rows in train and in dev: write each into a file"),
+        (COLUMNS | {"label": [0]}, "not of one length: premise 3, hypothesis 3, label 1"),
+        ({"columns": list(ROW), "data": [["a", "x"]]}, "row 0 has 2 values for 3 columns"),
+    ],
+    ids=str,
+)
+def test_json_that_could_be_read_in_several_ways_is_one_line(tmp_path, value, message):
+    (tmp_path / "train.json").write_text(json.dumps(value))
+    with pytest.raises(ValueError, match=f"cannot read .*train.json: .*{message}") as raised:
+        load_examples(str(tmp_path), "train")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_row_with_lists_and_objects_is_a_row(write):
+    row = ROW | {"annotator_labels": ["e", "n"], "workers": [{"id": 1}], "meta": {"a": {"b": 1}}}
+    assert list(load_examples(write(train=[row]), "train")) == [ROW]
+
+
 def test_a_file_is_unpacked_by_its_content(tmp_path):
     (tmp_path / "train.jsonl").write_bytes(gzip.compress(json.dumps(ROW).encode()))
     assert list(load_examples(str(tmp_path), "train")) == [ROW]
+
+
+# A category that no row has, as pandas keeps it when rows are left out.
+UNUSED = pyarrow.array(["not_entailment", "entailment", "entailment"]).dictionary_encode()[1:]
 
 
 def arrow_columns(**columns) -> pyarrow.Table:
@@ -698,6 +813,8 @@ def arrow_columns(**columns) -> pyarrow.Table:
         {"label": pyarrow.array(["entailment"] * 2).dictionary_encode()},
         {"premise": pyarrow.array([ROW["premise"]] * 2, pyarrow.large_string())},
         {"label": pyarrow.array([0.0, 0.0])},
+        {"label": UNUSED.cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))},
+        {"premise": pyarrow.array([ROW["premise"]] * 2, pyarrow.string_view())},
     ],
     ids=lambda columns: str(next(iter(columns.values())).type),
 )
@@ -734,6 +851,20 @@ def test_dates_and_bytes_are_no_idx_and_no_genre(tmp_path):
     assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 
+def test_a_number_that_is_no_idx_is_named(write):
+    with pytest.raises(ValueError, match="train.jsonl: the idx has a number of more than 64 bits"):
+        load_examples(write(train=[ROW | {"idx": 2**70}]), "train")
+
+
+def test_parts_may_hold_texts_of_two_types_of_arrow(tmp_path):
+    """Polars writes large strings, pandas strings."""
+    for number, kind in enumerate((pyarrow.string(), pyarrow.large_string())):
+        table = arrow_columns(premise=pyarrow.array([DOG] * 2, kind), idx=[7, 8])
+        pyarrow_parquet.write_table(table, tmp_path / f"train_{number}.parquet")
+    rows = load_examples(str(tmp_path), "train")
+    assert list(rows) == [ROW | {"idx": idx} for idx in (7, 8)] * 2
+
+
 def test_an_arrow_file_that_was_not_written_to_its_end_is_refused(tmp_path):
     rows = datasets.Dataset.from_list([ROW, QUOTED])
     rows.save_to_disk(tmp_path / "saved")
@@ -766,14 +897,25 @@ def test_a_part_that_is_a_broken_link_is_named(tmp_path):
         load_examples(str(tmp_path), "train")
 
 
-def test_texts_that_are_not_unicode_are_one_line(write, tmp_path):
-    with pytest.raises(ValueError, match="train: .*surrogates not allowed"):
-        load_examples(write(train=[ROW | {"premise": "\ud83d"}]), "train")
-    damaged = pyarrow.array([b"\xe9"] * 2).view(pyarrow.string())
-    (tmp_path / "train.jsonl").unlink()
+@pytest.mark.parametrize("column", ["premise", "hypothesis", "label", "genre", "idx"])
+def test_half_a_surrogate_pair_is_named_with_its_row(write, column):
+    row = ROW | {"idx": "a", "genre": "b"}
+    rows = [row, row | {column: "Hi \ud83d"}]
+    with pytest.raises(ValueError, match=r"train.jsonl, row 1: .*\\ud83d") as raised:
+        load_examples(write(train=rows), "train")
+    str(raised.value).encode()  # the line itself can be printed
+
+
+def test_half_a_surrogate_pair_in_a_column_that_nobody_reads_does_no_harm(write):
+    directory = write(train=[ROW | {"note": "\ud83d", "\ud83d": 1}])
+    assert list(load_examples(directory, "train")) == [ROW]
+
+
+def test_bytes_that_are_not_utf_8_are_named_with_their_row(tmp_path):
+    damaged = pyarrow.array([b"Anna.", b"\xe9"]).view(pyarrow.string())
     pyarrow_parquet.write_table(arrow_columns(premise=damaged), tmp_path / "train.parquet")
-    forget_what_was_read()
-    with pytest.raises(ValueError, match="cannot read .*train.parquet: .*can't decode"):
+    message = "train.parquet, row 1: the premise is not UTF-8: .*can't decode byte 0xe9"
+    with pytest.raises(ValueError, match=message):
         load_examples(str(tmp_path), "train")
 
 
@@ -912,6 +1054,43 @@ def test_damaged_files_are_named(tmp_path, name, content):
     with pytest.raises(ValueError, match=f"cannot read .*{name}: ") as raised:
         load_examples(str(tmp_path), "train")
     assert "\n" not in str(raised.value)
+
+
+@contextmanager
+def another_user():
+    """Who may read what all may: the tests may run as root, who may read everything."""
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if is_root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("closed", ["data", "data/train", "data/train/0000.jsonl"])
+def test_what_may_not_be_read_is_named(closed):
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own are closed to other users
+        put(Path(folder), "data/train/0000.jsonl")
+        os.chmod(folder, 0o755)
+        os.chmod(Path(folder) / closed, 0)
+        try:
+            with another_user(), pytest.raises(ValueError) as raised:
+                load_examples(f"{folder}/data", "train")
+        finally:
+            os.chmod(Path(folder) / closed, 0o755)
+    assert str(raised.value) == f"cannot read {folder}/{closed}: Permission denied"
+
+
+def test_a_dataset_in_a_folder_that_may_not_be_entered_is_not_called_missing():
+    with tempfile.TemporaryDirectory() as folder:
+        put(Path(folder), "closed/data/train.jsonl")
+        os.chmod(folder, 0o755)
+        os.chmod(f"{folder}/closed", 0)
+        with another_user(), pytest.raises(ValueError, match="data: Permission denied"):
+            load_examples(f"{folder}/closed/data", "train")
+        os.chmod(f"{folder}/closed", 0o755)
 
 
 def test_files_of_a_directory_need_no_cache(tmp_path):

@@ -35,12 +35,12 @@ def runs_without_hub(tmp_path_factory) -> dict:
     with serving({}) as (address, _):
         pass  # nobody listens there any more
     folder = tmp_path_factory.mktemp("without hub")
-    command = (*RUN, "--out", folder / "run")
     env = environment(address, folder / "home")
+    no_data = ("--model", "tiny/model", "--out", folder / "no data")
     return {
         "folder": folder,
-        "no model": start_script(*command, env=env),
-        "no data": start_script(*command, "--model", "tiny/model", env=env),
+        "no model": start_script(*RUN, "--out", folder / "no model", env=env),
+        "no data": start_script(*RUN, *no_data, env=env),
     }
 
 
@@ -298,7 +298,7 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
     errors = {}
     for name in ("no model", "no data"):
         process = runs_without_hub[name]
-        _, errors[name] = process.communicate(timeout=120)
+        _, errors[name] = process.communicate(timeout=600)
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
@@ -307,4 +307,5 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
     no_data = errors["no data"].splitlines()[-1]
     assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")
     assert "--dataset tiny/data" in no_data
-    assert not (runs_without_hub["folder"] / "run").exists()
+    for name in errors:
+        assert not (runs_without_hub["folder"] / name).exists()

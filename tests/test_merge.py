@@ -88,6 +88,7 @@ def test_transformers_loads_a_merged_model_and_gives_the_logits_of_base_and_adap
     model = adapted(tiny, run)
     expected = [model(prompt) for prompt in prompts]
     merge.merge(model, torch.float32)
+    (tmp_path / "merged").mkdir()
     merge.write_model(model, tiny, tmp_path / "merged", {}, shard_size)
 
     index = tmp_path / "merged" / "model.safetensors.index.json"
@@ -314,7 +315,7 @@ def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
-        merge.write_model(ours(tiny, torch.float32), tiny, tmp_path / "merged", {})
+        merge.write_model(ours(tiny, torch.float32), tiny, tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
 

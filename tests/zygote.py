@@ -214,7 +214,7 @@ def changed_variables(env: dict[str, str]) -> dict[str, str]:
 
 def script(
     *arguments,
-    timeout: float = 300,
+    timeout: float = 900,
     **options,
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` as a user would, to its end. For `options` see start_script."""

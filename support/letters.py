@@ -1,0 +1,26 @@
+"""What letters of people's texts do to a terminal, and to a comparison of words."""
+
+import unicodedata
+
+
+def printable(text: str) -> str:
+    r"""Returns a text for a terminal, with each letter that it would obey, or not show, escaped.
+
+    They are those that Python's repr escapes: control characters (\x1b, \n), what turns the
+    direction of writing (\u202e), letters of no width, half a surrogate pair.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def plain(word: str) -> str:
+    """Returns a word in small letters, without white space around it or letters of no width.
+
+    The latter, a byte order mark for example, are there by mistake, and nobody sees them.
+    """
+    seen = "".join(letter for letter in word if unicodedata.category(letter) != "Cf")
+    return seen.strip().lower()
