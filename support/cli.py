@@ -493,7 +493,8 @@ def check_train_folder(out: Path) -> None:
     """Raises ValueError where --out is no folder, or a new run would write over what it holds."""
     if (out / "args.json").exists():
         raise ValueError(
-            f"{out} holds a run already: --resume {out}, or choose another --out, or remove it"
+            f"{out} holds a run already: --resume {commands.quoted(out)}, "
+            "or choose another --out, or remove it"
         )
     if out.is_file():
         raise ValueError(f"--out {out} is a file: pass a folder")
@@ -563,15 +564,7 @@ def run(main: Callable[[], None]) -> None:
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     check_folder()
-    if sys.stderr is None:  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Whatever the locale says. JSON can hold what backslashreplace writes.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if hasattr(sys.stdout, "reconfigure"):
-        # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
-        sys.stdout.reconfigure(line_buffering=True)
+    prepare_outputs()
     try:
         main()
     except KeyboardInterrupt as interruption:
@@ -586,6 +579,20 @@ def run(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv or not is_users(error):
             raise
         sys.exit(one_line(error))
+
+
+def prepare_outputs() -> None:
+    """Makes standard output and error write UTF-8, line by line, and nowhere where closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            # Whatever the locale says. JSON can hold what backslashreplace writes.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def is_users(error: Exception) -> bool:
