@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
+
 from support import cli
 
 if __name__ == "__main__":
@@ -33,7 +35,18 @@ import data
 import lora
 import phi2
 import quant
-from support import checkpoints, examples, files, machine, metrics, ranks, typed_pairs
+from support import (
+    checkpoints,
+    claims,
+    examples,
+    files,
+    machine,
+    metrics,
+    origin,
+    packing,
+    ranks,
+    typed_pairs,
+)
 from support.fingerprint import fingerprint
 from support.labels import LABELS
 
@@ -117,17 +130,17 @@ def fingerprint_of(
 
 def pack_prompts(
     prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
-) -> tuple[Tensor, phi2.PackedRows]:
-    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their PackedRows.
+) -> tuple[Tensor, packing.PackedRows]:
+    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their layout.
 
     What prompts begin with alike, a premise for example, goes through the model once.
     `room` is how many tokens may be added to each.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    tree = phi2.fold(rows)
+    own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
-    ids = torch.tensor(prefix + tree.ids).to(device, non_blocking=True)
-    return ids, phi2.PackedRows(lengths, len(prefix), device, room, tree)
+    ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
+    return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
 
 
 @torch.no_grad()
@@ -148,10 +161,10 @@ def generate(
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
     #    The head runs on each prompt's last token alone.
-    ids, packed = pack_prompts(prompts, prefix, device, room=max_new_tokens)
-    hidden = model.model(ids, packed, last=1)
+    ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
+    hidden = model.model(ids, layout, last=1)
 
-    decoder = phi2.Decoder(model, packed)
+    decoder = packing.Decoder(model, layout)
     completions = [[] for _ in prompts]
     prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
     unfinished = set(prompt_of)
@@ -209,8 +222,8 @@ def complete(
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
     """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, packed = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    hidden = model.model(ids, packed, last=1)
+    ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
+    hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
         for scores in answer_shares(model, hidden, answers)
@@ -296,19 +309,25 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
 
 def main() -> None:
     args = cli.eval_arguments()
+    device = ranks.start(args.device)
     if args.premise is not None:
-        return answer_pair(args)
+        return answer_pair(args, device)
     if args.dataset == "-":
-        return answer_lines(args)
-    return evaluate_splits(args)
+        return answer_lines(args, device)
+    if args.out is None:
+        return evaluate_splits(args, device)
+    # No other process writes there until this one ends.
+    with claims.claimed(args.out, cli.check_eval_folder):
+        return evaluate_splits(args, device)
 
 
-def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
+def load(
+    args: argparse.Namespace, device: torch.device, output=None
+) -> tuple[phi2.Phi2, Tokenizer]:
     """Loads the model that the arguments name, with its adapter, and its tokenizer."""
-    directory = checkpoints.find(args.model, phi2.read_config)
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
-    device = ranks.start(args.device)
     model = load_model(
         directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
@@ -323,11 +342,11 @@ def load(args: argparse.Namespace, output=None) -> tuple[phi2.Phi2, Tokenizer]:
     return model, tokenizer
 
 
-def answer_pair(args: argparse.Namespace) -> None:
+def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     """Prints what the model writes about one pair, and the share of each answer."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     prompt = encode_pair(pair, tokenizer, args)
     (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
     print(f"completion: {answer['completion']!r}")
@@ -343,24 +362,23 @@ def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> l
     return prompt
 
 
-def answer_lines(args: argparse.Namespace) -> None:
+def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
-    model, tokenizer = load(args, output=sys.stderr)  # standard output is for answers alone
-    lines = typed_pairs.read(sys.stdin.buffer)
-    # As many lines as a batch takes are read at a time, so a stream may be endless.
-    while batch := list(itertools.islice(lines, args.batch_size)):
+    # Standard output is for answers alone.
+    model, tokenizer = load(args, device, output=sys.stderr)
+    for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
         answers = complete(model, tokenizer, prompts, args.max_new_tokens)
         for pair, answer in zip(batch, answers):
             print(json.dumps(pair | answer, ensure_ascii=False))
 
 
-def evaluate_splits(args: argparse.Namespace) -> None:
+def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
     # What the arguments name is read first, so that a mistake shows before the model is loaded.
-    reading = examples.Reading.of(args)
+    reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
         name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
@@ -372,14 +390,17 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             here = [describe(pair, number, tokens=0) for number, pair in enumerate(splits[name])]
             metrics.check_same_rows(others[name], here)
 
-    if args.out and ranks.FIRST:
-        files.make_folder(args.out)
-    model, tokenizer = load(args)
+    model, tokenizer = load(args, device)
     protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
-    counts = examples.count_rows(args.dataset, splits, reading)
-    results = {"protocol": protocol.record(), "rows": counts, stage: {}}
+    results = {
+        "protocol": protocol.record(),
+        "dataset": args.dataset,
+        "dataset_revision": examples.hub_commit(args.dataset, args.dataset_revision),
+        "rows": examples.count_rows(args.dataset, splits, reading),
+        stage: {},
+    }
     for name, rows in splits.items():
         results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
         if name in others:
@@ -390,6 +411,8 @@ def evaluate_splits(args: argparse.Namespace) -> None:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
     # Of several ranks the first alone prints: ranks.start has silenced the others.
+    taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
+    print(f"{args.dataset}: {taken}")
     print(metrics.table(results))
     for name, statistics in results[stage].items():
         print(f"\n{name}\n{metrics.details(statistics)}")

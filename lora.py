@@ -23,19 +23,21 @@ twice as large. LoRA freezes W and learns a correction of low rank beside it:
 B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on q_proj
 and v_proj, 2.6 million of 2.8 billion parameters are trained.
 
-The layer that is wrapped may be any linear layer, a quantised one too: QLoRA is this file
-over quant.py. Modules and tensors carry PEFT's names, so the adapter file is a part of
-`state_dict()`, with PREFIX before each name. Left out: DoRA, rsLoRA, trained biases,
+The layer that is wrapped may be any linear layer of any model, a quantised one too: QLoRA
+is this file over quant.py. Modules and tensors carry PEFT's names, so the adapter file is a
+part of `state_dict()`, with a prefix before each name. Left out: DoRA, rsLoRA, trained biases,
 adapters on embeddings or on the head. A file that uses them is refused.
 
-    lora.inject(model, lora.LoRAConfig(rank=8))         # then train lora.lora_parameters(model)
+    config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
+    lora.inject(model, config)  # W x becomes W x + (alpha / rank) B A x
+    optimizer = torch.optim.AdamW(lora.lora_parameters(model).values(), lr=2e-4)
+    ...  # train
+    lora.save_adapter(model, config, "adapter", "microsoft/phi-2")  # for PEFT too
 """
 
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,9 +62,9 @@ class LoRAConfig:
     dropout: the share of the adapter's inputs that is set to zero in training. The base
         always sees all of its input.
     targets: which linear layers get an adapter: a tuple of names, or the word "all-linear"
-        (all but the head, lm_head), or any other text as a regular expression for a whole path. The
-        paper adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that
-        to adapt all layers matters more than rank.
+        (all that take one: not the head, lm_head), or any other text as a regular
+        expression for a whole path. The paper adapts q and v (section 7.1); QLoRA
+        (arXiv:2305.14314, section 4) finds that to adapt all layers matters more than rank.
     """
 
     rank: int = 8
@@ -85,17 +87,19 @@ class LoRAConfig:
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"targets must be names, not {self.targets!r}")
 
-    def to_peft(self, base_model: str) -> dict:
+    def to_peft(self, base_model: str, task_type: str | None = "CAUSAL_LM") -> dict:
         """Returns the content of adapter_config.json.
 
         Only keys that PEFT has had from its beginning, because an old version refuses keys
-        that it does not know.
+        that it does not know. Raises ValueError for a task type that is not implemented here.
         """
+        if task_type not in TASK_TYPES:
+            raise ValueError(f"task_type must be one of {TASK_TYPES}, not {task_type!r}")
         targets = self.targets if isinstance(self.targets, str) else sorted(self.targets)
         return {
             "base_model_name_or_path": base_model,
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": task_type,
             # Without these PEFT would take defaults of its own.
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -126,6 +130,9 @@ class LoRAConfig:
         return cls(raw["r"], raw["lora_alpha"], raw.get("lora_dropout", 0.0), targets)
 
 
+# What PEFT wraps a model for. None is for any nn.Module, the others are for transformers' models.
+# A classifier (SEQ_CLS, TOKEN_CLS) has another head, which its file would have to hold.
+TASK_TYPES = (None, "CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION")
 REQUIRED = ("r", "lora_alpha", "target_modules")  # keys that adapter_config.json must have
 # Keys that change nothing in what a trained adapter computes.
 HARMLESS = {
@@ -170,18 +177,16 @@ def check_options(raw: dict) -> None:
 
 
 class LoRALinear(nn.Module):
-    """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (N, in): (N, out).
+    """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (..., in): (..., out).
 
-    A and B are fp32 whatever the base is, as in PEFT. A bf16 number has 8 significant bits,
-    so the small steps at the end of a training would be rounded away. They are multiplied
-    in the dtype of x, over a base in bf16 as PEFT does under autocast. The gradient is then
-    1.6 % from the one in fp32; PEFT's without autocast, which multiplies in fp32, is 1.9 %
-    from it (`make bench`).
+    A and B are fp32 over a base in 16 or 4 bits too, as in PEFT: a bf16 number has 8
+    significant bits, so the small steps at the end of a training would be rounded away. They
+    are multiplied in the dtype of x, over a base in bf16 as PEFT does under autocast.
 
-    Backward, for u = x A^T (N, rank), scale = alpha / rank, the gradient g (N, out) of the
-    output, and dropout off: B's gradient is scale g^T u, A's is scale (g B)^T x, and that
-    of x is g W + scale g B A. W has none. Stored for it are x (for A), u (for B), and A and
-    B in the dtype of x.
+    Backward, for u = scale A x of one token, scale = alpha / rank, the gradient g of the
+    output, and dropout off: B's gradient is g u^T, A's is scale (B^T g) x^T, both summed over
+    the tokens, and that of x is W^T g + scale A^T B^T g. W has none. Stored for it are x (for
+    A), u (for B), and A and B in the dtype of x.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -200,37 +205,61 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
-        device = base_layer.weight.device
-        self.lora_A.to(device)
-        self.lora_B.to(device)
+        weight = base_layer.weight
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.lora_A.to(weight.device, dtype)
+        self.lora_B.to(weight.device, dtype)
         self.train(base_layer.training)  # in a model in eval mode, dropout must stay off
 
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        down = self.lora_dropout(x) @ a.T  # (N, rank)
-        # base_layer(x) + scale * (down @ b.T); the product and the sum are rounded together
-        return torch.addmm(self.base_layer(x), down, b.T, alpha=self.scale)
+        down = self.lora_dropout(x) @ a.T  # (..., rank)
+        return self.base_layer(x) + (self.scale * down) @ b.T
 
     def delta_weight(self) -> Tensor:
-        """Returns what the adapter adds to W: scale B A, (out, in), in fp32."""
+        """Returns what the adapter adds to W: scale B A, (out, in), in the dtype of A and B."""
         return self.scale * self.lora_B.weight @ self.lora_A.weight
+
+    @property
+    def weight(self) -> Tensor:
+        """W + scale B A, (out, in), rounded once to the dtype of W.
+
+        For code that multiplies by a layer's weight instead of calling the layer, as
+        nn.TransformerEncoderLayer does in eval mode. W alone would leave out the adapter.
+        """
+        layer = self.base_layer
+        base = layer.weight if is_plain(layer) else layer.dequantize()  # as quant.NF4Linear has it
+        return (base + self.delta_weight()).to(base.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Returns whether the weight of a linear layer is W itself, and not packed indices."""
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features)
+    return weight.is_floating_point() and weight.shape == shape
 
 
 # -----------------------------------------------------------------------------
 # Putting adapters into a model
 
 
-def inject(model: nn.Module, config: LoRAConfig, each: bool = True) -> list[str]:
+def inject(
+    model: nn.Module, config: LoRAConfig, every_target_must_match: bool = True
+) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
     Returns the paths of the wrapped layers. Raises ValueError when a target matches
-    nothing, and when the model has adapters already. With each=False one match among all
-    targets is enough, as in PEFT.
+    nothing, and when the model has adapters already. PEFT is content with one match among
+    all targets: every_target_must_match=False.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
-    paths = match_targets(model, config.targets, each)
+    paths = match_targets(model, config.targets, every_target_must_match)
     # Everything is frozen first. The adapters that follow are new, so they alone have gradients.
     model.requires_grad_(False)
     for path in paths:
@@ -241,39 +270,66 @@ def inject(model: nn.Module, config: LoRAConfig, each: bool = True) -> list[str]
 
 
 def match_targets(
-    model: nn.Module, targets: tuple[str, ...] | str, each: bool = True
+    model: nn.Module, targets: tuple[str, ...] | str, every_target_must_match: bool = True
 ) -> list[str]:
     """Returns the paths of the linear layers that `targets` names, in module order.
 
     The rules are PEFT's: a name matches the end of a path at a dot, a string must match a
-    whole path as a regular expression. Raises ValueError when a target matches no layer;
-    with each=False, when none does.
+    whole path as a regular expression. Raises ValueError when a target matches no layer
+    (with every_target_must_match=False, when none does), and for a layer that can take no
+    adapter.
     """
     linears = linear_paths(model)
     if not targets:
         raise ValueError("no target given: name at least one linear layer")
-    if isinstance(targets, str):
-        if targets.lower() == "all-linear":
-            return linears
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        paths = [path for path in linears if is_called(model, path)]
+        matched = {targets: set(paths)}
+    elif isinstance(targets, str):
         matched = {targets: matches_pattern(linears, targets)}
     else:
         matched = {name: matches_name(linears, name) for name in targets}
 
     chosen = set().union(*matched.values())
     for target, paths in matched.items():
-        if not paths and (each or not chosen):
+        if not paths and (every_target_must_match or not chosen):
             raise ValueError(describe_missing_target(target, linears))
     # In module order, because the adapters are initialised one after another from one generator.
-    return [path for path in linears if path in chosen]
+    in_order = [path for path in linears if path in chosen]
+    check_layers(model, in_order)
+    return in_order
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of all linear layers but the head. A quantised one is known by its sizes.
+    """Returns the paths of all linear layers but the head, known by their sizes and weight.
 
     An adapter on the head is left out: PEFT saves the head's own weight with it.
     """
-    paths = [path for path, module in model.named_modules() if hasattr(module, "in_features")]
-    return [path for path in paths if path.rpartition(".")[2] != "lm_head"]
+    paths = []
+    for path, module in model.named_modules():
+        has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
+        has_weight = isinstance(getattr(module, "weight", None), Tensor)
+        is_head = path.rpartition(".")[2] == "lm_head"
+        if path and has_sizes and has_weight and not is_head:  # "" is the model itself
+            paths.append(path)
+    return paths
+
+
+def check_layers(model: nn.Module, paths: list[str]) -> None:
+    """Raises ValueError for a layer that can take no adapter."""
+    for path in paths:
+        if isinstance(model.get_submodule(path).weight, nn.UninitializedParameter):
+            raise ValueError(f"{path} has no size yet: run the model once, then add adapters")
+        if not is_called(model, path):
+            raise ValueError(
+                f"{path} takes no adapter: nn.MultiheadAttention multiplies by its weight and "
+                "never calls it, so in PEFT an adapter there does nothing"
+            )
+
+
+def is_called(model: nn.Module, path: str) -> bool:
+    parent = model.get_submodule(path.rpartition(".")[0])
+    return not isinstance(parent, nn.MultiheadAttention)
 
 
 def matches_name(paths: list[str], name: str) -> set[str]:
@@ -282,27 +338,15 @@ def matches_name(paths: list[str], name: str) -> set[str]:
 
 
 def matches_pattern(paths: list[str], pattern: str) -> set[str]:
-    """Returns the paths that a regular expression matches as a whole.
-
-    It is matched by another process, which can be stopped: an expression from somebody
-    else's file, such as (a+)+b, can take years.
-    """
-    script = "import re, sys; print(*filter(re.compile(sys.argv[1]).fullmatch, sys.argv[2:]))"
     try:
-        re.compile(pattern)
-        command = [sys.executable, "-I", "-c", script, pattern, *paths]
-        matched = subprocess.run(command, capture_output=True, check=True, timeout=5, text=True)
-    except subprocess.TimeoutExpired:
-        raise ValueError(f"target {pattern!r} takes more than 5 seconds to match") from None
-    # OverflowError for a{99999999999}, ValueError for a zero byte, OSError where it is too long.
-    except (
-        re.error, OverflowError, RecursionError, ValueError, OSError, subprocess.SubprocessError
-    ) as error:
+        return {path for path in paths if re.fullmatch(pattern, path)}
+    except (re.error, OverflowError, RecursionError) as error:  # such as for a{99999999999}
         raise ValueError(f"target {pattern!r} is not a regular expression: {error}") from None
-    return set(matched.stdout.split())
 
 
 def describe_missing_target(target: str, linears: list[str]) -> str:
+    if not linears:
+        return "the model has no linear layer that takes an adapter"
     names = sorted({path.rpartition(".")[2] for path in linears})
     text = f"target {target!r} matches no linear layer that takes an adapter"
     if target in names:  # a text alone is a pattern for a whole path
@@ -326,21 +370,33 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    The sum is made in fp32 and rounded once to the dtype of W. Raises ValueError over a
-    quantised base, because rounding the sum to 4 bits again erases most of a small update.
+    The sum is rounded once, to the dtype of W. Raises ValueError, before any layer is changed,
+    over a quantised base, because rounding the sum to 4 bits again erases most of a small
+    update; where a sum is not finite in the dtype of W; and where another layer has the same W.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
     }
-    # All layers are checked before the first one is changed.
-    for path, module in adapted.items():
-        if not isinstance(module.base_layer, nn.Linear):
-            kind = type(module.base_layer).__name__
-            raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
-    for path, module in adapted.items():
-        weight = module.base_layer.weight
-        weight.copy_(weight.float() + module.delta_weight())
-        model.set_submodule(path, module.base_layer)
+    for path, layer in adapted.items():
+        check_merge(model, path, layer)
+    for path, layer in adapted.items():
+        layer.base_layer.weight.copy_(layer.weight)
+        model.set_submodule(path, layer.base_layer)
+
+
+def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
+    """Raises ValueError where merging this layer would change what the model computes."""
+    base = layer.base_layer
+    if not is_plain(base):
+        kind = type(base).__name__
+        raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
+    if not layer.weight.isfinite().all():
+        raise ValueError(f"{path}: cannot merge, W + B A is not finite in {base.weight.dtype}")
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owner = name.removesuffix(".base_layer.weight")
+        is_own = owner != name and model.get_submodule(owner) is layer
+        if weight is base.weight and not is_own:
+            raise ValueError(f"{path}: cannot merge, {name} is the same weight")
 
 
 # -----------------------------------------------------------------------------
@@ -353,26 +409,47 @@ def save_adapter(
     directory: Path,
     base_model: str,
     fingerprint: dict[str, str] | None = None,
+    task_type: str | None = "CAUSAL_LM",
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
     `fingerprint` says what the adapter was trained over. It is stored in the metadata of
-    the tensors, and `load_adapter` compares it.
+    the tensors, and `load_adapter` compares it. `task_type` says which of its classes PEFT
+    wraps the base in; with None it takes any nn.Module. The same adapter gives the same bytes.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    raw = config.to_peft(base_model, task_type)
     tensors = {
         PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
     }
+    if not tensors:
+        raise ValueError("the model has no adapters to save")
     # Checked before a good file would be replaced.
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} holds numbers that are not finite, and is not saved")
-    metadata = {"format": "pt", **(fingerprint or {})}  # PEFT looks for this format
-    save_file(tensors, directory / "adapter_model.safetensors", metadata)
-    text = json.dumps(config.to_peft(base_model), indent=2)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / "adapter_model.safetensors"
+    metadata = {"format": "pt", **(fingerprint or {})}  # transformers looks for this format
+    save_file(tensors, file, metadata)
+    sort_header(file)
+    text = json.dumps(raw, indent=2)
     (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def sort_header(file: Path) -> None:
+    """Sorts the header of a safetensors file, which holds the metadata in any order.
+
+    A file begins with the length of its header, in 8 bytes, and the header as JSON.
+    """
+    with open(file, "r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        # As compact as it was, so that its length stays.
+        text = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        opened.seek(8)
+        opened.write(text.encode().ljust(length))
 
 
 def load_adapter(
@@ -384,7 +461,7 @@ def load_adapter(
     tensor is missing, unknown, of another shape or not finite; every B is zero;
     adapter_config.json has an option that is not implemented here; the adapter was saved
     with another `fingerprint`. After an error the model must not be used: it may be wrapped
-    already. Numbers of any dtype become fp32.
+    already. Numbers of any dtype become that of A and B. The mode stays, train or eval.
     """
     directory = Path(directory)
     config = read_adapter_config(directory)
@@ -402,12 +479,14 @@ def load_adapter(
 
     # Like PEFT it is content with one target that matches. That each tensor has its place is
     # checked below.
-    inject(model, config, each=False)
+    inject(model, config, every_target_must_match=False)
     parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
-    check_tensors(tensors, parameters, file)
+    check_shapes(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():
+            # A copy, and not the file's own memory: the file can be written anew.
             parameter.copy_(tensors[key])
+    check_numbers(parameters, file)
     return config
 
 
@@ -428,14 +507,14 @@ def read_adapter_config(directory: Path) -> LoRAConfig:
 
 
 def read_adapter_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors, in fp32, and the metadata of a safetensors file."""
+    """Returns the tensors and the metadata of a safetensors file."""
     if not file.is_file():
         raise ValueError(
             f"{file.parent} has no {file.name}; PEFT writes one with safe_serialization=True"
         )
     try:
         with safe_open(file, framework="pt") as opened:
-            tensors = {key: opened.get_tensor(key).float() for key in opened.keys()}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}
             return tensors, opened.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{file} is damaged or cut short ({error})") from None
@@ -451,10 +530,10 @@ def check_ranks(tensors: dict[str, Tensor], config: LoRAConfig, file: Path) -> N
             )
 
 
-def check_tensors(
+def check_shapes(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
-    """Raises ValueError unless the file has exactly these names and shapes, and was trained."""
+    """Raises ValueError unless the file has exactly these names and shapes."""
     # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in silence.
     problems = []
     for problem, keys in (
@@ -472,9 +551,14 @@ def check_tensors(
                 f"{file}: {key} has shape {tuple(tensor.shape)}, "
                 f"this model needs {tuple(parameter.shape)}"
             )
-        if not tensor.isfinite().all():
+
+
+def check_numbers(parameters: dict[str, nn.Parameter], file: Path) -> None:
+    """Raises ValueError unless all numbers are finite, as loaded, and the adapter was trained."""
+    for key, parameter in parameters.items():
+        if not parameter.isfinite().all():
             raise ValueError(f"{file}: {key} holds numbers that are not finite")
-    if not any(tensor.any() for key, tensor in tensors.items() if ".lora_B." in key):
+    if not any(parameter.any() for key, parameter in parameters.items() if ".lora_B." in key):
         raise ValueError(
             f"{file}: every B is zero, so the adapter changes nothing; "
             "it was saved before it was trained"

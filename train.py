@@ -8,15 +8,19 @@
     python eval.py --adapter out/wide
 
 It leaves in --out: the adapter in PEFT's format with its model card, args.json,
-metrics.jsonl, predictions, results.json, report.html, and trainer.safetensors to resume
-from. Of several ranks (support/ranks.py) each takes its part of every step, and the first
-alone writes.
+metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
+and with --keep-best the adapter of the best evaluation, in best/. Of several ranks
+(support/ranks.py) each takes its part of every step, and the first alone writes.
 """
 
 import argparse
 import itertools
 import math
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
 
 from support import cli
 
@@ -32,7 +36,18 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import checkpoints, examples, files, metrics, ranks, resume
+from support import (
+    best,
+    checkpoints,
+    claims,
+    commands,
+    examples,
+    files,
+    metrics,
+    packing,
+    ranks,
+    resume,
+)
 from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
@@ -77,14 +92,17 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over its targets.
 
-    The prefix that all rows share goes through the model once (phi2.PackedRows). The head
+    The prefix that all rows share goes through the model once (support/packing.py). The head
     runs on the tokens that have a target, and on no other.
     """
     device = model.lm_head.weight.device
-    packed = phi2.PackedRows(batch.lengths, batch.prefix_length, device)
+    recomputes = model.model.checkpointing == "attention"
+    layout = packing.PackedRows(
+        batch.lengths, batch.prefix_length, device, recomputes=recomputes
+    )
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
     targets = batch.targets.to(device, non_blocking=True)
-    logits = model(ids, packed, batch.last)
+    logits = model(ids, layout, batch.last)
     # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
@@ -156,6 +174,14 @@ def encoded_steps(
 # Evaluation on the way
 
 
+def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
+    """Returns whether --eval-every asks for an evaluation after a step.
+
+    Before the first step and after the last one there is one in any case.
+    """
+    return bool(args.eval_every) and 0 < step < steps and step % args.eval_every == 0
+
+
 def evaluate(
     model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, args: argparse.Namespace, stage: str
 ) -> dict[str, dict]:
@@ -209,11 +235,21 @@ def validation_loss(
 
 def main() -> None:
     args = cli.train_arguments()
-    adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
     device = ranks.start(args.device)
+    folder = args.out or Path("out") / cli.new_name(args)
+    check = None if args.resume else cli.check_train_folder
+    # No other process writes there until this one ends.
+    with claims.claimed(folder, check, is_new=args.out is None) as args.out:
+        run(args, device)
+
+
+def run(args: argparse.Namespace, device: torch.device) -> None:
+    """Trains, from the data to the results, in the folder `args.out`."""
+    adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
 
     # ---- Data -------------------------------------------------------------------------------
-    directory = checkpoints.find(args.model, phi2.read_config)
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
     lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
@@ -224,8 +260,15 @@ def main() -> None:
         split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
         for split in examples.validation_splits(args.dataset, reading)
     }
+    args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
+    digests = {
+        split: examples.digest_split(args.dataset, split, reading)
+        for split in ("train", *validation)
+    }
     rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
     steps = count_steps(args, len(train_rows), rows_per_step)
+    if (args.warmup_steps or 0) > steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
     prefix_length = shared_prefix_length(tokenizer, args)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
@@ -233,7 +276,7 @@ def main() -> None:
     # ---- A resume is checked first: one that is refused changes nothing ---------------------
     made_for = evaluation.fingerprint_of(args, directory, tokenizer)
     state = resume.State(
-        arguments=cli.as_json(args),
+        arguments=cli.as_json(args) | {"digests": digests},
         steps=steps,
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
@@ -296,6 +339,23 @@ def main() -> None:
                 lora.save_adapter(model, adapter_config, folder, args.model, made_for)
                 resume.write(folder / resume.NAME, adapter, optimizer, random, state)
 
+    def keep_best(results: dict[str, dict]) -> None:
+        if not (ranks.FIRST and args.keep_best):
+            return
+        figures = best.figures(progress.step, results)
+        if best.is_better(figures, best.read(args.out)):
+            with best.replacing(args.out) as folder:
+                record = made_for | best.metadata(figures)
+                lora.save_adapter(model, adapter_config, folder, args.model, record)
+
+    def evaluate_on_the_way() -> None:
+        title = f"step {progress.step:6,}"
+        results = evaluate(model, tokenizer, validation, args, title)
+        keep_best(results)
+        log.write_evaluation(progress.step, results)
+        log.say(f"{title}  {metrics.accuracies(results)}")
+        log.start_clock()
+
     if saved:
         saved.restore(adapter, optimizer, ranks.RANK, device)
         log.open()  # only now is it certain that the run can be resumed
@@ -311,6 +371,9 @@ def main() -> None:
     following = next(left, NO_STEP)
     _, encoded, _ = following
     (targets,) = ranks.total(device, count_targets(encoded, args.loss))
+    # The run was killed between a save and the evaluation of its step.
+    if any(ranks.gather(is_evaluated(first, steps, args) and log.lacks_evaluation(first))):
+        evaluate_on_the_way()
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(first, steps), total=steps)
@@ -351,17 +414,13 @@ def main() -> None:
             log.write_training(progress, rate, grad_norm)
         if progress.step % args.save_every == 0 or is_last or stops:
             save()
-        if args.eval_every and progress.step % args.eval_every == 0 and not is_last:
-            title = f"step {progress.step:6,}"
-            results = evaluate(model, tokenizer, validation, args, title)
-            log.write_evaluation(progress.step, results)
-            log.say(f"{title}  {metrics.accuracies(results)}")
-            log.start_clock()
+        if is_evaluated(progress.step, steps, args):
+            evaluate_on_the_way()
         if stops:
             bar.close()
             log.say(
                 f"stopped and saved after step {progress.step:,} of {steps:,}; "
-                f"to resume: {ranks.COMMAND} train.py --resume {args.out}"
+                f"to resume: {commands.resume(args.out)}"
             )
             return
     stop.release()
@@ -374,6 +433,7 @@ def main() -> None:
         )
     with log.resumable():
         finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
+        keep_best(finetuned)
     log.write_evaluation(steps, finetuned)
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
     rows["train"]["cut"] = progress.cut
@@ -385,7 +445,10 @@ def main() -> None:
             "finetuned": finetuned,
             "training_memory_gib": log.peak_memory,
         }
-        log.finish(results, data.PROMPT)
+        if args.keep_best:
+            results["best"] = best.read(args.out)
+        if not log.finish(results, data.PROMPT):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

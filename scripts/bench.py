@@ -42,6 +42,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/bench.py`
+
 import data
 import eval as evaluation
 import lora
@@ -588,7 +590,9 @@ def ratio(rates: dict[str, list[float]], arm: str) -> float:
 
 def count(args: argparse.Namespace, folder: Path) -> dict:
     """Returns {arm: {task: costs}} of phi-2 at full size, as scripts/count.py models a GPU."""
-    tokenizer_folder = args.tokenizer or checkpoints.find(args.model, phi2.read_config)
+    tokenizer_folder = args.tokenizer or checkpoints.find(
+        args.model, phi2.read_config, revision=args.model_revision
+    )
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)
     validation, *_ = examples.validation_splits(args.dataset)
@@ -770,7 +774,8 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
         write_random_adapter(args.model, args.adapter)
         # Random weights never end an answer: two tokens stand for one that does.
         new_tokens = 2
-    args.model = str(checkpoints.find(args.model, phi2.read_config).resolve())
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    args.model = str(directory.resolve())
     tokenizer_folder = args.tokenizer or Path(args.model)
     tokenizer = data.load_tokenizer(tokenizer_folder)
     draw_dataset(args, folder, tokenizer)
@@ -801,10 +806,15 @@ def parse_arguments() -> argparse.Namespace:
     """Returns the arguments. `draws_rows` says that no dataset was named."""
     parser = cli.Parser("speed and memory beside the reference, once the results agree")
     parser.add_argument(
-        "--model", help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)"
+        "--model",
+        type=flags.name,
+        help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)",
     )
+    flags.add_model_revision(parser)
     parser.add_argument(
-        "--dataset", help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)"
+        "--dataset",
+        type=flags.name,
+        help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)",
     )
     parser.add_argument(
         "--random-phi-2",
@@ -816,11 +826,13 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer",
-        type=Path,
+        type=flags.path,
         help="directory of a tokenizer.json for --random-phi-2 (default: tiny/model)",
     )
     parser.add_argument(
-        "--adapter", type=Path, help="a run of train.py (default: one is trained, 150 steps)"
+        "--adapter",
+        type=flags.name,
+        help="a run of train.py (default: one is trained, 150 steps)",
     )
     parser.add_argument(
         "--rows",
@@ -835,7 +847,11 @@ def parse_arguments() -> argparse.Namespace:
         default=machine.fast_dtype(),
         help="default: bf16; on a CPU without instructions for it, fp32",
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        type=flags.device,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+    )
     parser.add_argument(
         "--keep-dequantized",
         dest="keep",  # another name, so that a run's own --keep-dequantized is no default here
@@ -854,7 +870,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="do not measure: count launches, bytes and FLOPs of phi-2 on a GPU (scripts/count.py)",
     )
-    parser.add_argument("--json", type=Path, help="write every figure here")
+    parser.add_argument("--json", type=flags.path, help="write every figure here")
     args = cli.parse_arguments(parser)
     args.draws_rows = "dataset" not in parser.typed()
     return args

@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/count.py`
+
 from scripts import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
 
 # isort: split
@@ -42,6 +44,7 @@ import lora
 import phi2
 import quant
 import train
+from support import packing
 from support.live_bytes import LiveBytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -308,7 +311,7 @@ def cost(call: Call) -> Operation:
 # -----------------------------------------------------------------------------
 # What torch, phi2.py and machine.py ask of a GPU beside operations
 
-LOWER_RIGHT = "lower right"  # in the place of a mask, for phi2.causal_lower_right
+LOWER_RIGHT = "lower right"  # in the place of a mask, for packing.causal_lower_right
 
 
 def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
@@ -374,7 +377,7 @@ def install(gpu: FakeGpu) -> None:
     # It asks whether the gradients are Tensor itself, and no subclass.
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     F.scaled_dot_product_attention = attention
-    phi2.causal_lower_right = lambda queries, keys: LOWER_RIGHT
+    packing.causal_lower_right = lambda queries, keys: LOWER_RIGHT
     for name in ("rotate_forward", "rotate_back", "add"):
         function = getattr(phi2, name)
         setattr(phi2, name, as_one_kernel(gpu, function.__wrapped__))

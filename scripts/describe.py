@@ -9,14 +9,18 @@ longest prompt and answer say what --max-length has to be so that no premise is 
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/describe.py`
+
 import data
 import phi2
 from support import checkpoints, cli, examples, flags, pictures
+from support.extras import Extras
 from support.labels import LABELS, NO_LABEL
 from support.letters import printable
 from support.rows import Rows
@@ -29,16 +33,20 @@ def parse_arguments() -> argparse.Namespace:
     flags.add_dataset_arguments(parser)
     parser.add_argument(
         "--model",
+        type=flags.name,
         help="the model whose tokenizer counts (default: microsoft/phi-2, no GPU: tiny/model)",
     )
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw lengths and labels here")
+    flags.add_model_revision(parser)
+    parser.add_argument(
+        "--plot", type=flags.path, metavar="PNG", help="draw lengths and labels here"
+    )
     parser.add_argument("--limit", type=flags.count, help="first rows of each split only")
     return cli.parse_arguments(parser)
 
 
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
     """Prints the files of a split, and what its columns and its labels are taken for."""
-    for place in examples.find_splits(dataset).get(split, []):
+    for place in examples.find_splits(dataset, reading.revision).get(split, []):
         print(printable(f"  file {place}"))
     rows, columns = examples.read_split(dataset, split, reading)
     named = ", ".join(f"{name} (the {column})" for column, name in columns.items())
@@ -111,7 +119,9 @@ def describe_rows(rows, lengths, counts) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
+    directory = checkpoints.find(
+        args.model, phi2.read_config, checkpoints.DESCRIPTION, args.model_revision
+    )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     lengths = {}
@@ -127,8 +137,12 @@ def main() -> None:
         counts[split] = numpy.bincount(rows["label"], minlength=3)
         describe_rows(rows, lengths[split], counts[split])
     if args.plot:
-        pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
-        print(f"\nlengths and labels are drawn in {args.plot}")
+        extras = Extras()
+        with extras.attempt("--plot"):
+            pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
+            print(f"\nlengths and labels are drawn in {args.plot}")
+        if extras.failed:
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -15,19 +15,22 @@ measured too. Both are printed, and stored in merge.json beside the merged model
 
 import argparse
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/merge.py`
 
 import data
 import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, cli, examples, files, flags, ranks
+from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -50,49 +53,50 @@ ERASED = (
 # Merging
 
 
+@torch.no_grad()
 def merge(
     model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
 ) -> dict[str, float]:
     """Merges all adapters of a model, in place; all weights are then of `dtype`.
 
     Returns by layer what rounding W + B A changes, as a share of B A. With `requantize` the merged
-    weights are rounded to NF4 first. One block after the other is held in fp32, not the model.
+    weights are rounded to NF4 first. One layer after the other is held in fp32, not the model.
+    Raises ValueError where a weight is not finite in `dtype`; the model is then unusable.
     """
-    parts = {f"model.layers.{number}.": block for number, block in enumerate(model.model.layers)}
-    parts[""] = model  # what is left: embeddings, and a head that may have an adapter
+    layers = {
+        path: layer for path, layer in model.named_modules() if isinstance(layer, lora.LoRALinear)
+    }
     costs = {}
-    for prefix, part in parts.items():
-        part_costs = merge_part(part, dtype, requantize, double_quant)
-        costs |= {prefix + path: cost for path, cost in part_costs.items()}
-    return costs
-
-
-@torch.no_grad()
-def merge_part(
-    part: nn.Module, dtype: torch.dtype, requantize: bool, double_quant: bool
-) -> dict[str, float]:
-    """Merges the adapters within one module, as `merge` does."""
-    # In fp32, so that W + B A is rounded once, at the end.
-    quant.dequantize_linears(part, torch.float32)
-    bases = {}
-    updates = {}
-    for path, layer in part.named_modules():
-        if isinstance(layer, lora.LoRALinear):
-            layer.float()
-            bases[path] = layer.base_layer.weight.clone()
-            updates[path] = layer.delta_weight()
-    lora.merge(part)
-    part.to(dtype)
-
-    costs = {}
-    for path, update in updates.items():
-        linear = part.get_submodule(path)
+    for path, layer in layers.items():
+        # In fp32, so that W + B A is rounded once, at the end.
+        quant.dequantize_linears(layer, torch.float32)
+        layer.float()
+        merged = layer.weight.to(dtype)  # W + B A
         if requantize:
-            linear.weight.copy_(requantized(linear.weight, double_quant))
-        change = linear.weight.float() - bases[path] - update
-        # An adapter whose B is zero has nothing to lose.
-        costs[path] = (change.norm() / update.norm()).item() if update.any() else 0.0
+            merged = requantized(merged, double_quant)
+        costs[path] = rounding_cost(layer, merged)
+
+        linear = layer.base_layer.to(dtype)
+        linear.weight.copy_(merged)
+        model.set_submodule(path, linear)
+    quant.dequantize_linears(model, dtype)  # the layers without an adapter
+    model.to(dtype)
+
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"cannot merge: {name} is not finite in {dtype}")
     return costs
+
+
+def rounding_cost(layer: lora.LoRALinear, merged: Tensor) -> float:
+    """Returns the norm of what rounding has changed in W + B A, over the norm of B A."""
+    update = layer.delta_weight()
+    change = merged.float() - layer.base_layer.weight - update
+    # An adapter whose B is zero has nothing to lose.
+    if not update.any():
+        return 0.0
+    # In fp64, because a norm adds up squares, which may be beyond fp32.
+    return (change.double().norm() / update.double().norm()).item()
 
 
 def requantized(weight: Tensor, double_quant: bool) -> Tensor:
@@ -108,23 +112,17 @@ def write_model(
 ) -> None:
     """Writes a checkpoint in phi-2's layout, which transformers loads, and `cost` as merge.json.
 
-    `out` is there in full or not at all. It may be an empty directory before.
+    `out` is a directory. It holds all of the files in the end, or none.
     """
     from huggingface_hub import save_torch_state_dict
 
-    temporary = files.temporary_path(out)
-    try:
-        temporary.mkdir(parents=True)
-        save_torch_state_dict(model.state_dict(), temporary, max_shard_size=shard_size)
-        files.apply_umask(temporary)
+    with files.replacing_files(out) as folder:
+        save_torch_state_dict(model.state_dict(), folder, max_shard_size=shard_size)
         for name in COPIED:
             if (base / name).is_file():
-                shutil.copy(base / name, temporary)
-        files.write_json(temporary / "config.json", merged_config(model, base))
-        files.write_json(temporary / "merge.json", cost)
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copy(base / name, folder)
+        files.write_json(folder / "config.json", merged_config(model, base))
+        files.write_json(folder / "merge.json", cost)
 
 
 def merged_config(model: phi2.Phi2, base: Path) -> dict:
@@ -144,19 +142,18 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments. `measure` says whether the accuracy is to be measured."""
     parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
     flags.add_model_arguments(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=flags.name,
         required=True,
         help="the directory of a run, or any PEFT LoRA adapter",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, help="a new directory for the merged model"
+        "--out", type=flags.path, required=True, help="a new directory for the merged model"
     )
     parser.add_argument(
         "--into",
@@ -177,10 +174,7 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="take an adapter of another prompt, tokenizer, base or quantisation too",
     )
-    args = cli.parse_arguments(parser, check=check_arguments)
-    # A run names a dataset too, but only one that is typed is worth the minutes.
-    args.measure = "dataset" in parser.typed()
-    return args
+    return cli.parse_arguments(parser, check=check_arguments)
 
 
 def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
@@ -188,8 +182,13 @@ def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--requantize goes with --into nf4")
     if args.into == "nf4" and not args.requantize:
         raise ValueError(ERASED)
-    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
-        raise ValueError(f"{args.out} is there already: choose another --out, or remove it")
+    check_merge_folder(args.out)
+
+
+def check_merge_folder(out: Path) -> None:
+    """Raises ValueError unless --out is a new or an empty directory."""
+    if out.is_file() or not claims.is_empty(out):
+        raise ValueError(f"{out} is there already: choose another --out, or remove it")
 
 
 def accuracies(
@@ -207,16 +206,26 @@ def accuracies(
 
 def main() -> None:
     args = parse_arguments()
-    directory = checkpoints.find(args.model, phi2.read_config, (*checkpoints.MODEL, *COPIED))
+    device = ranks.start(args.device)
+    # No other process writes there until this one ends.
+    with claims.claimed(args.out, check_merge_folder):
+        merge_run(args, device)
+
+
+def merge_run(args: argparse.Namespace, device: torch.device) -> None:
+    """Merges the adapter that the arguments name, and measures what that costs."""
+    patterns = (*checkpoints.MODEL, *COPIED)
+    directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
     splits = {}
-    if args.measure:
-        reading = examples.Reading.of(args)
+    reading = args.origin.reading(args.dataset_revision)
+    # A run names a dataset too, but only one that is typed is worth the minutes.
+    if args.is_dataset_typed:
+        reading = origin.reading_of(args)
         for split in examples.validation_splits(args.dataset, reading):
             splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
-    device = ranks.start(args.device)
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
     here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
     lora.load_adapter(model, args.adapter, here)
@@ -241,10 +250,8 @@ def main() -> None:
     }
     write_model(model, directory, args.out, cost)
     print(describe_cost(cost))
-    print(
-        f"the merged model is in {args.out}; "
-        f"try: python eval.py --quant none --model {args.out} --dataset {args.dataset}"
-    )
+    words = ["--quant", "none", "--model", args.out, "--dataset", args.dataset, *reading.flags()]
+    print(f"the merged model is in {args.out}; try: {commands.command('eval.py', *words)}")
 
 
 def describe_sum(args: argparse.Namespace, stored_as: str) -> str:

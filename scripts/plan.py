@@ -15,6 +15,7 @@ need not be there.
 """
 
 import argparse
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/plan.py`
 
 import data
 import eval as evaluation
@@ -170,7 +173,9 @@ def main() -> None:
     parser = cli.train_parser("the memory of a training step with these flags of train.py")
     args = cli.train_arguments(parser=parser)
     # Without the weights.
-    directory = checkpoints.find(args.model, phi2.read_config, checkpoints.DESCRIPTION)
+    directory = checkpoints.find(
+        args.model, phi2.read_config, checkpoints.DESCRIPTION, args.model_revision
+    )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
     reading = examples.Reading.of(args)

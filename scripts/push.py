@@ -6,15 +6,18 @@
 No row of the data and no path of this machine is uploaded: see support/hub.py.
 """
 
+import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/push.py`
+
 from data import PROMPT
-from support import cli, hub
+from support import cli, flags, hub
 
 
 def main() -> None:
     parser = cli.Parser("uploads the adapter, the card and the results of a run to the Hub")
-    parser.add_argument("--adapter", type=Path, required=True, help="the directory of a run")
+    parser.add_argument("--adapter", type=flags.path, required=True, help="the directory of a run")
     parser.add_argument(
         "--repo",
         type=hub.repository,

@@ -11,10 +11,10 @@ from support import files, metrics
 # What others may read of args.json. Everything else stays here: paths, devices, the commit.
 SETTINGS = (
     # the adapter and its base
-    "rank", "alpha", "dropout", "quant", "double_quant", "dtype",
+    "rank", "alpha", "dropout", "quant", "double_quant", "dtype", "model_revision",
     # the optimiser: with these and the data others can train it again
     "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
-    "warmup_steps", "max_length", "loss", "limit", "seed", "ranks",
+    "warmup_steps", "max_length", "loss", "limit", "seed", "ranks", "dataset_revision",
 )  # fmt: skip
 # --dtype, and the attribute of torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

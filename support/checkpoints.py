@@ -24,7 +24,10 @@ BOUNDS = {
 
 
 def find(
-    name: str, read_config: Callable[[Path], object], patterns: tuple[str, ...] = MODEL
+    name: str,
+    read_config: Callable[[Path], object],
+    patterns: tuple[str, ...] = MODEL,
+    revision: str | None = None,
 ) -> Path:
     """Returns the directory of a model: `name` itself, or its download from the Hub.
 
@@ -35,18 +38,25 @@ def find(
     if directory.is_file():
         raise ValueError(f"{name} is a file: pass the folder that it is in")
     is_here = directory.is_dir()
-    if not is_here:
+    if is_here:
+        hub.refuse_revision("model", name, revision)
+    else:
         # First this file alone: gigabytes may be of a kind that is not read.
-        directory = download(name, ("config.json",))
+        directory = download(name, ("config.json",), revision)
     check_config(directory, read_config)
     if not is_here:
-        directory = download(name, patterns)
+        directory = download(name, patterns, revision)
     if patterns != DESCRIPTION:
         check_weights(directory)
     return directory
 
 
-def download(name: str, patterns: tuple[str, ...]) -> Path:
+def hub_commit(name: str, directory: Path) -> str | None:
+    """Returns the commit of a model that was downloaded into `directory`, None of one here."""
+    return None if Path(name).is_dir() else directory.name  # the Hub's cache calls it so
+
+
+def download(name: str, patterns: tuple[str, ...], revision: str | None = None) -> Path:
     """Returns the local folder of a model on the Hub. What is there is not downloaded again."""
     if not card.is_repository(name):
         raise ValueError(
@@ -54,14 +64,16 @@ def download(name: str, patterns: tuple[str, ...]) -> Path:
             "say with --model where it is"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except RepositoryNotFoundError:
         raise ValueError(
             f"no model {name!r}: neither a directory nor a public repository on the Hub"
         ) from None
+    except RevisionNotFoundError:
+        raise ValueError(f"the model {name!r} has no revision {revision!r} on the Hub") from None
     except hub.errors() as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
@@ -82,8 +94,8 @@ def check_config(directory: Path, read_config: Callable[[Path], object]) -> None
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     raw = files.read_json(path)
     check_quantization(raw.get("quantization_config") or raw.get("quantization"), path)
-    config = vars(read_config(directory))
-    for name, value in config.items():
+    config = read_config(directory)
+    for name, value in vars(config).items():
         kinds = (int, float) if name in BOUNDS else (int,)
         least, most = BOUNDS.get(name, (1, 2**31))
         if type(value) not in kinds or not least <= value <= most:
@@ -103,20 +115,12 @@ def check_quantization(quantization: object, path: Path) -> None:
         )
 
 
-def check_heads(config: dict, path: Path) -> None:
-    """Raises ValueError where the width cannot be cut into heads, or a head not rotated."""
-    width = config["hidden_size"]
-    heads = config["num_attention_heads"]
-    if width % heads:
-        raise ValueError(
-            f"{path}: hidden_size {width} is not a multiple of num_attention_heads {heads}"
-        )
-    rotary_dim = int(width // heads * config["partial_rotary_factor"])
-    if rotary_dim % 2:
-        raise ValueError(
-            f"{path}: {rotary_dim} of a head's {width // heads} dimensions cannot be rotated; "
-            "it must be an even number of them"
-        )
+def check_heads(config: object, path: Path) -> None:
+    """Raises ValueError where phi2 cannot cut the width into heads, or cannot rotate a head."""
+    try:
+        config.rotary_dim()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # -----------------------------------------------------------------------------

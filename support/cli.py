@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import files, fingerprint, hub, machine, ranks, resume
+from support import best, commands, files, fingerprint, flags, hub, machine, origin, ranks, resume
 from support.flags import (
     add_adapter_arguments,
     add_eval_arguments,
@@ -28,7 +28,7 @@ from support.flags import (
 )
 from support.letters import printable
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = commands.ROOT
 MODEL = "microsoft/phi-2"
 DATASET = "nyu-mll/glue"
 STEPS = 40_000  # 1.6 passes over MNLI's 392,702 rows, at 16 rows a step
@@ -40,20 +40,25 @@ For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
 
 # The arguments of a training that its adapter is also evaluated and merged with.
 OF_AN_ADAPTER = (
-    "dataset", "columns", "labels", "validation",
+    "model_revision", "dataset", "dataset_revision", "columns", "labels", "validation",
     "quant", "double_quant", "keep_dequantized", "dtype", "max_length",
 )
 
 # What may be typed beside --resume. Any other flag would change what the run computes.
 FREE = (
     # where the model and the rows are now; digests tell whether they are the same
-    "model", "dataset",
+    "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "save_every",
+    "steps", "epochs", "eval_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
 )
+
+# Types of flags whose value is a text in args.json too.
+TEXTS = (
+    None, flags.word, flags.name, flags.path, flags.device, flags.dtype_name, hub.repository,
+)  # fmt: skip
 
 
 # -----------------------------------------------------------------------------
@@ -63,7 +68,7 @@ FREE = (
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
 
-    @FILE holds one flag a line. A mistake is one line on stderr and exit status 2.
+    @FILE holds one word a line. A mistake is one line on stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -87,25 +92,73 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         # argparse's own @FILE would also open a --premise that begins with @.
         argv = self.expand_files(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(argv, namespace)
+        return super().parse_known_args(self.join_values(argv), namespace)
 
-    def expand_files(self, argv: list[str]) -> list[str]:
-        """Returns the command line with the lines of each @FILE in its place.
+    def expand_files(self, argv: list[str], within: tuple[str, ...] = ()) -> list[str]:
+        """Returns the command line with the words of each @FILE in its place.
 
-        Behind a flag that takes a value, a text that begins with @ is that value.
+        Behind a flag that takes a value, a text that begins with @ is that value. `within` are
+        the files that this one is named in.
         """
         expanded = []
-        flag = None  # the argparse action of the word before
-        for word in argv:
-            if word.startswith("@") and (flag is None or flag.nargs == 0):
-                try:
-                    expanded += Path(word[1:]).read_text(encoding="utf-8").splitlines()
-                except (OSError, ValueError) as error:
-                    self.error(f"cannot read the flags in {word}: {error}")
-            else:
+        for flag, word in zip([None, *argv], argv):
+            if not word.startswith("@") or self.takes_value(flag):
                 expanded.append(word)
-            flag = self._option_string_actions.get(word)
+            elif word in within:
+                self.error(f"{word} names itself, by way of {' '.join(within)}")
+            else:
+                expanded += self.expand_files(self.read_words(word), (*within, word))
         return expanded
+
+    def read_words(self, word: str) -> list[str]:
+        """Returns the words of an @FILE, one a line. Empty lines and # comments are left out."""
+        path = os.path.expanduser(word[1:])
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # without Windows' mark
+        except (OSError, ValueError) as error:
+            self.error(f"cannot read the flags in {word}: {error}")
+        words = []
+        for number, line in enumerate(text.splitlines(), 1):
+            line = line.strip()
+            is_value = bool(words) and self.takes_value(words[-1])
+            if not line or (line.startswith("#") and not is_value):
+                continue
+            is_pair = line.startswith("--") and len(line.split("=")[0].split()) > 1
+            if is_pair and not is_value:
+                self.error(f"{word}, line {number}: one word a line, or --flag=value, not {line}")
+            words.append(line)
+        return words
+
+    def join_values(self, argv: list[str]) -> list[str]:
+        """Returns the command line with a value that begins with - joined to its flag by =.
+
+        argparse takes such a word for a flag, and -- for the end of flags.
+        """
+        joined = []
+        for word in argv:
+            flag = self._option_string_actions.get(joined[-1]) if joined else None
+            is_value = word.startswith("-") and not self.is_flag(word)
+            if is_value and flag is not None and flag.nargs is None:
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
+
+    def is_flag(self, word: str) -> bool:
+        return word.split("=")[0] in self._option_string_actions
+
+    def takes_value(self, word: str | None) -> bool:
+        """Returns whether a word is a flag that a value has to follow."""
+        action = self._option_string_actions.get(word)
+        return action is not None and action.nargs != 0
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        # argparse of Python 3.11 drops --, also where it is the value of a flag.
+        if arg_strings == ["--"] and action.nargs is None:
+            value = self._get_value(action, "--")
+            self._check_value(action, value)
+            return value
+        return super()._get_values(action, arg_strings)
 
     def typed(self, argv: list[str] | None = None) -> dict:
         """Returns what is typed, without any default."""
@@ -125,11 +178,10 @@ class Parser(argparse.ArgumentParser):
         # It has no public list of a parser's arguments, hence _actions here and below.
         return argparse.Namespace(**{action.dest: None for action in self._actions})
 
-    def set_saved_defaults(self, values: dict, source: Path) -> dict:
-        """Makes values from a JSON file the defaults, and returns them as if typed.
+    def check_saved(self, values: dict, source: Path) -> dict:
+        """Returns those values from a JSON file that are arguments here, as if typed.
 
-        Names that are no argument here are ignored. Raises ValueError, which names
-        `source`, for a value that could not be typed.
+        Raises ValueError, which names `source`, for a value that could not be typed.
         """
         saved = {}
         for action in self._actions:
@@ -140,16 +192,13 @@ class Parser(argparse.ArgumentParser):
             except (argparse.ArgumentTypeError, ValueError) as error:
                 flag = action.option_strings[0]
                 raise ValueError(f"the arguments in {source}: {flag} {error}") from None
-        self.set_defaults(**saved)
         return saved
 
 
 def command_name() -> str:
     """Returns the command of this script: "python train.py", "python -m scripts.merge"."""
-    path = Path(sys.argv[0])  # of a script that -m has started, argv[0] is its path too
-    if path.parent.name == "scripts":
-        return f"python -m scripts.{path.stem}"
-    return f"python {path.name}"
+    # Of a script that -m has started, argv[0] is its path too.
+    return f"python {commands.quoted(*commands.name_of(Path(sys.argv[0]).absolute()))}"
 
 
 def not_none(args: argparse.Namespace) -> dict:
@@ -169,12 +218,12 @@ def as_typed(action: argparse.Action, value):
     if action.nargs in ("+", 3):
         if isinstance(value, str):  # --targets all-linear is saved as one text
             return [value]
-        return [require(item, str, "text") for item in require(value, list, "a list")]
-    if action.type is None:
+        values = require(value, list, "a list")
+        return [action.type(require(item, str, "text")) for item in values]
+    if action.type in TEXTS:
         value = require(value, str, "text")
-    else:
-        # By way of a text, so that the flag's own check decides what is valid.
-        value = action.type(str(value))
+    # By way of a text, so that the flag's own check decides what is valid.
+    value = action.type(str(value)) if action.type else str(value)
     if action.choices and value not in action.choices:
         raise ValueError(f"must be one of {', '.join(action.choices)}, not {value}")
     return value
@@ -203,15 +252,13 @@ def parse_arguments(
     """
     # First pass: what is typed decides where the defaults come from.
     typed = parser.typed(argv)
+    source = None  # of the adapter
     if "adapter" in typed:
-        adapter = hub.find_adapter(str(typed["adapter"]))
-        saved = adapter_defaults(adapter)
-        if "dataset" in typed:  # how the rows of the training were read is not how these are
-            for name in ("columns", "labels", "validation"):
-                saved.pop(name, None)
-        if "model" not in typed | saved:
+        adapter = hub.find_adapter(typed["adapter"])
+        defaults, source = adapter_defaults(parser, adapter, typed)
+        if "model" not in typed | defaults:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
-        parser.set_saved_defaults(saved, adapter)
+        parser.set_defaults(**defaults)
     is_embedded = wants_embedded_model(parser, typed)
     if is_embedded:
         parser.set_defaults(**embedded_defaults(parser))
@@ -220,6 +267,9 @@ def parse_arguments(
     args = parser.parse_args(argv)
     if "adapter" in typed:
         args.adapter = adapter
+    if "adapter" in args:
+        args.origin = source
+        args.is_dataset_typed = "dataset" in typed
     fill_in(args)
     if check:
         check(parser, args)
@@ -241,7 +291,7 @@ def embedded_defaults(parser: Parser) -> dict:
     """Returns what tiny/args says, with paths that are right from the current directory."""
     values = parser.known_flags(ROOT / "tiny" / "args")
     for name in ("model", "dataset"):
-        values[name] = os.path.relpath(ROOT / values[name])
+        values[name] = commands.from_here(ROOT / values[name])
     return values
 
 
@@ -261,27 +311,32 @@ def fill_in(args: argparse.Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def adapter_defaults(adapter: Path) -> dict:
+def adapter_defaults(
+    parser: Parser, adapter: Path, typed: dict
+) -> tuple[dict, origin.Origin]:
     """Returns those arguments of an adapter's training that a user of it needs.
 
     A directory that PEFT has written holds no args.json, or another program's; then only the
-    model is known, and where our adapter file is alone, the quantisation.
+    model is known, and where our adapter file is alone, the quantisation. How the rows were
+    read is not among them: it stands in the second value, and holds for these rows alone.
     """
-    values = fingerprint.recorded_quantization(adapter)
-    folder = "."
     path = adapter / "args.json"
-    saved = files.read_json(path) if path.is_file() else {}
-    if "versions" in saved:
-        values |= {name: saved[name] for name in OF_AN_ADAPTER if name in saved}
-        folder = str(saved.get("started_in", "."))
+    arguments = files.read_json(path) if path.is_file() else {}
+    if "versions" not in arguments:
+        arguments = {}
+    values = fingerprint.recorded_quantization(adapter)
+    values |= {name: arguments[name] for name in OF_AN_ADAPTER if name in arguments}
     # PEFT's file has the last word on the model: its writer may have no args.json at all.
-    base = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    if base:
-        values["model"] = base
-    for name in ("model", "dataset"):
-        if isinstance(values.get(name), str):
-            values[name] = files.find_path(values[name], adapter, Path(folder))
-    return values
+    config = files.read_json(adapter / "adapter_config.json")
+    if config.get("base_model_name_or_path"):
+        values["model"] = config["base_model_name_or_path"]
+    if config.get("revision"):
+        values["model_revision"] = config["revision"]
+    saved = parser.check_saved(values, adapter)
+    source = origin.origin(adapter, arguments, saved)
+    for name in origin.SETTINGS:
+        saved.pop(name, None)
+    return origin.locate(saved, source, typed), source
 
 
 # -----------------------------------------------------------------------------
@@ -306,11 +361,17 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
+    if args.dataset == "-" and ranks.WORLD > 1:
+        # Each rank would take a part of the lines, and tear them.
+        parser.error("--dataset - is for one process: start python eval.py, not torchrun")
     if args.dataset == "-" or args.premise is not None:
         # These flags are about rows with labels; a typed pair has none.
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
+    for name in args.split or ():
+        if args.split.count(name) > 1:
+            parser.error(f"--split names {name} twice")
     if args.out:
         check_eval_folder(args.out)
 
@@ -336,7 +397,8 @@ def check_eval_folder(out: Path) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads flags from a file, one to a line: python train.py @tiny/args",
+        epilog="@FILE reads words from a file, one to a line: "
+        + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
     add_model_arguments(parser)
     add_adapter_arguments(parser)
@@ -351,19 +413,20 @@ def train_arguments(
 ) -> argparse.Namespace:
     """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
 
-    `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None.
+    `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None. `out` is
+    None where a new run is to have a folder of its own, below out/ and called `new_name`.
     """
     parser = parser or train_parser()
     typed = parser.typed(argv)
     run = run_to_resume(parser, typed)
     if run:
         arguments = resume.saved_arguments(run)
-        for name in ("model", "dataset"):
-            if isinstance(arguments.get(name), str):
-                folder = Path(str(arguments.get("started_in", ".")))
-                arguments[name] = files.find_path(arguments[name], run, folder)
-        saved = parser.set_saved_defaults(arguments, run)
+        saved = parser.check_saved(arguments, run)
         refuse_another_run(parser, run, saved, typed)
+        # What a restart by torchrun types again is the run's own.
+        others = {name: value for name, value in typed.items() if value != saved.get(name)}
+        source = origin.origin(run, arguments, saved)
+        parser.set_defaults(**origin.locate(saved, source, others))
         parser.set_defaults(resume=run, out=run)
     args = parse_arguments(parser, argv, check_train)
     # A default of the one, from a run or from tiny/args, must not stand beside the other.
@@ -376,8 +439,6 @@ def train_arguments(
         args.steps = STEPS
     if args.targets == ["all-linear"]:  # PEFT's file holds this word as a text, no list
         args.targets = "all-linear"
-    if args.out is None:
-        args.out = Path("out") / new_name(args)
     return args
 
 
@@ -391,9 +452,11 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         return run
     if ranks.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
-    # A restart has the command line of the start, without --resume.
+    # A restart has the command line of the start, without --resume. Where the start was refused
+    # the folder is another one's.
     if ranks.RESTARTS and (out / "args.json").is_file():
-        return out
+        owner = files.read_json(out / "args.json").get("torchrun", ranks.TORCHRUN)
+        return out if owner == ranks.TORCHRUN else None
     return None
 
 
@@ -418,24 +481,31 @@ def as_text(value) -> str:
 
 
 def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Raises ValueError when a new run would write over another one."""
+    """Refuses flags that do not go together, and a new run that would write over another one."""
+    if args.keep_best and not args.eval_every:
+        parser.error("--keep-best needs --eval-every, which says when to look")
     # Only the first rank looks, because it is the one that writes there.
-    if not ranks.FIRST or not args.out or args.resume:
-        return
-    if (args.out / "args.json").exists():
+    if ranks.FIRST and args.out and not args.resume:
+        check_train_folder(args.out)
+
+
+def check_train_folder(out: Path) -> None:
+    """Raises ValueError where --out is no folder, or a new run would write over what it holds."""
+    if (out / "args.json").exists():
         raise ValueError(
-            f"{args.out} holds a run already: --resume {args.out}, "
+            f"{out} holds a run already: --resume {commands.quoted(out)}, "
             "or choose another --out, or remove it"
         )
-    if args.out.is_file():
-        raise ValueError(f"--out {args.out} is a file: pass a folder")
-    for name in ("README.md", "results.json"):  # as in somebody's project, or with --out ""
-        if (args.out / name).exists():
-            raise ValueError(f"{args.out} holds a {name} that is no run's: choose another --out")
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file: pass a folder")
+    # As in somebody's project, or with --out "".
+    for name in ("README.md", "results.json", best.FOLDER):
+        if (out / name).exists():
+            raise ValueError(f"{out} holds a {name} that is no run's: choose another --out")
 
 
 def new_name(args: argparse.Namespace) -> str:
-    """Returns a new run's name; with the time in it, no two runs share one."""
+    """Returns a new run's name. The time in it makes it one of its own but for the second."""
     parts = (
         Path(args.model).name,
         Path(args.dataset).name,
@@ -466,8 +536,17 @@ def answer_help(make_parser: Callable[[], Parser]) -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, leave)
+    check_folder()
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def check_folder() -> None:
+    """Ends a script whose current folder is gone: there libraries fail in ways of their own."""
+    try:
+        os.getcwd()
+    except OSError:
+        sys.exit("error: the current folder has been removed: cd to another one")
 
 
 def leave(*_) -> None:
@@ -484,15 +563,8 @@ def run(main: Callable[[], None]) -> None:
     # Ctrl-C raises KeyboardInterrupt again, unless it was ignored from the start.
     if signal.getsignal(signal.SIGINT) is leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    if sys.stderr is None:  # closed, as by 2>&-
-        sys.stderr = open(os.devnull, "w")
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            # Whatever the locale says. JSON can hold what backslashreplace writes.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if hasattr(sys.stdout, "reconfigure"):
-        # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
-        sys.stdout.reconfigure(line_buffering=True)
+    check_folder()
+    prepare_outputs()
     try:
         main()
     except KeyboardInterrupt as interruption:
@@ -507,6 +579,20 @@ def run(main: Callable[[], None]) -> None:
         if "--debug" in sys.argv or not is_users(error):
             raise
         sys.exit(one_line(error))
+
+
+def prepare_outputs() -> None:
+    """Makes standard output and error write UTF-8, line by line, and nowhere where closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed, as by >&-
+            setattr(sys, name, open(os.devnull, "w"))
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            # Whatever the locale says. JSON can hold what backslashreplace writes.
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):
+        # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
+        sys.stdout.reconfigure(line_buffering=True)
 
 
 def is_users(error: Exception) -> bool:

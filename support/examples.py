@@ -8,6 +8,7 @@ how a dataset is read.
 """
 
 import functools
+import re
 import stat
 import sys
 from argparse import Namespace
@@ -20,6 +21,7 @@ from pyarrow import compute
 from support import card, hub, ranks
 from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
 from support.dataset_files import find_files, read_file, split_name, table_columns, with_train
+from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
@@ -43,10 +45,28 @@ class Reading(NamedTuple):
     columns: tuple[str, ...] = ()  # the names of premise, hypothesis and label
     labels: tuple[str, ...] = ()  # the meanings of 0, 1 and 2, or three VALUE=MEANING
     validation: float | None = None  # the share of train that is kept for validation
+    revision: str | None = None  # of a dataset on the Hub
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        return cls(tuple(args.columns or ()), tuple(args.labels or ()), args.validation)
+        """Returns what these arguments say. One that is missing says nothing."""
+        columns = tuple(getattr(args, "columns", None) or ())
+        labels = tuple(getattr(args, "labels", None) or ())
+        validation = getattr(args, "validation", None)
+        return cls(columns, labels, validation, getattr(args, "dataset_revision", None))
+
+    def flags(self) -> list[str]:
+        """Returns the words of a command line that say the same."""
+        words = []
+        if self.columns:
+            words += ["--columns", *self.columns]
+        if self.labels:
+            words += ["--labels", *self.labels]
+        if self.validation:
+            words += ["--validation", str(self.validation)]
+        if self.revision:
+            words += ["--dataset-revision", self.revision]
+        return words
 
 
 BY_THE_TABLES = Reading()
@@ -58,7 +78,9 @@ BY_THE_TABLES = Reading()
 
 # Cached, because a run asks for the names and for each split.
 @functools.cache
-def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
+def find_splits(
+    dataset: str, revision: str | None = None
+) -> "dict[str, dict[str, Path | Dataset]]":
     """Returns the parts of each split, by their places.
 
     A part is a file, or a table from the Hub; its place is what an error calls it. Raises
@@ -67,6 +89,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
     directory = Path(dataset)
     try:
         if dataset and is_folder(directory):
+            hub.refuse_revision("dataset", dataset, revision)
             splits = find_files(directory)
             return {split: {str(path): path for path in paths} for split, paths in splits.items()}
     except PermissionError as error:
@@ -78,7 +101,7 @@ def find_splits(dataset: str) -> "dict[str, dict[str, Path | Dataset]]":
             f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
             "say with --dataset where it is"
         )
-    tables = load_from_hub(dataset)
+    tables = load_from_hub(dataset, revision)
     found = [split_name(name) or name for name in tables]
     splits = {}
     for split, (name, rows) in zip(found, tables.items()):
@@ -96,7 +119,7 @@ def is_folder(path: Path) -> bool:
         return False
 
 
-def load_from_hub(dataset: str) -> "DatasetDict":
+def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     import datasets
     import huggingface_hub
 
@@ -106,21 +129,55 @@ def load_from_hub(dataset: str) -> "DatasetDict":
     if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
         datasets.disable_progress_bars()
     try:
-        return datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset))
+        commit = resolve(dataset, revision) if revision else None
+        tables = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset), revision=commit)
     # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
     # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
     except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
+        name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
-            f"cannot load {dataset!r} from the Hub, and it is no directory here "
+            f"cannot load {name} from the Hub, and it is no directory here "
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
+    found = commit_of(next(iter(tables.values())))
+    if commit and found != commit:  # without a network `datasets` takes the latest of its cache
+        raise ValueError(
+            f"the cache of {dataset!r} holds the commit {found}, not {commit}, "
+            "and the Hub cannot be reached"
+        )
+    return tables
+
+
+def resolve(dataset: str, revision: str) -> str:
+    """Returns the commit that a branch or a tag stands for. A commit is returned as it is."""
+    import huggingface_hub
+
+    if re.fullmatch("[0-9a-f]{40}", revision):
+        return revision
+    folder = huggingface_hub.snapshot_download(
+        dataset, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
+    )
+    return Path(folder).name  # called like the commit, without a network too
+
+
+def commit_of(table: "Dataset") -> str:
+    """Returns the commit that a table from the Hub is of: the name of its folder in the cache."""
+    return Path(table.cache_files[0]["filename"]).parent.name
+
+
+def hub_commit(dataset: str, revision: str | None) -> str | None:
+    """Returns the commit of a dataset that has come from the Hub, None of a directory."""
+    if Path(dataset).is_dir():
+        return None
+    first_split = next(iter(find_splits(dataset, revision).values()))
+    return commit_of(next(iter(first_split.values())))
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
     """Returns the names of all splits, also of one that --validation cuts from train."""
-    names = list(find_splits(dataset))
+    names = list(find_splits(dataset, reading.revision))
     is_cut = reading.validation and not any(name.startswith("validation") for name in names)
     return [*names, "validation"] if is_cut else names
 
@@ -197,13 +254,19 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
     return counts
 
 
+def digest_split(dataset: str, split: str, reading: Reading) -> str:
+    """Returns a digest of all rows of a split, whatever --limit takes of them."""
+    rows, _ = read_split(dataset, split, reading)
+    return digest_rows(rows)
+
+
 @functools.cache
 def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
     """Returns all rows of a split, and which columns of its files they are.
 
     A row has premise, hypothesis, label, and the label as `written`.
     """
-    splits = find_splits(dataset)
+    splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
     if split not in names:
         cure = ": call the file that is meant train.*" if split == "train" else ""
@@ -234,7 +297,7 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
 
     An error begins with the part or the split that it is about.
     """
-    parts = read_parts(find_splits(dataset)[split])
+    parts = read_parts(find_splits(dataset, reading.revision)[split])
     first = next(iter(parts))
     columns = find_columns(list(parts[first]), reading.columns, first)
     if len(set(columns.values())) < len(columns):  # "text Text" are one column, too

@@ -35,16 +35,21 @@ def fingerprint(
     }
 
 
-def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
-    """Returns the arguments that an adapter's file says it was quantised with, if it does."""
+def recorded(adapter: Path) -> dict[str, str]:
+    """Returns the fingerprint in an adapter's file, {} where there is none."""
     try:
         with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
-            recorded = (file.metadata() or {}).get("quantization", "")
+            return file.metadata() or {}
     except (SafetensorError, OSError):  # who loads the adapter says what is wrong
         return {}
-    if not recorded:
+
+
+def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
+    """Returns the arguments that an adapter's file says it was quantised with, if it does."""
+    quantization = recorded(adapter).get("quantization", "")
+    if not quantization:
         return {}
-    name, _, double = recorded.partition(", ")
+    name, _, double = quantization.partition(", ")
     return {"quant": name, "double_quant": double == "double"}
 
 

@@ -5,12 +5,17 @@ text %% is one percent sign, because argparse formats it.
 """
 
 import math
+import os
+import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from pathlib import Path
 
 from support import hub
 
 CONTEXT = 2048  # positions that phi-2 was trained on
+MOST = 2**31 - 1  # of whole numbers: rows, steps
+HUGE = 1e6  # of other numbers: none that can be trained with is larger
+WIDEST = 10_240  # of phi-2's layers
 
 # -----------------------------------------------------------------------------
 # What a flag may hold, as types for argparse
@@ -18,7 +23,7 @@ CONTEXT = 2048  # positions that phi-2 was trained on
 # They raise ArgumentTypeError: of a ValueError argparse does not print the message.
 
 
-def whole_number(text: str, least: int = 0) -> int:
+def integer(text: str, least: int = 0) -> int:
     """Returns a whole number of at least `least`."""
     try:
         number = int(text)
@@ -29,9 +34,27 @@ def whole_number(text: str, least: int = 0) -> int:
     return number
 
 
+def whole_number(text: str, least: int = 0) -> int:
+    """Returns a whole number of at least `least` that counts something."""
+    number = integer(text, least)
+    if number > MOST:
+        raise ArgumentTypeError(f"must be at most {MOST:,}, not {text}")
+    return number
+
+
 def count(text: str) -> int:
-    """Returns a whole number of at least 1: rows, steps, tokens, a rank."""
+    """Returns a whole number of at least 1: rows, steps, tokens."""
     return whole_number(text, least=1)
+
+
+def rank(text: str) -> int:
+    """Returns a whole number from 1 to the width of phi-2's widest layer."""
+    number = count(text)
+    if number > WIDEST:
+        raise ArgumentTypeError(
+            f"must be at most {WIDEST:,}, not {text}: B A has no higher rank than its layer"
+        )
+    return number
 
 
 def new_tokens(text: str) -> int:
@@ -44,7 +67,7 @@ def new_tokens(text: str) -> int:
 
 def seed(text: str) -> int:
     """Returns any whole number from 0 on, made small enough for torch's generators."""
-    return whole_number(text) % 2**63
+    return integer(text) % 2**63
 
 
 def finite_number(text: str) -> float:
@@ -62,13 +85,24 @@ def number_from_0(text: str) -> float:
     number = finite_number(text)
     if number < 0:
         raise ArgumentTypeError(f"must be at least 0, not {text}")
-    return number
+    return not_huge(number, text)
 
 
 def number_above_0(text: str) -> float:
+    return not_huge(norm(text), text)
+
+
+def norm(text: str) -> float:
+    """Returns a number above 0. It may be huge: a gradient is clipped to it, or never."""
     number = finite_number(text)
     if number <= 0:
         raise ArgumentTypeError(f"must be above 0, not {text}")
+    return number
+
+
+def not_huge(number: float, text: str) -> float:
+    if number > HUGE:
+        raise ArgumentTypeError(f"must be at most {HUGE:,.0f}, not {text}")
     return number
 
 
@@ -96,6 +130,40 @@ def dtype_name(text: str) -> str:
     return text
 
 
+def word(text: str) -> str:
+    """Returns the text as it is. Only an empty one is refused, as "$UNSET" leaves it."""
+    if not text:
+        raise ArgumentTypeError("must not be empty")
+    return text
+
+
+def name(text: str) -> str:
+    """Returns the name of a model or a dataset; ~ of a path is the home folder.
+
+    A shell replaces ~ at the beginning of a word, but not behind = and not in an @FILE.
+    """
+    return os.path.expanduser(word(text))
+
+
+def path(text: str) -> Path:
+    """Returns a path, in which ~ is the home folder."""
+    return Path(name(text))
+
+
+def target(text: str) -> str:
+    """Returns the name of a layer."""
+    if "," in text:
+        raise ArgumentTypeError(f"must be names with blanks between them, not {text}")
+    return word(text)
+
+
+def device(text: str) -> str:
+    """Returns the name of a device in torch's form. Whether it is there shows later."""
+    if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()) or text.lower().startswith("gpu"):
+        raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
+    return text.lower()
+
+
 # -----------------------------------------------------------------------------
 # The flags, by groups of --help
 
@@ -106,19 +174,28 @@ def add_dataset_arguments(group) -> None:
     """Adds the flags on the rows to a parser or to a group of one."""
     group.add_argument(
         "--dataset",
+        type=name,
         help="Hub id, or directory of train.* and validation*.* "
         "(default: nyu-mll/glue, no GPU: tiny/data); eval.py also takes -, JSON lines of "
         "premise and hypothesis on standard input",
     )
     group.add_argument(
+        "--dataset-revision",
+        type=word,
+        metavar="REVISION",
+        help="of a dataset on the Hub: a branch, a tag or a commit (default: main)",
+    )
+    group.add_argument(
         "--columns",
         nargs=3,
+        type=word,
         metavar=("PREMISE", "HYPOTHESIS", "LABEL"),
         help="what the dataset calls these columns",
     )
     group.add_argument(
         "--labels",
         nargs=3,
+        type=word,
         metavar="MEANING",
         help="what 0, 1 and 2 mean in the dataset: contradiction entailment neutral, say; "
         "or what words mean: yes=entailment maybe=neutral no=contradiction",
@@ -131,6 +208,15 @@ def add_dataset_arguments(group) -> None:
     )
 
 
+def add_model_revision(group) -> None:
+    group.add_argument(
+        "--model-revision",
+        type=word,
+        metavar="REVISION",
+        help="of a model on the Hub: a branch, a tag or a commit (default: main)",
+    )
+
+
 # The model and the data, for train.py, eval.py and several scripts. The first two flags
 # are what a user with other weights or other rows changes.
 def add_model_arguments(parser: ArgumentParser) -> None:
@@ -138,8 +224,10 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     group.add_argument(
         "--model",
+        type=name,
         help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)",
     )
+    add_model_revision(group)
     add_dataset_arguments(group)
     # Memory: for a GPU that is too small for phi-2, or larger than it needs.
     group.add_argument(
@@ -183,13 +271,13 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         "longer ones lose the end of the premise, then of the hypothesis (default: 512)",
     )
     # For one GPU of several, cuda:1, or for a CPU beside a GPU that is in use.
-    group.add_argument("--device", help="default: cuda where there is one")
+    group.add_argument("--device", type=device, help="default: cuda where there is one")
 
 
 # How much the adapter can learn. A user of other data changes --rank and --targets first.
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("adapter")
-    group.add_argument("--rank", type=count, default=8, help="default: 8")
+    group.add_argument("--rank", type=rank, default=8, help="default: 8")
     group.add_argument(
         "--alpha",
         type=number_above_0,
@@ -205,6 +293,7 @@ def add_adapter_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--targets",
         nargs="+",
+        type=target,
         # what the LoRA paper adapts
         default=["q_proj", "v_proj"],
         help='linear layers to adapt, or "all-linear" (default: q_proj v_proj)',
@@ -256,7 +345,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--max-grad-norm",
-        type=number_above_0,
+        type=norm,
         default=1.0,
         help="gradients are clipped to this norm (default: 1)",
     )
@@ -314,6 +403,11 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         "--eval-every", type=count, help="evaluate after each so many steps too"
     )
     group.add_argument(
+        "--keep-best",
+        action="store_true",
+        help="with --eval-every: keep the adapter of the best accuracy in RUN/best/",
+    )
+    group.add_argument(
         "--max-new-tokens",
         type=new_tokens,
         default=32,
@@ -328,13 +422,13 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--resume",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="resume this run, with its arguments; more --steps may be given",
     )
     group.add_argument(
         "--out",
-        type=Path,
+        type=path,
         help="default: out/ and a name made of model, dataset, rank and time",
     )
     # To share a result, or to watch a run from elsewhere. Without them nothing is sent.
@@ -356,11 +450,11 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     # What is evaluated: without --adapter the base alone.
     parser.add_argument(
         "--adapter",
-        type=Path,
+        type=name,
         help="run of train.py, or any PEFT LoRA adapter: a directory or a Hub id; "
         "it names its model",
     )
-    parser.add_argument("--split", nargs="+", help="default: every validation split")
+    parser.add_argument("--split", nargs="+", type=word, help="default: every validation split")
     parser.add_argument("--limit", type=count, help="first rows of each split only")
     # How: "generate" writes an answer and reads the number in it; "score" compares the
     # probabilities of the three answers, so that none is unparsed.
@@ -382,7 +476,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--compare",
-        type=Path,
+        type=path,
         metavar="RUN",
         help="McNemar's test against the predictions of another run or --out",
     )
@@ -392,5 +486,5 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--hypothesis", help="the second text of that pair")
     parser.add_argument(
-        "--out", type=Path, help="write results.json and predictions_SPLIT.jsonl here"
+        "--out", type=path, help="write results.json and predictions_SPLIT.jsonl here"
     )

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from support import card, files
+from support import card, commands, files
 from support.pictures import PICTURES
 
 CONFIG = "adapter_config.json"
@@ -31,6 +31,12 @@ def repository(name: str) -> str:
     return name
 
 
+def refuse_revision(kind: str, name: str, revision: str | None) -> None:
+    """Raises ValueError where a revision is typed for a model or a dataset that is a directory."""
+    if revision:
+        raise ValueError(f"--{kind}-revision is for a {kind} on the Hub, and {name} is a folder")
+
+
 def find_adapter(name: str) -> Path:
     """Returns the folder of an adapter.
 
@@ -48,6 +54,8 @@ def find_adapter(name: str) -> Path:
     if (directory / CONFIG).is_file():
         return directory
     below = [path.parent for depth in ("*", "*/*") for path in directory.glob(f"{depth}/{CONFIG}")]
+    # Of a run and its best/ it is the run.
+    below = [path for path in below if path.parent not in below]
     if len(below) == 1:
         return below[0]
     if below:
@@ -137,5 +145,5 @@ def failure(error: Exception, directory: Path, repo: str) -> str:
         return line + (
             "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         )
-    command = f"python -m scripts.push --adapter {directory} --repo {repo}"
+    command = commands.command("scripts.push", "--adapter", directory, "--repo", repo)
     return line + f"{directory} is unchanged, try again with: {command}"

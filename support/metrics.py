@@ -8,16 +8,21 @@ A prediction is one line of predictions_<split>.jsonl, a dictionary:
     scores                 its probabilities of the three answers
     tokens, genre          the prompt's length in tokens; the kind of text, where known
 
-scipy and scikit-learn take seconds to import, so the functions that use them import them.
+The few statistics are written out in numpy. tests/test_metrics.py compares them with scipy and
+scikit-learn.
 """
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy
 
 from support import files
 from support.labels import LABELS
 from support.letters import printable
 
+Z = 1.959963984540054  # 95 % of a normal distribution lie within Z deviations of its mean
 OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 1 or 2
 
 
@@ -59,21 +64,28 @@ def accuracy(rows: list[dict]) -> dict:
 
 
 def count_correct(predictions: list[dict]) -> dict:
-    """Returns the accuracy and its 95 % confidence interval. Unparsed rows count as wrong.
-
-    The interval is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0
-    and 1, and does not shrink to nothing when all rows are right or all are wrong.
-    """
-    from scipy.stats import binomtest
-
+    """Returns the accuracy and its 95 % confidence interval. Unparsed rows count as wrong."""
     correct = sum(map(is_right, predictions))
-    interval = binomtest(correct, len(predictions)).proportion_ci(method="wilson")
     return {
         **accuracy(predictions),
-        "ci95": [float(interval.low), float(interval.high)],
+        "ci95": wilson_interval(correct, len(predictions)),
         "correct": correct,
         "unparsed": sum(row["prediction"] == -1 for row in predictions),
     }
+
+
+def wilson_interval(correct: int, n: int) -> list[float]:
+    """Returns the ends of the 95 % confidence interval of a share, correct / n.
+
+    It is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0 and 1, and
+    does not shrink to nothing when all rows are right or all are wrong.
+    """
+    share = correct / n
+    shrinkage = 1 + Z**2 / n
+    middle = (share + Z**2 / (2 * n)) / shrinkage
+    half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / shrinkage
+    # At 0 and at 1 an end is the share itself, but for its last bit.
+    return [min(middle - half, share), max(middle + half, share)]
 
 
 def by_label(predictions: list[dict]) -> dict:
@@ -82,20 +94,18 @@ def by_label(predictions: list[dict]) -> dict:
 
     confusion[i][j] counts the rows of label i answered j; the last column is `OTHER`.
     """
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+    confusion = numpy.zeros((3, 4), dtype=int)
+    for row in predictions:
+        answer = row["prediction"] if row["prediction"] in (0, 1, 2) else OTHER
+        confusion[row["label"], answer] += 1
+    right = confusion.diagonal()
+    counts = confusion.sum(axis=1)  # rows of each label
+    answered = confusion.sum(axis=0)[:3]  # how often each label was the answer
+    # A label that has no rows, or is never answered, has 0 there.
+    precision = right / numpy.maximum(answered, 1)
+    recall = right / numpy.maximum(counts, 1)
+    f1 = 2 * right / numpy.maximum(counts + answered, 1)
 
-    labels = [row["label"] for row in predictions]
-    answers = [
-        row["prediction"] if row["prediction"] in (0, 1, 2) else OTHER
-        for row in predictions
-    ]
-    # All labels are named here and below, because a few rows may lack one of them. The
-    # matrix is square, but no row has the label OTHER: its last line is always empty.
-    confusion = confusion_matrix(labels, answers, labels=[0, 1, 2, OTHER])[:3]
-    # A label that is never answered has no precision; 0 spares a warning for each.
-    precision, recall, f1, counts = precision_recall_fscore_support(
-        labels, answers, labels=[0, 1, 2], zero_division=0
-    )
     # numpy's numbers become Python's, which json can write.
     figures = {}
     for label, name in enumerate(LABELS):
@@ -106,7 +116,7 @@ def by_label(predictions: list[dict]) -> dict:
             "n": int(counts[label]),
         }
     return {
-        "majority": int(counts.max()) / len(labels),
+        "majority": int(counts.max()) / len(predictions),
         "confusion": confusion.tolist(),
         "labels": figures,
         # The mean over labels, not over rows: a rare label counts as much as a frequent one.
@@ -121,19 +131,18 @@ def by_scores(predictions: list[dict]) -> dict:
     are the likeliest, of which it takes the first; nll is the mean negative log-likelihood of
     the label among the three.
     """
-    import numpy
-    from sklearn.metrics import log_loss
-
     labels = numpy.array([row["label"] for row in predictions])
     scores = numpy.array([row["scores"] for row in predictions], dtype=float)
     ordered = numpy.sort(scores, axis=1)
     ties = ordered[:, 2] == ordered[:, 1]
     scores /= scores.sum(axis=1, keepdims=True)  # stored rounded
     likeliest = scores.argmax(axis=1)
+    of_labels = scores[numpy.arange(len(labels)), labels]
+    of_labels = numpy.maximum(of_labels, numpy.finfo(float).eps)  # a 0 has no logarithm
     return {
         "ties": int(ties.sum()),
         "score_accuracy": float((likeliest == labels).mean()),
-        "nll": float(log_loss(labels, scores, labels=[0, 1, 2])),
+        "nll": float(-numpy.log(of_labels).mean()),
     }
 
 
@@ -174,8 +183,6 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     p where most answers of one model hold no number: such a test would compare forms of
     answers. Raises ValueError unless both sets of predictions are of the same rows.
     """
-    from scipy.stats import binomtest
-
     check_same_rows(first, second)
     first_right = {row_of(row): is_right(row) for row in first}
     second_right = {row_of(row): is_right(row) for row in second}
@@ -186,14 +193,24 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     if is_unreadable(first) or is_unreadable(second):
         p = None
     elif only_first + only_second:
-        # Two-sided, against a coin: either model could be the better one.
-        p = float(binomtest(only_first, only_first + only_second).pvalue)
+        p = coin_p(only_first, only_second)
     return {
         "n": len(first_right),
         "only_first": only_first,
         "only_second": only_second,
         "p": p,
     }
+
+
+def coin_p(heads: int, tails: int) -> float:
+    """Returns how likely a fair coin falls at least as unevenly, to either side."""
+    tosses = heads + tails
+    ways = 1  # to get `number` heads
+    total = 1  # to get up to `number` heads
+    for number in range(1, min(heads, tails) + 1):
+        ways = ways * (tosses - number + 1) // number
+        total += ways
+    return min(1.0, 2 * total / 2**tosses)
 
 
 def is_unreadable(predictions: list[dict]) -> bool:

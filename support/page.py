@@ -1,4 +1,4 @@
-"""Draws the pictures of a finished run and writes report.html, which needs no other file.
+"""The pictures of a finished run, and report.html, which needs no other file.
 
 The page is the template report.html.jinja. A model or a dataset may hold any text, HTML and
 scripts too, so the template escapes every text: none can act on the page.
@@ -15,11 +15,10 @@ UNPARSED = 50  # how many completions without a number are shown
 
 
 def write(directory: Path) -> None:
-    """Writes loss.png, confusion.png and report.html from the other files of a run."""
+    """Writes report.html from the other files of a run, with those pictures that are there."""
     directory = Path(directory)
     args = files.read_json(directory / "args.json")
     results = files.read_json(directory / "results.json")
-    draw_pictures(directory, results)  # first: the page holds what they draw
 
     # The rows to read.
     rows = read_rows(directory, results)
@@ -46,14 +45,17 @@ def write(directory: Path) -> None:
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
-def draw_pictures(directory: Path, results: dict) -> None:
-    """Draws those pictures for which the run has numbers."""
+def draw_pictures(directory: Path) -> None:
+    """Draws loss.png and confusion.png, where the run has the numbers."""
+    results = files.read_json(directory / "results.json")
     rows = files.read_lines(directory / "metrics.jsonl")
-    # "loss" is the training loss; a line of an evaluation has SPLIT_loss.
-    if any("loss" in row for row in rows):
-        pictures.draw_loss(rows, directory / "loss.png")
-    if results.get("finetuned"):
-        pictures.draw_confusion(results["finetuned"], directory / "confusion.png")
+    try:
+        # "loss" is the training loss; a line of an evaluation has SPLIT_loss.
+        if any("loss" in row for row in rows):
+            pictures.draw_loss(rows, directory / "loss.png")
+    finally:  # the one may be drawn where the other cannot
+        if results.get("finetuned"):
+            pictures.draw_confusion(results["finetuned"], directory / "confusion.png")
 
 
 def read_pictures(directory: Path) -> dict[str, str]:

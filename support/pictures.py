@@ -6,6 +6,7 @@ takes about a second to import, so only `draw` imports it.
 """
 
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from support import files
 from support.labels import LABELS
 
-# What page.write draws into a run's directory, and the heading of each picture
+# What page.draw_pictures draws into a run's directory, and the heading of each picture
 PICTURES = {
     "loss.png": "Training and validation loss, and the learning rate",
     "confusion.png": "Answers by label",
@@ -27,29 +28,25 @@ HATCHES = ("", "///", "...", "xxx")  # none, lines, dots, crosses
 @contextmanager
 def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator:
     """Yields the axes of a picture, one for each column of `size` inches; writes `path`."""
+    # A notebook leaves in MPLBACKEND how it shows pictures, which its scripts cannot import.
+    # A figure that is only written needs no backend.
+    os.environ.pop("MPLBACKEND", None)
     import matplotlib
-
-    matplotlib.use("Agg")  # draws without a screen
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     width, height = size
-    figure, axes = pyplot.subplots(
-        1,
-        columns,
-        figsize=(width * columns, height),
-        # always rows of axes, even when there is one
-        squeeze=False,
-        # makes room for the legend outside the axes
-        layout="constrained",
-    )
-    try:
-        yield axes[0]
+    # matplotlib's own settings, not those of the user's matplotlibrc, such as TeX for texts.
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # Texts as they are: a path or a split may hold $, and what is between two of them
+        # would be read as a formula.
+        matplotlib.rcParams["text.parse_math"] = False
+        figure = Figure(figsize=(width * columns, height), layout="constrained")
+        # squeeze=False: always rows of axes, even when there is one
+        yield figure.subplots(1, columns, squeeze=False)[0]
         with files.replacing(path) as temporary:
             # The temporary name has no suffix to take the format from.
             figure.savefig(temporary, format="png", dpi=120)
-    finally:
-        # pyplot keeps every figure until it is closed.
-        pyplot.close(figure)
 
 
 # -----------------------------------------------------------------------------

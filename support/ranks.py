@@ -51,9 +51,11 @@ FIRST = RANK == 0  # the rank that prints and writes
 # What a script is started with, for the commands that are printed.
 COMMAND = "python" if WORLD == 1 else f"torchrun --nproc-per-node {LOCAL_WORLD}"
 
-# How often torchrun may start all ranks again, and how often it has.
+# How often torchrun may start all ranks again, and how often it has; and a name of its own,
+# which stays the same when it does.
 MAX_RESTARTS = number_from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0)
 RESTARTS = number_from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
+TORCHRUN = os.environ.get("TORCHELASTIC_RUN_ID") if IN_TORCHRUN else None
 
 
 # -----------------------------------------------------------------------------
@@ -104,7 +106,10 @@ def own_device(name: str) -> torch.device:
         torch.empty(0, device=device)
     # torch's errors for a device that it does not know, find, or have support for.
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0][:150]}") from None
+        reason = str(error).splitlines()[0][:100]
+        raise ValueError(
+            f"--device {name}: torch has no such device here ({reason}); pass --device cpu"
+        ) from None
     if device.type == "meta":
         raise ValueError("--device meta holds no numbers; scripts/plan.py counts on it")
     return device

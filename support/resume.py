@@ -209,8 +209,9 @@ def write(
             tensors[f"optimizer.{number}.{key}"] = value
     # safetensors refuses views whose values are not one after the other.
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # The metadata may hold texts only. Readers of other libraries ask for "format".
-    save_file(tensors, path, {"format": "pt", "state": json.dumps(asdict(state))})
+    # The metadata may hold texts only. One entry: safetensors writes several in any order,
+    # and the same run is to give the same bytes.
+    save_file(tensors, path, {"state": json.dumps(asdict(state))})
 
 
 def load(run: Path) -> Saved:
@@ -220,7 +221,9 @@ def load(run: Path) -> Saved:
         raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            # Copies: a tensor of the file's own keeps it mapped into memory as long as it is
+            # used, by the optimiser to the end, and Windows replaces no file that is mapped.
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error})") from None
@@ -286,13 +289,23 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
     for line in text.splitlines(keepends=True):
         try:
             entry = json.loads(line)
-            # A line of training has "loss", one of an evaluation SPLIT_loss.
-            is_final_evaluation = "loss" not in entry and entry["step"] >= steps
+            is_final_evaluation = is_evaluation(entry) and entry["step"] >= steps
             if line.endswith("\n") and entry["step"] <= step and not is_final_evaluation:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):  # cut short, or not a line of ours
             continue
     return kept
+
+
+def evaluated_steps(lines: list[str]) -> set[int]:
+    """Returns the steps that have an evaluation among these lines of a metrics.jsonl."""
+    entries = [json.loads(line) for line in lines]
+    return {entry["step"] for entry in entries if is_evaluation(entry)}
+
+
+def is_evaluation(entry: dict) -> bool:
+    """Returns whether a line is of an evaluation, which has SPLIT_loss and no "loss"."""
+    return "loss" not in entry
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import card, files, hub, machine, metrics, page, pictures, ranks
-from support.resume import Progress, State, lines_up_to
+from support import best, card, commands, files, hub, machine, metrics, page, pictures, ranks
+from support.extras import Extras
+from support.resume import Progress, State, evaluated_steps, lines_up_to
+from support.stopping import discard_closed_outputs
 
 
 class RunLog:
@@ -38,7 +40,9 @@ class RunLog:
         self.started = time.perf_counter()  # of this process, not of a run that it resumes
         self.clock = self.started  # when the steps since the last report began
         self.file = None  # metrics.jsonl
+        self.evaluated = set()  # the steps whose evaluation is in it
         self.wandb_run = None  # with --wandb
+        self.extras = Extras()
 
     def open(self) -> None:
         """Writes args.json, and opens metrics.jsonl. Until then nothing in the folder changes."""
@@ -52,25 +56,31 @@ class RunLog:
         lines = []
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
-        files.make_folder(self.folder)
-        # A run that was killed while it wrote has left its temporary files.
-        files.remove_unfinished(self.folder)
+        self.evaluated = evaluated_steps(lines)
+        if ranks.TORCHRUN:
+            record["torchrun"] = ranks.TORCHRUN
         if self.args.wandb:
-            record["wandb_run"] = self.wandb_id()
+            record["wandb_run"] = self.wandb_identity()
         files.write_json(self.folder / "args.json", record)
         with files.replacing(path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
         # Line by line, so that a kill loses none and `tail -f` shows each at once.
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         if self.args.wandb:
-            self.wandb_run = start_wandb(self.folder, record)
+            with self.extras.attempt("W&B"):
+                self.wandb_run = start_wandb(self.folder, record)
 
-    def wandb_id(self) -> str:
-        """Returns the id of this run at W&B. A resumed run has that of its beginning."""
+    def wandb_identity(self) -> dict[str, str]:
+        """Returns what this run is called at W&B. A resumed run is called what it was."""
+        saved = None
         path = self.folder / "args.json"
         if self.args.resume and path.is_file():
-            return files.read_json(path).get("wandb_run") or uuid.uuid4().hex
-        return uuid.uuid4().hex
+            saved = files.read_json(path).get("wandb_run")
+        return wandb_identity(self.folder.resolve().name, saved)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Returns whether metrics.jsonl has no evaluation of this step. False in other ranks."""
+        return ranks.FIRST and step not in self.evaluated
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -78,13 +88,17 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
-            command = f"{ranks.COMMAND} train.py --resume {self.folder}"
+            command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if ranks.FIRST:  # print would write into the bar
-            tqdm.write(text)
+        if not ranks.FIRST:
+            return
+        try:
+            tqdm.write(text)  # print would write into the bar
+        except OSError:  # nobody can read it any more, and the run is worth more
+            discard_closed_outputs()
 
     def bar(self, steps: range, total: int) -> tqdm:
         """Returns a progress bar over the steps that are left of `total`."""
@@ -103,8 +117,14 @@ class RunLog:
         """Adds a line to metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.wandb_run:
-            self.wandb_run.log(values, step=step)
+        if self.is_sent:
+            with self.extras.attempt("W&B"):
+                self.wandb_run.log(values, step=step)
+
+    @property
+    def is_sent(self) -> bool:
+        """Returns whether there is a W&B run, and nothing has gone wrong with it yet."""
+        return self.wandb_run is not None and "W&B" not in self.extras.failed
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
@@ -141,44 +161,87 @@ class RunLog:
         }
         self.write(step, **values)
 
-    def finish(self, results: dict, prompt: str) -> None:
-        """Writes results.json, the pictures, the page and the model card, and prints the table.
+    def finish(self, results: dict, prompt: str) -> bool:
+        """Writes results.json and prints the table. Then follows what a run can do without.
 
-        With --wandb and --push it sends them.
+        That is the pictures, the page, the model card, and what --wandb and --push ask for.
+        Returns whether all of it was done.
         """
-        files.write_json(self.folder / "results.json", results)
-        page.write(self.folder)
-        card.write_card(self.folder, prompt)
-        self.say(metrics.table(results))
+        try:
+            files.write_json(self.folder / "results.json", results)
+        finally:
+            self.say(metrics.table(results))
         self.file.close()
-        if self.wandb_run:
-            finish_wandb(self.wandb_run, results, self.folder)
+        attempt = self.extras.attempt
+        with attempt("the pictures"):
+            page.draw_pictures(self.folder)
+        with attempt("report.html"):
+            page.write(self.folder)
+        with attempt("README.md"):
+            card.write_card(self.folder, prompt)
+        if self.is_sent:
+            with attempt("W&B"):
+                finish_wandb(self.wandb_run, results, self.folder)
         if self.args.push:
-            self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
+            with attempt("--push"):
+                self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
+        self.say_what_is_left(results)
+        return not self.extras.failed
+
+    def say_what_is_left(self, results: dict) -> None:
+        """Prints where the files of the run are, and how to use them."""
+        if "best" in results:
+            self.say(best.describe(self.folder, results["best"]))
+        named = "adapter and results.json"
+        if "report.html" not in self.extras.failed:
+            named = "adapter, results.json and report.html"
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
-        self.say(f"adapter, results.json and report.html are in {self.folder} ({duration})")
-        self.say(f"try: python eval.py --adapter {self.folder} --premise ... --hypothesis ...")
+        self.say(f"{named} are in {self.folder} ({duration})")
+        if {"the pictures", "report.html"} & set(self.extras.failed):
+            again = commands.command("scripts.report", self.folder)
+            self.say(f"pictures and report.html once more: {again}")
+        pair = ("--premise", "...", "--hypothesis", "...")
+        self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
 
 
 # -----------------------------------------------------------------------------
 # Weights & Biases, a library that only --wandb needs and imports
 
+# What a run is called there, and the variables by which a user decides on it
+IDENTITY = {
+    "id": "WANDB_RUN_ID",
+    "name": "WANDB_NAME",
+    "project": "WANDB_PROJECT",
+    "entity": "WANDB_ENTITY",
+}
+
+
+def wandb_identity(name: str, saved: dict | str | None) -> dict[str, str]:
+    """Returns what a run is called: as a variable says, as it was `saved`, or by default."""
+    identity = {"id": uuid.uuid4().hex, "name": name, "project": "flora"}
+    if isinstance(saved, str):  # an older version has saved the id alone
+        identity["id"] = saved
+    if isinstance(saved, dict):
+        identity |= saved
+    for part, variable in IDENTITY.items():
+        if os.environ.get(variable):
+            identity[part] = os.environ[variable]
+    return identity
+
 
 def start_wandb(folder: Path, record: dict):
     """Returns a W&B run that never asks for a key.
 
-    Without a key it is kept offline, in a folder beside the run's other files.
+    Without a key it is kept offline, in a folder beside the run's other files. What is no
+    option here, such as the tags, W&B takes from its variables.
     """
     import wandb
 
-    options = {
-        "project": "flora",
-        "name": folder.name,
-        "id": record["wandb_run"],
-        "resume": "allow",  # if there is one of this id, it goes on
-        "dir": folder,
-        "config": record,
-    }
+    options = {"config": record, **record["wandb_run"]}
+    if not os.environ.get("WANDB_DIR"):
+        options["dir"] = folder
+    if not os.environ.get("WANDB_RESUME"):
+        options["resume"] = "allow"  # if there is one of this id, it goes on
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":  # a user who has chosen another one has decided
         return wandb.init(**options)
@@ -189,11 +252,12 @@ def start_wandb(folder: Path, record: dict):
         reason = "not logged in"
     except wandb.Error as error:
         reason = " ".join(str(error).split())
+    run = wandb.init(**options, mode="offline")
     print(
-        f"W&B: {reason}, so this run is kept offline in {folder}/wandb; "
-        "send it later with `wandb sync`"
+        f"W&B: {reason}, so this run is kept offline; "
+        f"send it later with: wandb sync {commands.quoted(Path(run.dir).parent)}"
     )
-    return wandb.init(**options, mode="offline")
+    return run
 
 
 def finish_wandb(run, results: dict, folder: Path) -> None:
@@ -210,5 +274,7 @@ def finish_wandb(run, results: dict, folder: Path) -> None:
     for name in pictures.PICTURES:
         if (folder / name).is_file():
             entries[name.replace(".png", "_picture")] = wandb.Image(str(folder / name))
-    run.log(entries)
-    run.finish()
+    try:
+        run.log(entries)
+    finally:
+        run.finish()

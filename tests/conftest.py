@@ -24,14 +24,27 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import Tensor  # noqa: E402
 from zygote import script, start_script  # noqa: E402, F401  (the tests import them from here)
 
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import checkpoints, cli  # noqa: E402
+from support import checkpoints, cli, packing  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
+from support.stopping import StopRequest  # noqa: E402
+
+# On a busy machine any example may take long.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
+
+# What nohup, or a shell that starts something in the background, has made this process ignore, the
+# runs would ignore too.
+for number in StopRequest.SIGNALS:
+    if signal.getsignal(number) is signal.SIG_IGN:
+        is_ctrl_c = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
@@ -185,7 +198,7 @@ def random_ids(model, rows: int = 3, length: int = 24, seed: int = 0) -> Tensor:
 def logits(model: phi2.Phi2, ids: Tensor) -> Tensor:
     """Runs our model on rows of one length, ids (B, T). Returns (B, T, vocab), as transformers."""
     rows, length = ids.shape
-    flat = model(ids.flatten(), phi2.PackedRows([length] * rows, device=ids.device))
+    flat = model(ids.flatten(), packing.PackedRows([length] * rows, device=ids.device))
     return flat.unflatten(0, (rows, length))
 
 
@@ -230,7 +243,7 @@ def read_json(path: Path) -> dict:
 @pytest.fixture(autouse=True)
 def signal_handlers():
     """A run in this process leaves handlers of its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in StopRequest.SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

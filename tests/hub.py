@@ -17,7 +17,7 @@ TOKEN = "hf_" + "TokenOfTheLoopbackHub"
 # A request to read: /api/models/owner/name/tree/main/folder, /owner/name/resolve/main/file
 READ = re.compile(
     r"/(?:api/)?(?P<kind>models/|datasets/)?(?P<repo>[\w.-]+/[\w.-]+)"
-    r"/(?P<call>revision|tree|paths-info|resolve)/[\w.-]+/?(?P<path>.*)"
+    r"/(?P<call>revision|tree|paths-info|resolve)/(?P<revision>[\w.-]+)/?(?P<path>.*)"
 )
 RANGE = re.compile(r"bytes=(?P<first>\d+)-(?P<last>\d*)")
 
@@ -67,16 +67,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def read(self, path: str, body: bytes) -> None:
         call = READ.fullmatch(path)
-        root = None
+        revisions = None
         if call:
             name = (call["kind"] or "models/") + call["repo"]
-            root = self.server.repositories.get(name)
-        if root is None:
+            revisions = self.server.repositories.get(name)
+        if revisions is None:
             return self.answer(404, X_Error_Code="RepoNotFound")
+        if isinstance(revisions, Path):
+            revisions = {"main": revisions}
+        commits = {name: commit_of(name) for name in revisions}
+        for revision, root in revisions.items():
+            if call["revision"] in (revision, commits[revision]):
+                return self.read_revision(call, commits[revision], root, body)
+        self.answer(404, X_Error_Code="RevisionNotFound")
+
+    def read_revision(self, call: re.Match, commit: str, root: Path, body: bytes) -> None:
         if call["call"] == "resolve":
-            return self.send_file(root / call["path"])
+            return self.send_file(root / call["path"], commit)
         if call["call"] == "revision":
-            return self.answer_json(repository(call["repo"], root))
+            return self.answer_json(repository(call["repo"], commit, root))
         if call["call"] == "tree":
             return self.answer_json(self.tree(root, call["path"]))
         wanted = wanted_paths(body)
@@ -92,14 +101,14 @@ class Handler(BaseHTTPRequestHandler):
                 entries.append(entry)
         return entries
 
-    def send_file(self, path: Path) -> None:
+    def send_file(self, path: Path, commit: str) -> None:
         """Sends a file, or the part of it that the client asks for to resume a download."""
         if not path.is_file():
             return self.answer(404, X_Error_Code="EntryNotFound")
         content = path.read_bytes()
         headers = {
             "ETag": f'"{etag(path)}"',
-            "X_Repo_Commit": COMMIT,
+            "X_Repo_Commit": commit,
             "Accept_Ranges": "bytes",
         }
         part = RANGE.fullmatch(self.headers.get("Range", ""))
@@ -183,11 +192,16 @@ WRITES = {
 }
 
 
-def repository(name: str, root: Path) -> dict:
+def commit_of(revision: str) -> str:
+    """Returns the commit that a branch or a tag stands for, in every repository."""
+    return COMMIT if revision == "main" else hashlib.sha1(revision.encode()).hexdigest()
+
+
+def repository(name: str, commit: str, root: Path) -> dict:
     """Returns what the Hub says about a repository."""
     return {
         "id": name,
-        "sha": COMMIT,
+        "sha": commit,
         "siblings": [{"rfilename": entry["path"]} for entry in file_entries(root)],
         "private": False,
         "gated": False,
@@ -232,9 +246,9 @@ def etag(path: Path) -> str:
 
 @contextmanager
 def serving(
-    repositories: dict[str, Path], uploads: Path | None = None
+    repositories: dict[str, Path | dict[str, Path]], uploads: Path | None = None
 ) -> Iterator[tuple[str, list[str]]]:
-    """Serves {"models/owner/name" or "datasets/owner/name": directory}.
+    """Serves {"models/owner/name" or "datasets/owner/name": directory or {revision: directory}}.
 
     Yields the address and the list of all requests so far. What bearers of TOKEN upload goes into
     the directory `uploads`, and is then served too.

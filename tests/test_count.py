@@ -14,7 +14,7 @@ from conftest import ROOT, script
 import data
 import phi2
 from scripts import plan
-from support import cli
+from support import cli, packing
 from support.examples import load_examples
 
 pytestmark = pytest.mark.skipif(
@@ -105,8 +105,8 @@ def shared_length(rows: list) -> int:
 def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
     """Products of the layers' weights; attention and the adapters add less than 2 %."""
     prefix_length = shared_length(rows)
-    tree = phi2.fold([prompt[prefix_length:] for prompt, _ in rows])
-    tokens = prefix_length + len(tree.ids)
+    own_ids, _ = packing.fold([prompt[prefix_length:] for prompt, _ in rows])
+    tokens = prefix_length + len(own_ids)
     square = 2560 * 2560
     first = 12 * square * tokens  # q, k, v and dense, and 8 squares in the MLP
     # In the last layer all tokens give keys and values, and one of each row the rest.

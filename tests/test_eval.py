@@ -4,12 +4,17 @@ import argparse
 import io
 import itertools
 import json
+import os
 import re
+import select
+import shlex
 import shutil
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
-from conftest import ROOT, in_process, ours, read_json, script
+from conftest import ROOT, forget_what_was_read, in_process, ours, read_json, script
 from datasets import Dataset
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +25,7 @@ import lora
 import phi2
 import quant
 import train
+from support import examples
 from support.examples import load_examples
 from support.fingerprint import digest_weights
 
@@ -274,6 +280,9 @@ def test_another_base_tokenizer_quantisation_or_prompt_is_named_and_force_goes_o
 # -----------------------------------------------------------------------------
 # One pair, and pairs from standard input
 
+LINES = ("--model", "tiny/model", "--dataset", "-")
+PAIR = b'{"premise": "%d", "hypothesis": "B."}\n'
+
 
 def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, capsys):
     pair = {"premise": "Anna bought a big red rose.", "hypothesis": "Anna bought a flower."}
@@ -289,6 +298,45 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
     for line, score in zip(lines[1:], answer["scores"], strict=True):
         assert f" {score:.4f}" in line
         assert line.endswith("  <-") == (score == max(answer["scores"]))
+
+
+def test_a_program_may_wait_for_the_answer_to_each_line(monkeypatch):
+    """It writes a line, and the next one when it has read the answer."""
+    inputs, inputs_end = os.pipe()
+    outputs, outputs_end = os.pipe()
+    answers = []
+
+    def program() -> None:
+        with os.fdopen(outputs) as lines, os.fdopen(inputs_end, "wb", buffering=0) as stream:
+            for number in range(3):
+                stream.write(PAIR % number)
+                if not select.select([lines], [], [], 60)[0]:
+                    return  # which ends the input, and the test fails
+                answers.append(json.loads(lines.readline())["premise"])
+
+    monkeypatch.setattr("sys.stdin", os.fdopen(inputs))
+    monkeypatch.setattr("sys.stdout", os.fdopen(outputs_end, "w"))
+    other = Thread(target=program)
+    other.start()
+    in_process(evaluation, *LINES, "--max-new-tokens", 1)
+    other.join()
+    assert answers == ["0", "1", "2"]
+
+
+def test_a_file_of_lines_runs_in_full_batches(monkeypatch, tmp_path):
+    (tmp_path / "pairs").write_bytes(b"".join(PAIR % number for number in range(70)))
+    sizes = []
+    complete = evaluation.complete
+
+    def recorded(model, tokenizer, prompts, max_new_tokens):
+        sizes.append(len(prompts))
+        return complete(model, tokenizer, prompts, max_new_tokens)
+
+    monkeypatch.setattr(evaluation, "complete", recorded)
+    with open(tmp_path / "pairs") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        in_process(evaluation, *LINES, "--batch-size", 32, "--max-new-tokens", 1)
+    assert sizes == [32, 32, 6]
 
 
 def standard_input(content: bytes) -> io.TextIOWrapper:
@@ -334,13 +382,12 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
         (b'{"premise": "caf\xe9", "hypothesis": "b"}', "line 2 of standard input is not JSON: "),
     ],
 )
-def test_a_bad_line_is_named(monkeypatch, capsys, line, message):
-    good = b'{"premise": "A.", "hypothesis": "B."}\n'
+def test_a_bad_line_is_named_once_those_before_it_are_answered(monkeypatch, capsys, line, message):
     line = line if isinstance(line, bytes) else line.encode()
-    monkeypatch.setattr("sys.stdin", standard_input(good + line + b"\n"))
-    command = ["--model", "tiny/model", "--dataset", "-", "--batch-size", 1]
+    content = PAIR % 1 + line + b"\n" + PAIR % 3
+    monkeypatch.setattr("sys.stdin", standard_input(content))
     with pytest.raises(SystemExit) as stopped:
-        in_process(evaluation, *command, "--max-new-tokens", 1)
+        in_process(evaluation, *LINES, "--max-new-tokens", 1)
     assert message in str(stopped.value)
     assert len(capsys.readouterr().out.splitlines()) == 1, "the line before it is answered"
 
@@ -395,11 +442,12 @@ def test_an_evaluation_does_not_write_over_a_run(run):
     assert (run / "results.json").read_bytes() == before
 
 
-ABSENT_DEVICES = ["gpu", "mps:7"] if torch.cuda.is_available() else ["gpu", "mps:7", "cuda"]
+ABSENT_DEVICES = ["mps:7"] if torch.cuda.is_available() else ["mps:7", "cuda"]
 
 
 @pytest.mark.parametrize("device", ABSENT_DEVICES)
-def test_a_device_that_is_not_there_is_one_line(device):
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, device):
+    monkeypatch.setattr(examples, "load_examples", None)  # before any work
     with pytest.raises(SystemExit, match=f"error: --device {device}: ") as stopped:
         in_process(evaluation, *TINY, "--device", device)
     assert "\n" not in stopped.value.code
@@ -411,11 +459,135 @@ def test_a_run_finds_its_model_and_its_data_from_any_folder(run, tmp_path, capsy
     # The run was started with tiny/model, which is now in a folder above it.
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     copy = shutil.copytree(run, tmp_path / "out" / run.name)
+    saved = read_json(copy / "args.json")
+    (copy / "args.json").write_text(json.dumps(saved | {"started_in": str(tmp_path / "gone")}))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     in_process(evaluation, "--adapter", copy, "--limit", 2, cwd=elsewhere)
     there = capsys.readouterr().out
-    assert there.splitlines()[1:] == here.splitlines()[1:]  # the first line names the folder
+    # The first two lines name the folders.
+    assert there.splitlines()[1] == f"{tmp_path}/{here.splitlines()[1]}"
+    assert there.splitlines()[2:] == here.splitlines()[2:]
+
+
+# -----------------------------------------------------------------------------
+# Rows that have to be read in a way of their own
+
+COLUMNS = ("--columns", "text", "claim", "verdict")
+LABELS = ("--labels", "contradiction", "neutral", "entailment")  # 0 and 2 the other way round
+
+
+def rows_of_tiny(first: int) -> list[dict]:
+    lines = (ROOT / "tiny" / "data" / "train.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[first : first + 60]]
+
+
+def write_rows(folder: Path, names: tuple[str, str, str], first: int) -> Path:
+    """Writes 60 rows of tiny/data as a split train, with these columns."""
+    folder.mkdir(exist_ok=True)
+    with open(folder / "train.jsonl", "w") as file:
+        for row in rows_of_tiny(first):
+            values = (row["premise"], row["hypothesis"], row["label"])
+            file.write(json.dumps(dict(zip(names, values))) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_way(tmp_path_factory) -> tuple[Path, str]:
+    """A run over rows that are read by three flags, and the command that it prints at its end."""
+    folder = tmp_path_factory.mktemp("own way")
+    rows = write_rows(folder / "rows", COLUMNS[1:], first=0)
+    command = ("train.py", "--model", "tiny/model", "--dataset", rows, *COLUMNS, *LABELS)
+    command += ("--validation", 0.2, "--steps", 1, "--max-new-tokens", 1)
+    done = script(*command, "--out", folder / "its run; (1)")
+    assert done.returncode == 0, done.stderr
+    return folder / "its run; (1)", done.stdout.splitlines()[-1].removeprefix("try: ")
+
+
+def rows_read(capsys, *arguments, out: Path) -> tuple[dict[str, int], str]:
+    """Returns the label of each prompt of train that an evaluation has read, and its notes."""
+    forget_what_was_read()
+    in_process(evaluation, *arguments, "--mode", "score", "--split", "train", "--out", out)
+    lines = (out / "predictions_train.jsonl").read_text().splitlines()
+    notes = [line for line in capsys.readouterr().err.splitlines() if "does not hold" in line]
+    return {row["prompt"]: row["label"] for row in map(json.loads, lines)}, "".join(notes)
+
+
+def right_rows(first: int, is_turned: bool = False) -> dict[str, int]:
+    """Returns the label of each prompt, as it is written or with 0 and 2 the other way round."""
+    labels = {data.PROMPT.format(**row): row["label"] for row in rows_of_tiny(first)}
+    return {prompt: 2 - label if is_turned else label for prompt, label in labels.items()}
+
+
+def test_the_command_that_a_run_prints_at_its_end_can_be_pasted(own_way):
+    run, command = own_way
+    python, *words = shlex.split(command)
+    assert python == "python"
+    done = script(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{run}: rank 8")
+
+
+def test_flags_of_a_runs_rows_are_not_typed_for_standard_input(own_way, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
+    in_process(evaluation, "--adapter", own_way[0], "--dataset", "-", "--max-new-tokens", 1)
+    assert json.loads(capsys.readouterr().out)["premise"] == "1"
+
+
+def test_the_rows_of_a_run_are_read_like_the_runs_wherever_they_are(own_way, tmp_path, capsys):
+    run, _ = own_way
+    rows, notes = rows_read(capsys, "--adapter", run, out=tmp_path / "own")
+    assert notes == ""
+    assert rows.items() < right_rows(0, is_turned=True).items(), "without those of --validation"
+
+    moved = shutil.copytree(run.parent / "rows", tmp_path / "moved")
+    adapter = ("--adapter", run, "--dataset", moved)
+    assert rows_read(capsys, *adapter, out=tmp_path / "again") == (rows, "")
+    results = read_json(tmp_path / "again" / "results.json")
+    assert results["dataset"] == str(moved)
+    assert results["rows"]["train"]["used"] == results["finetuned"]["train"]["n"] == len(rows)
+
+
+def test_a_run_is_resumed_over_its_rows_wherever_they_are(own_way, tmp_path, capsys):
+    forget_what_was_read()
+    run = shutil.copytree(own_way[0], tmp_path / "run")
+    moved = shutil.copytree(own_way[0].parent / "rows", tmp_path / "moved")
+    in_process(train, "--resume", run, "--dataset", moved, "--steps", 2)
+    assert "resuming after step 1 of 2" in capsys.readouterr().out
+    saved = read_json(run / "args.json")
+    assert (saved["dataset"], saved["labels"]) == (str(moved), list(LABELS[1:]))
+
+
+def test_other_rows_are_not_read_like_the_runs_and_a_line_says_so(own_way, tmp_path, capsys):
+    run, _ = own_way
+    other = write_rows(tmp_path / "rows", ("premise", "hypothesis", "label"), first=100)
+    adapter = ("--adapter", run, "--dataset", other)
+    rows, note = rows_read(capsys, *adapter, out=tmp_path / "out")
+    assert rows == right_rows(100)
+    unused = "--columns text claim verdict --labels contradiction neutral entailment"
+    assert note.startswith(f"{other} does not hold the rows that {run} was trained with, so")
+    assert note.endswith(f"is not used: {unused} --validation 0.2")
+
+    # What is typed holds for these rows, and is not among what is not used.
+    rows, note = rows_read(capsys, *adapter, *LABELS, out=tmp_path / "typed")
+    assert rows == right_rows(100, is_turned=True)
+    assert "--labels" not in note
+
+
+def test_rows_that_have_changed_under_their_name_are_not_read_like_the_runs(
+    own_way, tmp_path, capsys
+):
+    run = shutil.copytree(own_way[0], tmp_path / "run")
+    rows = write_rows(tmp_path / "rows", ("premise", "hypothesis", "label"), first=200)
+    saved = read_json(run / "args.json")
+    (run / "args.json").write_text(json.dumps(saved | {"dataset": str(rows)}))
+    found, note = rows_read(capsys, "--adapter", run, out=tmp_path / "out")
+    assert found == right_rows(200)
+    assert "--labels contradiction neutral entailment" in note
+
+
+# -----------------------------------------------------------------------------
+# Two runs
 
 
 def test_compare_tests_two_runs_on_the_same_rows(run, tmp_path, capsys):

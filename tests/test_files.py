@@ -124,7 +124,7 @@ with files.replacing(directory / "a.json") as path, files.replacing_files(direct
 
 
 @given(rows=st.lists(st.dictionaries(st.text(), JSON, max_size=3), max_size=4))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 def test_lines_come_back_as_they_were_written(tmp_path, rows):
     files.write_lines(tmp_path / "rows.jsonl", rows)
     assert files.read_lines(tmp_path / "rows.jsonl") == rows
@@ -162,7 +162,7 @@ NO_OBJECTS = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).e
 
 
 @given(content=NO_OBJECTS | st.just(b"[" * 100_000))
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_bytes_are_a_json_object_or_one_error_that_names_the_file(tmp_path, content):
     path = tmp_path / "args.json"
     path.write_bytes(content)

@@ -8,7 +8,8 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, read_json, reference, script, start_script
-from hub import serving
+from hub import commit_of, serving
+from safetensors.torch import load_file, save_file
 
 RUN = (
     "train.py",
@@ -34,12 +35,12 @@ def runs_without_hub(tmp_path_factory) -> dict:
     with serving({}) as (address, _):
         pass  # nobody listens there any more
     folder = tmp_path_factory.mktemp("without hub")
-    command = (*RUN, "--out", folder / "run")
     env = environment(address, folder / "home")
+    no_data = ("--model", "tiny/model", "--out", folder / "no data")
     return {
         "folder": folder,
-        "no model": start_script(*command, env=env),
-        "no data": start_script(*command, "--model", "tiny/model", env=env),
+        "no model": start_script(*RUN, "--out", folder / "no model", env=env),
+        "no data": start_script(*RUN, *no_data, env=env),
     }
 
 
@@ -121,6 +122,139 @@ def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offli
     assert "validation_mismatched" in done.stdout
 
 
+# -----------------------------------------------------------------------------
+# Revisions
+
+# Of base and rows: v1 is tiny/'s, and main has moved on since.
+AT_V1 = ("--model", "me/base", "--model-revision", "v1")
+AT_V1 += ("--dataset", "me/rows", "--dataset-revision", "v1")
+V1 = commit_of("v1")
+
+
+@pytest.fixture(scope="module")
+def revisions(tmp_path_factory) -> dict[str, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("revisions")
+    tiny = ROOT / "tiny" / "model"
+    later = shutil.copytree(tiny, folder / "later model")
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.0.mlp.fc1.weight"] += 1
+    save_file(tensors, later / "model.safetensors", {"format": "pt"})
+    rows = []
+    for shift in (0, 1):  # in the later rows each label is another one
+        rows.append(folder / f"rows {shift}")
+        rows[-1].mkdir()
+        for split in ("train", "validation"):
+            source = split.replace("validation", "validation_matched")
+            lines = (ROOT / "tiny" / "data" / f"{source}.jsonl").read_text().splitlines()[:60]
+            values = [json.loads(line) for line in lines]
+            shifted = [row | {"label": (row["label"] + shift) % 3} for row in values]
+            text = "".join(json.dumps(row) + "\n" for row in shifted)
+            (rows[-1] / f"{split}.jsonl").write_text(text)
+    return {
+        "models/me/base": {"v1": tiny, "main": later},
+        "datasets/me/rows": {"v1": rows[0], "main": rows[1]},
+    }
+
+
+@pytest.fixture(scope="module")
+def at_v1(revisions, tmp_path_factory) -> tuple[Path, Path]:
+    """A run over v1 of model and rows, and its cache of the Hub."""
+    folder = tmp_path_factory.mktemp("at v1")
+    command = ("train.py", "--rank", 8, *AT_V1, "--steps", 2, "--max-new-tokens", 2)
+    with serving(revisions) as (address, _):
+        env = environment(address, folder / "home")
+        done = script(*command, "--out", folder / "run", env=env)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", folder / "home"
+
+
+def test_args_json_holds_the_commits_that_the_hub_gave(at_v1):
+    run, _ = at_v1
+    args = read_json(run / "args.json")
+    assert args["model_revision"] == V1
+    assert args["dataset_revision"] == V1
+
+
+def test_a_run_is_evaluated_over_the_revisions_that_it_was_trained_over(
+    revisions, at_v1, tmp_path
+):
+    run, home = at_v1
+    expected = read_json(run / "results.json")["finetuned"]["validation"]
+    command = ("eval.py", "--adapter", run, "--max-new-tokens", 2, "--out")
+    with serving(revisions) as (address, _):
+        env = environment(address, tmp_path / "home")
+        done = script(*command, tmp_path / "there", env=env)
+        assert done.returncode == 0, done.stderr
+    env = environment(address, home, offline=True)  # the server is gone
+    done = script(*command, tmp_path / "offline", env=env)
+    assert done.returncode == 0, done.stderr
+    for name in ("there", "offline"):
+        results = read_json(tmp_path / name / "results.json")
+        assert results["dataset_revision"] == V1
+        assert results["finetuned"]["validation"]["confusion"] == expected["confusion"]
+        assert results["finetuned"]["validation"]["nll"] == pytest.approx(expected["nll"])
+
+
+def test_a_run_is_resumed_over_the_revisions_that_it_was_trained_over(revisions, at_v1, tmp_path):
+    run = shutil.copytree(at_v1[0], tmp_path / "run")
+    with serving(revisions) as (address, _):
+        env = environment(address, tmp_path / "home")
+        done = script("train.py", "--resume", run, "--steps", 3, env=env)
+        assert done.returncode == 0, done.stderr
+        # What was typed at the start may be typed again, as torchrun does.
+        done = script("train.py", "--resume", run, "--steps", 4, *AT_V1, env=env)
+        assert done.returncode == 0, done.stderr
+        later = ("--dataset", "me/rows", "--dataset-revision", "main")
+        done = script("train.py", "--resume", run, "--steps", 5, *later, env=env)
+    assert_one_line(done, f"error: {run} was trained on other rows")
+
+
+def test_without_a_network_another_revision_of_the_cache_is_not_taken(at_v1):
+    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "me/rows")
+    env = environment("http://127.0.0.1:9", at_v1[1], offline=True)
+    other = commit_of("main")
+    done = script(*command, "--dataset-revision", other, env=env)
+    assert_one_line(done, f"error: the cache of 'me/rows' holds the commit {V1}, not {other}")
+
+
+def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v1, tmp_path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    shutil.copy(at_v1[0] / "adapter_model.safetensors", adapter)
+    config = read_json(at_v1[0] / "adapter_config.json")
+    pair = ("--premise", "A dog ran.", "--hypothesis", "An animal ran.")
+    command = ("eval.py", "--adapter", adapter, *pair)
+    with serving(revisions) as (address, _):
+        env = environment(address, tmp_path / "home")
+        for revision, fits in (("v1", True), (None, False)):
+            (adapter / "adapter_config.json").write_text(
+                json.dumps(config | {"base_model_name_or_path": "me/base", "revision": revision})
+            )
+            done = script(*command, env=env)
+            assert (done.returncode == 0) == fits, done.stderr
+    assert "was trained with another base weights" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, error",
+    [
+        (("--model", "me/base", "--model-revision", "v9"), "error: the model 'me/base' has no"),
+        (("--dataset-revision", "v9", "--dataset", "me/rows"), "error: cannot load 'me/rows' at"),
+        (("--model-revision", "v1"), "error: --model-revision is for a model on the Hub, and"),
+        (("--dataset-revision", "v1"), "error: --dataset-revision is for a dataset on the Hub"),
+    ],
+)
+def test_a_revision_that_is_not_there_is_one_line(revisions, tmp_path, flags, error):
+    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "tiny/data")
+    with serving(revisions) as (address, _):
+        done = script(*command, *flags, env=environment(address, tmp_path / "home"))
+    assert_one_line(done, error)
+
+
+# -----------------------------------------------------------------------------
+# What the Hub cannot give
+
+
 @pytest.mark.parametrize(
     "flag, error",
     [
@@ -164,7 +298,7 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
     errors = {}
     for name in ("no model", "no data"):
         process = runs_without_hub[name]
-        _, errors[name] = process.communicate(timeout=120)
+        _, errors[name] = process.communicate(timeout=600)
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
@@ -173,4 +307,5 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
     no_data = errors["no data"].splitlines()[-1]
     assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")
     assert "--dataset tiny/data" in no_data
-    assert not (runs_without_hub["folder"] / "run").exists()
+    for name in errors:
+        assert not (runs_without_hub["folder"] / name).exists()

@@ -1,5 +1,6 @@
 """A merged model is the base with its adapter, for transformers too, and says what it cost."""
 
+import shlex
 import shutil
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from conftest import ROOT, distance, in_process, ours, read_json, reference, script
 from hub import serving
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import data
 import eval as evaluation
 import lora
 import phi2
+import train
 from scripts import merge
 from support import examples, files
 
@@ -85,6 +88,7 @@ def test_transformers_loads_a_merged_model_and_gives_the_logits_of_base_and_adap
     model = adapted(tiny, run)
     expected = [model(prompt) for prompt in prompts]
     merge.merge(model, torch.float32)
+    (tmp_path / "merged").mkdir()
     merge.write_model(model, tiny, tmp_path / "merged", {}, shard_size)
 
     index = tmp_path / "merged" / "model.safetensors.index.json"
@@ -156,8 +160,57 @@ def test_a_merge_rounds_once(tiny, run):
     assert not torch.equal(merged, (weight.bfloat16() + update).bfloat16())
 
 
+@pytest.mark.parametrize("requantize", [False, True], ids=["fp32", "nf4"])
+@pytest.mark.parametrize("size", [1e25, float("nan")], ids=["B A beyond fp32", "NaN"])
+def test_a_layer_that_would_not_be_finite_is_named(tiny, run, size, requantize):
+    model = adapted(tiny, run)
+    layer = model.model.layers[3].self_attn.v_proj
+    for matrix in (layer.lora_A, layer.lora_B):
+        torch.nn.init.constant_(matrix.weight, size)
+    with pytest.raises(ValueError, match=r"model.layers.3.self_attn.v_proj.* is not finite in"):
+        merge.merge(model, torch.float32, requantize, double_quant=requantize)
+
+
+def test_a_sum_that_is_finite_in_fp32_alone_is_named(tiny, run):
+    """B A is 65,536 everywhere; fp16 ends at 65,504."""
+    model = adapted(tiny, run)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.init.constant_(layer.lora_A.weight, 64.0)
+    torch.nn.init.constant_(layer.lora_B.weight, 64.0)  # 2 * 8 * 64 * 64 = 65,536
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.* finite in torch.float16"):
+        merge.merge(model, torch.float16)
+
+
+def test_the_cost_of_a_large_adapter_is_a_number(tiny, run):
+    """The squares of numbers of 1e22 are beyond fp32, where a norm would be infinite."""
+    model = adapted(tiny, run)
+    layer = model.model.layers[0].self_attn.q_proj
+    torch.nn.init.constant_(layer.lora_A.weight, 1e11)
+    torch.nn.init.constant_(layer.lora_B.weight, 1e11)
+    update = 2 * 8 * torch.tensor(1e11).double() ** 2
+    rounded = update.bfloat16().double()
+    costs = merge.merge(model, torch.bfloat16)
+    expected = abs((rounded - update) / update).item()
+    assert costs["model.layers.0.self_attn.q_proj"] == pytest.approx(expected, rel=1e-3)
+
+
 # -----------------------------------------------------------------------------
 # The script
+
+
+def test_an_adapter_beyond_what_is_stored_is_one_line_and_nothing_is_written(run, tmp_path):
+    adapter = shutil.copytree(run, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for key, tensor in tensors.items():
+        if "layers.2.self_attn.q_proj" in key:
+            tensors[key] = torch.full_like(tensor, 1e30)  # finite, and B A is not
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, adapter / "adapter_model.safetensors", metadata)
+    out = tmp_path / "merged"
+    with pytest.raises(SystemExit, match="^error: .*layers.2.self_attn.q_proj.* not finite"):
+        in_process(merge, "--adapter", adapter, "--out", out)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
 def merge_and_measure(run: Path, out: Path) -> dict:
@@ -196,6 +249,28 @@ def test_merge_says_what_it_cost(run, tmp_path, capsys):
         assert f"  {path.removeprefix('model.')} " in printed
     assert "W as the NF4 indices say, stored in fp32" in printed
     assert all(len(line) <= 79 for line in printed.splitlines()[:-1])
+
+
+def test_the_rows_of_a_run_are_read_like_the_runs_and_the_printed_command_says_how(
+    tmp_path, capsys
+):
+    rows = shutil.copytree(ROOT / "tiny" / "data", tmp_path / "rows")
+    (rows / "validation_mismatched.jsonl").unlink()
+    reading = ("--labels", "contradiction", "neutral", "entailment")
+    command = ("--model", "tiny/model", "--dataset", rows, *reading, "--limit", 4)
+    short = ("--eval-limit", 2, "--steps", 1, "--max-new-tokens", 1)
+    in_process(train, *command, *short, "--out", tmp_path / "run")
+    for number, dataset in enumerate([(), ("--dataset", rows.rename(tmp_path / "moved"))]):
+        out = tmp_path / f"merged {number}"
+        capsys.readouterr()
+        in_process(merge, "--adapter", tmp_path / "run", *dataset, "--limit", 4, "--out", out)
+        printed = capsys.readouterr()
+        assert "not used" not in printed.err
+        words = shlex.split(printed.out.splitlines()[-1].split("try: ")[1])
+        expected = ["--model", str(out), "--dataset", str(dataset[1] if dataset else rows)]
+        assert words == ["python", "eval.py", "--quant", "none", *expected, *reading]
+    accuracy = read_json(out / "merge.json")["accuracy"]
+    assert accuracy["validation_matched"]["n"] == 4
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(
@@ -240,7 +315,7 @@ def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(files, "write_json", full)
     with pytest.raises(OSError, match="No space left"):
-        merge.write_model(ours(tiny, torch.float32), tiny, tmp_path / "merged", {})
+        merge.write_model(ours(tiny, torch.float32), tiny, tmp_path, {})
     assert list(tmp_path.iterdir()) == []
 
 

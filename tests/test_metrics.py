@@ -67,6 +67,43 @@ def test_likelihood_and_scored_accuracy():
     assert result["score_accuracy"] == pytest.approx(accuracy.item())
 
 
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 2), st.sampled_from([-1, 0, 1, 2, 7])), min_size=1),
+    seed=st.integers(0, 2**32 - 1),
+)
+@settings(deadline=None)
+def test_statistics_are_scipys_and_scikit_learns(pairs, seed):
+    """They differ by what the order of sums rounds."""
+    from scipy.stats import binomtest
+    from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
+
+    labels, answers = map(list, zip(*pairs))
+    scores = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(seed))
+    scores = scores.double().softmax(dim=-1).tolist()
+    result = metrics.statistics(predictions(labels, answers, scores=scores))
+
+    interval = binomtest(result["correct"], len(labels)).proportion_ci(method="wilson")
+    assert result["ci95"] == pytest.approx([interval.low, interval.high], abs=1e-12)
+    columns = [answer if answer in (0, 1, 2) else 3 for answer in answers]
+    confusion = confusion_matrix(labels, columns, labels=[0, 1, 2, 3])
+    assert result["confusion"] == confusion[:3].tolist()
+    expected = precision_recall_fscore_support(labels, columns, labels=[0, 1, 2], zero_division=0)
+    for name, values in zip(("precision", "recall", "f1", "n"), expected):
+        found = [figures[name] for figures in result["labels"].values()]
+        assert found == pytest.approx(values.tolist(), abs=1e-12)
+    assert result["macro_f1"] == pytest.approx(expected[2].mean(), abs=1e-12)
+    assert result["nll"] == pytest.approx(log_loss(labels, scores, labels=[0, 1, 2]), rel=1e-9)
+
+
+@pytest.mark.parametrize("heads, tails", [(0, 1), (3, 3), (0, 40), (12, 31), (2000, 2200)])
+def test_the_p_value_is_that_of_the_binomial_test(heads, tails):
+    from scipy.stats import binomtest
+
+    expected = binomtest(heads, heads + tails).pvalue
+    assert metrics.coin_p(heads, tails) == pytest.approx(expected, rel=1e-9)
+    assert metrics.coin_p(tails, heads) == metrics.coin_p(heads, tails)
+
+
 def test_rows_in_which_two_answers_are_the_likeliest_are_counted():
     """A tie for the last place is none."""
     scores = [[0.4, 0.4, 0.2], [0.2, 0.4, 0.4], [1 / 3] * 3, [0.2, 0.6, 0.2], [0.3, 0.2, 0.5]]

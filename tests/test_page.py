@@ -4,6 +4,7 @@ import html.parser
 import json
 import shutil
 
+import numpy
 import pytest
 from conftest import in_process, read_json, script
 
@@ -114,6 +115,60 @@ def test_pictures_show_something(run):
         assert pixels.std() > 0.05, name
 
 
+def test_a_notebooks_way_to_show_pictures_does_not_matter(copy):
+    """It stays in the environment of the commands that a notebook runs."""
+    before = (copy / "loss.png").read_bytes()
+    (copy / "loss.png").unlink()
+    variables = {"MPLBACKEND": "module://matplotlib_inline.no_such_backend"}
+    done = script("-m", "scripts.report", copy, env=variables)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (copy / "loss.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"text.usetex": True}, {"font.family": "no such font"}, {"savefig.dpi": 20}],
+    ids=str,
+)
+def test_a_users_matplotlibrc_does_not_change_the_pictures(copy, setting):
+    import matplotlib
+
+    before = {name: (copy / name).read_bytes() for name in pictures.PICTURES}
+    with matplotlib.rc_context(setting):
+        page.draw_pictures(copy)
+    assert {name: (copy / name).read_bytes() for name in pictures.PICTURES} == before
+
+
+def test_a_name_with_dollars_is_no_formula(run, tmp_path):
+    """matplotlib would refuse the first, and leave the dollars of the second out."""
+    result = read_json(run / "results.json")["finetuned"]["validation_matched"]
+    pixels = []
+    for name in (r"$\frac$", "$a$", "a"):
+        pictures.draw_confusion({name: result}, tmp_path / "picture.png")
+        pixels.append((tmp_path / "picture.png").read_bytes())
+        entries = [{"step": 1, "loss": 1.0, "learning_rate": 1.0, f"{name}_loss": 1.0}]
+        pictures.draw_loss(entries, tmp_path / "picture.png")
+        lengths = {name: [1, 2]}
+        labels = {name: numpy.array([1, 1, 0])}
+        pictures.draw_lengths(lengths, labels, name, tmp_path / "picture.png")
+    assert len(set(pixels)) == 3
+
+
+def test_a_picture_that_cannot_be_drawn_is_one_line_and_the_others_are_there(copy, capsys):
+    for name in pictures.PICTURES:
+        (copy / name).unlink()
+    (copy / "report.html").unlink()
+    (copy / "loss.png").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        in_process(report, copy)
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: the pictures: cannot write {copy / 'loss.png'}: ")
+    assert (copy / "confusion.png").is_file()
+    shown = Page((copy / "report.html").read_text())
+    assert shown.tags.count("img") == 1
+
+
 def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     hostile = (
         "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>{{ 7 * 7 }}"
@@ -149,12 +204,15 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
         ("results.json", None, "has no results.json"),
     ],
 )
-def test_a_damaged_run_is_one_line(copy, name, content, message):
+def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     if content is None:
         (copy / name).unlink()
     else:
         (copy / name).write_text(content)
     with pytest.raises(SystemExit) as raised:
         in_process(report, copy)
-    assert message in str(raised.value)
-    assert "\n" not in str(raised.value)
+    printed = capsys.readouterr().err
+    assert raised.value.code == 1 or not printed
+    (line,) = (printed or raised.value.code).splitlines()
+    assert line.startswith("error: ")
+    assert message in line

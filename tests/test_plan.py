@@ -118,7 +118,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     assert total("--device", "cuda", "--checkpointing") < 0.8 * on_gpu
     # Attention is computed again there; where NF4's values are kept, nothing is.
     kept = total("--device", "cuda", "--keep-dequantized")
-    assert total("--device", "cuda", "--keep-dequantized", "--checkpointing") < 0.5 * kept
+    assert total("--device", "cuda", "--keep-dequantized", "--checkpointing") < 0.6 * kept
     assert total("--device", "cuda", "--loss", "full") > on_gpu
     assert not run.exists()
 

@@ -357,6 +357,38 @@ def test_without_a_connection_it_is_one_line_that_does_not_blame_the_token(run, 
     assert "log in" not in done.stderr
 
 
+def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_done(tmp_path):
+    """W&B, a picture, the page and the upload, of which no run needs any."""
+    out = tmp_path / "run"
+    (out / "loss.png").mkdir(parents=True)
+    (out / "report.html").mkdir()
+    with serving({}) as (address, _):
+        pass  # nobody listens at this address any more
+    variables = environment(address, tmp_path / "home")
+    variables |= {"WANDB_MODE": "offline", "WANDB_PROJECT": "not/a#name", "WANDB_SILENT": "true"}
+    command = ["train.py", "--model", "tiny/model", "--dataset", "tiny/data", "--out", out]
+    command += ["--steps", 1, "--batch-size", 4, "--eval-limit", 4, "--max-new-tokens", 1]
+    done = script(*command, "--wandb", "--push", "me/adapter", env=variables)
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    beginnings = (
+        "error: W&B: ",
+        f"error: the pictures: cannot write {out / 'loss.png'}: ",
+        f"error: report.html: cannot write {out / 'report.html'}: ",
+        "error: --push: cannot upload to me/adapter ",
+    )
+    assert len(errors) == len(beginnings), done.stderr
+    for line, beginning in zip(errors, beginnings):
+        assert line.startswith(beginning)
+    assert "Traceback" not in done.stderr
+    # The table comes before all of them, the rest after.
+    assert "\nfinetuned\n" in done.stdout
+    assert f"adapter and results.json are in {out}" in done.stdout
+    assert f"python -m scripts.report {out}" in done.stdout
+    for name in ("results.json", "confusion.png", "README.md"):
+        assert (out / name).is_file(), name
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

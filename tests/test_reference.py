@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lora
 import phi2
 import quant
-from support import machine
+from support import machine, packing
 
 # Distances are relative to the norm of the reference.
 # fp32: two orders of summation. bf16: a number has 8 bits, and ours and theirs are rounded at
@@ -96,7 +96,7 @@ def test_logits_with_random_adapters_equal_pefts(both):
     assert distance(logits(both.mine, both.ids), expected) < TOLERANCE[both.dtype]
 
     # Only the last two tokens of each row, as in training: there the head runs on no other.
-    rows = phi2.PackedRows([LENGTH] * 3)
+    rows = packing.PackedRows([LENGTH] * 3)
     last = both.mine(both.ids.flatten(), rows, last=2)
     assert distance(last, expected[:, -2:].flatten(0, 1)) < TOLERANCE[both.dtype]
 

@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import files, pictures, resume
+from support import files, pictures, resume, runlog
 from support.examples import load_examples
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
@@ -366,7 +366,7 @@ def test_a_hypothesis_that_is_too_long_alone_is_trained_on_and_counted(tmp_path,
     folder = tmp_path / "data"
     folder.mkdir()
     rows = list(load_examples("tiny/data", "train", 8))
-    rows[5] |= {"hypothesis": "Anna bought a flower. " * 200}
+    rows[2] |= {"hypothesis": "Anna bought a flower. " * 200}
     for split in ("train", "dev"):
         files.write_lines(folder / f"{split}.jsonl", rows)
     flags = ["--epochs", 2, "--batch-size", 4, *SHORT, "--out", tmp_path / "run"]
@@ -432,7 +432,8 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
         "WANDB_API_KEY": "",
         "WANDB_SILENT": "true",
     }
-    done = script("train.py", *TINY, *flags, "--out", out, env=no_login)
+    chosen = {"WANDB_PROJECT": "my-thesis", "WANDB_NAME": "run-7", "WANDB_TAGS": "a,b"}
+    done = script("train.py", *TINY, *flags, "--out", out, env=no_login | chosen)
     assert done.returncode == 0, done.stderr
     assert "W&B: not logged in, so this run is kept offline" in done.stdout
 
@@ -440,7 +441,10 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
     for line in read_rows(out / "metrics.jsonl"):  # W&B joins what is logged for one step
         wanted.setdefault(line.pop("step"), {}).update(line)
     (file,) = (out / "wandb").glob("offline-run-*/run-*.wandb")
-    history = wandb_history(file)
+    (described,) = wandb_records(file, "run")
+    assert (described.project, described.display_name) == ("my-thesis", "run-7")
+    assert set(described.tags) == {"a", "b"}
+    history = [history_row(record.item) for record in wandb_records(file, "history")]
     assert [row["_step"] for row in history] == list(wanted) == [0, 1, 2]
     for row, line in zip(history, wanted.values()):
         assert numbers_in(row) == line
@@ -453,13 +457,34 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
 
 
 def check_that_a_resume_is_the_same_run(out: Path, name: str, no_login: dict) -> None:
-    """WANDB_MODE=online without a key is offline too."""
+    """WANDB_MODE=online without a key is offline too. Nobody says again what it is called."""
     online = no_login | {"WANDB_MODE": "online"}
     done = script("train.py", "--resume", out, "--steps", 3, env=online)
     assert done.returncode == 0, done.stderr
     assert "W&B: not logged in, so this run is kept offline" in done.stdout
     parts = list((out / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [path.name for path in parts] == [name, name]
+    for part in parts:
+        (described,) = wandb_records(part, "run")
+        assert (described.project, described.display_name) == ("my-thesis", "run-7")
+
+
+def test_weights_and_biases_variables_win_over_what_was_saved_and_that_over_the_defaults(
+    monkeypatch,
+):
+    for variable in runlog.IDENTITY.values():
+        monkeypatch.delenv(variable, raising=False)
+    new = runlog.wandb_identity("run", None)
+    assert (new["project"], new["name"]) == ("flora", "run")
+    assert new["id"] != runlog.wandb_identity("run", None)["id"]
+    saved = {"id": "an-id", "project": "my-thesis", "name": "run-7", "entity": "my-team"}
+    assert runlog.wandb_identity("run", saved) == saved
+    older = {"id": "an-id", "project": "flora", "name": "run"}
+    assert runlog.wandb_identity("run", "an-id") == older, "as an older version has saved it"
+    monkeypatch.setenv("WANDB_RUN_ID", "another")
+    monkeypatch.setenv("WANDB_ENTITY", "their-team")
+    found = runlog.wandb_identity("run", saved)
+    assert found == saved | {"id": "another", "entity": "their-team"}
 
 
 def numbers_in(row: dict) -> dict:
@@ -477,12 +502,15 @@ WHOLE = 1  # kinds of a piece: a record, or the first, a middle, or the last par
 LAST = 4
 
 
-def wandb_history(path: Path) -> list[dict]:
-    """Returns the lines that an offline run holds to be sent: protobuf in LevelDB's log format."""
+def wandb_records(path: Path, field: str) -> list:
+    """Returns the "run" or the "history" records of an offline run.
+
+    They are protobuf in LevelDB's log format.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     content = path.read_bytes()
-    rows = []
+    records = []
     parts = b""
     place = HEAD
     while place + HEAD <= len(content):
@@ -498,9 +526,9 @@ def wandb_history(path: Path) -> list[dict]:
         if kind in (WHOLE, LAST):
             record = Record.FromString(parts)
             parts = b""
-            if record.HasField("history"):
-                rows.append(history_row(record.history.item))
-    return rows
+            if record.HasField(field):
+                records.append(getattr(record, field))
+    return records
 
 
 def history_row(items) -> dict:

@@ -1,10 +1,9 @@
 """Runs the project's scripts in processes that fork from one that has imported the libraries.
 
-Python needs about five seconds to import torch, what bitsandbytes needs of it, scipy, scikit-learn
-and matplotlib, and the tests run scripts more than a hundred times. So one process, the zygote,
-imports them once. It runs no tensor operation, whose threads would be missing in a fork. For each
-run it forks a keeper, and the keeper forks the script's process, reports its pid, waits for its end
-and reports how it ended:
+Python needs seconds to import torch, what bitsandbytes needs of it, and matplotlib, and the tests
+run scripts more than a hundred times. So one process, the zygote, imports them once. It runs no
+tensor operation, whose threads would be missing in a fork. For each run it forks a keeper, and the
+keeper forks the script's process, reports its pid, waits for its end and reports how it ended:
 
     pytest --- zygote --- keeper --- script
 
@@ -40,8 +39,6 @@ LIBRARIES = [
     "tqdm",
     "safetensors.torch",
     "tokenizers",
-    "scipy.stats",
-    "sklearn.metrics",
     "matplotlib.pyplot",
     "jinja2",
     "pandas",
@@ -214,7 +211,7 @@ def changed_variables(env: dict[str, str]) -> dict[str, str]:
 
 def script(
     *arguments,
-    timeout: float = 300,
+    timeout: float = 900,
     **options,
 ) -> subprocess.CompletedProcess:
     """Runs `python ARGUMENTS` as a user would, to its end. For `options` see start_script."""

@@ -25,7 +25,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import trange
 
 from data import EOS, PROMPT
-from phi2 import PackedRows, Phi2, Phi2Config
+from phi2 import Phi2, Phi2Config
+from support.packing import PackedRows
 
 HERE = Path(__file__).resolve().parent
 CONFIG = Phi2Config(

@@ -1,0 +1,91 @@
+"""RUN/best/: the adapter of the best evaluation, which --keep-best keeps.
+
+Its figures, such as the step and the accuracy, are in the metadata of its own file. So a kill
+cannot part the one from the other, and a resumed run remembers the best adapter there was.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from support import files
+
+FOLDER = "best"  # in the folder of the run
+KEY = "evaluation"  # of the metadata
+
+
+def figures(step: int, results: dict[str, dict]) -> dict:
+    """Returns what is kept of an evaluation, from {split: its statistics}.
+
+    step, accuracy and loss, which are means over the splits, and both by split.
+    """
+    splits = {
+        split: {"accuracy": statistics["accuracy"], "loss": statistics["loss"]}
+        for split, statistics in results.items()
+    }
+    return {
+        "step": step,
+        "accuracy": sum(part["accuracy"] for part in splits.values()) / len(splits),
+        "loss": sum(part["loss"] for part in splits.values()) / len(splits),
+        "splits": splits,
+    }
+
+
+def is_better(new: dict, old: dict | None) -> bool:
+    """Returns whether an evaluation has the higher accuracy, or the same and a lower loss."""
+    if old is None:
+        return True
+    # Means of equal sums may differ in their last bit.
+    if math.isclose(new["accuracy"], old["accuracy"], rel_tol=1e-9):
+        return new["loss"] < old["loss"]
+    return new["accuracy"] > old["accuracy"]
+
+
+def metadata(evaluation: dict) -> dict[str, str]:
+    """Returns the figures as the metadata of a safetensors file, which holds texts only."""
+    return {KEY: json.dumps(evaluation)}
+
+
+def read(run: Path) -> dict | None:
+    """Returns the figures of the best adapter of a run, or None where it has none.
+
+    Raises ValueError where its file is damaged.
+    """
+    path = run / FOLDER / "adapter_model.safetensors"
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="numpy") as file:
+            stored = (file.metadata() or {}).get(KEY, "")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from None
+    evaluation = files.parse_line(stored, f"{path}: its {KEY}")
+    if not {"step", "accuracy", "loss", "splits"} <= evaluation.keys():
+        raise ValueError(f"{path}: its {KEY} was not written by this version of train.py")
+    return evaluation
+
+
+@contextmanager
+def replacing(run: Path) -> Iterator[Path]:
+    """Yields a folder for the files of the adapter, which take their places in RUN/best/.
+
+    args.json is beside them, so that eval.py knows the settings of the run.
+    """
+    folder = run / FOLDER
+    files.make_folder(folder)
+    with files.replacing_files(folder) as temporary:
+        yield temporary
+        shutil.copy(run / "args.json", temporary)
+
+
+def describe(run: Path, evaluation: dict) -> str:
+    """Returns what a run prints at its end: which adapter was the best, and where it is."""
+    return (
+        f"the best adapter, of step {evaluation['step']:,} (accuracy "
+        f"{evaluation['accuracy']:.4f}, loss {evaluation['loss']:.4f}), is in {run / FOLDER}"
+    )

@@ -1,0 +1,36 @@
+"""What a run can do without: its pictures, page and card, W&B, an upload.
+
+Whatever goes wrong there is one line, and neither ends the run nor keeps the rest of it from
+being done.
+"""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from support.stopping import discard_closed_outputs
+
+
+class Extras:
+    """Attempts that may fail. `failed` holds the names of those that did."""
+
+    def __init__(self):
+        self.failed = []
+
+    @contextmanager
+    def attempt(self, what: str) -> Iterator[None]:
+        """Turns an error in here into one line on stderr; with --debug into a traceback."""
+        try:
+            yield
+        # Any error of any library: a bug in one that draws is not worth a finished run.
+        except Exception as error:
+            self.failed.append(what)
+            if "--debug" in sys.argv:
+                traceback.print_exc()
+            # Libraries raise errors of several lines, and some without a word.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            try:
+                print(f"error: {what}: {reason}", file=sys.stderr, flush=True)
+            except OSError:
+                discard_closed_outputs()
