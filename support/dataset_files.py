@@ -42,6 +42,7 @@ LFS_POINTER = b"version https://git-lfs"
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split: those in the directory, or up to two folders below."""
     folders = [directory]
+    others = []
     for _ in range(3):
         # Not by glob, which leaves out in silence what may not be read.
         paths = [path for folder in folders for path in folder.iterdir()]
@@ -57,7 +58,8 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         if splits:
             return with_train(splits)
         folders = [path for path in paths if path.is_dir()]
-    others = ", ".join(sorted(path.name for path in directory.iterdir()))
+        others += [str(path.relative_to(directory)) for path in paths if not path.is_dir()]
+    others = ", ".join(sorted(others))
     raise ValueError(
         f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
         f"only {others[:200] or 'nothing'}"
@@ -129,7 +131,7 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 
 
 def read_file(path: Path) -> dict[str, Column]:
-    """Reads a file by its suffix. Raises ValueError where it cannot, and where it has no rows."""
+    """Reads a file by its suffix. Raises ValueError where it cannot, or finds no columns."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -139,7 +141,7 @@ def read_file(path: Path) -> dict[str, Column]:
             is_packed = start.startswith(b"\x1f\x8b")  # .gz, and some that are not called so
             content = io.BytesIO(gzip.decompress(file.read())) if is_packed else file
             columns = READERS[stem_and_suffix(path)[1]](content)
-        if not any(map(len, columns.values())):
+        if not columns:
             raise ValueError("it holds no rows")
     # gzip raises EOFError and zlib's, json RecursionError.
     except (
@@ -163,20 +165,36 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
     if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
         return table_columns(ipc.open_file(content).read_all())
     if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
-        raise ValueError("its end is missing")
+        raise ValueError("it is no Arrow file of version 2, or its end is missing")
     return table_columns(ipc.open_stream(content).read_all())
 
 
 def table_columns(table: pyarrow.Table) -> dict[str, Column]:
     """Returns the columns of a table. Numbers that have names in it become the names."""
     columns = dict(zip(table.column_names, table.columns))
-    # Here `datasets` keeps the names.
-    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
-    features = metadata.get("info", {}).get("features") or {}
-    for column, feature in features.items():
-        if column in columns and isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
-            columns[column] = named(columns[column], feature["names"])
+    if len(columns) < len(table.columns):
+        twice = {name for name in columns if table.column_names.count(name) > 1}
+        raise ValueError(f"it has two columns of one name: {', '.join(sorted(twice))}")
+    for column, names in names_of_labels(table.schema).items():
+        if column in columns:
+            columns[column] = named(columns[column], names)
     return columns
+
+
+def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
+    """Returns for each column of labels that `datasets` has written what 0, 1, ... are called."""
+    content = (schema.metadata or {}).get(b"huggingface")
+    if content is None:
+        return {}
+    try:
+        features = json.loads(content).get("info", {}).get("features") or {}
+        return {
+            column: list(feature["names"])
+            for column, feature in features.items()
+            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("its metadata, huggingface, are not as `datasets` writes them") from None
 
 
 def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:

@@ -20,7 +20,14 @@ from pyarrow import compute
 
 from support import card, hub, ranks
 from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
-from support.dataset_files import find_files, read_file, split_name, table_columns, with_train
+from support.dataset_files import (
+    READERS,
+    find_files,
+    read_file,
+    split_name,
+    table_columns,
+    with_train,
+)
 from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
@@ -135,6 +142,8 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
     except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
         name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
+        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
+            error = error.__cause__  # of itself it says only that there was one
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise ValueError(
             f"cannot load {name} from the Hub, and it is no directory here "
@@ -218,7 +227,11 @@ def load_examples(
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
     if ranks.FIRST:
-        print(f"{split}: {describe_rows(table, labelled, taken)}", file=sys.stderr)
+        line = f"{split}: {describe_rows(table, labelled, taken)}"
+        splits = find_splits(dataset, reading.revision)
+        if reading.validation and split.startswith("validation") and split in splits:
+            line += "; there is this split, so --validation takes nothing of train"
+        print(line, file=sys.stderr)
     return Rows(taken)
 
 
@@ -269,7 +282,9 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
     if split not in names:
-        cure = ": call the file that is meant train.*" if split == "train" else ""
+        cure = ""
+        if split == "train":
+            cure = f": call the file that is meant train.* ({', '.join(READERS)})"
         raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
     is_cut = len(names) > len(splits)
     if is_cut and split in ("train", "validation"):
@@ -323,6 +338,9 @@ def read_parts(parts: "dict[str, Path | Dataset]") -> dict[str, dict[str, Column
     """Returns the columns of each part. Raises ValueError where they are not the same."""
     columns = {place: read_part(part) for place, part in parts.items()}
     first = next(iter(columns))
+    # Spark writes parts without a row: a header, or a type for each column.
+    if not any(len(values) for names in columns.values() for values in names.values()):
+        raise ValueError(f"cannot read {first}: it holds no rows")
     for place, names in columns.items():
         differing = sorted(names.keys() ^ columns[first].keys())
         if differing:

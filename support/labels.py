@@ -24,8 +24,8 @@ NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 
 
 def as_word(label) -> str:
-    """Returns a label as MEANINGS has it: "1" for 1, 1.0 and "1"; for a missing one ""."""
-    return "" if label is None else plain(str(label)).removesuffix(".0")
+    """Returns a label as MEANINGS has it: "1" for 1, 1.0, "1.00"; for a missing one ""."""
+    return "" if label is None else re.sub(r"\.0+$", "", plain(str(label)))
 
 
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
@@ -57,8 +57,9 @@ def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str
 def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: str) -> None:
     """Raises ValueError where --labels has no effect on a split's labels, or would be needed."""
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
-    if given and not said_labels(given).keys() & words:
-        raise ValueError(f"{listed}, none of those that --labels says")
+    said = said_labels(given) if given else {}
+    if given and not said.keys() & words:
+        raise ValueError(f"{listed}, none of those that --labels says: {', '.join(said)}")
     # Where no label is 2, 0 and 1 may be two classes, or -1, 0 and 1 three. Signs of that:
     # both 0 and 1, a -1, and so many rows that a 2 would be among them. One may be chance.
     numbers = words & {"0", "1", "2"}

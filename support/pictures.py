@@ -45,8 +45,8 @@ def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> It
         # squeeze=False: always rows of axes, even when there is one
         yield figure.subplots(1, columns, squeeze=False)[0]
         with files.replacing(path) as temporary:
-            # The temporary name has no suffix to take the format from.
-            figure.savefig(temporary, format="png", dpi=120)
+            # The temporary name has another suffix than the one that says the format.
+            figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
 
 
 # -----------------------------------------------------------------------------

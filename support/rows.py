@@ -37,6 +37,13 @@ class Rows:
         return Rows(self.table.take(pyarrow.array(numbers, pyarrow.int64())))
 
 
+def essence(texts: pyarrow.Array) -> pyarrow.Array:
+    """Returns the letters and digits of texts, in small letters: by them texts are the same."""
+    # NFKC: an e with an accent may be one character or two.
+    small = compute.utf8_lower(compute.utf8_normalize(texts, "NFKC"))
+    return compute.replace_substring_regex(small, r"[^\pL\pM\pN]+", "")
+
+
 def cut_by_premise(rows: Rows, share: float) -> tuple[Rows, Rows]:
     """Returns the rows without about `share` of them, and those. A premise is in one part alone.
 
@@ -44,9 +51,9 @@ def cut_by_premise(rows: Rows, share: float) -> tuple[Rows, Rows]:
     on nothing else: runs that differ in their seeds are measured on the same rows. Raises
     ValueError where all rows have one premise.
     """
-    # Spaces and capitals make no other premise.
-    premises = compute.utf8_lower(compute.replace_substring(rows.table["premise"], " ", ""))
-    premise_of_row = premises.dictionary_encode().unify_dictionaries().combine_chunks().indices
+    premises = rows.table["premise"].dictionary_encode().unify_dictionaries().combine_chunks()
+    groups = essence(premises.dictionary).dictionary_encode()
+    premise_of_row = groups.indices.take(premises.indices)
     sizes = numpy.bincount(premise_of_row).tolist()
     if len(sizes) < 2:
         raise ValueError("--validation keeps a premise together, and all rows have the same")

@@ -89,6 +89,8 @@ def columns_of_object(value: dict) -> dict[str, list]:
         return columns_of_split(value["columns"], value["data"])
     fields = [name for name, inner in value.items() if holds_rows(inner)]
     if fields and not has_texts(value):
+        if len(fields) > 1:  # beside the rows a list may describe the columns
+            fields = [name for name in fields if has_usual_texts(value[name])] or fields
         if len(fields) > 1:
             names = " and in ".join(fields)
             raise ValueError(f"it holds rows in {names}: write each into a file of its own")
@@ -120,6 +122,12 @@ def is_split(value: dict) -> bool:
         and isinstance(rows, list)
         and all(isinstance(row, list) for row in rows)
     )
+
+
+def has_usual_texts(value) -> bool:
+    """Returns whether a field that holds rows has texts under their usual names in the first."""
+    first = value[0] if isinstance(value, list) else value
+    return has_texts(first) or any(map(is_row, first.values()))
 
 
 def holds_rows(value) -> bool:
@@ -172,8 +180,8 @@ def read_table(text: str) -> dict[str, list]:
 
     Between tabs a quote is a character like any other, as in GLUE's files.
     """
-    # Files that were put one behind another hold marks.
-    text = text.strip("\r\n").replace("\n\ufeff", "\n")
+    # Files that were put one behind another hold marks, and some for Excel begin with "sep=;".
+    text = re.sub("\\Asep=.[\r\n]+", "", text.strip("\r\n").replace("\n\ufeff", "\n"))
     separator = max(",;|\t", key=first_line(text).count)
     if separator != "\t":
         return read_quoted(text, separator)
@@ -306,5 +314,7 @@ def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
 def of_length(row: list[str], length: int, number: int) -> list[str]:
     """Returns a row without empty fields at its end, or with more of them."""
     if any(row[length:]):
-        raise ValueError(f"row {number} has {len(row)} fields, the header {length}")
+        raise ValueError(
+            f"row {number} has {len(row)} fields, the header (its first line) {length}"
+        )
     return row[:length] + [""] * (length - len(row))

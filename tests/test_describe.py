@@ -9,6 +9,7 @@ from conftest import in_process, script
 
 import data
 from scripts import describe
+from support import pictures
 from support.examples import load_examples
 from support.labels import LABELS
 from support.rows import Rows
@@ -33,6 +34,15 @@ def test_a_dataset_is_described_and_drawn(tmp_path):
     pixels = image.imread(picture)[..., :3]
     assert min(pixels.shape[:2]) > 300
     assert pixels.std() > 0.05
+
+
+def test_a_picture_has_the_format_that_its_name_says(tmp_path):
+    begins = {"a.svg": b"<?xml", "a.pdf": b"%PDF", "a": b"\x89PNG"}
+    for name, start in begins.items():
+        pictures.draw_lengths({"train": [1, 2]}, {"train": numpy.ones(3)}, "", tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    with pytest.raises(ValueError, match="Format 'xyz' is not supported"):
+        pictures.draw_lengths({"train": [1]}, {"train": numpy.ones(3)}, "", tmp_path / "a.xyz")
 
 
 def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):

@@ -269,6 +269,20 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     assert_one_line(done, error)
 
 
+def test_why_the_files_of_a_dataset_cannot_be_read_is_said(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "train.csv").write_text('premise,hypothesis,label\n"a,b,0\n')
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n---\n"
+    )
+    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
+    with serving({"datasets/owner/rows": folder}) as (address, _):
+        done = script(*command, env=environment(address, tmp_path / "home"))
+    assert_one_line(done, "error: cannot load 'owner/rows' from the Hub, ")
+    assert "(ParserError: Error tokenizing data." in done.stderr
+
+
 def test_weights_of_a_kind_that_is_not_read_are_not_downloaded(repositories, tmp_path):
     model = shutil.copytree(repositories["models/microsoft/phi-2"], tmp_path / "model")
     config = read_json(model / "config.json")

@@ -72,6 +72,29 @@ def test_spaces_and_capitals_make_no_other_premise():
     assert not same(train) & same(validation)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        "The\u00a0caf\u00e9 isn't open.",  # a space that does not break a line
+        "The caf\u00e9 isn't\topen.\n",
+        "\ufeffThe ca\u200bf\u00e9 isn't open.",  # letters of no width
+        "The cafe\u0301 isn't open.",  # the accent is a character of its own
+        "The caf\u00e9 isn\u2019t open .",
+    ],
+)
+def test_a_premise_that_looks_the_same_is_no_other(other):
+    rows = rows_of("The caf\u00e9 isn't open.", other, "The cafe isn't open.")
+    parts = cut_by_premise(rows, 0.4)
+    assert sorted(map(len, parts)) == [1, 2]
+
+
+def test_texts_of_any_script_are_told_apart():
+    rows = rows_of("\u732b", "\u72ac", "\u0915\u093f", "\u0915\u0940", "2", "3", "?", "!")
+    train, validation = cut_by_premise(rows, 0.5)
+    assert len(train) == len(validation) == 4
+    assert ("?" in train["premise"]) == ("!" in train["premise"])  # without a letter all are one
+
+
 @pytest.mark.parametrize("share", [0.01, 0.05, 0.3, 0.5, 0.99])
 def test_the_share_of_rows_is_about_what_was_asked(share):
     draw = random.Random(1)
