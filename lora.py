@@ -86,6 +86,8 @@ class LoRAConfig:
         names = (self.targets,) if isinstance(self.targets, str) else self.targets
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"targets must be names, not {self.targets!r}")
+        if not isinstance(self.targets, str) and "all-linear" in names:
+            raise ValueError("all-linear is no name among others: it stands alone, as a text")
 
     def to_peft(self, base_model: str, task_type: str | None = "CAUSAL_LM") -> dict:
         """Returns the content of adapter_config.json.

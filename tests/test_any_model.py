@@ -301,6 +301,12 @@ def test_all_linear_is_every_layer_that_takes_an_adapter():
     assert lora.inject(encoder(), lora.LoRAConfig(targets="all-linear")) == paths
 
 
+@pytest.mark.parametrize("targets", [("all-linear",), ["q_proj", "all-linear"]], ids=str)
+def test_all_linear_is_no_name_among_others(targets):
+    with pytest.raises(ValueError, match="all-linear is no name among others: it stands alone"):
+        lora.LoRAConfig(targets=targets)
+
+
 def test_a_file_of_peft_with_an_adapter_that_never_ran_is_refused(tmp_path):
     save_with_peft(encoder(), tmp_path, "all-linear")
     with pytest.raises(ValueError, match="layers.0.self_attn.out_proj takes no adapter"):
