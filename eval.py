@@ -230,6 +230,15 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
     ]
 
 
+def answer(
+    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
+) -> list[dict]:
+    """Returns the answers to prompts, by the protocol's mode."""
+    if protocol.mode == "score":
+        return score(model, tokenizer, prompts)
+    return complete(model, tokenizer, prompts, protocol.max_new_tokens)
+
+
 def answer_shares(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
     """Returns the probabilities of the three answers among themselves, from hidden states (B, C).
 
@@ -275,11 +284,7 @@ def evaluate(
         for start in range(0, len(mine), protocol.batch_size):
             numbers = mine[start : start + protocol.batch_size]
             batch = [prompts[number] for number in numbers]
-            if protocol.mode == "score":
-                answers += zip(numbers, score(model, tokenizer, batch))
-            else:
-                new = complete(model, tokenizer, batch, protocol.max_new_tokens)
-                answers += zip(numbers, new)
+            answers += zip(numbers, answer(model, tokenizer, batch, protocol))
             bar.update(len(numbers))
     model.train(was_training)
 
@@ -347,19 +352,14 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
-    prompt = encode_pair(pair, tokenizer, args)
-    (answer,) = complete(model, tokenizer, [prompt], args.max_new_tokens)
-    print(f"completion: {answer['completion']!r}")
+    (answer,) = answer_pairs(model, tokenizer, [pair], args)
+    if "cut" in answer:
+        print(f"the pair was cut to --max-length {args.max_length}")
+    if "completion" in answer:
+        print(f"completion: {answer['completion']!r}")
     for label, share in enumerate(answer["scores"]):
         mark = "  <-" if share == max(answer["scores"]) else ""
         print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
-
-
-def encode_pair(pair: dict, tokenizer: Tokenizer, args: argparse.Namespace) -> list[int]:
-    """Returns the prompt ids of a pair whose label nobody knows."""
-    # The label decides on the answer's ids alone, which are not used here.
-    prompt, _ = data.encode(pair | {"label": 0}, tokenizer, args.max_length)
-    return prompt
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
@@ -369,10 +369,29 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     # Standard output is for answers alone.
     model, tokenizer = load(args, device, output=sys.stderr)
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
-        prompts = [encode_pair(pair, tokenizer, args) for pair in batch]
-        answers = complete(model, tokenizer, prompts, args.max_new_tokens)
-        for pair, answer in zip(batch, answers):
+        for pair, answer in zip(batch, answer_pairs(model, tokenizer, batch, args)):
             print(json.dumps(pair | answer, ensure_ascii=False))
+
+
+def answer_pairs(
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], args: argparse.Namespace
+) -> list[dict]:
+    """Returns the answers to pairs whose labels nobody knows.
+
+    Where a pair was too long, "cut" is in its answer.
+    """
+    # The label decides on the answer's ids alone, which are not used here.
+    examples = [pair | {"label": 0} for pair in pairs]
+    encoded = data.encode_batch(examples, tokenizer, args.max_length)
+    answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol_of(args))
+    for example, ids, found in zip(examples, encoded, answers):
+        if data.count_cut([example], [ids], tokenizer, args.max_length):
+            found["cut"] = True
+    return answers
+
+
+def protocol_of(args: argparse.Namespace) -> Protocol:
+    return Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
 
 
 def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
@@ -391,7 +410,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
             metrics.check_same_rows(others[name], here)
 
     model, tokenizer = load(args, device)
-    protocol = Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
+    protocol = protocol_of(args)
     # Under the names that train.py uses, so that the same table shows both.
     stage = "finetuned" if args.adapter else "baseline"
     results = {

@@ -86,6 +86,8 @@ class LoRAConfig:
         names = (self.targets,) if isinstance(self.targets, str) else self.targets
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"targets must be names, not {self.targets!r}")
+        if not isinstance(self.targets, str) and "all-linear" in names:
+            raise ValueError("all-linear is no name among others: it stands alone, as a text")
 
     def to_peft(self, base_model: str, task_type: str | None = "CAUSAL_LM") -> dict:
         """Returns the content of adapter_config.json.
@@ -192,6 +194,7 @@ class LoRALinear(nn.Module):
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
         super().__init__()
         self.base_layer = base_layer
+        self.rank = rank
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
         # The order of draws from the CPU's generator is PEFT's: one in each of the
@@ -390,6 +393,9 @@ def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
     if not is_plain(base):
         kind = type(base).__name__
         raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
+    # By weight_norm or prune, for example: what is added to the product is lost with it.
+    if "weight" not in base.state_dict():
+        raise ValueError(f"{path}: cannot merge, W is computed from other tensors; remove that")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{path}: cannot merge, W + B A is not finite in {base.weight.dtype}")
     for name, weight in model.named_parameters(remove_duplicate=False):
@@ -416,8 +422,10 @@ def save_adapter(
     `fingerprint` says what the adapter was trained over. It is stored in the metadata of
     the tensors, and `load_adapter` compares it. `task_type` says which of its classes PEFT
     wraps the base in; with None it takes any nn.Module. The same adapter gives the same bytes.
+    Other weights that are trained, such as a new head, are not in these files.
     """
     raw = config.to_peft(base_model, task_type)
+    check_config(model, config)
     tensors = {
         PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
@@ -436,6 +444,17 @@ def save_adapter(
     sort_header(file)
     text = json.dumps(raw, indent=2)
     (directory / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def check_config(model: nn.Module, config: LoRAConfig) -> None:
+    """Raises ValueError where the adapters have another rank or alpha than `config` says."""
+    scale = config.alpha / config.rank
+    for path, layer in model.named_modules():
+        if isinstance(layer, LoRALinear) and (layer.rank, layer.scale) != (config.rank, scale):
+            raise ValueError(
+                f"{path} has rank {layer.rank} and alpha {layer.scale * layer.rank:g}, "
+                f"not rank {config.rank} and alpha {config.alpha:g}"
+            )
 
 
 def sort_header(file: Path) -> None:

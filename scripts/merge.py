@@ -182,6 +182,9 @@ def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
         parser.error("--requantize goes with --into nf4")
     if args.into == "nf4" and not args.requantize:
         raise ValueError(ERASED)
+    for name in ("limit", "columns", "labels", "validation"):
+        if getattr(args, name) is not None and not args.is_dataset_typed:
+            parser.error(f"--{name} is for the accuracy on a --dataset")
     check_merge_folder(args.out)
 
 
@@ -191,17 +194,16 @@ def check_merge_folder(out: Path) -> None:
         raise ValueError(f"{out} is there already: choose another --out, or remove it")
 
 
-def accuracies(
+def evaluate(
     model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, max_length: int, stage: str
-) -> dict[str, float]:
-    """Returns the accuracy on each split."""
+) -> dict[str, dict]:
+    """Returns the statistics of each split."""
     protocol = evaluation.Protocol(max_length=max_length)
-    shares = {}
+    results = {}
     for split, rows in splits.items():
         title = f"{stage}, {split}"
-        statistics, _ = evaluation.evaluate(model, tokenizer, rows, protocol, title)
-        shares[split] = statistics["accuracy"]
-    return shares
+        results[split], _ = evaluation.evaluate(model, tokenizer, rows, protocol, title)
+    return results
 
 
 def main() -> None:
@@ -233,10 +235,10 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     stored_as = args.dtype if args.into in (None, "nf4") else args.into
     print(describe_sum(args, stored_as))
 
-    before = accuracies(model, tokenizer, splits, args.max_length, "adapter")
+    before = evaluate(model, tokenizer, splits, args.max_length, "adapter")
     dtype = evaluation.DTYPES[stored_as]
     layers = merge(model, dtype, args.requantize, args.double_quant)
-    after = accuracies(model, tokenizer, splits, args.max_length, "merged")
+    after = evaluate(model, tokenizer, splits, args.max_length, "merged")
     cost = {
         "into": args.into or args.dtype,
         "requantized": args.requantize,
@@ -244,7 +246,12 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
         "worst": max(layers.values()),
         "layers": layers,
         "accuracy": {
-            split: {"adapter": before[split], "merged": after[split], "n": len(rows)}
+            split: {
+                "adapter": before[split]["accuracy"],
+                "merged": after[split]["accuracy"],
+                "n": len(rows),
+                "cut": after[split]["cut"],  # to --max-length
+            }
             for split, rows in splits.items()
         },
     }
@@ -273,6 +280,8 @@ def describe_cost(cost: dict) -> str:
             f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "
             f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows"
         )
+        if accuracy["cut"]:
+            lines.append(f"  {'':22} {accuracy['cut']:,} prompts were cut to --max-length")
     return "\n".join(lines)
 
 

@@ -92,7 +92,7 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
     """Uploads a run into a repository and returns its address.
 
     A repository that does not exist is created. Raises ValueError when the directory holds
-    no run, and when the Hub refuses or cannot be reached.
+    no run, when the Hub refuses or cannot be reached, and with `private` for a public one.
     """
     from huggingface_hub import HfApi
 
@@ -106,12 +106,18 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
     with tempfile.TemporaryDirectory() as folder:
         stage(directory, repo, prompt, Path(folder))
         try:
-            api.create_repo(repo, private=private, exist_ok=True)
-            api.upload_folder(
-                repo_id=repo, folder_path=folder, commit_message="A FLoRA adapter"
-            )
+            # None is the owner's default, which may be private; False would be public.
+            api.create_repo(repo, private=private or None, exist_ok=True)
+            # One that is there already stays public where it is.
+            is_public = private and not api.model_info(repo).private
+            if not is_public:
+                api.upload_folder(
+                    repo_id=repo, folder_path=folder, commit_message="A FLoRA adapter"
+                )
         except errors() as error:  # a refusal is an OSError, a bad card a ValueError
-            raise ValueError(failure(error, directory, repo)) from None
+            raise ValueError(failure(error, directory, repo, private)) from None
+    if is_public:
+        raise ValueError(f"{repo} is there already, and is public: nothing was uploaded")
     return f"{api.endpoint}/{repo}"
 
 
@@ -134,7 +140,7 @@ def stage(directory: Path, repo: str, prompt: str, folder: Path) -> None:
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def failure(error: Exception, directory: Path, repo: str) -> str:
+def failure(error: Exception, directory: Path, repo: str, private: bool) -> str:
     """Returns one line on a failed upload, with its cure."""
     # The Hub's errors have several lines, the first of which says what happened.
     lines = str(error).splitlines() or [""]
@@ -145,5 +151,8 @@ def failure(error: Exception, directory: Path, repo: str) -> str:
         return line + (
             "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
         )
-    command = commands.command("scripts.push", "--adapter", directory, "--repo", repo)
+    words = ["--adapter", directory, "--repo", repo]
+    if private:
+        words.append("--private")  # or the next try would publish it
+    command = commands.command("scripts.push", *words)
     return line + f"{directory} is unchanged, try again with: {command}"

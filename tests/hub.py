@@ -68,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
     def read(self, path: str, body: bytes) -> None:
         call = READ.fullmatch(path)
         revisions = None
+        if not call:  # what there is to know about a repository, at its main revision
+            call = READ.fullmatch(f"{path}/revision/main")
         if call:
             name = (call["kind"] or "models/") + call["repo"]
             revisions = self.server.repositories.get(name)
@@ -85,7 +87,10 @@ class Handler(BaseHTTPRequestHandler):
         if call["call"] == "resolve":
             return self.send_file(root / call["path"], commit)
         if call["call"] == "revision":
-            return self.answer_json(repository(call["repo"], commit, root))
+            return self.answer_json(
+                repository(call["repo"], commit, root)
+                | {"private": call["repo"] in self.server.private}
+            )
         if call["call"] == "tree":
             return self.answer_json(self.tree(root, call["path"]))
         wanted = wanted_paths(body)
@@ -132,6 +137,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         request = json.loads(body)
         repo = f"{request.get('organization') or 'me'}/{request['name']}"
+        is_new = f"models/{repo}" not in self.server.repositories
+        if is_new and request.get("visibility") == "private":
+            self.server.private.add(repo)
         root = self.server.repositories.setdefault(f"models/{repo}", self.server.uploads / repo)
         root.mkdir(parents=True, exist_ok=True)
         url = f"http://{self.headers['Host']}/{repo}"
@@ -203,7 +211,6 @@ def repository(name: str, commit: str, root: Path) -> dict:
         "id": name,
         "sha": commit,
         "siblings": [{"rfilename": entry["path"]} for entry in file_entries(root)],
-        "private": False,
         "gated": False,
         "disabled": False,
         "tags": [],
@@ -255,6 +262,7 @@ def serving(
     """
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.repositories = dict(repositories)
+    server.private = set()
     server.requests = []
     server.uploads = uploads
     server.blobs = {}

@@ -1,6 +1,7 @@
 """lora.py by itself, on models that are no phi: beside the formula, and beside PEFT."""
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, distance, read_json
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.profiler import profile
 
 import lora
@@ -299,6 +301,12 @@ def test_all_linear_is_every_layer_that_takes_an_adapter():
     assert lora.inject(encoder(), lora.LoRAConfig(targets="all-linear")) == paths
 
 
+@pytest.mark.parametrize("targets", [("all-linear",), ["q_proj", "all-linear"]], ids=str)
+def test_all_linear_is_no_name_among_others(targets):
+    with pytest.raises(ValueError, match="all-linear is no name among others: it stands alone"):
+        lora.LoRAConfig(targets=targets)
+
+
 def test_a_file_of_peft_with_an_adapter_that_never_ran_is_refused(tmp_path):
     save_with_peft(encoder(), tmp_path, "all-linear")
     with pytest.raises(ValueError, match="layers.0.self_attn.out_proj takes no adapter"):
@@ -474,6 +482,30 @@ def test_a_weight_that_another_layer_has_too_is_not_merged(build, targets):
         lora.merge(model)
 
 
+@pytest.mark.parametrize(
+    "compute",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.spectral_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "spectral_norm", "prune"],
+)
+@torch.no_grad()
+def test_a_weight_that_is_computed_is_adapted_and_not_merged(compute):
+    """What is added to it would be gone with the next forward pass."""
+    model = mlp().eval()
+    compute(model.linear1)
+    x = inputs(4, 16)
+    before = model.linear1(x)
+    adapted(model)
+    layer = model.linear1
+    update = 5 / 3 * layer.lora_B.weight @ layer.lora_A.weight
+    assert distance(layer(x), before + x @ update.T) < TOLERANCE
+    with pytest.raises(ValueError, match="linear1: cannot merge, W is computed from other tensors"):
+        lora.merge(model)
+
+
 @torch.no_grad()
 def test_a_block_with_two_names_is_merged():
     block = mlp()
@@ -487,6 +519,22 @@ def test_a_block_with_two_names_is_merged():
 
 # -----------------------------------------------------------------------------
 # Files
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"alpha": 16}, "linear1 has rank 3 and alpha 5, not rank 3 and alpha 16"),
+        ({"rank": 6, "alpha": 10}, "linear1 has rank 3 and alpha 5, not rank 6 and alpha 10"),
+    ],
+    ids=["alpha", "rank"],
+)
+def test_an_adapter_is_not_saved_with_another_rank_or_alpha(tmp_path, change, message):
+    """PEFT would scale B A by that alpha, in silence."""
+    other = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ValueError, match=message):
+        lora.save_adapter(adapted(mlp()), other, tmp_path / "new", "a/base")
+    assert not (tmp_path / "new").exists()
 
 
 SAVE = """

@@ -370,6 +370,33 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
         assert line["scores"] == pytest.approx(answer["scores"], abs=TOLERANCE[torch.float32])
 
 
+def test_in_mode_score_a_line_is_answered_by_its_scores(monkeypatch, capsys):
+    """The base alone writes no number, so a written answer would be -1."""
+    monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
+    in_process(evaluation, *LINES, "--mode", "score")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.keys() == {"premise", "hypothesis", "prediction", "scores"}
+    assert answer["scores"][answer["prediction"]] == max(answer["scores"])
+
+
+def test_a_typed_pair_that_is_cut_says_so(monkeypatch, capsys, tokenizer):
+    fits = {"premise": "A man sleeps.", "hypothesis": "A man rests."}
+    length = sum(map(len, data.encode(fits | {"label": 0}, tokenizer)))
+    longer = fits | {"premise": fits["premise"] + " A"}
+    lines = f"{json.dumps(fits)}\n{json.dumps(longer)}\n"
+    monkeypatch.setattr("sys.stdin", standard_input(lines.encode()))
+    shortest = ("--max-length", length, "--mode", "score")
+    in_process(evaluation, *LINES, *shortest)
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer.get("cut") for answer in answers] == [None, True]
+    assert answers[1]["premise"] == longer["premise"]
+
+    pair = ("--premise", longer["premise"], "--hypothesis", longer["hypothesis"])
+    in_process(evaluation, "--model", "tiny/model", *pair, *shortest)
+    first, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"the pair was cut to --max-length {length}"
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

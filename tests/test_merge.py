@@ -1,5 +1,6 @@
 """A merged model is the base with its adapter, for transformers too, and says what it cost."""
 
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -260,10 +261,11 @@ def test_the_rows_of_a_run_are_read_like_the_runs_and_the_printed_command_says_h
     command = ("--model", "tiny/model", "--dataset", rows, *reading, "--limit", 4)
     short = ("--eval-limit", 2, "--steps", 1, "--max-new-tokens", 1)
     in_process(train, *command, *short, "--out", tmp_path / "run")
-    for number, dataset in enumerate([(), ("--dataset", rows.rename(tmp_path / "moved"))]):
+    measured = ("--dataset", rows.rename(tmp_path / "moved"), "--limit", 4)
+    for number, dataset in enumerate([(), measured]):
         out = tmp_path / f"merged {number}"
         capsys.readouterr()
-        in_process(merge, "--adapter", tmp_path / "run", *dataset, "--limit", 4, "--out", out)
+        in_process(merge, "--adapter", tmp_path / "run", *dataset, "--out", out)
         printed = capsys.readouterr()
         assert "not used" not in printed.err
         words = shlex.split(printed.out.splitlines()[-1].split("try: ")[1])
@@ -271,6 +273,26 @@ def test_the_rows_of_a_run_are_read_like_the_runs_and_the_printed_command_says_h
         assert words == ["python", "eval.py", "--quant", "none", *expected, *reading]
     accuracy = read_json(out / "merge.json")["accuracy"]
     assert accuracy["validation_matched"]["n"] == 4
+
+
+@pytest.mark.parametrize("flag", [("--limit", 4), ("--validation", 0.5)], ids=str)
+def test_flags_on_rows_are_refused_where_no_rows_are_read(run, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        in_process(merge, "--adapter", run, "--out", tmp_path / "merged", *flag)
+    assert f"error: {flag[0]} is for the accuracy on a --dataset" in capsys.readouterr().err
+
+
+def test_merge_says_how_many_prompts_are_cut(run, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    pair = {"premise": "A man sleeps.", "hypothesis": "A man rests.", "label": 0}
+    longer = pair | {"premise": "A man sleeps." * 20}
+    lines = [json.dumps(row) + "\n" for row in (pair, longer, longer)]
+    (tmp_path / "rows" / "validation.jsonl").write_text("".join(lines))
+    out = tmp_path / "merged"
+    measured = ("--dataset", tmp_path / "rows", "--max-length", 90)
+    in_process(merge, "--adapter", run, "--out", out, *measured)
+    assert read_json(out / "merge.json")["accuracy"]["validation"]["cut"] == 2
+    assert "  2 prompts were cut to --max-length\n" in capsys.readouterr().out
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(

@@ -31,8 +31,8 @@ def environment(address: str, home, token: str | None = TOKEN) -> dict[str, str]
     return variables
 
 
-def push(run, *, env: dict[str, str]) -> subprocess.CompletedProcess:
-    command = ("-m", "scripts.push", "--adapter", run, "--repo", "me/adapter")
+def push(run, *flags: str, env: dict[str, str]) -> subprocess.CompletedProcess:
+    command = ("-m", "scripts.push", "--adapter", run, "--repo", "me/adapter", *flags)
     return script(*command, env=env)
 
 
@@ -355,6 +355,25 @@ def test_without_a_connection_it_is_one_line_that_does_not_blame_the_token(run, 
     done = push(run, env=variables)
     assert_one_line(done, "cannot upload to me/adapter", f"--adapter {run} --repo me/adapter")
     assert "log in" not in done.stderr
+
+
+def test_a_private_upload_stays_private(run, tmp_path):
+    """A repository that is there already keeps its state, whatever the upload asks for."""
+    for is_there in (False, True):
+        folder = tmp_path / f"uploads {is_there}"
+        public = folder / "me" / "adapter"
+        there = {"models/me/adapter": public} if is_there else {}
+        with serving(there, folder) as (address, _):
+            variables = environment(address, tmp_path / "home")
+            done = push(run, "--private", env=variables)
+        if is_there:
+            assert_one_line(done, "me/adapter is there already, and is public: nothing was")
+            assert list(public.iterdir()) == []
+        else:
+            assert done.returncode == 0, done.stderr
+            assert (public / "adapter_model.safetensors").is_file()
+    again = push(run, "--private", env=variables)  # nobody listens any more
+    assert_one_line(again, "--repo me/adapter --private")
 
 
 def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_done(tmp_path):
