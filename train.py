@@ -184,23 +184,18 @@ def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
 
 def evaluate(
     model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, args: argparse.Namespace, stage: str
-) -> dict[str, dict]:
-    """Returns the statistics of all validation splits by name.
-
-    The predictions of the first and the last evaluation are written into the run's folder.
-    """
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Returns the statistics and the predictions of all validation splits, by their names."""
     protocol = protocol_of(args)
     results = {}
+    predictions = {}
     for split, pairs in splits.items():
         title = f"{stage}, {split}"
-        results[split], predictions = evaluation.evaluate(model, tokenizer, pairs, protocol, title)
+        results[split], predictions[split] = evaluation.evaluate(
+            model, tokenizer, pairs, protocol, title
+        )
         results[split]["loss"] = validation_loss(model, tokenizer, pairs, args)
-        # Those of evaluations on the way would be many, and nobody reads them.
-        if ranks.FIRST and stage == "baseline":
-            files.write_lines(args.out / f"baseline_{split}.jsonl", predictions)
-        if ranks.FIRST and stage == "finetuned":
-            files.write_lines(args.out / f"predictions_{split}.jsonl", predictions)
-    return results
+    return results, predictions
 
 
 def protocol_of(args: argparse.Namespace) -> evaluation.Protocol:
@@ -290,6 +285,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         state.progress = saved.state.progress
         state.baseline = saved.state.baseline
     progress = state.progress
+    if args.keep_best:
+        best.read(args.out)  # a damaged one ends here
     log = RunLog(args, state, device)
 
     # ---- The frozen base: phi-2 in 4 bits ---------------------------------------------------
@@ -308,7 +305,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     if not saved:
         log.open()
         with log.resumable():
-            state.baseline = evaluate(model, tokenizer, validation, args, "baseline")
+            state.baseline, predictions = evaluate(
+                model, tokenizer, validation, args, "baseline"
+            )
+        log.write_predictions("baseline", predictions)
         log.write_evaluation(0, state.baseline)
     for split, result in state.baseline.items():
         if result["cut"]:
@@ -334,6 +334,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     def save() -> None:
         random = ranks.gather(resume.random_state(device))
         if ranks.FIRST:
+            log.forget_results()
             # All files of a save are written first, and then put in their places.
             with files.replacing_files(args.out) as folder:
                 lora.save_adapter(model, adapter_config, folder, args.model, made_for)
@@ -350,7 +351,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     def evaluate_on_the_way() -> None:
         title = f"step {progress.step:6,}"
-        results = evaluate(model, tokenizer, validation, args, title)
+        # Its predictions are not kept: of many evaluations nobody reads them.
+        results, _ = evaluate(model, tokenizer, validation, args, title)
         keep_best(results)
         log.write_evaluation(progress.step, results)
         log.say(f"{title}  {metrics.accuracies(results)}")
@@ -412,9 +414,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
-        if progress.step % args.save_every == 0 or is_last or stops:
+        evaluates = is_evaluated(progress.step, steps, args)
+        # Before an evaluation too: it takes long, and a kill in it is to lose no step.
+        if progress.step % args.save_every == 0 or is_last or stops or evaluates:
             save()
-        if is_evaluated(progress.step, steps, args):
+        if evaluates:
             evaluate_on_the_way()
         if stops:
             bar.close()
@@ -423,7 +427,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 f"to resume: {commands.resume(args.out)}"
             )
             return
-    stop.release()
+    with log.resumable():
+        stop.release()
 
     # ---- Results. All is saved: nothing that happens from here on can lose it -----------------
     if progress.cut:
@@ -432,7 +437,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             "at the end of their premise, and of their hypothesis where that was not enough"
         )
     with log.resumable():
-        finetuned = evaluate(model, tokenizer, validation, args, "finetuned")
+        finetuned, predictions = evaluate(model, tokenizer, validation, args, "finetuned")
         keep_best(finetuned)
     log.write_evaluation(steps, finetuned)
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
@@ -447,7 +452,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         }
         if args.keep_best:
             results["best"] = best.read(args.out)
-        if not log.finish(results, data.PROMPT):
+        with log.resumable():
+            done = log.finish(results, predictions, data.PROMPT)
+        if not done:
             sys.exit(1)
 
 

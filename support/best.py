@@ -63,7 +63,7 @@ def read(run: Path) -> dict | None:
         with safe_open(path, framework="numpy") as file:
             stored = (file.metadata() or {}).get(KEY, "")
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error})") from None
+        raise ValueError(f"{path} is damaged or cut short ({error}): remove it") from None
     evaluation = files.parse_line(stored, f"{path}: its {KEY}")
     if not {"step", "accuracy", "loss", "splits"} <= evaluation.keys():
         raise ValueError(f"{path}: its {KEY} was not written by this version of train.py")
@@ -78,6 +78,7 @@ def replacing(run: Path) -> Iterator[Path]:
     """
     folder = run / FOLDER
     files.make_folder(folder)
+    files.remove_unfinished(folder)  # of a process that was killed while it wrote
     with files.replacing_files(folder) as temporary:
         yield temporary
         shutil.copy(run / "args.json", temporary)

@@ -74,11 +74,12 @@ def locked(folder: Path, is_new: bool) -> Iterator[Path]:
 
 def make_new(folder: Path) -> Path:
     """Makes and returns the first of `folder`, folder-2, folder-3 ... that is not there."""
+    files.make_folder(folder.parent)
     for number in itertools.count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         # mkdir decides: of several processes one makes it.
         with suppress(FileExistsError):
-            path.mkdir(parents=True)
+            path.mkdir()
             return path
 
 

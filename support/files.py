@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,9 +21,12 @@ UNFINISHED = ".unfinished"  # how a temporary name ends
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, with those above it, where there is none. Raises OSError in one line."""
+    """Makes a folder, with those above it, where there is none. Raises OSError in one line.
+
+    Where the path goes through a link to a folder that is not there yet, it is that folder.
+    """
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        Path(os.path.realpath(path)).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make the folder {path}: {error.strerror}") from None
 
@@ -79,7 +82,8 @@ def apply_umask(folder: Path) -> None:
     files are not executable.
     """
     for path in folder.iterdir():
-        path.chmod(folder.stat().st_mode & 0o666)
+        with suppress(OSError):  # a file system without such rights, as on a USB stick
+            path.chmod(folder.stat().st_mode & 0o666)
 
 
 def temporary_path(path: Path) -> Path:

@@ -91,6 +91,15 @@ class RunLog:
             command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
+    def forget_results(self) -> None:
+        """Removes what a finished run says of its adapter, which the next save replaces."""
+        if not (self.folder / "results.json").is_file():
+            return
+        predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
+        pages = (*pictures.PICTURES, "report.html", "README.md")
+        for name in (*predictions, *pages, "results.json"):
+            (self.folder / name).unlink(missing_ok=True)
+
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if not ranks.FIRST:
@@ -161,11 +170,18 @@ class RunLog:
         }
         self.write(step, **values)
 
-    def finish(self, results: dict, prompt: str) -> bool:
+    def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
+        """Writes STAGE_SPLIT.jsonl for each split."""
+        if not ranks.FIRST:
+            return
+        for split, rows in predictions.items():
+            files.write_lines(self.folder / f"{stage}_{split}.jsonl", rows)
+
+    def finish(self, results: dict, predictions: dict[str, list[dict]], prompt: str) -> bool:
         """Writes results.json and prints the table. Then follows what a run can do without.
 
-        That is the pictures, the page, the model card, and what --wandb and --push ask for.
-        Returns whether all of it was done.
+        That is the predictions, the pictures, the page, the model card, and what --wandb and
+        --push ask for. Returns whether all of it was done.
         """
         try:
             files.write_json(self.folder / "results.json", results)
@@ -173,6 +189,8 @@ class RunLog:
             self.say(metrics.table(results))
         self.file.close()
         attempt = self.extras.attempt
+        with attempt("the predictions"):
+            self.write_predictions("predictions", predictions)
         with attempt("the pictures"):
             page.draw_pictures(self.folder)
         with attempt("report.html"):
@@ -197,7 +215,9 @@ class RunLog:
             named = "adapter, results.json and report.html"
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
         self.say(f"{named} are in {self.folder} ({duration})")
-        if {"the pictures", "report.html"} & set(self.extras.failed):
+        if "the predictions" in self.extras.failed:
+            self.say(f"all of them once more: {commands.resume(self.folder)}")
+        elif {"the pictures", "report.html"} & set(self.extras.failed):
             again = commands.command("scripts.report", self.folder)
             self.say(f"pictures and report.html once more: {again}")
         pair = ("--premise", "...", "--hypothesis", "...")

@@ -48,12 +48,14 @@ class StopRequest:
         return self.received
 
     def release(self) -> None:
-        """Lets a signal end the process again.
+        """Lets a signal end the process again; so does one that came after the last step.
 
         It raises KeyboardInterrupt, whichever it is, so temporary files are removed.
         """
         for number in self.SIGNALS:
             listen(number, signal.default_int_handler)
+        if self.received:
+            raise KeyboardInterrupt
 
 
 def listen(number: signal.Signals, handler) -> None:

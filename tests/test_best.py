@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from support import best, cli, hub
+from support import best, cli, files, hub
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 # At this learning rate an evaluation on the way is better than the last one.
@@ -144,11 +146,31 @@ def test_a_damaged_best_adapter_is_one_line(run, tmp_path):
     shutil.copytree(run / "best", tmp_path / "best")
     path = tmp_path / "best" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="adapter_model.safetensors is damaged or cut short"):
+    line = re.escape(f"{path} is damaged or cut short (") + r".*\): remove it"
+    with pytest.raises(ValueError, match=line):
         best.read(tmp_path)
     shutil.copy(run / "adapter_model.safetensors", path)  # one that says nothing of itself
     with pytest.raises(ValueError, match="its evaluation is not JSON"):
         best.read(tmp_path)
+
+
+def test_a_damaged_best_adapter_ends_a_resume_before_it_trains(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "best" / "adapter_model.safetensors").write_bytes(b"")
+    monkeypatch.setattr(evaluation, "load_model", None)
+    with pytest.raises(SystemExit, match="adapter_model.safetensors is damaged or cut short"):
+        in_process(train, "--resume", copy, "--steps", 48)
+    assert read_json(copy / "results.json") == read_json(run / "results.json")
+
+
+def test_what_a_kill_has_left_in_best_is_removed(tmp_path):
+    (tmp_path / "args.json").write_text("{}")
+    unfinished = tmp_path / "best" / f".save.1{files.UNFINISHED}"
+    unfinished.mkdir(parents=True)
+    (unfinished / "adapter_model.safetensors").write_bytes(b"half of it")
+    with best.replacing(tmp_path):
+        pass
+    assert os.listdir(tmp_path / "best") == ["args.json"]
 
 
 def test_keep_best_without_evaluations_is_refused(capsys, tmp_path):

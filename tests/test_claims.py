@@ -86,6 +86,16 @@ def test_a_new_folder_has_a_number_where_its_name_is_taken(tmp_path):
     assert set(os.listdir(folder.parent)) == names
 
 
+def test_through_a_link_a_folder_is_made_where_the_link_leads(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "runs")
+    assert claims.make_new(tmp_path / "out" / "run") == tmp_path / "out" / "run"
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "other")
+    with claims.claimed(tmp_path / "link") as folder:
+        (folder / "args.json").write_text("{}")
+    assert (tmp_path / "disk" / "runs" / "run").is_dir()
+    assert os.listdir(tmp_path / "disk" / "other") == ["args.json"]
+
+
 def test_a_folder_that_was_there_before_stays_though_it_is_empty(tmp_path):
     with claims.claimed(tmp_path):
         pass

@@ -40,7 +40,7 @@ from support.stopping import StopRequest
 KILLS = int(os.environ.get("KILLS", 5))  # make torture: 25
 STEPS = max(18, 3 * KILLS)  # so that each kill can come at a later step
 # With dropout, accumulation, and steps that are not all alike: an epoch of 50 rows, 4 a step, ends
-# with a step of 2. Evaluations come between saves.
+# with a step of 2. Each evaluation has a save of its own, beside every fifth step.
 RUN = (
     "--model", "tiny/model",
     "--dataset", "tiny/data",
@@ -278,6 +278,13 @@ def test_a_signal_that_is_ignored_stays_ignored():
         assert signal.getsignal(number) is signal.SIG_IGN
 
 
+def test_a_signal_after_the_last_step_ends_the_process_once_all_is_saved():
+    stop = StopRequest()
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        stop.release()
+
+
 @pytest.mark.parametrize("number", StopRequest.SIGNALS)
 def test_after_the_training_each_signal_ends_the_process_with_what_it_has_to_tidy_up(number):
     stop = StopRequest()
@@ -353,7 +360,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_stays(
     with pytest.raises(SystemExit) as stopped:
         in_process(train, *RUN, "--out", out)
     assert stopped.value.code == "interrupted"
-    assert saved_step(out) == 5
+    assert saved_step(out) == 6, "before its evaluation"
     in_process(train, "--resume", out)
     assert_same(out, whole)
 
@@ -370,12 +377,14 @@ def test_flags_that_cost_memory_or_time_may_change_and_the_bits_stay(whole, tmp_
 def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
     """The last save is of step 5, the last line of step 7."""
     out = tmp_path / "run"
-    more = ["--steps", 9, "--eval-every", 7]
+    more = ["--steps", 9, "--eval-every", 20]
+    monkeypatch.setattr(train, "LOG_EVERY", 7)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt(
             patch, "accumulate_gradients", 8, lambda: signal.raise_signal(signal.SIGINT)
         )
         in_process(train, *RUN, *more, "--out", out)
+    assert saved_step(out) == 5
     assert [line["step"] for line in metrics(out)] == [0, 7]
     with open(out / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": \xff}\n{"step": 5, "lo')  # damaged, and cut short by a kill
@@ -403,7 +412,7 @@ def test_an_evaluation_that_a_kill_prevents_after_its_save_is_made_up_for(
         interrupt(
             patch, "evaluate", first_on_the_way, lambda: signal.raise_signal(signal.SIGINT)
         )
-        in_process(train, *RUN, "--save-every", 6, "--out", out)
+        in_process(train, *RUN, "--save-every", 1000, "--out", out)
     assert saved_step(out) == 6
     assert [line["step"] for line in metrics(out)] == [0]
     in_process(train, "--resume", out, "--save-every", 5)
@@ -518,6 +527,33 @@ def test_more_steps_may_be_asked_for_and_the_new_schedule_is_named(copy, capsys)
     line = refusal("--resume", copy, "--steps", STEPS + 2)
     assert line.endswith(f"has taken {STEPS + 3} steps already, more than {STEPS + 2}")
     assert content(copy) == before
+
+
+def test_no_results_of_the_shorter_run_stay_beside_the_adapter_of_a_longer_one(copy, monkeypatch):
+    kept = {
+        "adapter_config.json", "adapter_model.safetensors", "args.json", "best", "metrics.jsonl",
+        "baseline_validation_matched.jsonl", "baseline_validation_mismatched.jsonl", resume.NAME,
+    }  # fmt: skip
+    assert {path.name for path in copy.iterdir()} > {*kept, "results.json", "README.md"}
+    with monkeypatch.context() as patch:
+        interrupt(patch, "accumulate_gradients", 2)
+        in_process(train, "--resume", copy, "--steps", STEPS + 10)
+    assert saved_step(copy) == STEPS + 2
+    assert {path.name for path in copy.iterdir()} == kept
+
+
+def test_predictions_that_cannot_be_written_do_not_lose_the_results(copy, whole, capsys):
+    path = copy / "predictions_validation_matched.jsonl"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        in_process(train, "--resume", copy)
+    assert stopped.value.code == 1
+    output = capsys.readouterr()
+    assert f"error: the predictions: cannot write {path}: Is a directory" in output.err
+    assert f"all of them once more: python train.py --resume {copy}" in output.out
+    expected = read_json(whole / "results.json")
+    assert read_json(copy / "results.json")["finetuned"] == expected["finetuned"]
 
 
 def test_a_run_that_ended_before_its_first_step_starts_anew(whole, tmp_path):
