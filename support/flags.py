@@ -418,7 +418,8 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         "--save-every",
         type=count,
         default=500,
-        help="save what --resume needs after each so many steps (default: 500)",
+        help="save what --resume needs after each so many steps, and before each evaluation "
+        "(default: 500)",
     )
     group.add_argument(
         "--resume",
