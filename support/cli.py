@@ -507,8 +507,8 @@ def check_train_folder(out: Path) -> None:
 def new_name(args: argparse.Namespace) -> str:
     """Returns a new run's name. The time in it makes it one of its own but for the second."""
     parts = (
-        Path(args.model).name,
-        Path(args.dataset).name,
+        Path(args.model).resolve().name,  # "." has a name too
+        Path(args.dataset).resolve().name,
         f"r{args.rank}",
         time.strftime("%Y%m%d-%H%M%S"),
     )
