@@ -381,10 +381,10 @@ def answer_pairs(
     Where a pair was too long, "cut" is in its answer.
     """
     # The label decides on the answer's ids alone, which are not used here.
-    examples = [pair | {"label": 0} for pair in pairs]
-    encoded = data.encode_batch(examples, tokenizer, args.max_length)
+    labelled = [pair | {"label": 0} for pair in pairs]
+    encoded = data.encode_batch(labelled, tokenizer, args.max_length)
     answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol_of(args))
-    for example, ids, found in zip(examples, encoded, answers):
+    for example, ids, found in zip(labelled, encoded, answers):
         if data.count_cut([example], [ids], tokenizer, args.max_length):
             found["cut"] = True
     return answers
