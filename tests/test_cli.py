@@ -429,16 +429,17 @@ def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
 
 
 def test_a_name_of_a_run_is_looked_up_where_it_was_typed_before_here(monkeypatch, tmp_path):
-    for place in ("started", "moved/out/run", "moved/rows", "here/rows"):
-        (tmp_path / place).mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "here")
+    name = "rows-of-a-moved-run"  # which no folder above has, up to the root
     run = tmp_path / "moved" / "out" / "run"
     started = tmp_path / "started"
-    assert files.places("rows", run, started) == [str(tmp_path / "moved" / "rows"), "rows"]
-    (started / "rows").mkdir()
-    assert files.places("rows", run, started)[0] == str(started / "rows")
+    for place in (run, started, tmp_path / "moved" / name, tmp_path / "here" / name):
+        place.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    assert files.places(name, run, started) == [str(tmp_path / "moved" / name), name]
+    (started / name).mkdir()
+    assert files.places(name, run, started)[0] == str(started / name)
     monkeypatch.chdir(started)  # as it was typed, where that is the same
-    assert files.places("rows", run, started)[0] == "rows"
+    assert files.places(name, run, started)[0] == name
 
 
 def rows_of(folder: Path, label: int) -> Path:
