@@ -150,7 +150,17 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
             f"({reason}); without a network, pass a directory instead: "
             "--dataset tiny/data, or one with train.* and validation*.* files"
         ) from None
-    found = commit_of(next(iter(tables.values())))
+    first = next(iter(tables.values()))
+    # `datasets` reads tables as text by pandas: quotes in a tsv may swallow rows, as in GLUE's
+    # files, and None is a missing value. Which files they were it does not say.
+    if first.info.builder_name == "csv" and ranks.FIRST:
+        print(
+            f"{dataset} holds csv or tsv, in which `datasets` may take quotes and words such as "
+            "None for what they are not: compare the numbers of rows, or download the repository "
+            "and pass its folder, which is read as it stands",
+            file=sys.stderr,
+        )
+    found = commit_of(first)
     if commit and found != commit:  # without a network `datasets` takes the latest of its cache
         raise ValueError(
             f"the cache of {dataset!r} holds the commit {found}, not {commit}, "

@@ -283,6 +283,22 @@ def test_why_the_files_of_a_dataset_cannot_be_read_is_said(tmp_path):
     assert "(ParserError: Error tokenizing data." in done.stderr
 
 
+def test_that_rows_of_a_table_on_the_hub_may_be_missing_is_said(tmp_path):
+    """In GLUE's tsv a quote is a letter. `datasets` takes two for a field of several lines."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = ['"Anna ran.\tAnna moved.\t0', 'He left."\tHe stayed.\t2', "It rained.\tIt was cold.\t1"]
+    (folder / "train.tsv").write_text("\n".join(["premise\thypothesis\tlabel", *rows, ""]))
+    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
+    with serving({"datasets/owner/rows": folder}) as (address, _):
+        env = environment(address, tmp_path / "home")
+        from_hub = script(*command, "owner/rows", env=env)
+    assert "pass its folder, which is read as it stands" in from_hub.stderr
+    from_folder = script(*command, folder)
+    assert "train: 3 rows; 3 taken" in from_folder.stderr
+    assert "pass its folder" not in from_folder.stderr
+
+
 def test_weights_of_a_kind_that_is_not_read_are_not_downloaded(repositories, tmp_path):
     model = shutil.copytree(repositories["models/microsoft/phi-2"], tmp_path / "model")
     config = read_json(model / "config.json")
