@@ -352,13 +352,13 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
-    (answer,) = answer_pairs(model, tokenizer, [pair], args)
-    if "cut" in answer:
+    (found,) = answer_pairs(model, tokenizer, [pair], args)
+    if "cut" in found:
         print(f"the pair was cut to --max-length {args.max_length}")
-    if "completion" in answer:
-        print(f"completion: {answer['completion']!r}")
-    for label, share in enumerate(answer["scores"]):
-        mark = "  <-" if share == max(answer["scores"]) else ""
+    if "completion" in found:
+        print(f"completion: {found['completion']!r}")
+    for label, share in enumerate(found["scores"]):
+        mark = "  <-" if share == max(found["scores"]) else ""
         print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
 
 
@@ -369,8 +369,8 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     # Standard output is for answers alone.
     model, tokenizer = load(args, device, output=sys.stderr)
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
-        for pair, answer in zip(batch, answer_pairs(model, tokenizer, batch, args)):
-            print(json.dumps(pair | answer, ensure_ascii=False))
+        for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, args)):
+            print(json.dumps(pair | found, ensure_ascii=False))
 
 
 def answer_pairs(
