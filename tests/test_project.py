@@ -24,6 +24,7 @@ TOOLS = sorted(ROOT.glob("tools/*.py"))
 PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS]
 EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def relative(path: Path) -> str:
@@ -303,6 +304,13 @@ def test_every_claim_has_a_test():
             assert f"\ndef {name}(" in (ROOT / file).read_text(), test
 
 
+def test_every_target_that_contributors_are_told_of_is_there():
+    targets = set(re.findall(r"^make (\w+)", CONTRIBUTING, re.MULTILINE))
+    assert targets
+    for target in targets:
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
 def test_what_the_readme_says_is_proved_is_a_claim_with_a_test():
     section = README.split("## Trust it")[1].split("\n## ")[0]
     said = re.findall(r"^- (.+)", section, re.MULTILINE)
@@ -362,9 +370,9 @@ def test_every_script_that_the_readme_runs_is_there():
         assert (ROOT / folder / f"{name}.py").is_file(), name
 
 
-def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
+def test_every_file_that_is_named_for_readers_is_there_or_is_one_that_a_run_leaves():
     endings = "py|txt|json|jsonl|safetensors|md|png"
-    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README)) - LEFT
+    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README + CONTRIBUTING)) - LEFT
     assert named
     missing = [name for name in named if not (ROOT / name).is_file()]
     assert not missing
