@@ -44,7 +44,7 @@ from support import (
     metrics,
     origin,
     packing,
-    ranks,
+    processes,
     typed_pairs,
 )
 from support.fingerprint import fingerprint
@@ -265,7 +265,7 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and a prediction for each of them, in their order.
 
-    Dropout is off meanwhile. Of several ranks each answers its share, and all return all
+    Dropout is off meanwhile. Of several processes each answers its share, and all return all
     answers. An answer depends on its prompt alone; a batch of another size only rounds
     differently. In fp32 that changes the last digits of the scores. In bf16 it may turn two
     answers that are nearly even.
@@ -275,11 +275,15 @@ def evaluate(
     encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
-    mine = list(itertools.chain.from_iterable(groups[ranks.RANK :: ranks.WORLD]))
+    mine = list(itertools.chain.from_iterable(groups[processes.NUMBER :: processes.COUNT]))
 
     answers = []  # (number of the row, answer), in the order of the batches
     with tqdm(
-        total=len(mine), desc=title, unit="row", leave=False, disable=None if ranks.FIRST else True
+        total=len(mine),
+        desc=title,
+        unit="row",
+        leave=False,
+        disable=None if processes.IS_FIRST else True,
     ) as bar:
         for start in range(0, len(mine), protocol.batch_size):
             numbers = mine[start : start + protocol.batch_size]
@@ -288,8 +292,8 @@ def evaluate(
             bar.update(len(numbers))
     model.train(was_training)
 
-    # Of all ranks, back in the order of the rows.
-    answer_of = dict(itertools.chain.from_iterable(ranks.gather(answers)))
+    # Of all processes, back in the order of the rows.
+    answer_of = dict(itertools.chain.from_iterable(processes.gather(answers)))
     predictions = [
         describe(pair, number, len(prompts[number])) | answer_of[number]
         for number, pair in enumerate(pairs)
@@ -314,7 +318,7 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
 
 def main() -> None:
     args = cli.eval_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     if args.premise is not None:
         return answer_pair(args, device)
     if args.dataset == "-":
@@ -426,10 +430,10 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = compared
         # Split by split: what is done is not lost when a later one fails.
-        if args.out and ranks.FIRST:
+        if args.out and processes.IS_FIRST:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
-    # Of several ranks the first alone prints: ranks.start has silenced the others.
+    # Of several processes the first alone prints: processes.start has silenced the others.
     taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
     print(f"{args.dataset}: {taken}")
     print(metrics.table(results))
@@ -437,10 +441,10 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
         print(f"\n{name}\n{metrics.details(statistics)}")
         if statistics["cut"]:
             print(f"{statistics['cut']:,} prompts were cut to --max-length {args.max_length}")
-    if args.out and ranks.FIRST:
+    if args.out and processes.IS_FIRST:
         files.write_json(args.out / "results.json", results)
 
 
 if __name__ == "__main__":
     cli.run(main)
-    ranks.stop()
+    processes.stop()

@@ -9,8 +9,8 @@
 
 It leaves in --out: the adapter in PEFT's format with its model card, args.json,
 metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
-and with --keep-best the adapter of the best evaluation, in best/. Of several ranks
-(support/ranks.py) each takes its part of every step, and the first alone writes.
+and with --keep-best the adapter of the best evaluation, in best/. Of several processes
+(support/processes.py) each takes its part of every step, and the first alone writes.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from support import (
     files,
     metrics,
     packing,
-    ranks,
+    processes,
     resume,
 )
 from support.fingerprint import digest_rows
@@ -135,13 +135,13 @@ def collated(
 def accumulate_gradients(
     model: phi2.Phi2, encoded: list, targets: float, prefix_length: int, args: argparse.Namespace
 ) -> tuple[Tensor, int]:
-    """Runs this rank's rows of a step forward and backward, `batch_size` of them at a time.
+    """Runs this process's rows of a step forward and backward, `batch_size` of them at a time.
 
-    Returns this rank's part of the loss, and how many ids the model has read. `targets` is
-    the number of targets of the step, on all ranks. Loss and gradients of all ranks are
+    Returns this process's part of the loss, and how many ids the model has read. `targets` is
+    the number of targets of the step, on all processes. Loss and gradients of all processes are
     then added up. Each is divided by `targets` already, so the sum is the mean over all
     targets, however the rows fall into batches. (A mean of the batches' means would give a
-    target in a short batch more weight.) A rank may have no row in the last step of an
+    target in a short batch more weight.) A process may have no row in the last step of an
     epoch; its part is 0.
     """
     device = model.lm_head.weight.device
@@ -158,14 +158,14 @@ def accumulate_gradients(
 def encoded_steps(
     train_rows, tokenizer: Tokenizer, rows_per_step: int, first: int, args: argparse.Namespace
 ) -> Iterator[tuple[list, list, int]]:
-    """Yields for each step, from number `first`: its rows; this rank's part of them as
+    """Yields for each step, from number `first`: its rows; this process's part of them as
     (prompt ids, answer ids); how many of these --max-length has cut.
 
     The order of rows is a function of seed and step: a resumed run sees the rows it would have.
     """
     for rows in data.batches(train_rows, rows_per_step, args.seed, first):
-        # Each rank takes every WORLD-th row of the step.
-        mine = rows[ranks.RANK :: ranks.WORLD]
+        # Each process takes every COUNT-th row of the step.
+        mine = rows[processes.NUMBER :: processes.COUNT]
         encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
         yield rows, encoded, data.count_cut(mine, encoded, tokenizer, args.max_length)
 
@@ -214,13 +214,13 @@ def validation_loss(
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
     # Sorted by length, so that attention pads least.
     encoded.sort(key=lambda pair: len(pair[0]))
-    mine = encoded[ranks.RANK :: ranks.WORLD]
+    mine = encoded[processes.NUMBER :: processes.COUNT]
     device = model.lm_head.weight.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
     for batch in collated(mine, prefix_length, args):
         loss += batch_loss(model, batch)
     model.train(was_training)
-    (total,) = ranks.total(device, loss)
+    (total,) = processes.total(device, loss)
     return total / count_targets(encoded, args.loss)
 
 
@@ -230,7 +230,7 @@ def validation_loss(
 
 def main() -> None:
     args = cli.train_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     folder = args.out or Path("out") / cli.new_name(args)
     check = None if args.resume else cli.check_train_folder
     # No other process writes there until this one ends.
@@ -260,7 +260,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         split: examples.digest_split(args.dataset, split, reading)
         for split in ("train", *validation)
     }
-    rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
+    rows_per_step = args.batch_size * args.accumulate * processes.COUNT
     steps = count_steps(args, len(train_rows), rows_per_step)
     if (args.warmup_steps or 0) > steps:
         raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
@@ -319,9 +319,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- The adapters: all that is trained --------------------------------------------------
     torch.manual_seed(args.seed)  # A is drawn first, as in PEFT
     adapted = lora.inject(model, adapter_config)
-    # All ranks have drawn the same A. From here on each draws a dropout of its own.
-    if not ranks.FIRST:
-        torch.manual_seed(args.seed + ranks.RANK)
+    # All processes have drawn the same A. From here on each draws a dropout of its own.
+    if not processes.IS_FIRST:
+        torch.manual_seed(args.seed + processes.NUMBER)
     adapter = lora.lora_parameters(model)
     parameters = list(adapter.values())
     trained = sum(parameter.numel() for parameter in parameters)
@@ -332,8 +332,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     )
 
     def save() -> None:
-        random = ranks.gather(resume.random_state(device))
-        if ranks.FIRST:
+        random = processes.gather(resume.random_state(device))
+        if processes.IS_FIRST:
             log.forget_results()
             # All files of a save are written first, and then put in their places.
             with files.replacing_files(args.out) as folder:
@@ -341,7 +341,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 resume.write(folder / resume.NAME, adapter, optimizer, random, state)
 
     def keep_best(results: dict[str, dict]) -> None:
-        if not (ranks.FIRST and args.keep_best):
+        if not (processes.IS_FIRST and args.keep_best):
             return
         figures = best.figures(progress.step, results)
         if best.is_better(figures, best.read(args.out)):
@@ -359,7 +359,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         log.start_clock()
 
     if saved:
-        saved.restore(adapter, optimizer, ranks.RANK, device)
+        saved.restore(adapter, optimizer, processes.NUMBER, device)
         log.open()  # only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
     else:
@@ -372,27 +372,27 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     left = itertools.islice(all_steps, steps - first)
     following = next(left, NO_STEP)
     _, encoded, _ = following
-    (targets,) = ranks.total(device, count_targets(encoded, args.loss))
+    (targets,) = processes.total(device, count_targets(encoded, args.loss))
     # The run was killed between a save and the evaluation of its step.
-    if any(ranks.gather(is_evaluated(first, steps, args) and log.lacks_evaluation(first))):
+    if any(processes.gather(is_evaluated(first, steps, args) and log.lacks_evaluation(first))):
         evaluate_on_the_way()
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(first, steps), total=steps)
     for step in bar:
-        # Forward and backward on each rank's rows, then one sum over all ranks.
+        # Forward and backward on each process's rows, then one sum over all processes.
         rows, encoded, cut = following
         loss, tokens = accumulate_gradients(model, encoded, targets, prefix_length, args)
-        ranks.add_gradients(parameters)
+        processes.add_gradients(parameters)
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
 
         # A GPU still works on all this. Meanwhile the rows of the next step are encoded. Then
-        # the sums over all ranks are read, which is the step's one wait for the GPU: of this
+        # the sums over all processes are read, which is the step's one wait for the GPU: of this
         # step's numbers, and of the targets of the next one.
         following = next(left, NO_STEP)
         _, next_encoded, _ = following
-        share = grad_norm / ranks.WORLD  # each rank has the norm of the whole sum
-        loss, grad_norm, tokens, cut, stops, targets = ranks.total(
+        share = grad_norm / processes.COUNT  # each process has the norm of the whole sum
+        loss, grad_norm, tokens, cut, stops, targets = processes.total(
             device, loss, share, tokens, cut, bool(stop), count_targets(next_encoded, args.loss)
         )
         if not math.isfinite(grad_norm):  # such a step would spoil every weight of the adapter
@@ -442,7 +442,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.write_evaluation(steps, finetuned)
     rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
     rows["train"]["cut"] = progress.cut
-    if ranks.FIRST:
+    if processes.IS_FIRST:
         results = {
             "protocol": protocol_of(args).record(),
             "rows": rows,
@@ -460,4 +460,4 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 if __name__ == "__main__":
     cli.run(main)
-    ranks.stop()
+    processes.stop()

@@ -139,7 +139,7 @@ class FakeGpu(TorchDispatchMode):
 
     operations: in their order. waits: how often which line waits for the GPU. bytes: those
     that are alive, and the most there have been. What the CPU reads of the GPU is True, 0,
-    or a probability of 0.5; in fp64, in which ranks.total adds, 0.
+    or a probability of 0.5; in fp64, in which processes.total adds, 0.
     """
 
     def __init__(self):

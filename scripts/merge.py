@@ -30,7 +30,7 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
+from support import checkpoints, claims, cli, commands, examples, files, flags, origin, processes
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -208,7 +208,7 @@ def evaluate(
 
 def main() -> None:
     args = parse_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     # No other process writes there until this one ends.
     with claims.claimed(args.out, check_merge_folder):
         merge_run(args, device)

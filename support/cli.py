@@ -17,7 +17,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import best, commands, files, fingerprint, flags, hub, machine, origin, ranks, resume
+from support import (
+    best,
+    commands,
+    files,
+    fingerprint,
+    flags,
+    hub,
+    machine,
+    origin,
+    processes,
+    resume,
+)
 from support.flags import (
     add_adapter_arguments,
     add_eval_arguments,
@@ -273,7 +284,7 @@ def parse_arguments(
     fill_in(args)
     if check:
         check(parser, args)
-    if is_embedded and ranks.FIRST:
+    if is_embedded and processes.IS_FIRST:
         print(NOTICE, file=sys.stderr)
     return args
 
@@ -361,8 +372,8 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
-    if args.dataset == "-" and ranks.WORLD > 1:
-        # Each rank would take a part of the lines, and tear them.
+    if args.dataset == "-" and processes.COUNT > 1:
+        # Each process would take a part of the lines, and tear them.
         parser.error("--dataset - is for one process: start python eval.py, not torchrun")
     if args.dataset == "-" or args.premise is not None:
         # These flags are about rows with labels; a typed pair has none.
@@ -450,13 +461,13 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         parser.error(f"--resume {run} writes into {run}, not into --out {out}")
     if run:
         return run
-    if ranks.MAX_RESTARTS and not out:
+    if processes.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
     # A restart has the command line of the start, without --resume. Where the start was refused
     # the folder is another one's.
-    if ranks.RESTARTS and (out / "args.json").is_file():
-        owner = files.read_json(out / "args.json").get("torchrun", ranks.TORCHRUN)
-        return out if owner == ranks.TORCHRUN else None
+    if processes.RESTARTS and (out / "args.json").is_file():
+        owner = files.read_json(out / "args.json").get("torchrun", processes.TORCHRUN)
+        return out if owner == processes.TORCHRUN else None
     return None
 
 
@@ -484,8 +495,8 @@ def check_train(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses flags that do not go together, and a new run that would write over another one."""
     if args.keep_best and not args.eval_every:
         parser.error("--keep-best needs --eval-every, which says when to look")
-    # Only the first rank looks, because it is the one that writes there.
-    if ranks.FIRST and args.out and not args.resume:
+    # Only the first process looks, because it is the one that writes there.
+    if processes.IS_FIRST and args.out and not args.resume:
         check_train_folder(args.out)
 
 
@@ -609,9 +620,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns what `run` prints of an error: one line, with the rank if there are more."""
-    rank = f"rank {ranks.RANK}: " if ranks.WORLD > 1 else ""
+    """Returns what `run` prints of an error: one line, with the process if there are more."""
+    process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
     # Libraries raise errors of several lines, and others quote texts of a dataset.
     text = printable(" ".join(str(error).split()))
     hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
-    return f"error: {rank}{text}{hint}"
+    return f"error: {process}{text}{hint}"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow
 from pyarrow import compute
 
-from support import card, hub, ranks
+from support import card, hub, processes
 from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
 from support.dataset_files import (
     READERS,
@@ -153,7 +153,7 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     first = next(iter(tables.values()))
     # `datasets` reads tables as text by pandas: quotes in a tsv may swallow rows, as in GLUE's
     # files, and None is a missing value. Which files they were it does not say.
-    if first.info.builder_name == "csv" and ranks.FIRST:
+    if first.info.builder_name == "csv" and processes.IS_FIRST:
         print(
             f"{dataset} holds csv or tsv, in which `datasets` may take quotes and words such as "
             "None for what they are not: compare the numbers of rows, or download the repository "
@@ -236,7 +236,7 @@ def load_examples(
     if not len(labelled):
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
-    if ranks.FIRST:
+    if processes.IS_FIRST:
         line = f"{split}: {describe_rows(table, labelled, taken)}"
         splits = find_splits(dataset, reading.revision)
         if reading.validation and split.startswith("validation") and split in splits:

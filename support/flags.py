@@ -311,7 +311,7 @@ def add_training_arguments(parser: ArgumentParser) -> None:
         type=number_above_0,
         help="passes over the training rows, instead of --steps",
     )
-    # Rows of a step = batch size * accumulate * ranks. When memory runs out, half the
+    # Rows of a step = batch size * accumulate * processes. When memory runs out, half the
     # first and twice the second make steps of the same rows.
     group.add_argument(
         "--batch-size",

@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import ranks
+from support import processes
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,12 @@ def fast_dtype() -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """Returns versions, the project's commit, the device's name and the number of ranks."""
+    """Returns versions, the project's commit, the device's name and the number of processes."""
     return {
         "versions": versions(),
         "commit": commit(),
         "device_name": device_name(device),
-        "ranks": ranks.WORLD,
+        "processes": processes.COUNT,
     }
 
 

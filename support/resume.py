@@ -5,7 +5,7 @@ Its tensors, for adapter parameters numbered n in the order of lora_parameters:
     adapter.NAME                        the parameter called NAME
     optimizer.n.step                    () fp32: how often AdamW has updated parameter n
     optimizer.n.exp_avg, .exp_avg_sq    its two moments, shaped like the parameter
-    random                              (ranks, bytes) uint8: each rank's random generators
+    random                              (processes, bytes) uint8: each process's random generators
 
 Everything else is JSON in the metadata (`State`): no pickle, which could run code. The
 order of the rows needs nothing, because it is a function of seed and step.
@@ -39,7 +39,7 @@ NAME = "trainer.safetensors"
 class Progress:
     """How far a run has come, and its sums since the last line of metrics.jsonl.
 
-    Rows, tokens and losses are of all ranks together.
+    Rows, tokens and losses are of all processes together.
     """
 
     step: int = 0  # optimiser steps taken
@@ -73,7 +73,7 @@ class State:
     arguments: dict  # of train.py, as args.json holds them
     steps: int  # that the run is to take
     train_rows: int  # after --limit
-    rows_per_step: int  # batch size * accumulate * ranks
+    rows_per_step: int  # batch size * accumulate * processes
     rows_digest: str  # of the rows' content
     validation_digest: str  # the same of what the base was measured on
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
@@ -145,16 +145,16 @@ class Saved:
     path: Path  # for errors
 
     def restore(
-        self, adapter: dict[str, Tensor], optimizer, rank: int, device: torch.device
+        self, adapter: dict[str, Tensor], optimizer, process: int, device: torch.device
     ) -> None:
-        """Puts adapter, optimiser and this rank's random generators back as they were.
+        """Puts adapter, optimiser and the random generators of this process back.
 
         Raises ValueError when the tensors are not those of this adapter.
         """
         import torch
 
         # All shapes first, so that no copy fails half-way.
-        self.check_shapes(adapter, rank)
+        self.check_shapes(adapter, process)
 
         # Copied in place, because the layers and the optimiser hold these very tensors.
         with torch.no_grad():
@@ -173,14 +173,14 @@ class Saved:
 
         # Last, because nothing here may draw from the generators any more.
         try:
-            set_random_state(self.tensors["random"][rank], device)
+            set_random_state(self.tensors["random"][process], device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds no state of a random generator: {error}"
             ) from None
 
-    def check_shapes(self, adapter: dict[str, Tensor], rank: int) -> None:
-        """Raises ValueError unless the tensors are those of this adapter and this rank."""
+    def check_shapes(self, adapter: dict[str, Tensor], process: int) -> None:
+        """Raises ValueError unless the tensors fit this adapter and this process."""
         expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
         # Before step 1 the optimiser has no entries.
         if any(name.startswith("optimizer.") for name in self.tensors):
@@ -190,15 +190,15 @@ class Saved:
                 expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         # Its second size depends on the device and on torch: the generators check it.
-        random = shapes.pop("random", ())  # (ranks, bytes)
-        if shapes != expected or len(random) != 2 or random[0] <= rank:
+        random = shapes.pop("random", ())  # (processes, bytes)
+        if shapes != expected or len(random) != 2 or random[0] <= process:
             raise ValueError(f"{self.path} does not hold the tensors of this adapter")
 
 
 def write(
     path: Path, adapter: dict[str, Tensor], optimizer, random: list[Tensor], state: State
 ) -> None:
-    """Writes trainer.safetensors. `random` holds each rank's random_state, in order."""
+    """Writes trainer.safetensors. `random` holds each process's random_state, in order."""
     import torch
     from safetensors.torch import save_file
 

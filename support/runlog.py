@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, commands, files, hub, machine, metrics, page, pictures, ranks
+from support import best, card, commands, files, hub, machine, metrics, page, pictures, processes
 from support.extras import Extras
 from support.resume import Progress, State, evaluated_steps, lines_up_to
 from support.stopping import discard_closed_outputs
 
 
 class RunLog:
-    """The log of a run in its folder. Of several ranks the first alone writes.
+    """The log of a run in its folder. Of several processes the first alone writes.
 
     A resumed run keeps the lines of metrics.jsonl up to the step that it resumes from.
     """
@@ -46,7 +46,7 @@ class RunLog:
 
     def open(self) -> None:
         """Writes args.json, and opens metrics.jsonl. Until then nothing in the folder changes."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         record = self.state.arguments | machine.environment(self.device)
         path = self.folder / "metrics.jsonl"
@@ -57,8 +57,8 @@ class RunLog:
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
         self.evaluated = evaluated_steps(lines)
-        if ranks.TORCHRUN:
-            record["torchrun"] = ranks.TORCHRUN
+        if processes.TORCHRUN:
+            record["torchrun"] = processes.TORCHRUN
         if self.args.wandb:
             record["wandb_run"] = self.wandb_identity()
         files.write_json(self.folder / "args.json", record)
@@ -79,8 +79,11 @@ class RunLog:
         return wandb_identity(self.folder.resolve().name, saved)
 
     def lacks_evaluation(self, step: int) -> bool:
-        """Returns whether metrics.jsonl has no evaluation of this step. False in other ranks."""
-        return ranks.FIRST and step not in self.evaluated
+        """Returns whether metrics.jsonl lacks an evaluation of this step.
+
+        False in all processes but the first.
+        """
+        return processes.IS_FIRST and step not in self.evaluated
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -102,7 +105,7 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         try:
             tqdm.write(text)  # print would write into the bar
@@ -112,7 +115,7 @@ class RunLog:
     def bar(self, steps: range, total: int) -> tqdm:
         """Returns a progress bar over the steps that are left of `total`."""
         # To tqdm None means: no bar where the output is not a terminal.
-        disable = None if ranks.FIRST else True
+        disable = None if processes.IS_FIRST else True
         return tqdm(
             steps, "training", total, initial=steps.start, unit="step", disable=disable
         )
@@ -172,7 +175,7 @@ class RunLog:
 
     def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
         """Writes STAGE_SPLIT.jsonl for each split."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         for split, rows in predictions.items():
             files.write_lines(self.folder / f"{stage}_{split}.jsonl", rows)

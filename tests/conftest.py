@@ -48,7 +48,7 @@ for number in StopRequest.SIGNALS:
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
-    "test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
+    "test_processes.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
     "test_count.py",
 )  # fmt: skip
 

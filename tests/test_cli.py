@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train
-from support import cli, commands, examples, files, ranks
+from support import cli, commands, examples, files, processes
 from support.fingerprint import digest_weights
 
 CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
@@ -171,7 +171,7 @@ def test_an_empty_premise_is_a_premise():
 
 
 def test_standard_input_is_for_one_process(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "WORLD", 2)
+    monkeypatch.setattr(processes, "COUNT", 2)
     line = mistake(capsys, "eval.py", "--model", "tiny/model", "--dataset", "-")
     assert "--dataset - is for one process: start python eval.py, not torchrun" in line
 
@@ -219,8 +219,8 @@ def test_a_command_is_right_in_the_folder_where_it_is_printed(monkeypatch, tmp_p
             assert Path(printed).samefile(ROOT / path)
 
 
-def test_ranks_resume_a_run_as_they_started_it(monkeypatch):
-    monkeypatch.setattr(ranks, "COMMAND", "torchrun --nproc-per-node 8")
+def test_processes_resume_a_run_as_they_started_it(monkeypatch):
+    monkeypatch.setattr(processes, "COMMAND", "torchrun --nproc-per-node 8")
     command = "torchrun --nproc-per-node 8 train.py --resume out/run"
     assert commands.resume(Path("out/run")) == command
 
@@ -385,7 +385,7 @@ def adapter(tmp_path) -> Path:
     config = {"base_model_name_or_path": "tiny/model", "r": 8}
     saved = {"dataset": "tiny/data", "quant": "none", "dtype": "fp32", "max_length": 99}
     write_json(directory / "adapter_config.json", config)
-    saved |= {"limit": 5, "batch_size": 3, "ranks": 2, "versions": {}}
+    saved |= {"limit": 5, "batch_size": 3, "processes": 2, "versions": {}}
     write_json(directory / "args.json", saved)
     return directory
 
@@ -540,7 +540,7 @@ def begin(folder: Path, *flags) -> Path:
     """Writes args.json as a run does that was stopped before its first step."""
     args = parse("train.py", *flags, "--out", folder)
     folder.mkdir()
-    write_json(folder / "args.json", cli.as_json(args) | {"commit": "0123", "ranks": 1})
+    write_json(folder / "args.json", cli.as_json(args) | {"commit": "0123", "processes": 1})
     return folder
 
 
@@ -666,14 +666,14 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 
 def test_restarts_need_a_folder_to_find_again(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(processes, "MAX_RESTARTS", 3)
     assert "--max-restarts needs --out" in mistake(capsys, "train.py", *TINY)
 
 
 def test_a_run_that_torchrun_starts_again_is_resumed(monkeypatch, tmp_path):
     run = begin(tmp_path / "run", *TINY, "--steps", 9)
-    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
-    monkeypatch.setattr(ranks, "RESTARTS", 1)
+    monkeypatch.setattr(processes, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(processes, "RESTARTS", 1)
     args = parse("train.py", *TINY, "--steps", 9, "--out", run)
     assert (args.resume, args.out, args.steps) == (run, run, 9)
 
@@ -681,18 +681,18 @@ def test_a_run_that_torchrun_starts_again_is_resumed(monkeypatch, tmp_path):
 def test_a_restart_after_a_refusal_does_not_take_the_run_of_another_torchrun(monkeypatch, tmp_path):
     run = begin(tmp_path / "run", *TINY)
     write_json(run / "args.json", read_json(run / "args.json") | {"torchrun": "another"})
-    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
-    monkeypatch.setattr(ranks, "RESTARTS", 1)
-    monkeypatch.setattr(ranks, "TORCHRUN", "this one")
+    monkeypatch.setattr(processes, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(processes, "RESTARTS", 1)
+    monkeypatch.setattr(processes, "TORCHRUN", "this one")
     with pytest.raises(ValueError, match="holds a run already"):
         parse("train.py", *TINY, "--out", run)
-    monkeypatch.setattr(ranks, "TORCHRUN", "another")
+    monkeypatch.setattr(processes, "TORCHRUN", "another")
     assert parse("train.py", *TINY, "--out", run).resume == run
 
 
 def test_a_restart_before_anything_was_written_starts_the_run(monkeypatch, tmp_path):
-    monkeypatch.setattr(ranks, "MAX_RESTARTS", 3)
-    monkeypatch.setattr(ranks, "RESTARTS", 1)
+    monkeypatch.setattr(processes, "MAX_RESTARTS", 3)
+    monkeypatch.setattr(processes, "RESTARTS", 1)
     args = parse("train.py", *TINY, "--out", tmp_path / "run")
     assert (args.resume, args.out) == (None, tmp_path / "run")
 
@@ -798,10 +798,10 @@ def test_memory_that_runs_out_names_the_cure():
     assert line == "error: CUDA out of memory; lower --batch-size and raise --accumulate"
 
 
-def test_of_several_ranks_the_one_that_failed_is_named(monkeypatch):
-    monkeypatch.setattr(ranks, "WORLD", 2)
-    monkeypatch.setattr(ranks, "RANK", 1)
-    assert run_with(ValueError("a thing")) == "error: rank 1: a thing"
+def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):
+    monkeypatch.setattr(processes, "COUNT", 2)
+    monkeypatch.setattr(processes, "NUMBER", 1)
+    assert run_with(ValueError("a thing")) == "error: process 1: a thing"
 
 
 def test_debug_shows_the_traceback(monkeypatch):

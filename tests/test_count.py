@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 def test_a_step_of_training_waits_for_the_gpu_once(run, tiny):
     _, output = run
     losses = 2 * 2  # of two splits, before and after the training
-    assert waits(output, "ranks.py") == 3 + losses
+    assert waits(output, "processes.py") == 3 + losses
     assert waits(output, "train.py") == waits(output, "data.py") == waits(output, "quant.py") == 0
     # A copy and a look for numbers that are not finite, for each tensor that is loaded.
     assert waits(output, "phi2.py") == 2 * len(phi2.find_tensors(tiny))

@@ -118,7 +118,7 @@ def test_args_json_holds_every_argument_and_where_it_ran(run):
     assert (record["steps"], record["batch_size"], record["learning_rate"]) == (STEPS, 8, 0.003)
     assert record["residual_dropout"] == 0.0  # config.json says so
     assert record["versions"]["torch"] == torch.__version__
-    assert record["ranks"] == 1
+    assert record["processes"] == 1
 
 
 def test_eval_gives_the_accuracy_that_the_run_reported(run, tmp_path):
