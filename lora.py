@@ -98,8 +98,9 @@ class LoRALinear(nn.Module):
         For merging, and for code that multiplies by a layer's weight instead of calling the
         layer, as nn.TransformerEncoderLayer does in eval mode.
         """
-        layer = self.base_layer
-        base = layer.weight if is_plain(layer) else layer.dequantize()  # as quant.NF4Linear has it
+        base = self.base_layer.weight
+        if not is_plain(self.base_layer):  # packed indices, as in quant.NF4Linear
+            base = self.base_layer.dequantize()
         return (base + self.delta_weight()).to(base.dtype)
 
     @property
@@ -192,6 +193,7 @@ def match_targets(
     (with every_target_must_match=False, when none does).
     """
     linears = linear_paths(model)
+    # Which layers each target names.
     if isinstance(targets, str):
         matched = {targets: match_text(linears, targets)}
     else:
@@ -265,6 +267,7 @@ def merge(model: nn.Module) -> None:
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
     }
+    # All are checked first: a refusal leaves the model as it was.
     for path, layer in adapted.items():
         check_merge(model, path, layer)
     for path, layer in adapted.items():
@@ -283,6 +286,7 @@ def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
         raise ValueError(f"{path}: cannot merge, W is computed from other tensors; remove that")
     if not layer.weight.isfinite().all():
         raise ValueError(f"{path}: cannot merge, W + B A is not finite in {base.weight.dtype}")
+    # The other layer would change too, or get two corrections.
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = name.removesuffix(".base_layer.weight")
         is_own = owner != name and model.get_submodule(owner) is layer
@@ -333,6 +337,7 @@ def save_adapter(
     Raises ValueError where the files would not be this model's adapter.
     """
     scale = config.alpha / config.rank
+    # PEFT multiplies by what the file says: another alpha there would be another adapter.
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) and (layer.rank, layer.scale) != (config.rank, scale):
             raise ValueError(
@@ -345,6 +350,7 @@ def save_adapter(
     }
     if not tensors:
         raise ValueError("the model has no adapters to save")
+    # Checked before a good file is replaced.
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} holds numbers that are not finite, and is not saved")
@@ -393,7 +399,9 @@ def read_config(directory: Path) -> LoRAConfig:
     targets = raw.get("target_modules", ())
     if not isinstance(targets, str):
         targets = tuple(targets)
+    # What is missing is None, which LoRAConfig refuses.
     config = LoRAConfig(raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout"), targets)
+    # The rest has to be what would be written for this config.
     expected = peft_config(config, raw.get("base_model_name_or_path"), raw.get("task_type"))
     for key in sorted(raw.keys() | expected.keys()):
         if raw.get(key) != expected.get(key):
