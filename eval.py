@@ -40,14 +40,15 @@ from support import (
     claims,
     examples,
     files,
+    fingerprint,
     machine,
     metrics,
     origin,
     packing,
+    peft_files,
     processes,
     typed_pairs,
 )
-from support.fingerprint import fingerprint
 from support.labels import LABELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -121,7 +122,7 @@ def fingerprint_of(
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
         quantization = "nf4, double"
-    return fingerprint(phi2.weight_files(directory), tokenizer, data.PROMPT, quantization)
+    return fingerprint.compute(phi2.weight_files(directory), tokenizer, data.PROMPT, quantization)
 
 
 # -----------------------------------------------------------------------------
@@ -342,8 +343,10 @@ def load(
     )
     model.uses_graphs = args.graphs
     if args.adapter:
-        here = None if args.force else fingerprint_of(args, directory, tokenizer)
-        config = lora.load_adapter(model, args.adapter, here)
+        if not args.force:
+            fingerprint.check(args.adapter, fingerprint_of(args, directory, tokenizer))
+        config = peft_files.read_config(args.adapter, lora.LoRAConfig)
+        lora.load_adapter(model, args.adapter, config)
         adapted = len(lora.lora_parameters(model)) // 2  # an A and a B for each
         base = f"{args.model} in {args.dtype if args.quant == 'none' else args.quant}"
         layers = f"rank {config.rank}, {adapted} layers adapted"

@@ -43,12 +43,12 @@ from support import (
     commands,
     examples,
     files,
+    fingerprint,
     metrics,
     packing,
     processes,
     resume,
 )
-from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
 
@@ -275,8 +275,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         steps=steps,
         train_rows=len(train_rows),
         rows_per_step=rows_per_step,
-        rows_digest=digest_rows(train_rows),
-        validation_digest=digest_rows(*validation.values()),
+        rows_digest=fingerprint.digest_rows(train_rows),
+        validation_digest=fingerprint.digest_rows(*validation.values()),
         fingerprint=made_for,
     )
     saved = resume.load_if_begun(args.resume)
@@ -337,7 +337,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             log.forget_results()
             # All files of a save are written first, and then put in their places.
             with files.replacing_files(args.out) as folder:
-                lora.save_adapter(model, adapter_config, folder, args.model, made_for)
+                lora.save_adapter(model, adapter_config, folder, args.model)
+                fingerprint.stamp(folder, made_for)
                 resume.write(folder / resume.NAME, adapter, optimizer, random, state)
 
     def keep_best(results: dict[str, dict]) -> None:
@@ -346,8 +347,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         figures = best.figures(progress.step, results)
         if best.is_better(figures, best.read(args.out)):
             with best.replacing(args.out) as folder:
-                record = made_for | best.metadata(figures)
-                lora.save_adapter(model, adapter_config, folder, args.model, record)
+                lora.save_adapter(model, adapter_config, folder, args.model)
+                fingerprint.stamp(folder, made_for | best.metadata(figures))
 
     def evaluate_on_the_way() -> None:
         title = f"step {progress.step:6,}"

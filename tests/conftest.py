@@ -31,7 +31,7 @@ from zygote import script, start_script  # noqa: E402, F401  (the tests import t
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import checkpoints, cli, packing  # noqa: E402
+from support import checkpoints, cli, packing, peft_files  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
 from support.stopping import StopRequest  # noqa: E402
 
@@ -184,6 +184,12 @@ def pair(
             parameter.copy_(values * parameter.shape[1] ** -0.5)
             their_tensors[name].copy_(parameter)
     return mine, theirs
+
+
+def load_adapter(model, directory: Path) -> lora.LoRAConfig:
+    """Loads an adapter of any program, as eval.py does."""
+    config = peft_files.read_config(directory, lora.LoRAConfig)
+    return lora.load_adapter(model, directory, config)
 
 
 # -----------------------------------------------------------------------------
