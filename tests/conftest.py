@@ -1,6 +1,7 @@
 """What the tests share: the embedded model, one of phi-2's widths, and the reference libraries."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -24,9 +25,9 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from forks import script, start_script  # noqa: E402, F401  (the tests import them from here)
 from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import Tensor  # noqa: E402
-from zygote import script, start_script  # noqa: E402, F401  (the tests import them from here)
 
 import lora  # noqa: E402
 import phi2  # noqa: E402
@@ -244,6 +245,14 @@ def read_json(path: Path) -> dict:
 
 # -----------------------------------------------------------------------------
 # What runs leave, and what happens to them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_run_is_left():
+    """A test that fails may leave a run behind, for whose end multiprocessing would wait."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(autouse=True)

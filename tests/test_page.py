@@ -120,7 +120,7 @@ def test_a_notebooks_way_to_show_pictures_does_not_matter(copy):
     before = (copy / "loss.png").read_bytes()
     (copy / "loss.png").unlink()
     variables = {"MPLBACKEND": "module://matplotlib_inline.no_such_backend"}
-    done = script("-m", "scripts.report", copy, env=variables)
+    done = script("-m", "scripts.report", copy, env=variables, fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (copy / "loss.png").read_bytes() == before
 

@@ -181,7 +181,8 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
     contents = []
     for seed in ("1", "2"):
         less = ("--steps", 6, "--eval-every", 3)
-        done = script("train.py", *RUN, *less, "--out", out, env={"PYTHONHASHSEED": seed})
+        hashes = {"PYTHONHASHSEED": seed}
+        done = script("train.py", *RUN, *less, "--out", out, env=hashes, fresh=True)
         assert done.returncode == 0, done.stderr
         contents.append(content(out))
         shutil.rmtree(out)
