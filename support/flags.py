@@ -125,8 +125,8 @@ def add_dataset_arguments(group) -> None:
     add = group.add_argument
     add("--dataset", type=name,
         help="Hub id, or directory of train.* and validation*.* files (default: nyu-mll/glue; "
-        "without a GPU tiny/data); eval.py also takes -: JSON lines of premise and hypothesis "
-        "on standard input")
+        "without a GPU: tiny/data); eval.py also takes -, which is JSON lines of premise and "
+        "hypothesis on standard input")
     add("--dataset-revision", type=word, metavar="REVISION",
         help="branch, tag or commit of a dataset on the Hub (default: main)")
     # For files that support/examples.py cannot read by the names in its tables.
@@ -151,7 +151,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add("--model", type=name,
-        help="Hub id or directory (default: microsoft/phi-2; without a GPU tiny/model)")
+        help="Hub id or directory (default: microsoft/phi-2; without a GPU: tiny/model)")
     add_model_revision(group)
     add_dataset_arguments(group)
     # Memory: for a GPU that is too small for phi-2, or larger than it needs.
@@ -160,18 +160,18 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--double-quant", action="store_true",
         help="quantise the absmax values of NF4 too: 0.37 bit less per weight")
     add("--keep-dequantized", action=BooleanOptionalAction,
-        help="store what NF4's indices stand for too: the same results, faster, more memory "
-        "(phi-2: 5 GB; default: on a GPU with four times that left); without it a GPU computes "
-        "attention twice in training rather than store it")
+        help="store NF4's weights in --dtype too: the same results, faster, more memory (phi-2: "
+        "5 GB; default: on a GPU with four times that left); without it a GPU computes attention "
+        "twice in training rather than store it")
     add("--no-graphs", dest="graphs", action="store_false",
         help="launch the kernels of generation one by one on a GPU, not as CUDA graphs")
     # What the arithmetic is done in: fp32 for comparisons to the last digit.
     add("--dtype", type=dtype_name, choices=["bf16", "fp32"],
-        help="of weights and activations (default: bf16; on a CPU without instructions for it "
-        "fp32)")
+        help="type of weights and activations (default: bf16; on a CPU without instructions for "
+        "it: fp32)")
     # For texts longer than MNLI's, or to bound the memory that the longest row takes.
     add("--max-length", type=count, default=512,
-        help="most tokens of prompt and answer; a longer pair loses the end of its premise, "
+        help="tokens of prompt and answer at most; a longer pair loses the end of its premise, "
         "then of its hypothesis")
     # For one GPU of several, or for a CPU beside a GPU that is in use.
     add("--device", type=device,
@@ -181,9 +181,10 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     """Adds how much the adapter can learn."""
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=rank, default=8, help="of the update B A")
+    add("--rank", type=rank, default=8, help="rank of the update B A")
     add("--alpha", type=number_above_0, default=16.0, help="the update is scaled by alpha / rank")
-    add("--dropout", type=dropout_share, default=0.05, help="on the adapter's input")
+    add("--dropout", type=dropout_share, default=0.05,
+        help="share of the adapter's input that is dropped in training")
     # The default is what the LoRA paper adapts.
     add("--targets", nargs="+", type=target, default=["q_proj", "v_proj"],
         help='linear layers to adapt, or "all-linear"')
@@ -200,17 +201,17 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     # Rows of a step = batch size * accumulate * processes. When memory runs out, half the
     # first and twice the second make steps of the same rows.
     add("--batch-size", type=count, default=16, help="examples in memory at once")
-    add("--accumulate", type=count, default=1, help="batches to a step")
+    add("--accumulate", type=count, default=1, help="batches that make a step")
     # AdamW and its schedule, for those who tune. A small model wants more: tiny/ has 3e-3.
-    add("--learning-rate", type=number_above_0, default=2e-4, help="at the end of the warm-up")
-    add("--weight-decay", type=number_from_0, default=0.01, help="of AdamW")
+    add("--learning-rate", type=number_above_0, default=2e-4, help="peak, after the warm-up")
+    add("--weight-decay", type=number_from_0, default=0.01, help="weight decay of AdamW")
     add("--warmup-steps", type=count_from_0,
         help="linear warm-up, then cosine to 0 (default: 3%% of the steps)")
     add("--max-grad-norm", type=norm, default=1.0, help="gradients are clipped to this norm")
     # For a trial on a part of the data, and for the spread between runs.
-    add("--limit", type=count, help="first training rows only")
+    add("--limit", type=count, help="train on the first so many rows only (default: all)")
     add("--seed", type=seed, default=0,
-        help="of the adapter's A, the dropout and the order of rows")
+        help="random seed of the adapter's A, the dropout and the order of rows")
 
 
 def add_forward_arguments(parser: ArgumentParser) -> None:
@@ -218,13 +219,13 @@ def add_forward_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("forward and backward pass").add_argument
     # For comparisons with code that trains on the prompt's tokens too.
     add("--loss", choices=["answer", "full"], default="answer",
-        help="on the answer's tokens, or on all of them")
+        help="mean loss over the answer's tokens, or over all of them")
     # Off for comparisons: slower, and dropout is drawn for each row alone.
     add("--share-prefix", action=BooleanOptionalAction, default=True,
         help="run what all prompts begin with once a batch, not once a row; dropout is then "
         "drawn once for it too (default: on)")
     add("--residual-dropout", type=dropout_share,
-        help="on the outputs of attention and MLP (default: that of config.json, 0.1 for phi-2)")
+        help="dropout after attention and MLP (default: that of config.json, 0.1 for phi-2)")
     # For long rows or large batches that do not fit otherwise.
     add("--checkpointing", action="store_true",
         help="recompute each block in the backward pass: slower, less memory")
@@ -235,15 +236,15 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("evaluation and output").add_argument
     # How much is evaluated, which can take longer than a short training.
     add("--eval-limit", type=count,
-        help="first rows of each validation split only, in every evaluation")
-    add("--eval-every", type=count, help="evaluate after each so many steps too")
+        help="evaluate on the first so many rows of each validation split (default: all)")
+    add("--eval-every", type=count, help="also evaluate every so many steps")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter of the best accuracy in RUN/best/")
     add("--max-new-tokens", type=new_tokens, default=32,
-        help="most tokens written to each prompt in evaluation")
+        help="tokens written to each prompt in evaluation, at most")
     # Against crashes: at most --save-every steps are lost, and --resume takes the rest.
     add("--save-every", type=count, default=500,
-        help="save what --resume needs after each so many steps, and before each evaluation")
+        help="save what --resume needs every so many steps, and before each evaluation")
     add("--resume", type=path, metavar="RUN",
         help="resume this run, with its arguments; more --steps may be given")
     add("--out", type=path,
@@ -262,19 +263,21 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     add("--adapter", type=name,
         help="run of train.py, or any PEFT LoRA adapter: a directory or a Hub id; it names its "
         "model")
-    add("--split", nargs="+", type=word, help="splits to evaluate (default: validation*)")
-    add("--limit", type=count, help="first rows of each split only")
+    add("--split", nargs="+", type=word,
+        help="splits to evaluate (default: every validation split)")
+    add("--limit", type=count,
+        help="evaluate on the first so many rows of each split (default: all)")
     add("--mode", choices=["generate", "score"], default="generate",
         help="read the first number of the text that the model writes, or compare the "
         "probabilities of the three answers")
     add("--max-new-tokens", type=new_tokens, default=32,
-        help="most tokens written to each prompt in mode generate")
+        help="tokens written to each prompt in mode generate, at most")
     add("--batch-size", type=count, default=64, help="prompts in memory at once")
     # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.
     add("--force", action="store_true",
-        help="take an adapter of another prompt, tokenizer, base or quantisation too")
+        help="use an adapter of another prompt, tokenizer, base or quantisation too")
     add("--compare", type=path, metavar="RUN",
-        help="McNemar's test against the predictions of another run or --out")
+        help="McNemar's test against the predictions of another run, or of an --out")
     # To try an adapter by hand.
     add("--premise", help="first text of one pair, instead of a dataset")
     add("--hypothesis", help="second text of that pair")

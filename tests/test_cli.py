@@ -248,6 +248,18 @@ def test_the_defaults_are_those_that_the_readme_names():
     assert cli.new_name(args).startswith("phi-2-glue-r8-")
 
 
+@pytest.mark.parametrize("make_parser", [cli.train_parser, cli.eval_parser])
+def test_help_names_each_default_once(make_parser):
+    parser = make_parser()
+    text = re.sub(r"\s+", " ", parser.format_help())
+    for action in parser._actions:
+        if action.nargs != 0 and action.default is not None:
+            default = re.escape(cli.as_text(action.default))
+            pattern = rf"{action.option_strings[0]} [^(]*\(default: {default}\)"
+            assert len(re.findall(pattern, text)) == 1, action.dest
+    assert "None" not in text
+
+
 def test_a_gpu_is_taken_with_phi_2_and_mnli_where_there_is_one(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     args = parse("train.py")
