@@ -29,13 +29,8 @@ TEXTS_AT_ONCE = 5000  # that are tokenised
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser("how a dataset is read: files, columns, labels, lengths, examples")
-    flags.add_dataset_arguments(parser)
-    parser.add_argument(
-        "--model",
-        type=flags.name,
-        help="model whose tokenizer counts (default: microsoft/phi-2; without a GPU: tiny/model)",
-    )
-    flags.add_model_revision(parser)
+    flags.add_dataset(parser)
+    flags.add_model(parser)  # whose tokenizer counts
     parser.add_argument(
         "--limit", type=flags.count, help="the first so many rows of each split (default: all)"
     )

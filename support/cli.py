@@ -64,8 +64,8 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
 
-    @FILE holds words as a shell reads them: several a line, in quotes, behind # a comment. A
-    mistake is one line on stderr and exit status 2.
+    @FILE holds words as a shell reads them, and lines of # comments. A mistake is one line on
+    stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -86,8 +86,10 @@ class Parser(argparse.ArgumentParser):
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words of a line of an @FILE."""
+        if line.lstrip().startswith("#"):
+            return []
         try:
-            return shlex.split(line, comments=True)
+            return shlex.split(line)
         except ValueError as error:
             self.error(f"cannot read the flags in {line!r} of an @FILE: {error}")
 
@@ -151,12 +153,12 @@ def as_typed(action: argparse.Action, value):
         values = require(value, list, "a list")
         return [action.type(require(item, str, "text")) for item in values]
     # By way of a text, so that the flag's own check decides what is valid.
-    read = action.type(str(value)) if action.type else str(value)
-    if isinstance(read, str | Path):
+    typed = action.type(str(value)) if action.type else str(value)
+    if isinstance(typed, str | Path):
         require(value, str, "text")
-    if action.choices and read not in action.choices:
-        raise ValueError(f"must be one of {', '.join(action.choices)}, not {read}")
-    return read
+    if action.choices and typed not in action.choices:
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not {typed}")
+    return typed
 
 
 def require(value, kind: type, name: str):
@@ -189,9 +191,8 @@ def parse_arguments(
         if "model" not in typed | defaults:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
         parser.set_defaults(**defaults)
-    is_embedded = wants_embedded_model(parser, typed)
-    if is_embedded:
-        parser.set_defaults(**embedded_defaults(parser))
+    embedded = embedded_defaults(parser, typed)
+    parser.set_defaults(**embedded)
 
     # Second pass: the same command line over these defaults.
     args = parser.parse_args(argv)
@@ -203,25 +204,23 @@ def parse_arguments(
     fill_in(args)
     if check:
         check(parser, args)
-    if is_embedded and ranks.FIRST:
+    if embedded and ranks.FIRST:
         print(NOTICE, file=sys.stderr)
     return args
 
 
-def wants_embedded_model(parser: Parser, typed: dict) -> bool:
-    """Returns whether nothing names a model and no GPU could run phi-2."""
+def embedded_defaults(parser: Parser, typed: dict) -> dict:
+    """Returns what tiny/args says where nothing names a model and no GPU could run phi-2.
+
+    Its paths are right from the current directory. Anywhere else there are no such defaults.
+    """
     if "model" in typed or parser.get_default("model") is not None:
-        return False
+        return {}
     import torch
 
-    return not torch.cuda.is_available()
-
-
-def embedded_defaults(parser: Parser) -> dict:
-    """Returns what tiny/args says, with paths that are right from the current directory.
-
-    It is written for train.py; other scripts have not all of its flags.
-    """
+    if torch.cuda.is_available():
+        return {}
+    # It is written for train.py; other scripts have not all of its flags.
     known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
     values = not_none(known)
     for name in ("model", "dataset"):
@@ -231,7 +230,7 @@ def embedded_defaults(parser: Parser) -> dict:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on the machine."""
-    # Not defaults of the parser: wants_embedded_model asks whether anything names a model.
+    # Not defaults of the parser: embedded_defaults asks whether anything names a model.
     if args.model is None:
         args.model = MODEL
     if args.dataset is None:
@@ -303,9 +302,6 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
-    for name in args.split or ():
-        if args.split.count(name) > 1:
-            parser.error(f"--split names {name} twice")
     if args.out:
         check_out(args.out)
 

@@ -120,7 +120,7 @@ def device(text: str) -> str:
 # fmt: off (a flag is one filled paragraph)
 
 
-def add_dataset_arguments(group) -> None:
+def add_dataset(group) -> None:
     """Adds the flags on the rows to a parser or to a group of one."""
     add = group.add_argument
     add("--dataset", type=name,
@@ -140,9 +140,12 @@ def add_dataset_arguments(group) -> None:
         help="share of the training rows to validate on, where the dataset has no split for it")
 
 
-def add_model_revision(group) -> None:
-    """Adds the revision of --model to a parser or to a group of one."""
-    group.add_argument("--model-revision", type=word, metavar="REVISION",
+def add_model(group) -> None:
+    """Adds the name of the model to a parser or to a group of one."""
+    add = group.add_argument
+    add("--model", type=name,
+        help="Hub id or directory (default: microsoft/phi-2; without a GPU: tiny/model)")
+    add("--model-revision", type=word, metavar="REVISION",
         help="branch, tag or commit of a model on the Hub (default: main)")
 
 
@@ -150,10 +153,8 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     """Adds the flags on model and data, for train.py, eval.py and several scripts."""
     group = parser.add_argument_group("model and data")
     add = group.add_argument
-    add("--model", type=name,
-        help="Hub id or directory (default: microsoft/phi-2; without a GPU: tiny/model)")
-    add_model_revision(group)
-    add_dataset_arguments(group)
+    add_model(group)
+    add_dataset(group)
     # Memory: for a GPU that is too small for phi-2, or larger than it needs.
     add("--quant", choices=["nf4", "none"], default="nf4",
         help="store the frozen weights in 4 bits, or as they are")
