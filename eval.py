@@ -327,7 +327,7 @@ def main() -> None:
     if args.out is None:
         return evaluate_splits(args, device)
     # No other process writes there until this one ends.
-    with claims.claimed(args.out, cli.check_eval_folder):
+    with claims.claimed(args.out, cli.check_out):
         return evaluate_splits(args, device)
 
 

@@ -232,7 +232,7 @@ def main() -> None:
     args = cli.train_arguments()
     device = processes.start(args.device)
     folder = args.out or Path("out") / cli.new_name(args)
-    check = None if args.resume else cli.check_train_folder
+    check = None if args.resume else cli.check_out
     # No other process writes there until this one ends.
     with claims.claimed(folder, check, is_new=args.out is None) as args.out:
         run(args, device)

@@ -805,12 +805,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> tuple[Job, Rows]:
 def parse_arguments() -> argparse.Namespace:
     """Returns the arguments. `draws_rows` says that no dataset was named."""
     parser = cli.Parser("speed and memory beside the reference, once the results agree")
-    parser.add_argument(
-        "--model",
-        type=flags.name,
-        help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)",
-    )
-    flags.add_model_revision(parser)
+    flags.add_model(parser)
     parser.add_argument(
         "--dataset",
         type=flags.name,

@@ -193,5 +193,5 @@ def begun(run: Path) -> Path:
 
 def test_a_folder_called_best_that_is_no_runs_is_not_written_into(tmp_path):
     (tmp_path / "best").mkdir()
-    with pytest.raises(SystemExit, match="holds a best that is no run's"):
+    with pytest.raises(SystemExit, match="holds a best already"):
         in_process(train, *RUN, "--out", tmp_path)

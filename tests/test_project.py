@@ -275,7 +275,6 @@ LEFT = {
     "bench.json",
     "config.json",
     "confusion.png",
-    "lengths.png",
     "loss.png",
     "metrics.jsonl",
     "predictions_SPLIT.jsonl",
