@@ -19,7 +19,7 @@ import pyarrow
 from pyarrow import compute
 
 from support import card, hub, ranks
-from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
+from support.columns import Column, find_columns, joined, shown_columns, table_of
 from support.dataset_files import (
     READERS,
     find_files,
@@ -29,20 +29,12 @@ from support.dataset_files import (
     with_train,
 )
 from support.fingerprint import digest_rows
-from support.labels import (
-    LABELS,
-    NO_LABEL,
-    as_word,
-    check_meanings,
-    label_numbers,
-    refuse_names_in_card,
-)
+from support.labels import LABELS, NO_LABEL, as_word, check_meanings, refuse_names_in_card
 from support.rows import Rows, cut_by_premise
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
 
-KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
 
 
@@ -300,10 +292,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     if is_cut and split in ("train", "validation"):
         train, validation, columns = cut_train(dataset, reading)
         return (train if split == "train" else validation), columns
-    try:
-        return join_parts(dataset, split, reading)
-    except UnicodeError as error:  # of a label
-        raise ValueError(f"{dataset}, {split}: {error}") from None
+    return join_parts(dataset, split, reading)
 
 
 @functools.cache
@@ -325,17 +314,15 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     parts = read_parts(find_splits(dataset, reading.revision)[split])
     first = next(iter(parts))
     columns = find_columns(list(parts[first]), reading.columns, first)
-    if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
-        raise ValueError(f"--columns names one column twice: {' '.join(reading.columns)}")
-    shown = shown_columns(parts)
     tables = []
     words = set()
     for place, part in parts.items():
-        table, labels = table_of(part, columns, shown, reading, place)
+        table, labels = table_of(part, columns, reading.labels, place)
         tables.append(table)
         words |= set(map(as_word, labels))
-    # Texts may be of two types, and what labels are written as is numbered in each part anew.
-    table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    table = joined(tables)
+    for name, values in shown_columns(parts.values()).items():
+        table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
     # Of a dataset on the Hub the names are in its columns already.
     is_local = Path(dataset).is_dir()
@@ -363,44 +350,3 @@ def read_part(part: "Path | Dataset") -> dict[str, Column]:
     if isinstance(part, Path):
         return read_file(part)
     return table_columns(part.with_format("arrow")[:])
-
-
-def shown_columns(parts: dict[str, dict[str, Column]]) -> dict[str, type]:
-    """Returns those columns of KEPT whose values are int in all parts, or str in all.
-
-    A column has one type. These are only shown, so one that has several is left out.
-    """
-    shown = {}
-    for name in KEPT:
-        kinds = set().union(*(types_in(part.get(name, [])) for part in parts.values()))
-        if kinds in ({int}, {str}):
-            shown[name] = kinds.pop()
-    return shown
-
-
-def table_of(
-    part: dict[str, Column],
-    columns: dict[str, str],
-    shown: dict[str, type],
-    reading: Reading,
-    place: str,
-) -> tuple[pyarrow.Table, list]:
-    """Returns a part as a table under our names, with labels as numbers, and its different labels.
-
-    Raises ValueError for a row that does not fit.
-    """
-    values = {
-        column: as_texts(part[columns[column]], column, place)
-        for column in ("premise", "hypothesis")
-    }
-    labels, label_of_row = different(part[columns["label"]])
-    numbers = label_numbers(labels, label_of_row, reading.labels, place)
-    values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
-    written = pyarrow.array(map(repr, labels), pyarrow.string())
-    values["written"] = pyarrow.DictionaryArray.from_arrays(label_of_row, written)
-    for name, kind in shown.items():
-        if kind is int:
-            values[name] = as_numbers(part[name], name, place)
-        else:
-            values[name] = as_texts(part[name], name, place, may_lack=True)
-    return pyarrow.table(values), labels
