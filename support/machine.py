@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 # The libraries whose versions can change a result or a file.
-PACKAGES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "datasets")
+PACKAGES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "pyarrow")
 STATUS = Path("/proc/self/status")  # what Linux says about this process
 RESET = Path("/proc/self/clear_refs")  # a "5" written here resets its peak of memory
 
