@@ -3,7 +3,6 @@
     python -m scripts.bench                                # tiny/ on a CPU, phi-2 on a GPU
     python -m scripts.bench --random-phi-2 --json bench.json         # full size, no download
     python -m scripts.bench --random-phi-2 1 --rows 32 --rounds 1    # one layer: small machines
-    python -m scripts.bench --count                       # what a GPU would do, without one
 
 All contenders have the same files, the same adapter, the same rows and the same loss. Each is a
 process of its own, and they take turns: A B C A B C. The reference is used well: bf16, SDPA,
@@ -585,66 +584,6 @@ def ratio(rates: dict[str, list[float]], arm: str) -> float:
 
 
 # -----------------------------------------------------------------------------
-# Counting, where there is no GPU
-
-
-def count(args: argparse.Namespace, folder: Path) -> dict:
-    """Returns {arm: {task: costs}} of phi-2 at full size, as scripts/count.py models a GPU."""
-    tokenizer_folder = args.tokenizer or checkpoints.find(
-        args.model, phi2.read_config, revision=args.model_revision
-    )
-    tokenizer = data.load_tokenizer(tokenizer_folder)
-    draw_dataset(args, folder, tokenizer)
-    validation, *_ = examples.validation_splits(args.dataset)
-    pairs = examples.load_examples(args.dataset, validation, args.rows)
-    rows = [data.encode(pair, tokenizer) for pair in pairs]
-    groups = data.by_premise(pairs, [prompt for prompt, _ in rows])
-    files.write_json(folder / "rows.json", {"rows": rows, "groups": groups})
-    command = [sys.executable, "-m", "scripts.count", "--rows", str(folder / "rows.json")]
-    if args.random_phi_2:
-        command += ["--layers", str(args.random_phi_2)]
-    arms = {
-        "ours": ["--arm", "ours", "--keep"],
-        "codes alone": ["--arm", "ours"],
-        "checkpointing": ["--arm", "ours", "--checkpointing", "--tasks", "train16", "train128"],
-        "reference": ["--arm", "reference"],
-    }
-    results = {}
-    for arm, chosen in arms.items():
-        print(f"counting: {arm}", file=sys.stderr, flush=True)
-        done = subprocess.run([*command, *chosen], cwd=ROOT, stdout=subprocess.PIPE, check=False)
-        if done.returncode:
-            raise ValueError(f"{arm} could not be counted; the error stands above")
-        results[arm] = json.loads(done.stdout)
-    return results
-
-
-def show_counts(results: dict) -> None:
-    print(
-        f"{'counted, not measured':24} {'launches':>8} {'waits':>5} {'TFLOP':>7} {'GB':>7} "
-        f"{'ms':>7} {'ratio':>6} {'GiB':>6}"
-    )
-    for task in results["ours"]:
-        slowest = modelled_ms(results["reference"][task])
-        for arm, tasks in results.items():
-            if task not in tasks:
-                continue
-            cost = tasks[task]
-            milliseconds = modelled_ms(cost)
-            print(
-                f"{task:9} {arm:14} {cost['launches']:8,} {cost['waits']:5} "
-                f"{cost['tflop']:7.2f} {cost['gb']:7.1f} "
-                f"{milliseconds:7.1f} {slowest / milliseconds:5.2f}x "
-                f"{cost['peak_gib']:6.2f}"
-            )
-
-
-def modelled_ms(cost: dict) -> float:
-    """Returns the milliseconds of a task: the CPU gives launches while the GPU works."""
-    return max(cost["gpu_ms"], cost["cpu_ms"])
-
-
-# -----------------------------------------------------------------------------
 # Files for all contenders
 
 
@@ -860,11 +799,6 @@ def parse_arguments() -> argparse.Namespace:
         default=2e-4,
         help="of the adapter that is trained here (default: 2e-4)",
     )
-    parser.add_argument(
-        "--count",
-        action="store_true",
-        help="do not measure: count launches, bytes and FLOPs of phi-2 on a GPU (scripts/count.py)",
-    )
     parser.add_argument("--json", type=flags.path, help="write every figure here")
     args = cli.parse_arguments(parser)
     args.draws_rows = "dataset" not in parser.typed()
@@ -877,12 +811,6 @@ def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if args.count:
-            results = count(args, folder)
-            show_counts(results)
-            if args.json:
-                files.write_json(args.json, results)
-            return
         job, rows = prepare(args, folder)
         compare(job, folder)
         results = measure(job, rows, args.rounds)

@@ -20,7 +20,8 @@ SIX = ["lora", "quant", "phi2", "data", "eval", "train"]  # in reading order
 STAND_ALONE = ["lora", "quant", "phi2"]
 SUPPORT = sorted(ROOT.glob("support/*.py"))
 SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
-PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS]
+TOOLS = sorted(ROOT.glob("tools/*.py"))
+PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS]
 EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
 README = (ROOT / "README.md").read_text()
 
@@ -30,7 +31,7 @@ def relative(path: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Imports: support <- the six <- scripts
+# Imports: support <- the six <- scripts, tools
 
 
 def module_name(path: Path) -> str:
@@ -61,10 +62,10 @@ def imports(path: Path) -> set[str]:
 
 def project_imports(path: Path) -> set[str]:
     """Returns the project's modules that a file imports, wherever in the file."""
-    return (imports(path) & MODULES.keys()) - {"support", "scripts"}
+    return (imports(path) & MODULES.keys()) - {"support", "scripts", "tools"}
 
 
-def test_support_imports_none_of_the_six_and_nothing_of_scripts():
+def test_support_imports_nothing_but_support():
     for path in SUPPORT:
         for name in project_imports(path):
             assert name.startswith("support."), f"{relative(path)} imports {name}"
@@ -82,12 +83,14 @@ def test_a_file_imports_only_what_comes_before_it_in_the_reading_order(name):
     assert not libraries & {"transformers", "peft", "accelerate", "pickle"}
 
 
-def test_nothing_imports_scripts():
+def test_nothing_imports_scripts_or_tools():
     for path in EVERY_FILE:
         if path.parent.name != "tests":  # the tests look into them
-            found = {name for name in imports(path) if name.split(".")[0] == "scripts"}
+            found = {
+                name for name in imports(path) if name.split(".")[0] in ("scripts", "tools")
+            }
             if path.name == "count.py":  # its own first part, which has to precede torch
-                found -= {"scripts", "scripts.fake_gpu"}
+                found -= {"tools", "tools.fake_gpu"}
             assert not found, relative(path)
 
 
@@ -212,7 +215,7 @@ def test_lora_quant_and_phi2_each_do_their_job_alone_in_an_empty_folder(tmp_path
     (tmp_path / f"{name}.py").write_text(MODULES[name].read_text())
     if name == "phi2":
         write_small_phi(tmp_path)
-    others = [other for other in SIX + ["support", "scripts"] if other != name]
+    others = [other for other in SIX + ["support", "scripts", "tools"] if other != name]
     alone = f"import importlib.util\nassert not any(map(importlib.util.find_spec, {others}))\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
@@ -258,8 +261,8 @@ def test_every_module_and_every_public_function_of_the_six_says_what_it_does(nam
             assert ast.get_docstring(node), node.name
 
 
-def test_every_file_of_support_and_scripts_says_what_it_is_for():
-    for path in (*SUPPORT, *SCRIPTS):
+def test_every_file_of_support_scripts_and_tools_says_what_it_is_for():
+    for path in (*SUPPORT, *SCRIPTS, *TOOLS):
         assert ast.get_docstring(ast.parse(path.read_text())), relative(path)
 
 
@@ -316,10 +319,10 @@ def test_every_flag_in_the_readme_is_one_of_the_scripts(command):
 
 
 def test_every_script_that_the_readme_runs_is_there():
-    named = set(re.findall(r"-m scripts\.(\w+)", README))
+    named = set(re.findall(r"-m (scripts|tools)\.(\w+)", README))
     assert named
-    for name in named:
-        assert (ROOT / "scripts" / f"{name}.py").is_file(), name
+    for folder, name in named:
+        assert (ROOT / folder / f"{name}.py").is_file(), name
 
 
 def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
