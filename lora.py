@@ -1,9 +1,10 @@
 """LoRA in one file: low-rank adapters beside the linear layers of a frozen model.
 
-First in the reading order. The paper is arXiv:2106.09685.
+The first of six files, which read in the order lora, quant, phi2, data, eval, train.
+The paper is arXiv:2106.09685.
 
-Full fine-tuning of a weight W (out, in) needs a gradient as large as W, and optimiser
-state twice as large. LoRA freezes W and learns a correction of low rank beside it:
+To fine-tune a weight W (out, in) with Adam takes two more numbers for each of its own,
+and a gradient. LoRA freezes W and learns a correction of low rank beside it:
 
                          W x  +  (alpha / rank) B A x
 
@@ -20,20 +21,23 @@ state twice as large. LoRA freezes W and learns a correction of low rank beside 
                           ^              ^
                           +------ x -----+
 
-B = 0 makes the first step start from the base model exactly. For phi-2 at rank 8 on
-q_proj and v_proj, 2.6 million of 2.8 billion parameters are trained.
+B = 0 makes the first step start from the base model exactly. In phi-2 at rank 8, on the
+query and value projections of each block (q_proj and v_proj), A and B are 32 blocks * 2
+layers * 8 * (2560 + 2560) = 2.6 million numbers beside 2.8 billion frozen ones.
 
-The layer that is wrapped may be any linear layer of any model, a quantised one too:
-QLoRA is this file over quant.py. Modules and tensors carry PEFT's names, so the adapter
-file is a part of `state_dict()`, with a prefix before each name. Left out: DoRA (which
+The layer that is wrapped may be a linear layer of any model, a quantised one too: QLoRA
+is this file over quant.py. Modules and tensors have the names that they have in PEFT,
+Hugging Face's library of adapters, so it loads what is saved here. Left out: DoRA (which
 also learns the norms of W's columns), rsLoRA (alpha / sqrt(rank)), trained biases,
 adapters on embeddings or on the head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
     lora.inject(model, config)  # W x becomes W x + (alpha / rank) B A x
     optimizer = torch.optim.AdamW(lora.lora_parameters(model).values(), lr=2e-4)
-    ...  # train
+    model.train()  # dropout is on
+    ...
     lora.save_adapter(model, config, "adapter", "microsoft/phi-2")  # for PEFT too
+    lora.load_adapter(another_model, "adapter")
 """
 
 import json
@@ -49,17 +53,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 
 class LoRALinear(nn.Module):
-    """Computes base_layer(x) + (alpha / rank) B A dropout(x) for x (..., in): (..., out).
+    """Computes base_layer(x) + scale B A dropout(x) for x (..., in), scale = alpha / rank.
 
-    Backward, for scale = alpha / rank, u = scale A x of one token, the gradient g of
-    the output, and dropout off: B's gradient is g u^T, A's is scale (B^T g) x^T, both
-    summed over the tokens, and that of x is W^T g + scale A^T B^T g. W has none. As B
-    starts at zero, A's gradient is zero in the first step; if A were zero too, neither
-    would ever move.
+    The base layer is W x and its bias, both frozen. Backward, for one token's input x,
+    the gradient g of its output (both as columns), and without dropout:
 
-    A and B are fp32 over a base in 16 or 4 bits too, as in PEFT: a bf16 number has 8
-    significant bits, so the small steps at the end of a training would be rounded away.
-    They are multiplied in the dtype of x.
+        B's gradient  g (scale A x)^T       (out, rank)
+        A's           scale (B^T g) x^T     (rank, in)
+        x's           W^T g + scale A^T B^T g
+
+    The first two are summed over the tokens. As B starts at zero, A's is zero in the
+    first step; if A were zero too, neither would ever move.
+
+    A and B are stored and trained in fp32, even over a base in 16 or 4 bits, as in PEFT:
+    a bf16 number has 8 significant bits, so small steps would be rounded away. Only a copy
+    is cast to the dtype of x, for the product.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -76,7 +84,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # A is drawn a second time, because PEFT does so: one seed gives the same A there.
+        # nn.Linear has drawn A already. PEFT draws it once more: so one seed gives the same.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -89,7 +97,7 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        # Through the bottleneck: two thin products. B A itself would be as large as W.
+        # Two thin products, through `rank` numbers a token. B A would be as large as W.
         down = self.lora_dropout(x) @ a.T  # (..., rank)
         return self.base_layer(x) + (self.scale * down) @ b.T
 
@@ -97,8 +105,8 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + scale B A, (out, in), rounded once to the dtype of W.
 
-        For merging, and for code that multiplies by a layer's weight instead of calling
-        the layer, as nn.TransformerEncoderLayer does in eval mode.
+        For merging. And, like `bias`, for code that reads a layer's weight instead of
+        calling the layer, as nn.TransformerEncoderLayer does in eval mode.
         """
         base = self.base_layer.weight
         if not is_plain(self.base_layer):  # packed indices, as in quant.NF4Linear
@@ -114,13 +122,6 @@ class LoRALinear(nn.Module):
         return self.scale * self.lora_B.weight @ self.lora_A.weight
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Returns whether the weight of a linear layer is W itself, and not packed indices."""
-    weight = layer.weight
-    shape = (layer.out_features, layer.in_features)
-    return weight.is_floating_point() and weight.shape == shape
-
-
 # -----------------------------------------------------------------------------
 # Putting adapters into a model
 
@@ -131,17 +132,18 @@ class LoRAConfig:
 
     rank: the width of the bottleneck, and the rank of the learned correction. The
         number of parameters grows in proportion to it. The paper's section 7.2 finds
-        that 1 to 8 is enough on q and v.
-    alpha: the correction is multiplied by alpha / rank (section 4.1). To compare ranks,
-        keep this quotient, for example alpha = 2 * rank: then a rank changes what can
-        be learned, and not how strong each step is.
+        that 1 to 8 is enough on q and v, for its models and tasks.
+    alpha: the correction is multiplied by alpha / rank (section 4.1). At the same alpha a
+        higher rank has a smaller factor, so that two things change at once. To compare
+        ranks at one factor, set alpha in proportion, such as 2 * rank; the best learning
+        rate may differ all the same.
     dropout: the share of the adapter's inputs that is set to zero in training. The base
         always sees all of its input.
-    targets: which linear layers get an adapter: a tuple of names, or the word
-        "all-linear" (all that take one: not the head, lm_head), or any other text as a
-        regular expression for a whole path. The paper adapts q and v (section 7.1);
-        QLoRA (arXiv:2305.14314, section 4) finds that to adapt all layers matters more
-        than rank.
+    targets: which linear layers get an adapter. A tuple of names, ("q_proj", "v_proj");
+        or the text "all-linear": all but the head, lm_head; or any other text as a
+        regular expression for a whole path, r".*layers\\.0\\..*proj". The paper adapts q
+        and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all
+        layers matters more than rank.
     """
 
     rank: int = 8
@@ -158,7 +160,7 @@ class LoRAConfig:
             raise ValueError(
                 f"dropout must be a number of at least 0 and below 1, not {self.dropout!r}"
             )
-        if not all(isinstance(name, str) for name in self.targets):
+        if not self.targets or not all(isinstance(name, str) for name in self.targets):
             raise ValueError(f"targets must be names, not {self.targets!r}")
 
 
@@ -168,8 +170,8 @@ def inject(
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
     Returns the paths of the wrapped layers. Raises ValueError when a target matches no
-    layer, and when the model has adapters already. PEFT is content with one match among
-    all targets: every_target_must_match=False.
+    layer, and when the model has adapters already. With every_target_must_match=False
+    one match among all targets is enough, as in PEFT; load_adapter uses it.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
@@ -202,8 +204,8 @@ def match_targets(
     missing = [target for target, paths in matched.items() if not paths]
     if not chosen or (missing and every_target_must_match):
         raise ValueError(describe_missing(missing, isinstance(targets, str), linears))
-    # In module order, because the adapters are initialised one after another from one
-    # generator.
+    # In module order, as in PEFT: the adapters are drawn one after another, so one seed
+    # gives the same.
     return [path for path in linears if path in chosen]
 
 
@@ -229,14 +231,17 @@ def match_text(paths: list[str], text: str) -> list[str]:
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of all layers that take an adapter, known by their two sizes."""
+    """Returns the paths of the layers that take an adapter.
+
+    They are those with in_features and out_features, which quantised ones have too.
+    """
     paths = []
     for path, module in model.named_modules():
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
-        # PEFT would save the head's own weight beside its adapter.
+        # Left out, because PEFT would save the head's whole weight beside its adapter.
         is_head = path.rpartition(".")[2] == "lm_head"
-        # nn.MultiheadAttention's out_proj: it is never called, so that PEFT's adapter
-        # on it does nothing.
+        # nn.MultiheadAttention's out_proj has this class. It is never called, so that
+        # PEFT's adapter on it does nothing.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -244,7 +249,7 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns all that is trained, by the parameter's name.
+    """Returns A and B of every adapter, by the parameter's name: all that is trained.
 
     `...q_proj.lora_A.weight` is (rank, in), `...q_proj.lora_B.weight` is (out, rank).
     """
@@ -263,10 +268,10 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    The sum is rounded once, to the dtype of W. Raises ValueError, before any layer is
-    changed, over a quantised base, because rounding the sum to 4 bits again erases most
-    of a small update; where a sum is not finite in the dtype of W; and where another
-    layer has the same W.
+    W stays frozen. Raises ValueError, before any layer is changed, where the result would
+    be another model than the adapted one by more than a rounding to the dtype of W: over a
+    quantised base, where rounding to 4 bits again erases most of a small update; where a
+    sum is not finite; and where W is computed anew in each pass, or shared by two layers.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -280,22 +285,35 @@ def merge(model: nn.Module) -> None:
 
 
 def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
-    """Raises ValueError where merging this layer would change what the model computes."""
+    """Raises ValueError where merging this layer would give another model."""
     base = layer.base_layer
     if not is_plain(base):
         kind = type(base).__name__
         raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
-    # By weight_norm or prune, for example: what is added to the product is lost with it.
+    # weight_norm and prune compute W in each forward pass, over what was written there.
     if "weight" not in base.state_dict():
-        raise ValueError(f"{path}: cannot merge, W is computed from other tensors; remove that")
+        raise ValueError(
+            f"{path}: cannot merge, W is computed from other tensors, as by weight_norm or "
+            "prune; remove that first"
+        )
     if not layer.weight.isfinite().all():
-        raise ValueError(f"{path}: cannot merge, W + B A is not finite in {base.weight.dtype}")
-    # The other layer would change too, or get two corrections.
+        raise ValueError(
+            f"{path}: cannot merge, W + scale B A is not finite in {base.weight.dtype}"
+        )
+    # Another layer with this W would change too. (A block that the model holds under two
+    # names gives this layer two names: that is no other.)
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = name.removesuffix(".base_layer.weight")
-        is_own = owner != name and model.get_submodule(owner) is layer
-        if weight is base.weight and not is_own:
+        is_this = owner != name and model.get_submodule(owner) is layer
+        if weight is base.weight and not is_this:
             raise ValueError(f"{path}: cannot merge, {name} is the same weight")
+
+
+def is_plain(layer: nn.Module) -> bool:
+    """Returns whether the weight of a linear layer is W itself, and not packed indices."""
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features)
+    return weight.is_floating_point() and weight.shape == shape
 
 
 # -----------------------------------------------------------------------------
@@ -307,19 +325,19 @@ PREFIX = "base_model.model."  # PEFT puts this before each parameter's name
 def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> dict:
     """Returns the content of adapter_config.json.
 
-    Only keys that PEFT has had from its beginning, because an old version refuses keys
-    that it does not know.
+    It has only keys that PEFT has had from its beginning, because an old version refuses
+    keys that it does not know.
     """
     targets = config.targets if isinstance(config.targets, str) else sorted(config.targets)
     return {
         "base_model_name_or_path": base_model,
         "peft_type": "LORA",
         "task_type": task_type,
-        # Without these PEFT would take defaults of its own.
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": targets,
+        # No bias is trained, W is not stored transposed, and PEFT is to freeze A and B.
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -337,8 +355,8 @@ def save_adapter(
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
     `task_type` says which of its classes PEFT wraps the base in; with None it takes any
-    nn.Module. Other weights that are trained, such as a new head, are not in these files.
-    Raises ValueError where the files would not be this model's adapter.
+    nn.Module. Other weights that you train, such as a new head, are not in these files.
+    Raises ValueError for adapters that are not finite, or have another rank or alpha.
     """
     scale = config.alpha / config.rank
     # PEFT multiplies by what the file says: another alpha there would be another adapter.
@@ -370,9 +388,8 @@ def load_adapter(
 ) -> LoRAConfig:
     """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
 
-    `config` is what adapter_config.json asks for. By default it is read here, and the
-    file has to be one of `save_adapter`; support/peft_files.py reads those of other
-    programs.
+    Without `config` that is read from adapter_config.json, which has to be one of
+    `save_adapter`; support/peft_files.py reads those of other programs.
 
     Raises ValueError where PEFT would continue with a model that is not the trained
     one: a tensor is missing, unknown, of another shape or not finite, or every B is
@@ -390,7 +407,7 @@ def load_adapter(
     check_tensors(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():
-            # A copy, and not the file's own memory: the file can be written anew.
+            # Copied, so that the file itself is no longer in use and can be written anew.
             parameter.copy_(tensors[key])
     return config
 
@@ -403,7 +420,7 @@ def read_config(directory: Path) -> LoRAConfig:
     path = Path(directory) / "adapter_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     targets = raw.get("target_modules", ())
-    if not isinstance(targets, str):
+    if isinstance(targets, list):
         targets = tuple(targets)
     # What is missing is None, which LoRAConfig refuses.
     config = LoRAConfig(raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout"), targets)
@@ -412,7 +429,8 @@ def read_config(directory: Path) -> LoRAConfig:
     for key in sorted(raw.keys() | expected.keys()):
         if raw.get(key) != expected.get(key):
             raise ValueError(
-                f"{path}: {key} = {raw.get(key)!r} is nothing that save_adapter writes"
+                f"{path}: {key} = {raw.get(key)!r}, where save_adapter writes "
+                f"{expected.get(key)!r}; support/peft_files.py reads files of other programs"
             )
     return config
 
@@ -426,9 +444,9 @@ def check_tensors(
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())
     if missing:
-        raise ValueError(f"{file} lacks {len(missing)} tensors, among them {missing[0]}")
+        raise ValueError(f"{file} lacks tensors: {len(missing)}, among them {missing[0]}")
     if unknown:
-        raise ValueError(f"{file} holds unknown {len(unknown)} tensors, among them {unknown[0]}")
+        raise ValueError(f"{file} holds unknown tensors: {len(unknown)}, such as {unknown[0]}")
     for key, parameter in parameters.items():
         tensor = tensors[key]
         if tensor.shape != parameter.shape:
@@ -443,7 +461,3 @@ def check_tensors(
             f"{file}: every B is zero, so the adapter changes nothing; "
             "it was saved before it was trained"
         )
-
-
-if __name__ == "__main__":
-    raise SystemExit("to merge an adapter into its base: python -m scripts.merge --help")
