@@ -36,8 +36,8 @@ def draw(path: Path, columns: int, width: float, height: float) -> Iterator:
     # matplotlib's own settings, not those of the user's matplotlibrc, such as TeX for texts.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Texts as they are: a split may hold $, and what is between two of them would be read as
-        # a formula.
+        # Texts as they are: a split may hold $, and what is between two of them would be read
+        # as a formula.
         matplotlib.rcParams["text.parse_math"] = False
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         # squeeze=False: always rows of axes, even when there is one
@@ -85,25 +85,11 @@ def draw_validation_losses(axis, entries: list[dict]) -> None:
 
 
 def draw_confusion(splits: dict[str, dict], path: Path) -> None:
-    """Draws the confusion matrix of each split, from {split: its statistics}.
-
-    Lines are labels, columns answers. Each count is darker for a larger share of its label's rows.
-    """
+    """Draws the confusion matrix of each split, from {split: its statistics}."""
     with draw(path, columns=len(splits), width=4.6, height=3.4) as axes:
         for axis, (split, result) in zip(axes, splits.items()):
-            # Shares of the label and not of all rows: a frequent label would be darker throughout.
-            # A label may have no rows.
-            shares = [
-                [count / max(1, sum(counts)) for count in counts] for counts in result["confusion"]
-            ]
-            # vmin and vmax: a grey means the same share in each split's picture.
-            axis.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-            for label, counts in enumerate(result["confusion"]):
-                for answer, count in enumerate(counts):
-                    share = shares[label][answer]
-                    color = "white" if share > 0.5 else "black"
-                    text = f"{count:,}\n{share:.0%}"
-                    axis.text(answer, label, text, ha="center", va="center", color=color)
+            draw_matrix(axis, result["confusion"])
+            # confusion[label][answer]: lines are labels, columns answers.
             axis.set(
                 title=split,
                 xlabel="answer",
@@ -112,3 +98,19 @@ def draw_confusion(splits: dict[str, dict], path: Path) -> None:
                 yticks=range(3),
                 yticklabels=[f"{label} {name}" for label, name in enumerate(LABELS)],
             )
+
+
+def draw_matrix(axis, confusion: list[list[int]]) -> None:
+    """Draws each count with its share of the label's rows, darker for a larger share."""
+    # Shares of the label and not of all rows: a frequent label would be darker throughout.
+    shares = []
+    for counts in confusion:
+        total = max(1, sum(counts))  # a label may have no rows
+        shares.append([count / total for count in counts])
+    # vmin and vmax: a grey means the same share in each split's picture.
+    axis.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+    for y, counts in enumerate(confusion):
+        for x, count in enumerate(counts):
+            color = "white" if shares[y][x] > 0.5 else "black"
+            text = f"{count:,}\n{shares[y][x]:.0%}"
+            axis.text(x, y, text, ha="center", va="center", color=color)
