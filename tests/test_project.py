@@ -24,6 +24,7 @@ TOOLS = sorted(ROOT.glob("tools/*.py"))
 PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS]
 EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def relative(path: Path) -> str:
@@ -101,6 +102,20 @@ def test_no_project_import_is_inside_a_function():
                 for node in ast.walk(function):
                     inside = imported_by(node) & MODULES.keys()
                     assert not inside, f"{relative(path)}, {function.name}: {inside}"
+
+
+# What the benchmark compares with, of which requirements-dev.txt has the first two.
+PEERS = {"peft", "transformers", "litgpt"}
+
+
+def test_requirements_txt_names_what_is_imported_and_nothing_else():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    imported = set()
+    for path in PROJECT:
+        imported |= {name.split(".")[0] for name in imports(path)}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | set(SIX)
+    assert imported - sys.stdlib_module_names - ours - PEERS == required
 
 
 def test_no_imports_go_in_a_circle():
@@ -267,6 +282,43 @@ def test_every_file_of_support_scripts_and_tools_says_what_it_is_for():
 
 
 # -----------------------------------------------------------------------------
+# docs/proof.md
+
+
+def claims() -> dict[str, list[str]]:
+    """Returns the tests of each claim, as pytest takes them."""
+    tests = {}
+    for line in (ROOT / "docs" / "proof.md").read_text().splitlines():
+        if line.startswith("| ") and line != "| claim | test |":
+            claim, cell = line.strip("|").rsplit("|", 1)
+            tests[claim.strip()] = re.findall(r"`(.+?)`", cell)
+    return tests
+
+
+def test_every_claim_has_a_test():
+    assert len(claims()) > 40
+    for claim, tests in claims().items():
+        assert tests, claim
+        for test in tests:
+            file, name = re.fullmatch(r"(tests/test_\w+\.py)::(test_\w+)", test).groups()
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), test
+
+
+def test_every_target_that_contributors_are_told_of_is_there():
+    targets = set(re.findall(r"^make (\w+)", CONTRIBUTING, re.MULTILINE))
+    assert targets
+    for target in targets:
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+def test_what_the_readme_says_is_proved_is_a_claim_with_a_test():
+    section = README.split("## Trust it")[1].split("\n## ")[0]
+    said = re.findall(r"^- (.+)", section, re.MULTILINE)
+    assert len(said) > 5
+    assert set(said) <= claims().keys()
+
+
+# -----------------------------------------------------------------------------
 # README.md
 
 # What a run, an evaluation or a script leaves, and what a model directory holds.
@@ -297,14 +349,6 @@ COMMANDS = [
 ]
 
 
-def test_the_tests_that_the_readme_names_exist():
-    sources = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
-    defined = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
-    named = set(re.findall(r"test_\w+", README.split("## Trust it")[1]))
-    assert len(named) > 10
-    assert not named - defined
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_in_the_readme_is_one_of_the_scripts(command):
     help_text = script(*command.split(), "--help").stdout
@@ -325,9 +369,9 @@ def test_every_script_that_the_readme_runs_is_there():
         assert (ROOT / folder / f"{name}.py").is_file(), name
 
 
-def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
+def test_every_file_that_is_named_for_readers_is_there_or_is_one_that_a_run_leaves():
     endings = "py|txt|json|jsonl|safetensors|md|png"
-    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README)) - LEFT
+    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README + CONTRIBUTING)) - LEFT
     assert named
     missing = [name for name in named if not (ROOT / name).is_file()]
     assert not missing
