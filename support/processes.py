@@ -152,7 +152,7 @@ def stop() -> None:
 
 
 @contextmanager
-def blaming_another_rank() -> Iterator[None]:
+def blaming_another_process() -> Iterator[None]:
     """Turns what NCCL or gloo raise when another process has ended into one line."""
     try:
         yield
@@ -183,7 +183,7 @@ def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
         values.append(number.double())
     sums = torch.stack(values)
     if COUNT > 1:
-        with blaming_another_rank():
+        with blaming_another_process():
             dist.all_reduce(sums)
     return sums.tolist()
 
@@ -205,7 +205,7 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
     # One message: each has a latency, and there are two gradients for each adapted layer.
     gradients = [parameter.grad for parameter in parameters]
     message = torch.cat([gradient.flatten() for gradient in gradients])
-    with blaming_another_rank():
+    with blaming_another_process():
         dist.all_reduce(message)
 
     # The sums go back into the gradients, which the optimiser reads.
@@ -221,7 +221,7 @@ def gather(value: Any) -> list:
     import torch.distributed as dist
 
     values = [None] * COUNT
-    with blaming_another_rank():
+    with blaming_another_process():
         # This pickles, between processes of one run. No file is ever unpickled.
         dist.all_gather_object(values, value)
     return values

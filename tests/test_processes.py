@@ -49,7 +49,7 @@ def saved_step(out: Path) -> int:
     return resume.load(out).state.progress.step
 
 
-def kill_second_rank(agent: subprocess.Popen, out: Path, step: int) -> None:
+def kill_second_process(agent: subprocess.Popen, out: Path, step: int) -> None:
     """Waits until a run has saved `step`, then kills a process that does not write."""
     while saved_step(out) < step:
         assert agent.poll() is None, agent.communicate()
@@ -187,7 +187,7 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_r
     agent = start_training(
         *RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--out", out
     )
-    kill_second_rank(agent, out, 2)
+    kill_second_process(agent, out, 2)
     # Within a minute on a quiet machine. Ranks that wait for a dead one would take ten.
     _, errors = agent.communicate(timeout=500)
     assert agent.returncode != 0
@@ -207,7 +207,7 @@ def test_a_run_that_torchrun_starts_again_ends_with_the_same_adapter(tmp_path):
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "run"
     agent = start_training(*command, "--out", out, options=("--max-restarts", "1"))
-    kill_second_rank(agent, out, 6)
+    kill_second_process(agent, out, 6)
     output, errors = agent.communicate(timeout=600)
     assert agent.returncode == 0, errors
     assert "resuming after step" in output
@@ -243,7 +243,7 @@ ALL_FIVE = {
         ALL_FIVE | {"MASTER_PORT": "abc"},
     ],
 )
-def test_variables_that_are_left_over_make_no_rank(left_over, tmp_path):
+def test_variables_that_are_left_over_make_no_process(left_over, tmp_path):
     """Schedulers and earlier commands leave some of torchrun's variables, or odd ones."""
     program = tmp_path / "program.py"
     program.write_text("""
