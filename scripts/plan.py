@@ -153,11 +153,12 @@ def memory(
         # Not by a mode of torch: it would be off in what the backward pass computes again.
         attention = patch.object(F, "scaled_dot_product_attention", fused_attention)
     with Count(device_type, base + kept + adapter) as count, attention:
-        loss = train.batch_loss(model.train(), data.collate(encoded, prefix, args.loss))
+        batch = data.collate(encoded, prefix, args.loss)
+        loss = train.batch_loss(model.train(), batch)
         after_forward = count.bytes.now
         loss.backward()
     # The loss is computed in fp32.
-    logits = 4 * train.count_targets(encoded, args.loss) * model.config.vocab_size
+    logits = 4 * len(batch.targets) * model.config.vocab_size
     bytes_of["logits"] = logits
     bytes_of["activations"] = after_forward - logits
     bytes_of["passing, at the peak"] = count.bytes.most - after_forward

@@ -66,6 +66,24 @@ class Progress:
         self.tokens = 0
 
 
+# The fields of a state that make two runs one run, and what is said where they differ.
+SAME = {
+    # The order of rows depends on these two numbers.
+    "train_rows": "{run} was trained on {saved:,} rows, now there are {here:,}",
+    "rows_per_step": (
+        "{run} was trained with {saved:,} rows a step, "
+        "with this number of processes there are {here:,}"
+    ),
+    "rows_digest": (
+        "{run} was trained on other rows ({saved}, here {here}): that would be another run"
+    ),
+    "validation_digest": (
+        "the base of {run} was measured on other validation rows ({saved}, here {here}): "
+        "what was trained could not be compared with it"
+    ),
+}
+
+
 @dataclass
 class State:
     """All that is saved beside tensors."""
@@ -82,33 +100,15 @@ class State:
 
     def check(self, run: Path, now: State) -> None:
         """Raises ValueError when the state `now` belongs to another run than this one."""
-        # The order of rows depends on these two numbers.
-        if self.train_rows != now.train_rows:
-            raise ValueError(
-                f"{run} was trained on {self.train_rows:,} rows, "
-                f"now there are {now.train_rows:,}"
-            )
-        if self.rows_per_step != now.rows_per_step:
-            raise ValueError(
-                f"{run} was trained with {self.rows_per_step:,} rows a step, "
-                f"with this number of processes there are {now.rows_per_step:,}"
-            )
-        if self.rows_digest != now.rows_digest:
-            raise ValueError(
-                f"{run} was trained on other rows ({self.rows_digest}, here {now.rows_digest}): "
-                "that would be another run"
-            )
-        if self.validation_digest != now.validation_digest:
-            raise ValueError(
-                f"the base of {run} was measured on other validation rows "
-                f"({self.validation_digest}, here {now.validation_digest}): "
-                "what was trained could not be compared with it"
-            )
+        for name, sentence in SAME.items():
+            saved = getattr(self, name)
+            here = getattr(now, name)
+            if saved != here:
+                raise ValueError(sentence.format(run=run, saved=saved, here=here))
         # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
-                f"{run} has taken {self.progress.step:,} steps already, "
-                f"more than {now.steps:,}"
+                f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
             )
         # What a fingerprint of an older version lacks cannot be compared.
         for name, here in now.fingerprint.items():
@@ -249,21 +249,33 @@ def check_types(record: State | Progress) -> None:
             raise TypeError(f"{part.name} is {kind}, not {part.type}")
 
 
-def load_if_begun(run: Path | None) -> Saved | None:
-    """Returns what a run has saved; None without a run, or before its first save."""
-    if run is None or not (run / NAME).is_file():
+def has_begun(run: Path) -> bool:
+    """Returns whether a run has saved something to resume from."""
+    return (run / NAME).is_file()
+
+
+def take_up(run: Path | None, state: State) -> Saved | None:
+    """Returns what a run has saved, and gives `state` its progress and its baseline.
+
+    Returns None without a run, or before its first save. Raises ValueError where `state` is
+    that of another run.
+    """
+    if run is None or not has_begun(run):
         return None
-    return load(run)
+    saved = load(run)
+    saved.state.check(run, state)
+    state.progress = saved.state.progress
+    state.baseline = saved.state.baseline
+    return saved
 
 
 def saved_arguments(run: Path) -> dict:
     """Returns the arguments of a run. Raises ValueError when the folder holds no run."""
-    if (run / NAME).is_file():
+    if has_begun(run):
         return load(run).state.arguments
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(
-            f"{run} holds a finished adapter and no {NAME}: "
-            "there is nothing to resume from, "
+            f"{run} holds a finished adapter and no {NAME}: there is nothing to resume from, "
             "and starting again would write over the adapter"
         )
     if (run / "args.json").is_file():  # it was stopped before its first save
@@ -272,40 +284,7 @@ def saved_arguments(run: Path) -> dict:
 
 
 # -----------------------------------------------------------------------------
-# What a resumed run keeps and restores besides
-
-
-def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to `step`.
-
-    Later steps are taken again. The final evaluation, at step `steps`, is left out, because
-    it will be repeated.
-    """
-    if not path.is_file():
-        return []
-    kept = []
-    # With their ends: a line without one was cut short by a kill.
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-            is_final_evaluation = is_evaluation(entry) and entry["step"] >= steps
-            if line.endswith("\n") and entry["step"] <= step and not is_final_evaluation:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # cut short, or not a line of ours
-            continue
-    return kept
-
-
-def evaluated_steps(lines: list[str]) -> set[int]:
-    """Returns the steps that have an evaluation among these lines of a metrics.jsonl."""
-    entries = [json.loads(line) for line in lines]
-    return {entry["step"] for entry in entries if is_evaluation(entry)}
-
-
-def is_evaluation(entry: dict) -> bool:
-    """Returns whether a line is of an evaluation, which has SPLIT_loss and no "loss"."""
-    return "loss" not in entry
+# Random generators
 
 
 def random_state(device: torch.device) -> Tensor:

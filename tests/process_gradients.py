@@ -5,6 +5,7 @@
 The first process saves them in FILE.
 """
 
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -33,6 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     lora.inject(model, lora.LoRAConfig(dropout=0.0))
     parameters = lora.lora_parameters(model)
+    optimizer = torch.optim.SGD(parameters.values(), lr=0.0)  # the same parameters in each step
     for parameter in parameters.values():  # B too, or A would have no gradient
         torch.nn.init.normal_(parameter, std=0.1)
 
@@ -43,13 +45,16 @@ def main() -> None:
             mine = step[processes.NUMBER :: processes.COUNT]
             encoded = [data.encode(example, tokenizer) for example in mine]
             args = Namespace(loss=loss, share_prefix=True, batch_size=2)
-            prefix = train.shared_prefix_length(tokenizer, args)
-            (targets,) = processes.total(device, train.count_targets(encoded, loss))
-            train.accumulate_gradients(model, encoded, targets, prefix, args)
-            processes.add_gradients(parameters.values())
-            for name, parameter in parameters.items():
-                gradients[f"{loss} loss, {rows} rows, {name}"] = parameter.grad
-                parameter.grad = None
+            batches = train.collated(encoded, tokenizer, args)
+            (targets,) = processes.total(device, train.count_targets(batches))
+
+            def keep(*_, title=f"{loss} loss, {rows} rows"):
+                for name, parameter in parameters.items():
+                    gradients[f"{title}, {name}"] = parameter.grad
+
+            hook = optimizer.register_step_pre_hook(keep)  # before they are set to zero
+            train.training_step(model, optimizer, batches, targets, max_grad_norm=math.inf)
+            hook.remove()
     if processes.IS_FIRST:
         save_file(gradients, sys.argv[1])
     processes.stop()
