@@ -78,10 +78,9 @@ def known_ids(tokenizer: Tokenizer) -> int:
 
 @functools.cache
 def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """Returns the ids that all examples share: those of the prefix, the answers, and the end.
+    """Returns the ids that all examples share: those of prefix, answers and end of text.
 
-    The answers are " 0", " 1" and " 2", one id each (phi-2: 657, 352, 362). The end of
-    text follows an answer.
+    The answers are " 0", " 1" and " 2", one id each (phi-2: 657, 352, 362).
     """
     prefix = tokenizer.encode(PREFIX).ids
     answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
@@ -109,7 +108,7 @@ def encode(
 def encode_batch(
     examples, tokenizer: Tokenizer, max_length: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns what `encode` does, of many examples. The tokenizer uses all cores for them."""
+    """Returns what `encode` does, of many examples: the tokenizer uses all cores for them."""
     encodings = tokenizer.encode_batch_fast([after_prefix(example) for example in examples])
     return [
         prompt_and_answer(example, encoding.ids, tokenizer, max_length)
@@ -120,7 +119,7 @@ def encode_batch(
 def prompt_and_answer(
     example: dict, ids: list[int], tokenizer: Tokenizer, max_length: int | None
 ) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids). `ids` are those of the example's after_prefix."""
+    """Returns (prompt ids, answer ids), where `ids` are those of after_prefix(example)."""
     prefix, answers, eos = fixed_ids(tokenizer)
     # Ids are joined, not texts: the tokenizer could cut the seam of two texts otherwise.
     answer = [answers[example["label"]], eos]
@@ -151,7 +150,7 @@ def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
-    """Raises ValueError where --max-length leaves no room for a single token of the texts."""
+    """Raises ValueError where --max-length leaves no room for a token of the texts."""
     prefix, _, _ = fixed_ids(tokenizer)
     title, end = title_ids(tokenizer)
     answer = 2  # the label and the end of text
@@ -169,7 +168,7 @@ def count_cut(
     """Returns how many of these examples have lost a part of their texts in `encoded`."""
     number = 0
     for example, (prompt, answer) in zip(examples, encoded):
-        # A row that was cut has just max_length tokens, so few rows are tokenised once more.
+        # A row that was cut has just max_length tokens: few rows are tokenised once more.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):
@@ -178,7 +177,7 @@ def count_cut(
 
 
 def parse(completion: str) -> int:
-    """Returns the integer part of the first number in a completion, or -1 where there is none.
+    """Returns the first number in a completion, without its fraction, or -1 for none.
 
     "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
     up to three digits before a comma, so "2019" is read as 201.

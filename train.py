@@ -12,15 +12,14 @@ metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to re
 and with --keep-best the adapter of the best evaluation, in best/. Of several processes
 (support/processes.py) each takes its part of every step, and the first alone writes.
 
-`training_step` is what one step does, `run` is the whole story; what `run` calls follows in
-the order of its calls.
+`training_step` is what one step does, and `run` the whole story. What `run` calls follows it,
+in the order of its calls.
 """
 
 import argparse
 import itertools
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -246,8 +245,8 @@ class Inputs:
     tokenizer: Tokenizer
     adapter: lora.LoRAConfig
     reading: examples.Reading  # how the dataset's files are read
-    train: Sequence[dict]  # rows: premise, hypothesis and label
-    validation: dict[str, Sequence[dict]]  # the same by split
+    train: examples.Rows  # premise, hypothesis and label
+    validation: dict[str, examples.Rows]  # the same by split
     protocol: evaluation.Protocol  # how answers to the validation rows are obtained
 
 
