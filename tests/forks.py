@@ -32,7 +32,8 @@ SERVER.set_forkserver_preload(
         "torch._inductor.compile_fx",  # bitsandbytes needs it
         "safetensors.torch",
         "tokenizers",
-        "matplotlib.pyplot",
+        "matplotlib.figure",
+        "matplotlib.backends.backend_agg",  # which writes PNGs
         "jinja2",
         "pandas",
         "pyarrow.parquet",
