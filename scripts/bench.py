@@ -93,7 +93,11 @@ def contenders(against: Path | None) -> list[Contender]:
 
 
 class Process:
-    """A contender at work. `job` has the fields of scripts/contenders.py's Job."""
+    """A contender at work. `job` has the fields of scripts/contenders.py's Job.
+
+    Within its `with` statement it has its `ways` to do each task, and in `imported` its memory with
+    its libraries alone.
+    """
 
     def __init__(self, contender: Contender, job: dict):
         self.name = contender.name
@@ -108,9 +112,6 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
         )
-        answer = self.read()
-        self.imported = answer["imported"]  # its memory with its libraries alone
-        self.ways = answer["ways"]  # to do each task
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
@@ -125,6 +126,9 @@ class Process:
         return self.read()
 
     def __enter__(self) -> "Process":
+        start = self.read()
+        self.imported = start["imported"]
+        self.ways = start["ways"]
         return self
 
     def __exit__(self, *_) -> None:
@@ -216,12 +220,12 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
     turns = []
     with ExitStack() as stack:
         processes = {
-            (contender, adapter): stack.enter_context(
-                Process(contender, job | {"adapter": adapter})
-            )
+            (contender, adapter): Process(contender, job | {"adapter": adapter})
             for contender in names
             for adapter in (job["adapter"], None)
         }
+        for process in processes.values():
+            stack.enter_context(process)
         for line, contender in itertools.product(lines, names):
             process = processes[contender, job["adapter"] if line.has_adapter else None]
             if process.ways[line.task]:

@@ -224,7 +224,7 @@ def test_rows_of_a_dataset_are_taken_premise_by_premise(tokenizer, tmp_path):
 def test_a_contender_that_fails_is_an_error(job, capfd):
     ours = bench.Contender("ours", "ours")
     with pytest.raises(ValueError, match="ours ended with status 1"):
-        bench.Process(ours, vars(replace(job, rows="nowhere")))
+        bench.Process(ours, vars(replace(job, rows="nowhere"))).__enter__()
     assert "nowhere" in capfd.readouterr().err
 
 
