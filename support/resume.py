@@ -215,10 +215,8 @@ def write(
 
 
 def load(run: Path) -> Saved:
-    """Returns what a run has saved. Raises ValueError for no file or a damaged one."""
-    path = Path(run) / NAME
-    if not path.is_file():
-        raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
+    """Returns what a run that has_begun has saved. Raises ValueError for a damaged file."""
+    path = run / NAME
     try:
         with safe_open(path, framework="pt") as file:
             # Copies: a tensor of the file's own keeps it mapped into memory as long as it is
