@@ -241,6 +241,7 @@ def test_a_small_benchmark_beside_another_checkout(tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "taken").is_file()
     figures = json.loads(report.read_text())["fp32"]
+    assert {line.task for line in bench.LINES} == contenders.TASKS.keys()
     lines = [line.title for line in bench.LINES if line.task != "train128"]
     assert list(figures["rates"]) == lines
     for title in lines:
