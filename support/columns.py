@@ -136,7 +136,7 @@ def problem_of(value) -> str | None:
             return f"is {str(text)[:60]}, not text"
         text.encode()
     except UnicodeError as error:  # a damaged file, or half of an emoji that was cut
-        return f"is not UTF-8: {error}"
+        return f"is not UTF-8: {error}; remove that character"
     return None
 
 
