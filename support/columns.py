@@ -100,7 +100,9 @@ def as_texts(values: Column, column: str, place: str) -> pyarrow.ChunkedArray:
     """Returns a column of texts in Arrow. Raises ValueError for the first row that has none."""
     try:
         texts = in_arrow(values)
-        if is_text(texts.type) and not texts.null_count:
+        if not is_text(texts.type):  # other types may hold texts, too
+            texts = pyarrow.chunked_array([texts.to_pylist()], pyarrow.string())
+        if not texts.null_count:
             return texts
     except (pyarrow.ArrowException, OverflowError, UnicodeError):
         pass  # which row it is, the next lines find
@@ -108,9 +110,6 @@ def as_texts(values: Column, column: str, place: str) -> pyarrow.ChunkedArray:
         problem = problem_of(value)
         if problem:
             raise ValueError(f"{place}, row {row}: the {column} {problem}")
-    # No row at all, or an Arrow type of another name that holds texts, too.
-    texts = values if isinstance(values, list) else values.to_pylist()
-    return pyarrow.chunked_array([texts], pyarrow.string())
 
 
 def is_text(kind: pyarrow.DataType) -> bool:
@@ -136,11 +135,8 @@ def problem_of(value) -> str | None:
         if not isinstance(text, str):
             return f"is {str(text)[:60]}, not text"
         text.encode()
-    except UnicodeDecodeError as error:  # Arrow's, of a damaged file
-        return f"is not UTF-8: {error}"
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"holds {half!r}, half of a character (as of an emoji that was cut): remove it"
+    except UnicodeError as error:  # a damaged file, or half of an emoji that was cut
+        return f"is not UTF-8: {error}; remove that character"
     return None
 
 

@@ -8,7 +8,6 @@ A dataset on the Hub is a folder that is downloaded, and read like any other.
 """
 
 import functools
-import stat
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -85,7 +84,7 @@ def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Pat
 def folder_of(dataset: str, revision: str | None) -> Path:
     """Returns the folder of a dataset: `dataset` itself, or its download from the Hub."""
     directory = Path(dataset)
-    if dataset and is_folder(directory):
+    if dataset and directory.is_dir():
         hub.refuse_revision("dataset", dataset, revision)
         return directory
     if directory.is_file():
@@ -96,14 +95,6 @@ def folder_of(dataset: str, revision: str | None) -> Path:
             "say with --dataset where it is"
         )
     return download(dataset, revision) / CONFIGURATIONS.get(dataset, "")
-
-
-def is_folder(path: Path) -> bool:
-    """Returns whether a path is a folder. Raises PermissionError where that cannot be known."""
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)  # is_dir may answer no where it may not look
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
 
 
 @functools.cache
@@ -193,21 +184,15 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     line = f"{len(table):,} rows"
     if len(labelled) < len(table):
         line += f", {len(table) - len(labelled):,} without a label dropped"
-    absent = absent_labels(labelled)
+    line += f"; {len(taken):,} taken"
+    present = compute.unique(taken["label"]).to_pylist()
+    absent = [name for number, name in enumerate(LABELS) if number not in present]
     if absent:
         line += f", none of {' or '.join(absent)}"
-    line += f"; {len(taken):,} taken"
-    # They are the first ones, and of rows that are sorted these are all alike.
-    left_out = [name for name in absent_labels(taken) if name not in absent]
-    if left_out:
-        line += f", none of {' or '.join(left_out)}: take more, or shuffle the rows"
+        # They are the first ones, and of rows that are sorted these are all alike.
+        if len(taken) < len(labelled):
+            line += ": take more, or shuffle the rows"
     return line
-
-
-def absent_labels(table: pyarrow.Table) -> list[str]:
-    """Returns the labels that no row has."""
-    present = compute.unique(table["label"]).to_pylist()
-    return [name for number, name in enumerate(LABELS) if number not in present]
 
 
 def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
@@ -235,10 +220,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
     if split not in names:
-        cure = ""
-        if split == "train":
-            cure = f": call the file that is meant train.* ({', '.join(READERS)})"
-        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
+        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}")
     is_cut = len(names) > len(splits)
     if is_cut and split in ("train", "validation"):
         train, validation, columns = cut_train(dataset, reading)

@@ -82,7 +82,9 @@ def columns_of_object(value: dict) -> dict[str, list]:
     {"premise": "a", ...}                                   a single row
     """
     if is_split(value):
-        return columns_of_split(value["columns"], value["data"])
+        names = map(str, value["columns"])
+        rows = of_one_length(value["data"], len(value["columns"]))
+        return {name: list(values) for name, values in zip(names, zip(*rows))}
     field = field_of_rows(value)
     if field is not None:
         inner = value[field]
@@ -135,14 +137,6 @@ def is_split(value) -> bool:
         and isinstance(value.get("columns"), list)
         and is_list(value.get("data"), list)
     )
-
-
-def columns_of_split(names: list, rows: list[list]) -> dict[str, list]:
-    """Returns the columns of rows that are lists, in the order of `names`."""
-    for number, row in enumerate(rows):
-        if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} values for {len(names)} columns")
-    return {str(name): list(values) for name, values in zip(names, zip(*rows))}
 
 
 def columns_of_lists(columns: dict[str, list]) -> dict[str, list]:
@@ -296,7 +290,7 @@ def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
     return {name: column for name, column in zip(header, columns) if name}
 
 
-def of_one_length(rows: Iterable[list[str]], length: int) -> Iterator[list[str]]:
+def of_one_length(rows: Iterable[list], length: int) -> Iterator[list]:
     """Yields rows with as many fields as the header: empty ones at the end come, or go."""
     for number, row in enumerate(rows):
         if len(row) != length:
@@ -304,5 +298,5 @@ def of_one_length(rows: Iterable[list[str]], length: int) -> Iterator[list[str]]
                 raise ValueError(
                     f"row {number} has {len(row)} fields, the header (its first line) {length}"
                 )
-            row = row[:length] + [""] * (length - len(row))
+            row = row[:length] + [None] * (length - len(row))
         yield row

@@ -108,15 +108,15 @@ def test_what_a_terminal_would_obey_is_escaped_in_texts_names_and_labels(tmp_pat
     labels = ["yes\x1b=entailment", "perhaps=neutral", "no=contradiction"]
     in_process(describe, *command, "label", "--labels", *labels)
     printed = capsys.readouterr().out
-    assert r"  0 entailment: \x1b[2JAnna.\n  30 rows -> \u202eB." in printed
-    assert r"  columns premise (the premise), claim\x07 (the hypothesis), label" in printed
+    assert r"  0 entailment: \u001b[2JAnna.\n  30 rows -> \u202eB." in printed
+    assert r"  columns premise (the premise), claim\u0007 (the hypothesis), label" in printed
     assert r"  label 'yes\x1b': 0 entailment, 1 rows" in printed
     assert printed.replace("\n", "").isprintable()
 
 
 def test_what_a_terminal_would_obey_is_escaped_in_an_error(tmp_path):
     (tmp_path / "train.csv").write_text("premise,hypothesis,label,\x1b[2J,\x1b[2J\na,b,0,c,d\n")
-    with pytest.raises(SystemExit, match=r"error: .*its header has \\x1b\[2J twice"):
+    with pytest.raises(SystemExit, match=r"error: .*its header has \\u001b\[2J twice"):
         in_process(describe, "--model", "tiny/model", "--dataset", tmp_path)
 
 

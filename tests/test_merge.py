@@ -292,7 +292,7 @@ def test_merge_says_how_many_prompts_are_cut(run, tmp_path, capsys):
     measured = ("--dataset", tmp_path / "rows", "--max-length", 90)
     in_process(merge, "--adapter", run, "--out", out, *measured)
     assert read_json(out / "merge.json")["accuracy"]["validation"]["cut"] == 2
-    assert "  2 prompts were cut to --max-length\n" in capsys.readouterr().out
+    assert " merged, 3 rows, 2 cut\n" in capsys.readouterr().out
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(
