@@ -6,7 +6,7 @@ directory is named by the last part of its path alone.
 
 from pathlib import Path, PureWindowsPath
 
-from support import files, metrics
+from support import files, hub, metrics, origin
 
 # What others may read of args.json. Everything else stays here: paths, devices, the commit.
 SETTINGS = (
@@ -56,6 +56,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
+        has_loss=(directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
     )
@@ -134,20 +135,7 @@ def is_on_hub(name: str, directory: Path) -> bool:
 
     "tiny/data" could be either.
     """
-    return is_repository(name) and not Path(files.find_path(name, directory)).is_dir()
-
-
-def is_repository(name: str) -> bool:
-    """Returns whether a name has the form of a repository on the Hub, owner/name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    # validate_repo_id also accepts a name without an owner, such as "gpt2".
-    return name.count("/") == 1
+    return hub.is_repository(name) and not origin.places(name, directory)
 
 
 def is_set(value) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import pyarrow
 from pyarrow import compute
 
-from support import card, hub, ranks
+from support import hub, ranks
 from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
 from support.dataset_files import (
     READERS,
@@ -103,11 +103,7 @@ def find_splits(
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
-    if not card.is_repository(dataset):
-        raise ValueError(
-            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
-            "say with --dataset where it is"
-        )
+    hub.require_repository("dataset", dataset)
     tables = load_from_hub(dataset, revision)
     found = [split_name(name) or name for name in tables]
     splits = {}
@@ -141,15 +137,9 @@ def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
     # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
     # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
     except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
-        name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
         while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
             error = error.__cause__  # of itself it says only that there was one
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"cannot load {name} from the Hub, and it is no directory here "
-            f"({reason}); without a network, pass a directory instead: "
-            "--dataset tiny/data, or one with train.* and validation*.* files"
-        ) from None
+        raise hub.failure("dataset", dataset, revision, error) from None
     first = next(iter(tables.values()))
     # `datasets` reads tables as text by pandas: quotes in a tsv may swallow rows, as in GLUE's
     # files, and None is a missing value. Which files they were it does not say.

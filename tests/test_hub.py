@@ -238,8 +238,14 @@ def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (("--model", "me/base", "--model-revision", "v9"), "error: the model 'me/base' has no"),
-        (("--dataset-revision", "v9", "--dataset", "me/rows"), "error: cannot load 'me/rows' at"),
+        (
+            ("--model", "me/base", "--model-revision", "v9"),
+            "error: cannot load the model 'me/base' at revision 'v9' from the Hub",
+        ),
+        (
+            ("--dataset", "me/rows", "--dataset-revision", "v9"),
+            "error: cannot load the dataset 'me/rows' at revision 'v9' from the Hub",
+        ),
         (("--model-revision", "v1"), "error: --model-revision is for a model on the Hub, and"),
         (("--dataset-revision", "v1"), "error: --dataset-revision is for a dataset on the Hub"),
     ],
@@ -258,8 +264,8 @@ def test_a_revision_that_is_not_there_is_one_line(revisions, tmp_path, flags, er
 @pytest.mark.parametrize(
     "flag, error",
     [
-        ("--model", "error: no model 'nobody/nothing'"),
-        ("--dataset", "error: cannot load 'nobody/nothing'"),
+        ("--model", "error: cannot load the model 'nobody/nothing' from the Hub"),
+        ("--dataset", "error: cannot load the dataset 'nobody/nothing' from the Hub"),
     ],
 )
 def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, error):
@@ -279,7 +285,7 @@ def test_why_the_files_of_a_dataset_cannot_be_read_is_said(tmp_path):
     command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
     with serving({"datasets/owner/rows": folder}) as (address, _):
         done = script(*command, env=environment(address, tmp_path / "home"))
-    assert_one_line(done, "error: cannot load 'owner/rows' from the Hub, ")
+    assert_one_line(done, "error: cannot load the dataset 'owner/rows' from the Hub, ")
     assert "(ParserError: Error tokenizing data." in done.stderr
 
 
@@ -320,7 +326,7 @@ def test_a_cache_that_cannot_be_written_is_named(repositories, tmp_path):
         env = environment(address, tmp_path / "home") | {"HF_DATASETS_CACHE": str(cache)}
         command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
         done = script(*command, "nyu-mll/glue", env=env, fresh=True)
-    assert_one_line(done, "error: cannot load 'nyu-mll/glue'")
+    assert_one_line(done, "error: cannot load the dataset 'nyu-mll/glue'")
     assert str(tmp_path / "file") in done.stderr
 
 
@@ -332,10 +338,10 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
-    assert no_model.startswith("error: cannot download 'microsoft/phi-2' from the Hub")
-    assert "pass a directory instead: --model tiny/model" in no_model
+    assert no_model.startswith("error: cannot load the model 'microsoft/phi-2' from the Hub")
+    assert no_model.endswith("without a network, pass a directory: --model path/to/it")
     no_data = errors["no data"].splitlines()[-1]
-    assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")
-    assert "--dataset tiny/data" in no_data
+    assert no_data.startswith("error: cannot load the dataset 'nyu-mll/glue' from the Hub")
+    assert no_data.endswith("without a network, pass a directory: --dataset path/to/it")
     for name in errors:
         assert not (runs_without_hub["folder"] / name).exists()
