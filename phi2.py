@@ -232,7 +232,7 @@ class PhiModel(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, layout.positions, x.dtype)
         for block in self.layers:
-            # In the last block only some tokens are wanted. The others give keys and values.
+            # Of the last block's outputs only some are wanted.
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.checkpointing == "blocks" and torch.is_grad_enabled():
@@ -454,16 +454,14 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     names = [single.name]
     if not single.is_file():
-        if not index.is_file():
-            raise ValueError(
-                f"{directory} holds no {single.name} and no {index.name}; other formats are "
-                "not read: transformers' save_pretrained writes safetensors"
-            )
         try:
             weight_map = json.loads(index.read_bytes())["weight_map"]
             names = sorted({str(name) for name in weight_map.values()})
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise ValueError(f"{index} has no weight_map: download it again") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(
+                f"{directory} holds no {single.name} and no {index.name} with a weight_map; "
+                "other formats are not read: transformers' save_pretrained writes these"
+            ) from None
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise ValueError(f"{index} lists {name}, which is not there: download it again")
@@ -499,12 +497,7 @@ def read_config(directory: Path) -> Phi2Config:
             "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
     raw = with_rotary_values(raw, path)
-    # Grouped-query attention has fewer heads for keys and values than for queries.
-    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
-    for key, value in accepted.items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-
+    check_options(raw, path)
     values = ABSENT | {key: value for key, value in raw.items() if value is not None}
     names = [field.name for field in fields(Phi2Config)]
     missing = [name for name in names if name not in values]
@@ -526,3 +519,12 @@ def with_rotary_values(raw: dict, path: Path) -> dict:
                 raise ValueError(f"{path}: {key} of type {kind!r} is not supported")
             raw = raw | {key: None} | values
     return raw
+
+
+def check_options(raw: dict, path: Path) -> None:
+    """Raises ValueError for an option that is not implemented."""
+    # Grouped-query attention has fewer heads for keys and values than for queries.
+    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
+    for key, value in accepted.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")

@@ -35,11 +35,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Appendix E of the paper. Q is the inverse of the normal distribution's cumulative function:
-# Q(0.5) = 0. With p = 1 - (1/30 + 1/32) / 2 there are, scaled to [-1, 1],
+# Appendix E of the paper. Q(p) is the quantile of the normal distribution: the number below
+# which the share p of all numbers lies. Scaled to [-1, 1] there are
 #   7 levels below zero:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
 #   an exact zero, for weights that were pruned or padded,
 #   8 levels above it:     Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
+# Q(1) is infinite. So the outermost p is 1 less half a step, of 15 or of 16 steps, which are
+# 1/30 and 1/32: p is 1 less their mean.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -168,7 +170,7 @@ class NF4Linear(nn.Module):
             self.dtype = weight.dtype
         state_dict.update({prefix + name: tensor for name, tensor in buffers.items()})
         if weight is not None:
-            self.kept = None  # it belongs to the weight before
+            self.kept = None  # it was dequantised from the weight before
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.bias is not None:
             self.dtype = self.bias.dtype

@@ -93,11 +93,8 @@ class PackedRows:
         room: int = 0,
         recomputes: bool = False,
     ):
-        """
-        `lengths` are those of the rows behind the prefix. `room` is how many tokens a
-        generation may add to each.
-        """
-        # All indices are made on the CPU, and moved at the end: a GPU would make it wait.
+        """`lengths` are those of the rows; a generation may add `room` tokens to each."""
+        # Indices are made on the CPU and then moved. To make them on a GPU is to wait for it.
         device = torch.device(device)
         prefix = torch.arange(prefix_length)
         own = prefix_length + torch.tensor(token_of or range(sum(lengths)))
@@ -194,7 +191,7 @@ class Cells:
         self.is_shared = is_shared
 
     def select(self, x: Tensor) -> Tensor:
-        return x
+        return x  # every token has a query
 
     def put(self, x: Tensor) -> list[Tensor]:
         """Returns the grids (rows, width, H, D) that hold x (N, H, D)."""
@@ -241,9 +238,10 @@ class Put(torch.autograd.Function):
 
 
 class LastTokens:
-    """Stands for the queries' `Cells` where few tokens have one: the same number of each row.
+    """Stands for the queries' `Cells` where each row's last tokens alone have a query.
 
-    Its grids are (rows, count, H, D), without padding.
+    It is the same number of tokens in each row, so the grids have no padding, and whatever
+    has a line for each query has them row by row already.
     """
 
     def __init__(self, tokens: Tensor, shapes: list[tuple[int, int]]):

@@ -127,6 +127,13 @@ def test_the_settings_of_the_run_are_on_the_card(run):
         assert f"{card.plain(library)} {card.plain(version)}" in text
 
 
+def test_the_card_shows_the_loss_where_it_was_drawn(copy):
+    picture = "](loss.png)"
+    assert picture in card.card(copy, data.PROMPT)
+    (copy / "loss.png").unlink()
+    assert picture not in card.card(copy, data.PROMPT)
+
+
 def test_the_code_on_the_card_runs(run, tiny, tmp_path):
     """It prints what eval.py answers, over a base that is quantised as the run's was."""
     text = (run / "README.md").read_text()

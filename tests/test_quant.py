@@ -126,6 +126,10 @@ def test_a_state_dict_restores_the_layer_and_quantising_again_changes_nothing(do
     restored = quantized(nn.Linear(192, 128), double_quant)
     restored.load_state_dict(layer.state_dict())
     assert torch.equal(restored.dequantize(), weight)
+    assert restored.dtype == torch.float32
+    in_bf16 = quantized(nn.Linear(192, 128, dtype=torch.bfloat16), double_quant)
+    restored.load_state_dict(in_bf16.state_dict(), assign=True)
+    assert restored.dequantize().dtype == torch.bfloat16  # as the bias says, indices do not
     if not double_quant:  # there absmax itself is rounded, and moves
         assert torch.equal(quantized(linear_of(weight)).weight, layer.weight)
 
