@@ -4,7 +4,7 @@ What files, columns and labels may be called stands in tables in dataset_files.p
 and labels.py: to read one more form, add a word there. `python -m scripts.describe` shows
 how a dataset is read.
 
-A dataset on the Hub is a folder that is downloaded, and read like any other.
+A dataset on the Hub is downloaded (hub_datasets.py), and read like any other folder.
 """
 
 import functools
@@ -16,12 +16,11 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import compute
 
-from support import card, hub, processes
+from support import hub, hub_datasets, processes
 from support.columns import Column, find_columns, joined, shown_columns, table_of
-from support.dataset_files import READERS, find_files, read_file
+from support.dataset_files import find_files, read_file
 from support.fingerprint import digest_rows
 from support.labels import (
-    CARDS,
     LABELS,
     NO_LABEL,
     as_word,
@@ -29,9 +28,6 @@ from support.labels import (
     refuse_names_in_card,
 )
 from support.rows import Rows, cut_by_premise
-
-# The folder that is meant, of a repository on the Hub with several datasets.
-CONFIGURATIONS = {"nyu-mll/glue": "mnli"}
 
 
 class Reading(NamedTuple):
@@ -75,57 +71,23 @@ BY_THE_TABLES = Reading()
 @functools.cache
 def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
     """Returns the files of each split. Raises ValueError when there is no such dataset."""
-    try:
-        return find_files(folder_of(dataset, revision))
-    except OSError as error:  # a permission that is denied, or a repository without such files
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
-
-
-def folder_of(dataset: str, revision: str | None) -> Path:
-    """Returns the folder of a dataset: `dataset` itself, or its download from the Hub."""
     directory = Path(dataset)
-    if dataset and directory.is_dir():
-        hub.refuse_revision("dataset", dataset, revision)
-        return directory
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
-    if not card.is_repository(dataset):
-        raise ValueError(
-            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
-            "say with --dataset where it is"
-        )
-    return download(dataset, revision) / CONFIGURATIONS.get(dataset, "")
-
-
-@functools.cache
-def download(dataset: str, revision: str | None) -> Path:
-    """Returns the local folder of a dataset on the Hub. What is there is not downloaded again."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
-    patterns += CARDS
-    if dataset in CONFIGURATIONS:
-        patterns = [f"{CONFIGURATIONS[dataset]}/*"]
     try:
-        folder = snapshot_download(
-            dataset, repo_type="dataset", revision=revision, allow_patterns=patterns
-        )
-        return Path(folder)
-    except hub.errors() as error:
-        name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"cannot load {name} from the Hub, and it is no directory here "
-            f"({reason}); without a network, pass a directory instead: "
-            "--dataset tiny/data, or one with train.* and validation*.* files"
-        ) from None
+        if not dataset or not directory.is_dir():
+            return hub_datasets.find_splits(dataset, revision)
+        hub.refuse_revision("dataset", dataset, revision)
+        return find_files(directory)
+    except OSError as error:  # a permission that is denied, or a repository without such files
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
     """Returns the commit of a dataset that has come from the Hub, None of a directory."""
     if Path(dataset).is_dir():
         return None
-    return download(dataset, revision).name  # the Hub's cache calls it so
+    return hub_datasets.download(dataset, revision).name  # the Hub's cache calls it so
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
@@ -258,7 +220,13 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
         table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
     if not reading.labels and any(word.isdigit() for word in words):
-        refuse_names_in_card(folder_of(dataset, reading.revision))
+        if Path(dataset).is_dir():
+            refuse_names_in_card(Path(dataset))
+            return Rows(table), columns
+        # The same once more, with the names that the card has for these numbers.
+        names = hub_datasets.read_card(dataset, reading.revision).names.get(columns["label"])
+        if names:
+            return join_parts(dataset, split, reading._replace(labels=names))
     return Rows(table), columns
 
 

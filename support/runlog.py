@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, commands, files, hub, machine, metrics, page, pictures, processes
+from support import best, card, commands, files, machine, metrics, page, pictures, processes, upload
 from support.extras import Extras
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
@@ -211,7 +211,7 @@ class RunLog:
                 self.wandb_run.finish()
         if self.args.push:
             with attempt("--push"):
-                self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
+                self.say(f"uploaded to {upload.push(self.folder, self.args.push, prompt)}")
         self.say_what_is_left(results)
         return not self.extras.failed
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train
-from support import cli, commands, examples, files, processes
+from support import cli, commands, examples, origin, processes
 from support.fingerprint import digest_weights
 
 CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
@@ -341,7 +341,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
     assert parse("train.py", *TINY, "--out=~/o").out == tmp_path / "o"
     with pytest.raises(ValueError, match=f"{tmp_path}/run holds no run"):
         parse("train.py", "--resume=~/run")
-    with pytest.raises(ValueError, match=f"{tmp_path}/run is not an adapter"):
+    with pytest.raises(ValueError, match=f"no adapter directory '{tmp_path}/run'"):
         parse("eval.py", "--adapter=~/run")
 
 
@@ -404,10 +404,10 @@ def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
     (home / "out" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     found = str(home / "models" / "mine")
-    assert files.find_path("models/mine", home / "out" / "run") == found
-    assert files.find_path("microsoft/phi-2", home / "out" / "run", home) == "microsoft/phi-2"
+    assert origin.places("models/mine", home / "out" / "run") == [found]
+    assert origin.places("microsoft/phi-2", home / "out" / "run", home) == []
     # A run that lies elsewhere says where it was started.
-    assert files.find_path("models/mine", tmp_path / "runs" / "run", home) == found
+    assert origin.places("models/mine", tmp_path / "runs" / "run", home) == [found]
 
 
 def test_a_name_of_a_run_is_looked_up_where_it_was_typed_before_here(monkeypatch, tmp_path):
@@ -417,11 +417,11 @@ def test_a_name_of_a_run_is_looked_up_where_it_was_typed_before_here(monkeypatch
     for place in (run, started, tmp_path / "moved" / name, tmp_path / "here" / name):
         place.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    assert files.places(name, run, started) == [str(tmp_path / "moved" / name), name]
+    assert origin.places(name, run, started) == [str(tmp_path / "moved" / name), name]
     (started / name).mkdir()
-    assert files.places(name, run, started)[0] == str(started / name)
+    assert origin.places(name, run, started)[0] == str(started / name)
     monkeypatch.chdir(started)  # as it was typed, where that is the same
-    assert files.places(name, run, started)[0] == name
+    assert origin.places(name, run, started)[0] == name
 
 
 def rows_of(folder: Path, label: int) -> Path:
@@ -496,7 +496,7 @@ def test_an_adapter_that_names_no_model_needs_one_to_be_typed(adapter):
 def test_what_is_no_adapter_is_said_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):
         parse("eval.py", "--adapter", tmp_path)
-    with pytest.raises(ValueError, match="is not an adapter: there is no such folder"):
+    with pytest.raises(ValueError, match="no adapter directory .*none"):
         parse("eval.py", "--adapter", tmp_path / "none")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="is a file: pass the folder that it is in"):
@@ -727,9 +727,8 @@ def test_any_files_of_an_adapter_are_its_arguments_or_one_error(tmp_path_factory
     assert type(args.model) is str and type(args.dataset) is str
 
 
-def test_a_name_that_is_too_long_for_a_path_is_left_as_it_is(tmp_path):
-    name = "0" * 9999
-    assert files.find_path(name, tmp_path) == name
+def test_a_name_that_is_too_long_for_a_path_is_no_folder(tmp_path):
+    assert origin.places("0" * 9999, tmp_path) == []
 
 
 # -----------------------------------------------------------------------------

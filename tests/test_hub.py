@@ -131,6 +131,25 @@ AT_V1 = ("--model", "me/base", "--model-revision", "v1")
 AT_V1 += ("--dataset", "me/rows", "--dataset-revision", "v1")
 V1 = commit_of("v1")
 LINE = '{"premise": "a", "hypothesis": "x", "label": 0}'
+# As cards of datasets have it.
+NAMES = """---
+dataset_info:
+  features:
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': contradiction
+          '1': entailment
+          '2': neutral
+---
+"""
+
+
+def card(configuration: str, **files: str) -> str:
+    """Returns the lines of a card on a configuration, {split: file}. Several are joined."""
+    lines = [f"  - split: {split}\n    path: {name}.jsonl\n" for split, name in files.items()]
+    return f"- config_name: {configuration}\n  data_files:\n{''.join(lines)}"
 
 
 @pytest.fixture(scope="module")
@@ -240,8 +259,14 @@ def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (("--model", "me/base", "--model-revision", "v9"), "error: the model 'me/base' has no"),
-        (("--dataset-revision", "v9", "--dataset", "me/rows"), "error: cannot load 'me/rows' at"),
+        (
+            ("--model", "me/base", "--model-revision", "v9"),
+            "error: cannot load the model 'me/base' at revision 'v9' from the Hub",
+        ),
+        (
+            ("--dataset", "me/rows", "--dataset-revision", "v9"),
+            "error: cannot load the dataset 'me/rows' at revision 'v9' from the Hub",
+        ),
         (("--model-revision", "v1"), "error: --model-revision is for a model on the Hub, and"),
         (("--dataset-revision", "v1"), "error: --dataset-revision is for a dataset on the Hub"),
     ],
@@ -260,8 +285,8 @@ def test_a_revision_that_is_not_there_is_one_line(revisions, tmp_path, flags, er
 @pytest.mark.parametrize(
     "flag, error",
     [
-        ("--model", "error: no model 'nobody/nothing'"),
-        ("--dataset", "error: cannot load 'nobody/nothing'"),
+        ("--model", "error: cannot load the model 'nobody/nothing' from the Hub"),
+        ("--dataset", "error: cannot load the dataset 'nobody/nothing' from the Hub"),
     ],
 )
 def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, error):
@@ -277,29 +302,41 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         # In GLUE's tsv a quote is a letter.
         (
             {"train.tsv": 'premise\thypothesis\tlabel\n"A.\tB.\t0\nC."\tD.\t2\n'},
-            "train: 2 rows, none of neutral; 2 taken",
+            "train: 2 rows; 2 taken, none of neutral",
         ),
         (
             {"data/train.csv": 'premise,hypothesis,label\n"a,b,0\n'},
             f"{COMMIT}/data/train.csv: line 2: unexpected end of data; a quote within",
         ),
+        # The card gives the number 0 another meaning than ours.
+        ({"train.jsonl": LINE, "README.md": NAMES}, "train: 1 rows; 1 taken, none of entailment or neutral"),
+        # It says which file is which split, whatever they are called.
         (
-            {"train.jsonl": LINE, "README.md": "---\n- dtype:\n    class_label:\n---\n"},
-            "README.md gives the labels names: say with --labels what they mean",
+            {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train="a", dev="b")},
+            "validation: 1 rows",
         ),
+        (
+            {"a.jsonl": LINE, "README.md": card("one", train="a") + card("two", train="a")},
+            "available configs: ['one', 'two']); pass the folder of the one you mean",
+        ),
+        ({"train.jsonl": LINE, "README.md": "---\n- : [\n---\n"}, "the card of 'owner/rows' does"),
         (
             {"en/train.jsonl": LINE, "fr/train.jsonl": LINE},
             f"{COMMIT}/fr/train.jsonl: not one file, and not all parts of one, for the split train",
         ),
         ({"notes.txt": "a"}, f"{COMMIT}: No such file or directory"),
     ],
-    ids=["quotes", "an open quote", "names in the card", "several datasets", "no rows"],
+    ids=[
+        *("quotes", "an open quote", "names", "splits", "two configurations", "no YAML"),
+        *("several datasets", "no rows"),
+    ],
 )
 def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
     for name, content in files.items():
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        is_list = content.startswith("- config_name")
+        path.write_text(f"---\nconfigs:\n{content}---\n" if is_list else content)
     command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
     with serving({"datasets/owner/rows": tmp_path / "data"}) as (address, _):
         done = script(*command, env=environment(address, tmp_path / "home"))
@@ -327,7 +364,7 @@ def test_a_cache_that_cannot_be_written_is_named(repositories, tmp_path):
         env = environment(address, tmp_path / "file" / "home")
         command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
         done = script(*command, "nyu-mll/glue", env=env, fresh=True)
-    assert_one_line(done, "error: cannot load 'nyu-mll/glue'")
+    assert_one_line(done, "error: cannot load the dataset 'nyu-mll/glue'")
     assert str(tmp_path / "file") in done.stderr
 
 
@@ -339,10 +376,10 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
-    assert no_model.startswith("error: cannot download 'microsoft/phi-2' from the Hub")
-    assert "pass a directory instead: --model tiny/model" in no_model
+    assert no_model.startswith("error: cannot load the model 'microsoft/phi-2' from the Hub")
+    assert no_model.endswith("without a network, pass a directory: --model path/to/it")
     no_data = errors["no data"].splitlines()[-1]
-    assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")
-    assert "--dataset tiny/data" in no_data
+    assert no_data.startswith("error: cannot load the dataset 'nyu-mll/glue' from the Hub")
+    assert no_data.endswith("without a network, pass a directory: --dataset path/to/it")
     for name in errors:
         assert not (runs_without_hub["folder"] / name).exists()

@@ -346,7 +346,7 @@ def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
     [
         ([], 2, "the following arguments are required: --adapter, --out"),
         (["--adapter", "x"], 2, "the following arguments are required: --out"),
-        (["--adapter", "x", "--out", "y"], 1, "there is no such folder"),
+        (["--adapter", "x", "--out", "y"], 1, "no adapter directory 'x'"),
         (["--adapter", "tiny", "--out", "y"], 1, "is not an adapter"),
     ],
 )

@@ -330,13 +330,26 @@ def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
 
 
 def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns a function that counts as one launch, as what torch.compile makes of it."""
+    """Returns a function that counts as one launch, as what torch.compile makes of it.
 
-    def run(*tensors: Tensor) -> Tensor:
-        before = len(gpu.operations)
-        result = function(*tensors)
-        moved = sum(map(size_of, tensors)) + size_of(result)
-        gpu.operations[before:] = [Operation(function.__name__, 1, moved)]
+    So does its backward pass, where that computes anything.
+    """
+
+    def count_as_one(since: int, moved: int) -> None:
+        if len(gpu.operations) > since:
+            gpu.operations[since:] = [Operation(function.__name__, 1, moved)]
+
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        x = x.view_as(x)  # its gradient is what this function's backward pass computes
+        since = len(gpu.operations)
+        result = function(x, *others)
+        moved = sum(map(size_of, (x, *others, result)))
+        count_as_one(since, moved)
+        if result.requires_grad:
+            begun = []
+            result.register_hook(lambda grad: begun.append(len(gpu.operations)))
+            if x.requires_grad:
+                x.register_hook(lambda grad: count_as_one(begun.pop(), moved))
         return result
 
     return run
@@ -371,7 +384,7 @@ def install(gpu: FakeGpu) -> None:
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     F.scaled_dot_product_attention = attention
     packing.causal_lower_right = lambda queries, keys: LOWER_RIGHT
-    for name in ("rotate_forward", "rotate_back", "add"):
+    for name in ("rotate", "add"):
         function = getattr(phi2, name)
         setattr(phi2, name, as_one_kernel(gpu, function.__wrapped__))
 
