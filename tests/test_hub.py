@@ -309,7 +309,10 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
             f"{COMMIT}/data/train.csv: line 2: unexpected end of data; a quote within",
         ),
         # The card gives the number 0 another meaning than ours.
-        ({"train.jsonl": LINE, "README.md": NAMES}, "train: 1 rows; 1 taken, none of entailment or neutral"),
+        (
+            {"train.jsonl": LINE, "README.md": NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
+        ),
         # It says which file is which split, whatever they are called.
         (
             {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train="a", dev="b")},
