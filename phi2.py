@@ -17,6 +17,7 @@ those of many rows and of generation, which give the same and are fast.
 
 import functools
 import json
+import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -30,8 +31,6 @@ from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 from tqdm import tqdm
-
-HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass
@@ -52,50 +51,30 @@ class Phi2Config:
     layer_norm_eps: float = 1e-5
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
 
-    def rotary_dim(self) -> int:
-        """Returns how many dimensions of a head carry the position. They turn in pairs.
-
-        Raises ValueError where the width cannot be cut into heads, and for an odd number.
-        """
+    def __post_init__(self):
+        """Raises ValueError for values of which no phi can be made."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kinds = (int,) if field.type is int else (int, float)
+            least = 1 if field.type is int else 0
+            if type(value) not in kinds or not least <= value < math.inf:
+                raise ValueError(f"{field.name} cannot be {value!r}")
         head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
         if rest:
             raise ValueError(
                 f"hidden_size {self.hidden_size} is not a multiple of "
                 f"num_attention_heads {self.num_attention_heads}"
             )
-        rotary_dim = int(head_dim * self.partial_rotary_factor)
-        if rotary_dim % 2:
+        rotary_dim = self.rotary_dim()
+        if rotary_dim % 2 or rotary_dim > head_dim:  # they turn in pairs
             raise ValueError(
                 f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
                 "it must be an even number of them"
             )
-        return rotary_dim
 
-
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
-
-    Each step alone would read and write all of its tensors. torch.compile writes the kernel
-    at the first call, which takes seconds; the number of tokens may change later. It needs
-    Triton, which torch brings with it for CUDA on Linux, and a C compiler.
-    """
-
-    @functools.cache
-    def compiled() -> Callable[..., Tensor]:
-        # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
-        # runs as it is written. (The setting holds for the whole process.)
-        torch._dynamo.config.suppress_errors = True
-        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded twice.
-        options = {"emulate_precision_casts": True}
-        return torch.compile(function, dynamic=True, options=options)
-
-    @functools.wraps(function)
-    def run(*tensors: Tensor) -> Tensor:
-        if tensors[0].is_cuda and HAS_TRITON:
-            return compiled()(*tensors)
-        return function(*tensors)
-
-    return run
+    def rotary_dim(self) -> int:
+        """Returns how many dimensions of each head carry the position."""
+        return int(self.hidden_size // self.num_attention_heads * self.partial_rotary_factor)
 
 
 # -----------------------------------------------------------------------------
@@ -127,56 +106,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-rotate_forward = fused(rotate)
-
-
-@fused
-def rotate_back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return rotate(grad, cos, -sin)
-
-
-class Rotate(torch.autograd.Function):
-    """Computes rotate(x, cos, sin). Backward turns the gradient back, by the same angles.
-
-    Through a linear map gradients go back by its transpose. That of a rotation is the
-    rotation by the negative angle, and it does not depend on x. So x is not stored.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return rotate_forward(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return rotate_back(grad, cos, sin), None, None
-
-
 class OneRow:
     """The layout of one row: each token sees those before it, and itself.
 
-    In the last block only the tokens whose logits are wanted have a query. The others give
-    keys and values alone.
+    Every token gives a key and a value, for those behind it to see. It has a query only
+    where its own output is wanted. In the last block these are the tokens whose logits are
+    wanted (`only_last`), in all others it is every token.
+
+    Attributes:
+        positions: (N,) each token's place in its text.
+        num_queries: how many tokens have a query: the last of the row.
     """
 
-    def __init__(self, length: int, device: torch.device, queries: int | None = None):
-        """The last `queries` tokens have a query, or all."""
+    def __init__(self, length: int, device: torch.device, num_queries: int | None = None):
         self.positions = torch.arange(length, device=device)
-        self.queries = length if queries is None else queries
+        self.num_queries = length if num_queries is None else num_queries
 
     def only_last(self, count: int) -> "OneRow":
         """Returns the same row, of which only the last `count` tokens have a query."""
         return OneRow(len(self.positions), self.positions.device, count)
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns x (N, ...) of the tokens that have a query."""
-        return x[-self.queries :]
+        """Returns those lines of x (N, ...) whose tokens have a query."""
+        return x[-self.num_queries :]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns softmax(q k^T / sqrt(D)) v, (queries, H, D), for k and v (N, H, D)."""
-        q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
+        """Returns softmax(q k^T / sqrt(D)) v: (num_queries, H, D), for k and v (N, H, D)."""
+        q = q.transpose(0, 1)[None]  # (1, H, num_queries, D), as torch has it
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
         mask = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees all keys
@@ -200,16 +156,15 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
-        # Every token gives a key and a value. Only those whose output is wanted have a
-        # query: all of them, but for the last block.
+        # Only tokens whose output is wanted have a query: all of them, but in the last block.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
         # q and k are each turned by their position, so their product depends on the distance
         # alone.
-        q = Rotate.apply(q, layout.select_queries(cos), layout.select_queries(sin))
-        k = Rotate.apply(k, cos, sin)
+        q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
+        k = rotate(k, cos, sin)
 
         # The one place where tokens see one another.
         attended = layout.attend(self.layer, q, k, v)
@@ -228,7 +183,6 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-@fused
 def add(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
     # In bf16 the last bit depends on the order of this sum. It is transformers'.
     return attended + transformed + x
@@ -278,7 +232,7 @@ class PhiModel(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, layout.positions, x.dtype)
         for block in self.layers:
-            # In the last block only some tokens are wanted. The others give keys and values.
+            # Of the last block's outputs only some are wanted.
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.checkpointing == "blocks" and torch.is_grad_enabled():
@@ -312,6 +266,43 @@ class Phi2(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# On a GPU: one kernel for each of the two formulas between the products of matrices
+
+HAS_TRITON = find_spec("triton") is not None
+
+
+def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
+
+    Each step alone would read and write all of its tensors. torch.compile writes the kernel,
+    and that of the backward pass, at the first call, which takes seconds; the number of
+    tokens may change later. It needs Triton, which torch brings with it for CUDA on Linux,
+    and a C compiler.
+    """
+
+    @functools.cache
+    def compiled() -> Callable[..., Tensor]:
+        # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
+        # runs as it is written. (The setting holds for the whole process.)
+        torch._dynamo.config.suppress_errors = True
+        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded twice.
+        options = {"emulate_precision_casts": True}
+        return torch.compile(function, dynamic=True, options=options)
+
+    @functools.wraps(function)
+    def run(*tensors: Tensor) -> Tensor:
+        if tensors[0].is_cuda and HAS_TRITON:
+            return compiled()(*tensors)
+        return function(*tensors)
+
+    return run
+
+
+rotate = fused(rotate)
+add = fused(add)
+
+
+# -----------------------------------------------------------------------------
 # Loading: a model directory, or a model on the Hub
 
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
@@ -338,7 +329,6 @@ ABSENT = {
 def build(name: str | Path) -> Phi2:
     """Returns the model of a directory or a Hub id without its weights, on the meta device."""
     config = read_config(locate(name))
-    config.rotary_dim()  # an error now, and not after the weights are loaded
     with torch.device("meta"):
         return Phi2(config)
 
@@ -352,9 +342,9 @@ def load_weights(
     """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
     The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
-    its weight: at the peak the memory holds the model and one layer's tensors, as they are
-    stored and as `dtype`. A weight that is in NF4 already is not quantised again. Raises
-    ValueError for missing, unknown, misshapen or damaged tensors; the model is then unusable.
+    its weight, or takes over what is in NF4 already. At the peak the memory holds the model
+    and one layer's tensors, as they are stored and as `dtype`. Raises ValueError for missing,
+    unknown, misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
@@ -366,11 +356,8 @@ def load_weights(
         layer = model.get_submodule(path)
         try:
             tensors = read_layer(file_of, path, device, dtype)
-            if "absmax" in tensors:
-                is_plain_nf4 = getattr(layer, "double_quant", None) is False
-                if not is_plain_nf4:
-                    raise ValueError("it is in NF4: --quant nf4 without --double-quant reads it")
-                layer.dtype = dtype  # packed indices do not say it
+            if "weight.absmax" in tensors and type(layer) is nn.Linear:
+                raise ValueError("it is in NF4, which --quant nf4 reads")
             layer.load_state_dict(tensors, assign=True)
         except torch.OutOfMemoryError:  # a RuntimeError too, and not the checkpoint's fault
             raise
@@ -386,8 +373,8 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
     missing = expected - found
     if missing:
         raise ValueError(
-            f"{directory} lacks {len(missing)} of {len(expected)} tensors, "
-            f"among them {min(missing)}"
+            f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them "
+            f"{min(missing)}; files of 2023 have other names: download today's from the Hub"
         )
     for key in found:
         # A weight in NF4 has more tensors beside it, such as q_proj.weight.absmax. Some
@@ -401,42 +388,25 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
 def read_layer(
     file_of: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a layer by their names in it: weight and bias.
+    """Returns the tensors of a layer as `dtype`, by their names in it: weight and bias.
 
-    Of a layer that the checkpoint holds in NF4 they are weight, absmax and bias.
+    A weight that the checkpoint holds in NF4 has more of them: weight.absmax and others.
+    They and it are returned as they are stored, which is as quant.NF4Linear takes them.
     """
-    parts = {}
+    tensors = {}
     for key, file in file_of.items():
         if key.startswith(f"{path}."):
-            parts[key.removeprefix(f"{path}.")] = read(file, key).to(device)
-    tensors = {}
-    if "weight.absmax" in parts:
-        tensors = read_nf4(parts)
-        parts = {"bias": parts["bias"]}  # all others belong to the weight
-    for name, tensor in parts.items():
+            tensors[key.removeprefix(f"{path}.")] = read(file, key).to(device)
+    is_nf4 = "weight.absmax" in tensors
+    for name, tensor in tensors.items():
+        if is_nf4 and name.startswith("weight"):
+            continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         tensors[name] = tensor.to(dtype)  # only now, so that a GPU converts
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not is_finite(tensor):
-            raise ValueError(f"{name} holds numbers that are not finite in {tensor.dtype}")
+        if not is_finite(tensors[name]):
+            raise ValueError(f"{name} holds numbers that are not finite in {dtype}")
     return tensors
-
-
-def read_nf4(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a weight that bitsandbytes has quantised, as the buffers of quant.NF4Linear."""
-    state = json.loads(bytes(parts["weight.quant_state.bitsandbytes__nf4"].tolist()))
-    if state["blocksize"] != 64:
-        raise ValueError(f"its NF4 has blocks of {state['blocksize']} weights, not of 64")
-    absmax = parts["weight.absmax"]
-    if "nested_offset" in state:  # double quantisation: absmax is in 8 bits
-        levels = parts["weight.nested_quant_map"][absmax.long()]
-        nested_absmax = parts["weight.nested_absmax"].float()
-        scales = nested_absmax.repeat_interleave(state["nested_blocksize"])
-        absmax = levels * scales[: len(levels)] + state["nested_offset"]
-    # Some uploads store the packed indices under another dtype, with the same bits.
-    packed = parts["weight"].view(torch.uint8).reshape(-1, 1)
-    return {"weight": packed, "absmax": absmax.float()}
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -478,13 +448,32 @@ def weight_files(directory: Path) -> list[Path]:
     """Returns the safetensors files of a model directory.
 
     As in transformers, model.safetensors comes before an index, which may be that of an
-    earlier save.
+    earlier save. Raises ValueError where a file is damaged, or not there.
     """
     single = directory / "model.safetensors"
-    if single.is_file():
-        return [single]
-    index = json.loads((directory / "model.safetensors.index.json").read_bytes())
-    return [directory / name for name in sorted(set(index["weight_map"].values()))]
+    index = directory / "model.safetensors.index.json"
+    names = [single.name]
+    if not single.is_file():
+        try:
+            weight_map = json.loads(index.read_bytes())["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise ValueError(
+                f"{directory} holds no {single.name} and no {index.name} with a weight_map; "
+                "other formats are not read: transformers' save_pretrained writes these"
+            ) from None
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise ValueError(f"{index} lists {name}, which is not there: download it again")
+        try:
+            with safe_open(directory / name, framework="pt"):
+                pass  # the header has been read, which says how long the file must be
+        except SafetensorError as error:
+            raise ValueError(
+                f"{directory / name} is damaged or cut short ({error}): download it again, "
+                "in a git clone with `git lfs pull`"
+            ) from None
+    return [directory / name for name in names]
 
 
 def locate(name: str | Path) -> Path:
@@ -508,18 +497,16 @@ def read_config(directory: Path) -> Phi2Config:
             "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
         )
     raw = with_rotary_values(raw, path)
-    # Grouped-query attention has fewer heads for keys and values than for queries.
-    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
-    for key, value in accepted.items():
-        if raw.get(key, value) not in (value, None):
-            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
-
+    check_options(raw, path)
     values = ABSENT | {key: value for key, value in raw.items() if value is not None}
     names = [field.name for field in fields(Phi2Config)]
     missing = [name for name in names if name not in values]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}")
-    return Phi2Config(**{name: values[name] for name in names})
+    try:
+        return Phi2Config(**{name: values[name] for name in names})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def with_rotary_values(raw: dict, path: Path) -> dict:
@@ -532,3 +519,12 @@ def with_rotary_values(raw: dict, path: Path) -> dict:
                 raise ValueError(f"{path}: {key} of type {kind!r} is not supported")
             raw = raw | {key: None} | values
     return raw
+
+
+def check_options(raw: dict, path: Path) -> None:
+    """Raises ValueError for an option that is not implemented."""
+    # Grouped-query attention has fewer heads for keys and values than for queries.
+    accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
+    for key, value in accepted.items():
+        if raw.get(key, value) not in (value, None):
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")

@@ -7,9 +7,15 @@ A weight is cut into blocks of 64 consecutive values. Each block keeps its large
 
     w  =  LEVELS[index] * absmax[block]         4 bits + 32 / 64 bits = 4.5 bits a weight
 
-Weights of a trained network are roughly normal, so the levels are quantiles of a normal
-distribution: they lie close where weights are many. Double quantisation stores absmax
-itself in 8 bits, which makes it 4.13 bits a weight.
+Weights of a trained network are roughly normal: many are small, few are large. So the levels
+are quantiles of the normal distribution, and lie close where weights are many:
+
+    |          |     |    |   |  |   |  |  |  |  |  |   |   |     |         |
+   -1                                   0                                   1
+
+One large weight makes the levels of its whole block coarse, which speaks for small blocks;
+absmax has to be stored for each, which speaks for large ones. Double quantisation stores
+absmax itself in 8 bits, which makes it 4.13 bits a weight.
 
 `quantize` and `dequantize` below are all of NF4 in plain torch, for reading and testing.
 The layers do the same with bitsandbytes' kernels, which are faster (tests/test_quant.py:
@@ -21,6 +27,7 @@ eval mode; 8-bit weights; fp4.
 """
 
 import functools
+import json
 import logging
 from collections.abc import Callable
 
@@ -28,14 +35,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Quantiles of the normal distribution, scaled to [-1, 1], with an exact zero (appendix E).
+# Appendix E of the paper. Q(p) is the quantile of the normal distribution: the number below
+# which the share p of all numbers lies. Scaled to [-1, 1] there are
+#   7 levels below zero:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
+#   an exact zero, for weights that were pruned or padded,
+#   8 levels above it:     Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
+# Q(1) is infinite. So the outermost p is 1 less half a step, of 15 or of 16 steps, which are
+# 1/30 and 1/32: p is 1 less their mean.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 )
 BLOCK = 64  # weights that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
-PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
 
 
 # -----------------------------------------------------------------------------
@@ -72,31 +84,16 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.d
     return values.reshape(shape).to(dtype)
 
 
-@functools.cache
-def kernels():
-    """Returns bitsandbytes' operators. They are imported at their first use: that takes seconds."""
-    # bitsandbytes remarks on an optional kernel that is not installed, at each start.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes  # noqa: F401  (registers the operators)
-
-    return torch.ops.bitsandbytes
-
-
-@functools.cache
-def nested_levels(device: torch.device) -> Tensor:
-    """Returns the 256 levels (fp32, from -1 to 1) of double quantisation."""
-    kernels()  # first, because it silences a remark of the import
-    from bitsandbytes.functional import create_dynamic_map
-
-    return create_dynamic_map().to(device)
-
-
 # -----------------------------------------------------------------------------
 # The layer
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight (out_features, in_features) is held in NF4.
+    """A frozen linear layer whose weight is held in NF4. To load a weight is to quantise it.
+
+    `load_state_dict(..., assign=True)` takes a floating-point `weight` (out_features,
+    in_features), quantises it and forgets it. Of a weight that is in NF4 already, as
+    bitsandbytes or this layer has saved it, it takes over the indices as they are.
 
     Buffers, with numel = in_features * out_features, all sizes rounded up to whole numbers:
         weight: (numel / 2, 1) uint8, two indices to a byte.
@@ -106,9 +103,9 @@ class NF4Linear(nn.Module):
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    `load_state_dict(..., assign=True)` quantises a floating-point `weight`. `dtype` is that
-    of this weight, and inputs and bias must have it. No state_dict holds it: after packed
-    indices were loaded set `layer.dtype`. Do not call `layer.to(dtype)`, which rounds absmax.
+    `dtype` is that of the dequantised weight, and inputs must have it. It is the bias's; of
+    a layer without a bias it is that of the floating-point weight that was loaded, and where
+    indices were loaded it has to be set. Do not call `layer.to(dtype)`, which rounds absmax.
     """
 
     def __init__(
@@ -156,45 +153,45 @@ class NF4Linear(nn.Module):
         return kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", shape, self.dtype)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        weight = state_dict.get(prefix + "weight")
-        if weight is not None:
-            self.kept = None  # it belongs to the weight before
-        if weight is not None and weight.is_floating_point():
-            shape = (self.out_features, self.in_features)
-            if weight.shape != shape:
-                raise ValueError(f"{prefix}weight has shape {tuple(weight.shape)}, not {shape}")
+        # load_state_dict has given us a copy of its dictionary, so it may be written to.
+        key = prefix + "weight"
+        weight = state_dict.get(key)
+        parts = {}  # what bitsandbytes stores beside a weight in NF4, such as weight.absmax
+        for name in list(state_dict):
+            if name.startswith(f"{key}."):
+                parts[name.removeprefix(f"{key}.")] = state_dict.pop(name)
+        buffers = {}
+        if parts:
+            if self.double_quant:
+                raise ValueError("it is in NF4 already: load it without double quantisation")
+            buffers["weight"], buffers["absmax"] = from_bitsandbytes(weight, parts)
+        elif weight is not None and weight.is_floating_point():
+            buffers = self.quantize(weight)
             self.dtype = weight.dtype
-            # load_state_dict has given us a copy of its dictionary, so it may be written to.
-            for name, tensor in self.quantize(weight).items():
-                state_dict[prefix + name] = tensor
+        state_dict.update({prefix + name: tensor for name, tensor in buffers.items()})
+        if weight is not None:
+            self.kept = None  # it was dequantised from the weight before
         super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.bias is not None:
+            self.dtype = self.bias.dtype
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         """Returns the buffers that hold this weight: `quantize` above, and double quantisation."""
-        size = PIECE if weight.device.type == "cpu" else weight.numel()
-        pieces = [
-            kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
-            for piece in weight.flatten().split(size)  # blocks never cross pieces
-        ]
-        buffers = {
-            "weight": torch.cat([packed for packed, _ in pieces]),
-            "absmax": torch.cat([absmax for _, absmax in pieces]),
-        }
-        if self.double_quant:
-            absmax = buffers["absmax"]
-            levels = nested_levels(absmax.device)
-            # The table has levels of both signs. absmax is positive; less its mean it has both.
-            buffers["offset"] = absmax.mean()
-            buffers["absmax"], buffers["nested_absmax"] = kernels().quantize_blockwise(
-                absmax - buffers["offset"], levels, NESTED_BLOCK
-            )
-        return buffers
+        shape = (self.out_features, self.in_features)
+        if weight.shape != shape:
+            raise ValueError(f"the weight has shape {tuple(weight.shape)}, not {shape}")
+        packed, absmax = quantize_by_kernel(weight)
+        if not self.double_quant:
+            return {"weight": packed, "absmax": absmax}
+        # Half of nested_levels are negative, and absmax never is. Less its mean it is both:
+        # of 0.2, 0.3 and 0.7 the mean 0.4 is the offset, and -0.2, -0.1 and 0.3 are rounded.
+        offset = absmax.mean()
+        levels = nested_levels(absmax.device)
+        indices, scales = kernels().quantize_blockwise(absmax - offset, levels, NESTED_BLOCK)
+        return {"weight": packed, "absmax": indices, "nested_absmax": scales, "offset": offset}
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"double_quant={self.double_quant}"
-        )
+        return f"{self.in_features}, {self.out_features}, double_quant={self.double_quant}"
 
 
 class DequantizedLinear(torch.autograd.Function):
@@ -293,3 +290,64 @@ def replace(
     for path in paths:
         model.set_submodule(path, make(model.get_submodule(path)))
     return paths
+
+
+# -----------------------------------------------------------------------------
+# bitsandbytes: its kernels, and the files that it writes
+
+
+@functools.cache
+def kernels():
+    """Returns bitsandbytes' operators. They are imported at their first use: that takes seconds."""
+    # bitsandbytes remarks on an optional kernel that is not installed, at each start.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    import bitsandbytes  # noqa: F401  (registers the operators)
+
+    return torch.ops.bitsandbytes
+
+
+@functools.cache
+def nested_levels(device: torch.device) -> Tensor:
+    """Returns the 256 levels (fp32, from -1 to 1) of double quantisation.
+
+    bitsandbytes calls them its dynamic map. Of each sign 64 lie between 0.1 and 1, 32
+    between 0.01 and 0.1, and so on, so that small numbers keep a digit too.
+    """
+    kernels()  # first, because it silences a remark of the import
+    from bitsandbytes.functional import create_dynamic_map
+
+    return create_dynamic_map().to(device)
+
+
+def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Returns packed indices and absmax of a weight that bitsandbytes has quantised and saved.
+
+    `parts` are the tensors beside it in the file, by what follows "weight." in their names.
+    Raises ValueError, LookupError, TypeError or RuntimeError where they do not fit together.
+    """
+    state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
+    if state["blocksize"] != BLOCK:
+        raise ValueError(f"its NF4 has blocks of {state['blocksize']} weights, not of {BLOCK}")
+    absmax = parts["absmax"]
+    if "nested_offset" in state:  # double quantisation: absmax is in 8 bits
+        levels = parts["nested_quant_map"][absmax.long()]
+        scales = parts["nested_absmax"].float().repeat_interleave(state["nested_blocksize"])
+        absmax = levels * scales[: len(levels)] + state["nested_offset"]
+    if not absmax.isfinite().all():
+        raise ValueError("its absmax holds numbers that are not finite")
+    # Some uploads store the packed indices under another dtype, with the same bits.
+    return weight.view(torch.uint8).reshape(-1, 1), absmax.float()
+
+
+PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
+
+
+def quantize_by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns what `quantize` returns, of a weight of any size."""
+    size = PIECE if weight.device.type == "cpu" else weight.numel()
+    pieces = [
+        kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)
+        for piece in weight.flatten().split(size)  # blocks never cross pieces
+    ]
+    packed = torch.cat([indices for indices, _ in pieces])
+    return packed, torch.cat([absmax for _, absmax in pieces])

@@ -30,18 +30,25 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
+from support import (
+    checkpoints,
+    claims,
+    cli,
+    commands,
+    examples,
+    files,
+    fingerprint,
+    flags,
+    origin,
+    peft_files,
+    processes,
+)
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
 ERASED = (
     "merging into NF4 rounds W + B A to the 16 levels of its block again, which erases most of a "
     "small update: merge into bf16, or add --requantize to do it all the same and to see how much "
@@ -146,34 +153,21 @@ def parse_arguments() -> argparse.Namespace:
     flags.add_model_arguments(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
-    parser.add_argument(
-        "--adapter",
-        type=flags.name,
-        required=True,
-        help="the directory of a run, or any PEFT LoRA adapter",
-    )
-    parser.add_argument(
-        "--out", type=flags.path, required=True, help="a new directory for the merged model"
-    )
-    parser.add_argument(
-        "--into",
-        choices=["bf16", "fp32", "nf4"],
+    add = parser.add_argument
+    # fmt: off
+    add("--adapter", type=flags.name, required=True,
+        help="the directory of a run, or any PEFT LoRA adapter")
+    add("--out", type=flags.path, required=True, help="a new directory for the merged model")
+    add("--into", choices=["bf16", "fp32", "nf4"],
         help="what the merged weights are rounded to "
-        "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)",
-    )
-    parser.add_argument(
-        "--requantize",
-        action="store_true",
-        help="with --into nf4: round to NF4 again, and show how much that erases",
-    )
-    parser.add_argument(
-        "--limit", type=flags.count, help="with --dataset: first rows of each validation split only"
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="take an adapter of another prompt, tokenizer, base or quantisation too",
-    )
+             "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)")
+    add("--requantize", action="store_true",
+        help="with --into nf4: round to NF4 again, and show how much that erases")
+    add("--limit", type=flags.count,
+        help="with --dataset: first rows of each validation split only")
+    add("--force", action="store_true",
+        help="take an adapter of another prompt, tokenizer, base or quantisation too")
+    # fmt: on
     return cli.parse_arguments(parser, check=check_arguments)
 
 
@@ -208,7 +202,7 @@ def evaluate(
 
 def main() -> None:
     args = parse_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     # No other process writes there until this one ends.
     with claims.claimed(args.out, check_merge_folder):
         merge_run(args, device)
@@ -229,11 +223,15 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
             splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
-    here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
-    lora.load_adapter(model, args.adapter, here)
+    if not args.force:
+        here = evaluation.fingerprint_of(args, directory, tokenizer)
+        fingerprint.check(args.adapter, here)
+    config = peft_files.read_config(args.adapter, lora.LoRAConfig)
+    lora.load_adapter(model, args.adapter, config)
     # NF4's 16 levels cannot be stored as a checkpoint that others load, so they are written out.
     stored_as = args.dtype if args.into in (None, "nf4") else args.into
-    print(describe_sum(args, stored_as))
+    weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"
+    print(f"W + B A, with W {weights}, stored in {stored_as}")
 
     before = evaluate(model, tokenizer, splits, args.max_length, "adapter")
     dtype = evaluation.DTYPES[stored_as]
@@ -256,33 +254,24 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
         },
     }
     write_model(model, directory, args.out, cost)
-    print(describe_cost(cost))
+    print_cost(cost)
     words = ["--quant", "none", "--model", args.out, "--dataset", args.dataset, *reading.flags()]
     print(f"the merged model is in {args.out}; try: {commands.command('eval.py', *words)}")
 
 
-def describe_sum(args: argparse.Namespace, stored_as: str) -> str:
-    weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"
-    rounding = ", rounded to NF4 again" if args.requantize else ""
-    return f"W + B A, with W {weights}, stored in {stored_as}{rounding}"
-
-
-def describe_cost(cost: dict) -> str:
-    """Returns what merge.json says, as lines."""
-    lines = ["what rounding changes, as a share of B A, by norm"]
+def print_cost(cost: dict) -> None:
+    """Prints what merge.json says."""
+    print("what rounding changes, as a share of B A, by norm")
     shares = cost["layers"] | {"mean": cost["mean"], "worst": cost["worst"]}
     for path, share in shares.items():
-        lines.append(f"  {path.removeprefix('model.'):40} {share:9.4%}")
+        print(f"  {path.removeprefix('model.'):40} {share:9.4%}")
     if cost["requantized"]:
-        lines.append("requantising has erased that much of the adapter")
+        print("requantising has erased that much of the adapter")
     for split, accuracy in cost["accuracy"].items():
-        lines.append(
+        print(
             f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "
-            f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows"
+            f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows, {accuracy['cut']:,} cut"
         )
-        if accuracy["cut"]:
-            lines.append(f"  {'':22} {accuracy['cut']:,} prompts were cut to --max-length")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

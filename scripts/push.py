@@ -3,7 +3,7 @@
     hf auth login
     python -m scripts.push --adapter out/demo --repo me/phi-2-mnli
 
-No row of the data and no path of this machine is uploaded: see support/hub.py.
+No row of the data and no path of this machine is uploaded: see support/upload.py.
 """
 
 import sys
@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/push.py`
 
 from data import PROMPT
-from support import cli, flags, hub
+from support import cli, flags, hub, upload
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     )
     parser.add_argument("--private", action="store_true", help="create it as a private one")
     args = parser.parse_args()
-    print(hub.push(args.adapter, args.repo, PROMPT, args.private))
+    print(upload.push(args.adapter, args.repo, PROMPT, args.private))
 
 
 if __name__ == "__main__":

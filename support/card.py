@@ -6,7 +6,7 @@ directory is named by the last part of its path alone.
 
 from pathlib import Path, PureWindowsPath
 
-from support import files, metrics
+from support import files, hub, metrics, origin
 
 # What others may read of args.json. Everything else stays here: paths, devices, the commit.
 SETTINGS = (
@@ -14,7 +14,7 @@ SETTINGS = (
     "rank", "alpha", "dropout", "quant", "double_quant", "dtype", "model_revision",
     # the optimiser: with these and the data others can train it again
     "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
-    "warmup_steps", "max_length", "loss", "limit", "seed", "ranks", "dataset_revision",
+    "warmup_steps", "max_length", "loss", "limit", "seed", "processes", "dataset_revision",
 )  # fmt: skip
 # --dtype, and the attribute of torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -33,12 +33,18 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
     directory = Path(directory)
     args = public_args(directory)
     config = public_config(directory)
-    results = read_results(directory)
+    results = {}  # as long as the run has not reached its last evaluation
+    if (directory / "results.json").is_file():
+        results = files.read_json(directory / "results.json")
     base = config["base_model_name_or_path"]
     targets = config["target_modules"]  # a list of names, or one text such as "all-linear"
     if not isinstance(targets, str):
         targets = " ".join(targets)
-    settings = {key: args[key] for key in SETTINGS if is_set(args.get(key))}
+    settings = {}
+    for key in SETTINGS:
+        value = args.get(key)
+        if value is not None and value is not False:  # a seed of 0 is worth a line
+            settings[key] = value
     name = repo or directory.resolve().name
     return render(
         metadata=metadata(directory, args, config, results, name),
@@ -56,6 +62,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
+        has_loss=(directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
     )
@@ -105,12 +112,6 @@ def public_config(directory: Path) -> dict:
     return config | {"base_model_name_or_path": base}
 
 
-def read_results(directory: Path) -> dict:
-    """Returns results.json, or {} for a run that has not reached its last evaluation."""
-    path = directory / "results.json"
-    return files.read_json(path) if path.is_file() else {}
-
-
 def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
     """Reads a JSON file. Raises ValueError when a key of `needed` is missing."""
     contents = files.read_json(path)
@@ -134,25 +135,7 @@ def is_on_hub(name: str, directory: Path) -> bool:
 
     "tiny/data" could be either.
     """
-    return is_repository(name) and not Path(files.find_path(name, directory)).is_dir()
-
-
-def is_repository(name: str) -> bool:
-    """Returns whether a name has the form of a repository on the Hub, owner/name."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    # validate_repo_id also accepts a name without an owner, such as "gpt2".
-    return name.count("/") == 1
-
-
-def is_set(value) -> bool:
-    """Returns whether a setting is worth a line: a flag that is off is not, seed 0 is."""
-    return value is not None and value is not False
+    return hub.is_repository(name) and not origin.places(name, directory)
 
 
 def plain(value) -> str:

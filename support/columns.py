@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import pyarrow
 from pyarrow import types
 
+from support.labels import label_numbers
 from support.letters import plain
 
 # What a column may be called, in any case. The first that a file has is taken.
@@ -16,6 +17,7 @@ COLUMNS = {
     "hypothesis": ("hypothesis", "sentence2", "hypo"),
     "label": ("label", "gold_label", "gold"),
 }
+KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
 
 # A column of a file: Arrow's, or Python's values, which may be of several types.
 Column = pyarrow.ChunkedArray | list
@@ -45,42 +47,83 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
                 f"{str(names)[:300]} (a table's first line); --columns P H L says which are meant"
             )
         columns[column] = found[0]
+    if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
+        raise ValueError(f"--columns names one column twice: {' '.join(given)}")
     return columns
 
 
-def as_texts(
-    values: Column, column: str, place: str, may_lack: bool = False
-) -> pyarrow.ChunkedArray:
-    """Returns a column of texts in Arrow.
+def table_of(
+    part: dict[str, Column], columns: dict[str, str], given: tuple[str, ...], place: str
+) -> tuple[pyarrow.Table, list]:
+    """Returns the rows of a file as a table, and the different labels that it has.
 
-    Raises ValueError for the first row that holds no text. `may_lack`: None will do. An
-    error begins with `place` and the row.
+    The table has premise, hypothesis, label as a number, and the label as `written`. `given`
+    is what --labels says. Raises ValueError, with `place`, for a row that does not fit.
     """
+    values = {
+        column: as_texts(part[columns[column]], column, place)
+        for column in ("premise", "hypothesis")
+    }
+    try:
+        labels, label_of_row = different(part[columns["label"]])
+    except pyarrow.ArrowException as error:  # bytes that are no UTF-8
+        raise ValueError(f"{place}: the label: {error}") from None
+    numbers = label_numbers(labels, label_of_row, given, place)
+    values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
+    written = pyarrow.array(map(repr, labels), pyarrow.string())
+    values["written"] = pyarrow.DictionaryArray.from_arrays(label_of_row, written)
+    return pyarrow.table(values), labels
+
+
+def joined(tables: list[pyarrow.Table]) -> pyarrow.Table:
+    """Returns the rows of all tables. Their columns may be of two types, as int32 and int64."""
+    return pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+
+
+def shown_columns(parts: Iterable[dict[str, Column]]) -> dict[str, pyarrow.ChunkedArray]:
+    """Returns those columns of KEPT that hold whole numbers in all parts, or texts in all.
+
+    They are only shown, so one that holds anything else is left out.
+    """
+    shown = {}
+    for name in KEPT:
+        try:
+            values = joined([pyarrow.table({name: in_arrow(part[name])}) for part in parts])[name]
+        except (KeyError, OverflowError, UnicodeError, pyarrow.ArrowException):
+            continue
+        if types.is_integer(values.type) or is_text(values.type):
+            shown[name] = values
+    return shown
+
+
+def as_texts(values: Column, column: str, place: str) -> pyarrow.ChunkedArray:
+    """Returns a column of texts in Arrow. Raises ValueError for the first row that has none."""
     try:
         texts = in_arrow(values)
-    except (pyarrow.ArrowException, UnicodeError):
-        texts = None
-    if texts is None or (texts.null_count and not may_lack):
-        for row, value in enumerate(values):
-            problem = problem_of(value)
-            if problem and not (may_lack and problem == MISSING):
-                raise ValueError(f"{place}, row {row}: the {column} {problem}")
-    return texts
+        if not is_text(texts.type):  # other types may hold texts, too
+            texts = pyarrow.chunked_array([texts.to_pylist()], pyarrow.string())
+        if not texts.null_count:
+            return texts
+    except (pyarrow.ArrowException, OverflowError, UnicodeError):
+        pass  # which row it is, the next lines find
+    for row, value in enumerate(values):
+        problem = problem_of(value)
+        if problem:
+            raise ValueError(f"{place}, row {row}: the {column} {problem}")
+
+
+def is_text(kind: pyarrow.DataType) -> bool:
+    return types.is_string(kind) or types.is_large_string(kind)
 
 
 def in_arrow(values: Column) -> pyarrow.ChunkedArray:
-    """Returns texts in Arrow. Raises ArrowException or UnicodeError for any other values."""
-    if isinstance(values, pyarrow.ChunkedArray):
-        if types.is_string(values.type) or types.is_large_string(values.type):
-            values.validate(full=True)  # files may hold bytes that are no UTF-8
-            return values
-        values = values.to_pylist()  # of other types that hold texts, too
-    texts = pyarrow.array(values, pyarrow.string())
-    # Of more than 2 GB it is chunked already.
-    return texts if isinstance(texts, pyarrow.ChunkedArray) else pyarrow.chunked_array([texts])
-
-
-MISSING = "is missing"
+    """Returns a column in Arrow. Raises ArrowException and others where it cannot."""
+    if isinstance(values, list):
+        return pyarrow.table({"": values})[""]  # chunked, whatever its length
+    if types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    values.validate(full=True)  # files may hold bytes that are no UTF-8
+    return values
 
 
 def problem_of(value) -> str | None:
@@ -88,48 +131,21 @@ def problem_of(value) -> str | None:
     try:
         text = value.as_py() if isinstance(value, pyarrow.Scalar) else value
         if text is None:
-            return MISSING
+            return "is missing"
         if not isinstance(text, str):
             return f"is {str(text)[:60]}, not text"
         text.encode()
-    except UnicodeDecodeError as error:  # Arrow's, of a damaged file
-        return f"is not UTF-8: {error}"
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        return f"holds {half!r}, half of a character (as of an emoji that was cut): remove it"
+    except UnicodeError as error:  # a damaged file, or half of an emoji that was cut
+        return f"is not UTF-8: {error}; remove that character"
     return None
-
-
-def as_numbers(values: Column, column: str, place: str) -> pyarrow.ChunkedArray:
-    """Returns a column of whole numbers in Arrow; some may be missing."""
-    try:
-        if isinstance(values, list):
-            return pyarrow.chunked_array([pyarrow.array(values, pyarrow.int64())])
-        return values.cast(pyarrow.int64())
-    except (OverflowError, pyarrow.ArrowInvalid):
-        raise ValueError(f"{place}: the {column} has a number of more than 64 bits") from None
-
-
-def types_in(values: Column) -> set[type]:
-    """Returns int, str, both or others: the types of the values that are not missing."""
-    if isinstance(values, list):
-        return set(map(type, values)) - {type(None)}
-    kind = values.type.value_type if types.is_dictionary(values.type) else values.type
-    if types.is_null(kind):
-        return set()
-    if types.is_integer(kind):
-        return {int}
-    is_text = types.is_string(kind) or types.is_large_string(kind)
-    return {str} if is_text else {object}
 
 
 def different(values: Column) -> tuple[list, pyarrow.IntegerArray]:
     """Returns the different values of a column, in their order, and which of them a row has."""
     if isinstance(values, pyarrow.ChunkedArray):
-        if types.is_dictionary(values.type):  # it may hold more than the rows have
-            values = values.cast(values.type.value_type)
         try:
-            encoded = values.dictionary_encode("encode").unify_dictionaries().combine_chunks()
+            encoded = in_arrow(values).dictionary_encode("encode")
+            encoded = encoded.unify_dictionaries().combine_chunks()
             return encoded.dictionary.to_pylist(), encoded.indices
         except pyarrow.ArrowNotImplementedError:  # of lists, for example
             values = values.to_pylist()

@@ -47,16 +47,9 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         # Not by glob, which leaves out in silence what may not be read.
         paths = [path for folder in folders for path in folder.iterdir()]
         paths = [path for path in paths if not path.name.startswith(".")]
-        splits = {}
-        # Sorted, because a folder has no order and the order of the rows decides the batches.
-        for path in sorted(paths, key=by_numbers):
-            split = split_of(path, directory)
-            if split:
-                splits.setdefault(split, []).append(path)
-        for split, parts in splits.items():
-            check_parts(split, parts)
+        splits = group_by_split(paths, directory)
         if splits:
-            return with_train(splits)
+            return splits
         folders = [path for path in paths if path.is_dir()]
         others += [str(path.relative_to(directory)) for path in paths if not path.is_dir()]
     others = ", ".join(sorted(others))
@@ -64,6 +57,20 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
         f"only {others[:200] or 'nothing'}"
     )
+
+
+def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
+    """Returns those of the files that hold a split, by its name. train_en alone is called train."""
+    splits = {}
+    # Sorted, because a folder has no order and the order of the rows decides the batches.
+    for path in sorted(paths, key=by_numbers):
+        split = split_of(path, directory)
+        if split:
+            splits.setdefault(split, []).append(path)
+    for split, parts in splits.items():
+        check_parts(split, parts)
+    trains = [split for split in splits if split.startswith("train")]
+    return {"train" if trains == [split] else split: parts for split, parts in splits.items()}
 
 
 def by_numbers(path: Path) -> list[str | int]:
@@ -94,26 +101,25 @@ def split_name(name: str) -> str | None:
     return None
 
 
-def with_train(splits: dict) -> dict:
-    """Returns the splits, of which train_en, say, is called train where it is the only one."""
-    trains = [name for name in splits if name.startswith("train")]
-    return {"train" if trains == [name] else name: value for name, value in splits.items()}
-
-
 def check_parts(split: str, paths: list[Path]) -> None:
     """Raises ValueError unless the files are one, or all the parts of one.
 
     Otherwise they are two formats of the same rows, or parts of two datasets.
     """
-    names = [(path.parent, *stem_and_suffix(path)) for path in paths]
-    parts = list(filter(None, (PART.search(stem) for _, stem, _ in names)))
-    numbers = sorted(int(part[1]) for part in parts)
-    counts = {int(part[2]) for part in parts if part[2]}
     total = len(paths)
-    is_one = total == 1 and not counts  # whatever number is in its name
-    is_whole = numbers in (list(range(total)), list(range(1, total + 1))) and counts <= {total}
-    kinds = {(folder, PART.sub("", stem), suffix) for folder, stem, suffix in names}
-    if not is_one and not (is_whole and len(kinds) == 1):
+    kinds = set()
+    numbers = []
+    counts = set()
+    for path in paths:
+        stem, suffix = stem_and_suffix(path)
+        kinds.add((path.parent, PART.sub("", stem), suffix))
+        part = PART.search(stem)
+        if part:
+            numbers.append(int(part[1]))
+            counts.add(int(part[2] or total))
+    is_one = total == 1 and counts <= {1}  # whatever number is in its name
+    is_whole = sorted(numbers) in (list(range(total)), list(range(1, total + 1)))
+    if not is_one and not (is_whole and len(kinds) == 1 and counts == {total}):
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
             f"the split {split}; remove what is not meant, or pass the folder that is"

@@ -4,46 +4,30 @@ What files, columns and labels may be called stands in tables in dataset_files.p
 and labels.py: to read one more form, add a word there. `python -m scripts.describe` shows
 how a dataset is read.
 
-`datasets` takes about a second to import, so the functions that use it import it.
+A dataset on the Hub is downloaded (hub_datasets.py), and read like any other folder.
 """
 
 import functools
-import re
-import stat
 import sys
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import pyarrow
 from pyarrow import compute
 
-from support import card, hub, ranks
-from support.columns import Column, as_numbers, as_texts, different, find_columns, types_in
-from support.dataset_files import (
-    READERS,
-    find_files,
-    read_file,
-    split_name,
-    table_columns,
-    with_train,
-)
+from support import hub, hub_datasets, processes
+from support.columns import Column, find_columns, joined, shown_columns, table_of
+from support.dataset_files import find_files, read_file
 from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
     as_word,
     check_meanings,
-    label_numbers,
     refuse_names_in_card,
 )
 from support.rows import Rows, cut_by_premise
-
-if TYPE_CHECKING:
-    from datasets import Dataset, DatasetDict
-
-KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
-CONFIGURATIONS = {"nyu-mll/glue": "mnli"}  # of datasets on the Hub that hold several
 
 
 class Reading(NamedTuple):
@@ -85,113 +69,25 @@ BY_THE_TABLES = Reading()
 
 # Cached, because a run asks for the names and for each split.
 @functools.cache
-def find_splits(
-    dataset: str, revision: str | None = None
-) -> "dict[str, dict[str, Path | Dataset]]":
-    """Returns the parts of each split, by their places.
-
-    A part is a file, or a table from the Hub; its place is what an error calls it. Raises
-    ValueError when there is no such dataset.
-    """
+def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
+    """Returns the files of each split. Raises ValueError when there is no such dataset."""
     directory = Path(dataset)
-    try:
-        if dataset and is_folder(directory):
-            hub.refuse_revision("dataset", dataset, revision)
-            splits = find_files(directory)
-            return {split: {str(path): path for path in paths} for split, paths in splits.items()}
-    except PermissionError as error:
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: pass the folder that it is in")
-    if not card.is_repository(dataset):
-        raise ValueError(
-            f"no dataset directory {dataset!r}, and it is not a Hub id (owner/name): "
-            "say with --dataset where it is"
-        )
-    tables = load_from_hub(dataset, revision)
-    found = [split_name(name) or name for name in tables]
-    splits = {}
-    for split, (name, rows) in zip(found, tables.items()):
-        # snli_dev and mnli_dev are both validation: validation_snli_dev, validation_mnli_dev.
-        is_shared = found.count(split) > 1 and name != split
-        splits[f"{split}_{name}" if is_shared else split] = {f"{dataset}, {name}": rows}
-    return with_train(splits)
-
-
-def is_folder(path: Path) -> bool:
-    """Returns whether a path is a folder. Raises PermissionError where that cannot be known."""
     try:
-        return stat.S_ISDIR(path.stat().st_mode)  # is_dir may answer no where it may not look
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-
-
-def load_from_hub(dataset: str, revision: str | None) -> "DatasetDict":
-    import datasets
-    import huggingface_hub
-
-    # Their errors and their tries are told below.
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    huggingface_hub.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():  # in a log file each movement of a bar would be one more line
-        datasets.disable_progress_bars()
-    try:
-        commit = resolve(dataset, revision) if revision else None
-        tables = datasets.load_dataset(dataset, CONFIGURATIONS.get(dataset), revision=commit)
-    # A cache that cannot be written (HF_DATASETS_CACHE) is an OSError with its path, files that
-    # cannot be read are a DatasetsError, a repository that holds a script a RuntimeError.
-    except (*hub.errors(), datasets.exceptions.DatasetsError, RuntimeError) as error:
-        name = f"{dataset!r} at revision {revision!r}" if revision else repr(dataset)
-        while isinstance(error, datasets.exceptions.DatasetGenerationError) and error.__cause__:
-            error = error.__cause__  # of itself it says only that there was one
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(
-            f"cannot load {name} from the Hub, and it is no directory here "
-            f"({reason}); without a network, pass a directory instead: "
-            "--dataset tiny/data, or one with train.* and validation*.* files"
-        ) from None
-    first = next(iter(tables.values()))
-    # `datasets` reads tables as text by pandas: quotes in a tsv may swallow rows, as in GLUE's
-    # files, and None is a missing value. Which files they were it does not say.
-    if first.info.builder_name == "csv" and ranks.FIRST:
-        print(
-            f"{dataset} holds csv or tsv, in which `datasets` may take quotes and words such as "
-            "None for what they are not: compare the numbers of rows, or download the repository "
-            "and pass its folder, which is read as it stands",
-            file=sys.stderr,
-        )
-    found = commit_of(first)
-    if commit and found != commit:  # without a network `datasets` takes the latest of its cache
-        raise ValueError(
-            f"the cache of {dataset!r} holds the commit {found}, not {commit}, "
-            "and the Hub cannot be reached"
-        )
-    return tables
-
-
-def resolve(dataset: str, revision: str) -> str:
-    """Returns the commit that a branch or a tag stands for. A commit is returned as it is."""
-    import huggingface_hub
-
-    if re.fullmatch("[0-9a-f]{40}", revision):
-        return revision
-    folder = huggingface_hub.snapshot_download(
-        dataset, repo_type="dataset", revision=revision, allow_patterns=["README.md"]
-    )
-    return Path(folder).name  # called like the commit, without a network too
-
-
-def commit_of(table: "Dataset") -> str:
-    """Returns the commit that a table from the Hub is of: the name of its folder in the cache."""
-    return Path(table.cache_files[0]["filename"]).parent.name
+        if not dataset or not directory.is_dir():
+            return hub_datasets.find_splits(dataset, revision)
+        hub.refuse_revision("dataset", dataset, revision)
+        return find_files(directory)
+    except OSError as error:  # a permission that is denied, or a repository without such files
+        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
     """Returns the commit of a dataset that has come from the Hub, None of a directory."""
     if Path(dataset).is_dir():
         return None
-    first_split = next(iter(find_splits(dataset, revision).values()))
-    return commit_of(next(iter(first_split.values())))
+    return hub_datasets.download(dataset, revision).name  # the Hub's cache calls it so
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
@@ -236,7 +132,7 @@ def load_examples(
     if not len(labelled):
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
-    if ranks.FIRST:
+    if processes.IS_FIRST:
         line = f"{split}: {describe_rows(table, labelled, taken)}"
         splits = find_splits(dataset, reading.revision)
         if reading.validation and split.startswith("validation") and split in splits:
@@ -250,21 +146,15 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     line = f"{len(table):,} rows"
     if len(labelled) < len(table):
         line += f", {len(table) - len(labelled):,} without a label dropped"
-    absent = absent_labels(labelled)
+    line += f"; {len(taken):,} taken"
+    present = compute.unique(taken["label"]).to_pylist()
+    absent = [name for number, name in enumerate(LABELS) if number not in present]
     if absent:
         line += f", none of {' or '.join(absent)}"
-    line += f"; {len(taken):,} taken"
-    # They are the first ones, and of rows that are sorted these are all alike.
-    left_out = [name for name in absent_labels(taken) if name not in absent]
-    if left_out:
-        line += f", none of {' or '.join(left_out)}: take more, or shuffle the rows"
+        # They are the first ones, and of rows that are sorted these are all alike.
+        if len(taken) < len(labelled):
+            line += ": take more, or shuffle the rows"
     return line
-
-
-def absent_labels(table: pyarrow.Table) -> list[str]:
-    """Returns the labels that no row has."""
-    present = compute.unique(table["label"]).to_pylist()
-    return [name for number, name in enumerate(LABELS) if number not in present]
 
 
 def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
@@ -292,18 +182,12 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
     if split not in names:
-        cure = ""
-        if split == "train":
-            cure = f": call the file that is meant train.* ({', '.join(READERS)})"
-        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}{cure}")
+        raise ValueError(f"{dataset} has no split {split!r}, only {', '.join(names)}")
     is_cut = len(names) > len(splits)
     if is_cut and split in ("train", "validation"):
         train, validation, columns = cut_train(dataset, reading)
         return (train if split == "train" else validation), columns
-    try:
-        return join_parts(dataset, split, reading)
-    except UnicodeError as error:  # of a label
-        raise ValueError(f"{dataset}, {split}: {error}") from None
+    return join_parts(dataset, split, reading)
 
 
 @functools.cache
@@ -320,87 +204,41 @@ def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str
 def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
     """Returns what `read_split` does, of a split that is there.
 
-    An error begins with the part or the split that it is about.
+    An error begins with the file or the split that it is about.
     """
     parts = read_parts(find_splits(dataset, reading.revision)[split])
     first = next(iter(parts))
     columns = find_columns(list(parts[first]), reading.columns, first)
-    if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
-        raise ValueError(f"--columns names one column twice: {' '.join(reading.columns)}")
-    shown = shown_columns(parts)
     tables = []
     words = set()
-    for place, part in parts.items():
-        table, labels = table_of(part, columns, shown, reading, place)
+    for path, part in parts.items():
+        table, labels = table_of(part, columns, reading.labels, path)
         tables.append(table)
         words |= set(map(as_word, labels))
-    # Texts may be of two types, and what labels are written as is numbered in each part anew.
-    table = pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
+    table = joined(tables)
+    for name, values in shown_columns(parts.values()).items():
+        table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
-    # Of a dataset on the Hub the names are in its columns already.
-    is_local = Path(dataset).is_dir()
-    if is_local and not reading.labels and any(word.isdigit() for word in words):
-        refuse_names_in_card(Path(dataset))
+    if not reading.labels and any(word.isdigit() for word in words):
+        if Path(dataset).is_dir():
+            refuse_names_in_card(Path(dataset))
+            return Rows(table), columns
+        # The same once more, with the names that the card has for these numbers.
+        names = hub_datasets.read_card(dataset, reading.revision).names.get(columns["label"])
+        if names:
+            return join_parts(dataset, split, reading._replace(labels=names))
     return Rows(table), columns
 
 
-def read_parts(parts: "dict[str, Path | Dataset]") -> dict[str, dict[str, Column]]:
-    """Returns the columns of each part. Raises ValueError where they are not the same."""
-    columns = {place: read_part(part) for place, part in parts.items()}
-    first = next(iter(columns))
+def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:
+    """Returns the columns of each file. Raises ValueError where they are not the same."""
+    parts = {path: read_file(path) for path in paths}
+    first = paths[0]
     # Spark writes parts without a row: a header, or a type for each column.
-    if not any(len(values) for names in columns.values() for values in names.values()):
+    if not any(len(values) for columns in parts.values() for values in columns.values()):
         raise ValueError(f"cannot read {first}: it holds no rows")
-    for place, names in columns.items():
-        differing = sorted(names.keys() ^ columns[first].keys())
+    for path, columns in parts.items():
+        differing = sorted(columns.keys() ^ parts[first].keys())
         if differing:
-            raise ValueError(f"{place} and {first} differ in columns: {', '.join(differing)}")
-    return columns
-
-
-def read_part(part: "Path | Dataset") -> dict[str, Column]:
-    """Returns the columns of a part, by name."""
-    if isinstance(part, Path):
-        return read_file(part)
-    return table_columns(part.with_format("arrow")[:])
-
-
-def shown_columns(parts: dict[str, dict[str, Column]]) -> dict[str, type]:
-    """Returns those columns of KEPT whose values are int in all parts, or str in all.
-
-    A column has one type. These are only shown, so one that has several is left out.
-    """
-    shown = {}
-    for name in KEPT:
-        kinds = set().union(*(types_in(part.get(name, [])) for part in parts.values()))
-        if kinds in ({int}, {str}):
-            shown[name] = kinds.pop()
-    return shown
-
-
-def table_of(
-    part: dict[str, Column],
-    columns: dict[str, str],
-    shown: dict[str, type],
-    reading: Reading,
-    place: str,
-) -> tuple[pyarrow.Table, list]:
-    """Returns a part as a table under our names, with labels as numbers, and its different labels.
-
-    Raises ValueError for a row that does not fit.
-    """
-    values = {
-        column: as_texts(part[columns[column]], column, place)
-        for column in ("premise", "hypothesis")
-    }
-    labels, label_of_row = different(part[columns["label"]])
-    numbers = label_numbers(labels, label_of_row, reading.labels, place)
-    values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
-    written = pyarrow.array(map(repr, labels), pyarrow.string())
-    values["written"] = pyarrow.DictionaryArray.from_arrays(label_of_row, written)
-    for name, kind in shown.items():
-        if kind is int:
-            values[name] = as_numbers(part[name], name, place)
-        else:
-            values[name] = as_texts(part[name], name, place, may_lack=True)
-    return pyarrow.table(values), labels
+            raise ValueError(f"{path} and {first} differ in columns: {', '.join(differing)}")
+    return parts

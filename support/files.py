@@ -115,28 +115,6 @@ def remove_unfinished(directory: Path) -> None:
             path.unlink()
 
 
-def places(name: str, run: Path, started_in: Path | None = None) -> list[str]:
-    """Returns the paths from here of the directories that a run's name may mean, likeliest first.
-
-    A run's files hold paths as they were typed, in the folder where it was started. It may
-    have moved since, with the folders around it or without.
-    """
-    above = run.resolve().parents
-    found = {}
-    for folder in (*above, Path()) if started_in is None else (started_in, *above, Path()):
-        path = str(folder / name)
-        # Unlike Path.is_dir this answers for any text, one too long for a path too.
-        if os.path.isdir(path):
-            is_here = os.path.isdir(name) and os.path.samefile(name, path)
-            found.setdefault(os.path.realpath(path), name if is_here else path)
-    return list(found.values())
-
-
-def find_path(name: str, run: Path, started_in: Path | None = None) -> str:
-    """Returns the likeliest of the `places` that a name means; any other name unchanged."""
-    return next(iter(places(name, run, started_in)), name)
-
-
 # -----------------------------------------------------------------------------
 # JSON
 

@@ -1,20 +1,19 @@
 """What letters of people's texts do to a terminal, and to a comparison of words."""
 
+import json
 import unicodedata
 
 
 def printable(text: str) -> str:
     r"""Returns a text for a terminal, with each letter that it would obey, or not show, escaped.
 
-    They are those that Python's repr escapes: control characters (\x1b, \n), what turns the
-    direction of writing (\u202e), letters of no width, half a surrogate pair.
+    They are those that Python's repr escapes: control characters (\u001b, \n), what turns the
+    direction of writing (\u202e), letters of no width, half a surrogate pair. The escapes are
+    JSON's, so JSON stays what it was.
     """
     if text.isprintable():
         return text
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
-        for letter in text
-    )
+    return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
 
 
 def plain(word: str) -> str:

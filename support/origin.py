@@ -5,6 +5,7 @@ and rows may have the same names, and the run may have moved. Where several fold
 meant, digests decide: that of the base's weights, and those of the rows of each split.
 """
 
+import os
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from support import card, checkpoints, examples, files, fingerprint, ranks
+from support import examples, fingerprint, hub, processes
 from support.commands import quoted
 from support.examples import Reading
 
@@ -49,6 +50,23 @@ def origin(run: Path, arguments: dict, saved: dict) -> Origin:
 # Its model and its dataset
 
 
+def places(name: str, run: Path, started_in: Path | None = None) -> list[str]:
+    """Returns the paths from here of the directories that a run's name may mean, likeliest first.
+
+    A run's files hold paths as they were typed, in the folder where it was started. It may
+    have moved since, with the folders around it or without.
+    """
+    above = run.resolve().parents
+    found = {}
+    for folder in (*above, Path()) if started_in is None else (started_in, *above, Path()):
+        path = str(folder / name)
+        # Unlike Path.is_dir this answers for any text, one too long for a path too.
+        if os.path.isdir(path):
+            is_here = os.path.isdir(name) and os.path.samefile(name, path)
+            found.setdefault(os.path.realpath(path), name if is_here else path)
+    return list(found.values())
+
+
 def locate(saved: dict, source: Origin, typed: dict) -> dict:
     """Returns a run's arguments with the paths of its model and its dataset from here.
 
@@ -61,12 +79,12 @@ def locate(saved: dict, source: Origin, typed: dict) -> dict:
         revision = f"{name}_revision"
         if name in typed:
             found[revision] = None
-        elif value and not (saved.get(revision) and card.is_repository(value)):
-            places = files.places(value, source.run, source.started_in)
-            if len(places) > 1:
-                places = [place for place in places if is_right(source, place)] or places
-            if places:
-                found[name] = places[0]
+        elif value and not (saved.get(revision) and hub.is_repository(value)):
+            folders = places(value, source.run, source.started_in)
+            if len(folders) > 1:
+                folders = [folder for folder in folders if is_right(source, folder)] or folders
+            if folders:
+                found[name] = folders[0]
                 found[revision] = None
     return found
 
@@ -76,10 +94,11 @@ def has_its_weights(source: Origin, directory: str) -> bool:
     recorded = fingerprint.recorded(source.run).get("base_weights")
     if recorded is None:
         return (Path(directory) / "config.json").is_file()
+    # (With files of an earlier save beside them they are not recognised.)
+    paths = sorted(Path(directory).glob("*.safetensors"))
     try:
-        paths = checkpoints.weight_files(Path(directory))
         return fingerprint.digest_weights(paths) == recorded
-    except (ValueError, OSError, SafetensorError):  # no model
+    except (OSError, SafetensorError):  # no model
         return False
 
 
@@ -125,7 +144,7 @@ def reading_of(args: Namespace) -> Reading:
     is_its = not source.digests and not args.is_dataset_typed
     if is_its or has_its_rows(source, args.dataset, typed.revision, splits):
         return Reading.of(Namespace(**(vars(args) | untyped)))
-    if ranks.FIRST and (untyped or not args.is_dataset_typed):
+    if processes.IS_FIRST and (untyped or not args.is_dataset_typed):
         flags = quoted(*Reading.of(Namespace(**untyped)).flags())
         consequence = f", so what it was read with is not used: {flags}" if flags else ""
         print(

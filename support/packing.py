@@ -14,12 +14,12 @@ forward pass, B that of rows, and H that of heads, of D dimensions each.
 import copy
 import math
 import warnings
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 
 ROWS_AT_ONCE = 8  # in attention on a CPU
@@ -47,63 +47,6 @@ def fold(rows: list[list[int]]) -> tuple[list[int], list[int]]:
 # Whole rows
 
 
-@dataclass
-class Cells:
-    """Rows side by side in grids, (rows, width) each, as attention takes them.
-
-    tokens: for each cell, grid after grid, which of the N tokens stands in it.
-    places: (N,) the cell that is each token's own. Others are copies of it.
-    shapes: (rows, width) of each grid.
-    starts: how many tokens of the prefix stand first in each row of each grid.
-    is_shared: whether rows share tokens, so that places leaves out cells of theirs.
-    """
-
-    tokens: Tensor
-    places: Tensor
-    shapes: list[tuple[int, int]]
-    starts: list[int]
-    is_shared: bool
-
-    def put(self, x: Tensor) -> list[Tensor]:
-        """Returns the grids (rows, width, H, D) that hold x (N, H, D)."""
-        # (Of tokens that rows share the gradients are added up by index_select.)
-        cells = x.index_select(0, self.tokens) if self.is_shared else Put.apply(x, self)
-        return self.split(cells)
-
-    def split(self, cells: Tensor) -> list[Tensor]:
-        """Returns each grid's part of (all cells, H, D)."""
-        parts = cells.split([rows * width for rows, width in self.shapes])
-        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
-
-    def take(self, grids: list[Tensor]) -> Tensor:
-        """Returns what stands in the tokens' own cells of the grids, (N, H, D)."""
-        cells = [grid.flatten(0, 1) for grid in grids]
-        return join(cells).index_select(0, self.places)
-
-
-class Put(torch.autograd.Function):
-    """Puts x (N, H, D) into cells, as x.index_select(0, cells.tokens) does.
-
-    Its backward pass would add up what comes from each cell of a token: zeros from behind
-    short rows, and a gradient of the prefix from each row, rounded each time. This one takes
-    each token's gradient from its own cell, and adds up the prefix's in one sum.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, cells: Cells) -> Tensor:
-        ctx.cells = cells
-        return x.index_select(0, cells.tokens)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.index_select(0, ctx.cells.places)
-        for grid, start in zip(ctx.cells.split(grad), ctx.cells.starts):
-            if start:
-                total[:start] += grid[:, :start].sum(dim=0)
-        return total, None
-
-
 class PackedRows:
     """The layout of a prefix that all rows share (it may be empty), and of the rows behind it.
 
@@ -126,19 +69,19 @@ class PackedRows:
     `token_of` is what `fold` returns, and a token that rows share is there once.
 
     Only for attention, the smallest part of the work, are the rows put side by side again,
-    in grids. The prefix is a grid by itself. On a GPU all rows are the other one. On a CPU
-    a grid has a few rows; where they come sorted by length, as in training and evaluation,
-    little is padded.
+    in grids (rows, width). The prefix is a grid by itself, the first. On a GPU all rows are
+    the other one. On a CPU a grid has a few rows; where they come sorted by length, as in
+    training and evaluation, little is padded.
 
     Attributes:
-        lengths: how many tokens each row has behind the prefix.
-        prefix_length: how many the prefix has.
-        token_of: for each token of each row, row after row, which of the N it is.
+        rows: which of the N tokens each row has behind the prefix.
         positions: (N,) each token's place in its own text.
-        asking: which of the N tokens have a query; None where all have one.
-        queries, keys: the grids' cells. The keys of each row have the prefix's before them.
+        queries, keys: which token stands where in the grids. In those of the keys the
+            prefix stands before each row.
         masks: of each grid, as `attention` takes it.
-        cache: for generation, where keys and values are kept; else None.
+        recomputes: whether the backward pass computes attention again. Then q, k and v are
+            stored, and no grid is.
+        new_tokens: the layout with which a generation goes on, if there is room for any.
     """
 
     def __init__(
@@ -150,97 +93,52 @@ class PackedRows:
         room: int = 0,
         recomputes: bool = False,
     ):
-        """
-        `room` is how many tokens a generation may add to each row. With `recomputes` the
-        backward pass computes attention again: then q, k and v are stored, and no grid is.
-        """
+        """`lengths` are those of the rows; a generation may add `room` tokens to each."""
+        # Indices are made on the CPU and then moved. To make them on a GPU is to wait for it.
         device = torch.device(device)
-        self.lengths = lengths
-        self.prefix_length = prefix_length
-        self.token_of = prefix_length + torch.tensor(token_of or range(sum(lengths)))
-        self.asking = None
-        self.recomputes = recomputes
-        self.cache = Cache(prefix_length + max(lengths), room) if room else None
-
-        # The lengths of the rows in each grid, and where these rows begin.
-        at_once = ROWS_AT_ONCE if device.type == "cpu" else len(lengths)
-        groups = [lengths[first : first + at_once] for first in range(0, len(lengths), at_once)]
-        starts = [prefix_length] * len(groups)
-        if prefix_length:
-            groups.insert(0, [prefix_length])
-            starts.insert(0, 0)
-
-        def mask_of(positions: Tensor, keys: int) -> Tensor | None:
-            return None if device.type == "cuda" else causal_mask(positions.to(device), keys)
-
-        # All indices are made on the CPU: for nonzero() a GPU would have to wait.
         prefix = torch.arange(prefix_length)
-        tokens = torch.cat((prefix, self.token_of))  # of the prefix, and of row after row
-        queries = []
-        keys = []
-        is_query = []
-        is_key = []
-        positions = []
+        own = prefix_length + torch.tensor(token_of or range(sum(lengths)))
+        self.rows = own.split(lengths)
+        ends = prefix_length + torch.tensor(lengths)
+        positions = torch.arange(int(own.max()) + 1)
+        positions[own] = torch.cat([torch.arange(prefix_length, end) for end in ends.tolist()])
+        self.positions = positions.to(device, non_blocking=True)
+        self.recomputes = recomputes
+        self.new_tokens = NewTokens(ends - 1, room, device) if room else None
+
+        queries = [prefix[None]] if prefix_length else []
+        keys = list(queries)
+        at_once = ROWS_AT_ONCE if device.type == "cpu" else len(lengths)
+        for first in range(0, len(lengths), at_once):
+            # Behind a short row stands token 0. Nobody looks there.
+            grid = pad_sequence(self.rows[first : first + at_once], batch_first=True)
+            queries.append(grid)
+            keys.append(torch.cat((prefix.expand(len(grid), -1), grid), dim=1))
+        is_shared = len(positions) < prefix_length + len(own)
+        self.queries = Cells(queries, 0, is_shared, device)
+        self.keys = Cells(keys, prefix_length, is_shared, device)
         self.masks = []
-        first = 0
-        for group, start in zip(groups, starts):
-            few = torch.tensor(group)[:, None]
-            columns = torch.arange(max(group))
-            is_own = columns < few  # (rows, width)
-            # Behind a short row its last token is repeated. Nobody looks there.
-            own = tokens[first + few.cumsum(0) - few + columns.minimum(few - 1)]
-            queries.append(own)
-            keys.append(torch.cat((prefix[:start].expand(len(few), -1), own), dim=1))
-            is_query.append(is_own)
-            is_key.append(F.pad(is_own, (start, 0)))
-            positions.append((start + columns).expand_as(own)[is_own])
-            self.masks.append(mask_of(start + columns[None], start + len(columns)))
-            first += sum(group)
-
-        # Of a token that several rows share the first cell is its own.
-        is_new = tokens.cummax(0).values.diff(prepend=torch.tensor([-1])) > 0
-
-        def make_cells(grids: list[Tensor], are_own: list[Tensor], starts: list[int]) -> Cells:
-            places = flatten(are_own).nonzero()[is_new, 0]
-            shapes = [tuple(grid.shape) for grid in grids]
-            return Cells(
-                tokens=flatten(grids).to(device, non_blocking=True),
-                places=places.to(device, non_blocking=True),
-                shapes=shapes,
-                starts=starts,
-                is_shared=not is_new.all(),
-            )
-
-        self.queries = make_cells(queries, is_query, [0] * len(starts))
-        self.keys = make_cells(keys, is_key, starts)
-        self.positions = torch.cat(positions)[is_new].to(device, non_blocking=True)
+        for (_, width), (_, seen) in zip(self.queries.shapes, self.keys.shapes):
+            in_grid = torch.arange(seen - width, seen, device=device)[None]
+            self.masks.append(None if device.type == "cuda" else causal_mask(in_grid, seen))
 
     def only_last(self, count: int) -> "PackedRows":
         """Returns the same rows, of which only the last `count` tokens each have a query."""
-        if min(self.lengths) < count:
-            raise ValueError(f"a row of {min(self.lengths)} tokens has no last {count}")
+        shortest = min(map(len, self.rows))
+        if shortest < count:
+            raise ValueError(f"a row of {shortest} tokens has no last {count}")
         device = self.positions.device
-        lengths = torch.tensor(self.lengths)[:, None]
-        last = torch.arange(-count, 0)
-        asking = self.token_of[lengths.cumsum(0) + last].flatten()
-        positions = self.prefix_length + lengths + last  # (B, count)
+        last = torch.stack([row[-count:] for row in self.rows])  # (B, count)
+        shapes = self.keys.behind_prefix(self.keys.shapes)
         narrowed = copy.copy(self)
-        narrowed.asking = asking.to(device, non_blocking=True)
-        shapes = self.keys.shapes[-len(self.row_counts()) :]
-        narrowed.masks = [
-            causal_mask(own.to(device, non_blocking=True), width)
-            for own, (_, width) in zip(positions.split(self.row_counts()), shapes)
-        ]
+        narrowed.queries = LastTokens(last.to(device, non_blocking=True), shapes)
+        positions = narrowed.queries.put(narrowed.select_queries(self.positions))
+        narrowed.masks = [causal_mask(own, seen) for own, (_, seen) in zip(positions, shapes)]
         return narrowed
 
-    def row_counts(self) -> list[int]:
-        """Returns how many rows each grid has, but for that of the prefix."""
-        counts = [rows for rows, _ in self.keys.shapes]
-        return counts[1:] if self.prefix_length else counts
-
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns x (N, ...) of the tokens that have a query."""
-        return x if self.asking is None else x.index_select(0, self.asking)
+        """Returns those lines of x (N, ...) whose tokens have a query."""
+        return self.queries.select(x)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) v over the tokens that each query sees.
@@ -254,26 +152,111 @@ class PackedRows:
         return self.attend_in_grids(layer, q, k, v)
 
     def attend_in_grids(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        queries = self.queries.put(q)
         keys = self.keys.put(k)
         values = self.keys.put(v)
-        counts = self.row_counts()
-        if self.cache is not None:
-            self.cache.put((layer, "k"), keys[-len(counts) :])
-            self.cache.put((layer, "v"), values[-len(counts) :])
-        if self.asking is None:
-            queries = self.queries.put(q)
-        else:  # the same number of each row, and none of the prefix
-            queries = q.unflatten(0, (sum(counts), -1)).split(counts)
-            keys = keys[-len(counts) :]
-            values = values[-len(counts) :]
+        if self.new_tokens is not None:
+            self.new_tokens.keep((layer, "k"), self.keys.behind_prefix(keys))
+            self.new_tokens.keep((layer, "v"), self.keys.behind_prefix(values))
+        if len(queries) < len(keys):  # the prefix has none
+            keys = self.keys.behind_prefix(keys)
+            values = self.keys.behind_prefix(values)
         outputs = [attention(*grid) for grid in zip(queries, keys, values, self.masks)]
-        if self.asking is None:
-            return self.queries.take(outputs)
-        return join(outputs).flatten(0, 1)
+        return self.queries.take(outputs)
 
 
-def flatten(grids: list[Tensor]) -> Tensor:
-    return torch.cat([grid.flatten() for grid in grids])
+class Cells:
+    """The cells of grids, one grid after another, and which of the N tokens stands in each.
+
+    Attributes:
+        tokens: (cells,) the token in each cell.
+        places: (N,) each token's own cell, the first that it stands in. Others are copies.
+        shapes: (rows, width) of each grid.
+        prefix_length: how many tokens of the prefix stand first in each row, but for the
+            first grid, which is the prefix itself.
+        is_shared: whether rows share tokens behind the prefix.
+    """
+
+    def __init__(
+        self, grids: list[Tensor], prefix_length: int, is_shared: bool, device: torch.device
+    ):
+        tokens = torch.cat([grid.flatten() for grid in grids])
+        places = torch.empty(int(tokens.max()) + 1, dtype=torch.long)
+        cells = torch.arange(len(tokens))
+        places.scatter_reduce_(0, tokens, cells, "amin", include_self=False)
+        self.tokens = tokens.to(device, non_blocking=True)
+        self.places = places.to(device, non_blocking=True)
+        self.shapes = [tuple(grid.shape) for grid in grids]
+        self.prefix_length = prefix_length
+        self.is_shared = is_shared
+
+    def select(self, x: Tensor) -> Tensor:
+        return x  # every token has a query
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        """Returns the grids (rows, width, H, D) that hold x (N, H, D)."""
+        # (Of tokens that rows share the gradients are added up by index_select.)
+        cells = x.index_select(0, self.tokens) if self.is_shared else Put.apply(x, self)
+        return self.split(cells)
+
+    def split(self, cells: Tensor) -> list[Tensor]:
+        """Returns each grid's part of (all cells, H, D)."""
+        parts = cells.split([rows * width for rows, width in self.shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
+
+    def behind_prefix(self, grids: list) -> list:
+        """Returns the grids of rows, without that of the prefix."""
+        return grids[1:] if self.prefix_length else grids
+
+    def take(self, grids: list[Tensor]) -> Tensor:
+        """Returns what stands in the tokens' own cells of the grids, (N, H, D)."""
+        return join([grid.flatten(0, 1) for grid in grids]).index_select(0, self.places)
+
+
+class Put(torch.autograd.Function):
+    """Puts x (N, H, D) into cells, as x.index_select(0, cells.tokens) does.
+
+    Its backward pass would add up what comes from each cell of a token: zeros from behind
+    short rows, and a gradient of the prefix from each row, rounded each time. This one takes
+    each token's gradient from its own cell, and adds up the prefix's in one sum.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cells: Cells) -> Tensor:
+        ctx.cells = cells
+        return x.index_select(0, cells.tokens)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.index_select(0, ctx.cells.places)
+        length = ctx.cells.prefix_length
+        if length:
+            for grid in ctx.cells.behind_prefix(ctx.cells.split(grad)):
+                total[:length] += grid[:, :length].sum(dim=0)
+        return total, None
+
+
+class LastTokens:
+    """Stands for the queries' `Cells` where each row's last tokens alone have a query.
+
+    It is the same number of tokens in each row, so the grids have no padding, and whatever
+    has a line for each query has them row by row already.
+    """
+
+    def __init__(self, tokens: Tensor, shapes: list[tuple[int, int]]):
+        """`tokens` (B, count) are these tokens, `shapes` those of the rows' grids."""
+        self.tokens = tokens
+        self.rows_of_grids = [rows for rows, _ in shapes]
+
+    def select(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.tokens.flatten())
+
+    def put(self, x: Tensor) -> list[Tensor]:
+        return x.unflatten(0, self.tokens.shape).split(self.rows_of_grids)
+
+    def take(self, grids: list[Tensor]) -> Tensor:
+        return join(grids).flatten(0, 1)
 
 
 def join(tensors: list[Tensor]) -> Tensor:
@@ -318,22 +301,34 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 # Generation
 
 
-class Cache:
-    """The keys and values of all layers: (B, H, width, D), by (layer, "k") or (layer, "v").
+class NewTokens:
+    """The layout of one new token of each row, which sees the tokens before it in its row.
 
-    In memory each head's keys stand together, because one query at a time reads them.
+    Their keys and values are kept: (B, H, width, D), by (layer, "k") or (layer, "v"). In
+    memory each head's keys stand together, because one query at a time reads them.
+
+    Attributes:
+        positions: (B,) each token's place in its own text.
+        room: how many tokens a row may get.
+        width: of the longest row, with its prefix and this room.
+        kept: keys and values of all layers.
+        places: where the new ones go in each of `kept`, as it lies in memory.
+        mask: which of the keys each token sees.
     """
 
-    def __init__(self, longest: int, room: int):
-        """There is room for the longest row, with its prefix, and so many tokens behind it."""
+    def __init__(self, positions: Tensor, room: int, device: torch.device):
+        """`positions` are those of the rows' last tokens so far; `advance` comes next."""
+        self.positions = positions.to(device, non_blocking=True)
         self.room = room
         # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask into such a one, in
         # each layer.
-        self.width = math.ceil((longest + room) / 16) * 16
+        self.width = math.ceil((int(positions.max()) + 1 + room) / 16) * 16
         self.kept = {}
+        self.places = None
+        self.mask = None
 
-    def put(self, name: tuple[int, str], grids: list[Tensor]) -> None:
-        """Keeps the keys, or the values, of rows in grids (rows, width, H, D)."""
+    def keep(self, name: tuple[int, str], grids: list[Tensor]) -> None:
+        """Keeps the keys, or the values, of whole rows in grids (rows, width, H, D)."""
         rows = [len(grid) for grid in grids]
         _, _, heads, head_dim = grids[0].shape
         kept = grids[0].new_empty(sum(rows), heads, self.width, head_dim)
@@ -343,39 +338,12 @@ class Cache:
             part[:, :, width:] = 0  # no query sees it, but 0 times what stands there must be 0
         self.kept[name] = kept
 
-    def add(self, name: tuple[int, str], x: Tensor, places: Tensor) -> Tensor:
-        """Writes x (B, H, D), of a new token of each row.
-
-        Returns all that is kept, (B, width, H, D). `places` (B * H,) are the new ones' places
-        in the cache as it lies in memory, (B * H * width, D).
-        """
-        kept = self.kept[name]
-        kept.flatten(0, 2).index_copy_(0, places, x.flatten(0, 1))
-        return kept.transpose(1, 2)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps the rows at these indices alone."""
+    def select_rows(self, rows: Tensor) -> None:
+        """Goes on with the rows at these indices alone."""
+        self.positions = self.positions[rows]
         # One by one: the old and the new of all layers may not fit.
         for name, kept in self.kept.items():
             self.kept[name] = kept.index_select(0, rows)
-
-
-class NewTokens:
-    """The layout of one new token of each row, which sees what the cache holds of its row.
-
-    Attributes:
-        positions: (B,) each token's place in its own text.
-        cache: the keys and values of the tokens before it.
-        places: where the new ones go in the cache.
-        mask: which of the cache's keys each token sees.
-    """
-
-    def __init__(self, positions: Tensor, cache: Cache):
-        """`positions` are those of the rows' last tokens so far; `advance` comes next."""
-        self.positions = positions
-        self.cache = cache
-        self.places = None
-        self.mask = None
 
     def advance(self) -> None:
         """Goes on to the next token of each row.
@@ -384,7 +352,7 @@ class NewTokens:
         counts is one tensor that changes in place: a repetition finds it one further.
         """
         self.positions += 1
-        kept = self.cache.kept[0, "k"]
+        kept = self.kept[0, "k"]
         rows, heads, width, _ = kept.shape
         starts = torch.arange(0, rows * heads * width, width, device=kept.device)
         self.places = (starts.view(rows, heads) + self.positions[:, None]).flatten()
@@ -400,8 +368,12 @@ class NewTokens:
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns what PackedRows.attend does; q, k, v and the result are (B, H, D)."""
-        keys = self.cache.add((layer, "k"), k, self.places)
-        values = self.cache.add((layer, "v"), v, self.places)
+        keys = self.kept[layer, "k"]
+        values = self.kept[layer, "v"]
+        keys.flatten(0, 2).index_copy_(0, self.places, k.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, self.places, v.flatten(0, 1))
+        keys = keys.transpose(1, 2)  # (B, width, H, D)
+        values = values.transpose(1, 2)
         return attention(q[:, None], keys, values, self.mask)[:, 0]
 
 
@@ -427,26 +399,19 @@ class Decoder:
     def __init__(self, model: nn.Module, rows: PackedRows):
         """`rows` have room, and have been in the model's forward pass, without gradients."""
         self.model = model
-        self.steps_left = rows.cache.room
-        device = rows.positions.device
-        self.records = model.uses_graphs and device.type == "cuda"
-        last = torch.tensor(rows.lengths) + (rows.prefix_length - 1)
-        self.layout = NewTokens(last.to(device, non_blocking=True), rows.cache)
-        self.start(len(last))
-
-    def start(self, rows: int) -> None:
-        """Prepares for the first step of so many rows."""
-        self.graph = None
+        self.layout = rows.new_tokens
+        self.steps_left = self.layout.room
+        self.records = model.uses_graphs and rows.positions.is_cuda
+        self.ids = torch.zeros_like(self.layout.positions)
         self.logits = None
-        self.ids = self.layout.positions.new_zeros(rows)
+        self.graph = None
 
     def keep(self, rows: list[int]) -> None:
-        """Keeps the rows at these indices alone."""
-        self.graph = None  # first, so that its memory is free
-        indices = torch.tensor(rows).to(self.ids.device, non_blocking=True)
-        self.layout.cache.select(indices)
-        self.layout = NewTokens(self.layout.positions[indices], self.layout.cache)
-        self.start(len(rows))
+        """Keeps the rows at these indices alone. Their next step is the first of these rows."""
+        self.graph = None  # before all else, so that its memory is free
+        self.logits = None
+        self.layout.select_rows(torch.tensor(rows).to(self.ids.device, non_blocking=True))
+        self.ids = torch.zeros_like(self.layout.positions)
 
     def run(self, ids: list[int]) -> Tensor:
         """Returns the logits (B, vocabulary) after a new token of each row.
@@ -454,8 +419,7 @@ class Decoder:
         They are good until the next step, which may write over them.
         """
         if not self.steps_left:
-            room = self.layout.cache.room
-            raise ValueError(f"there is no room for more than {room} new tokens")
+            raise ValueError(f"there is no room for more than {self.layout.room} new tokens")
         self.steps_left -= 1
         self.ids.copy_(torch.tensor(ids), non_blocking=True)
         if self.records and self.logits is not None and self.graph is None:

@@ -24,7 +24,6 @@ BETWEEN = re.compile("[ \t\n\r\ufeff]*")
 CURES = {
     "'": "; a text stands in double quotes, as json.dumps writes it",
     ",": "; no comma stands between objects, unless all are within [ ]",
-    "\0": "; the file was not written to its end",
 }
 
 
@@ -35,10 +34,7 @@ def read_json(text: str) -> dict[str, list]:
         return columns_of_object(values[0])
     rows = []
     for value in values:
-        if isinstance(value, list):
-            rows += value
-        else:
-            rows.append(value)
+        rows += value if isinstance(value, list) else [value]
     return columns_of_rows(rows)
 
 
@@ -86,25 +82,40 @@ def columns_of_object(value: dict) -> dict[str, list]:
     {"premise": "a", ...}                                   a single row
     """
     if is_split(value):
-        return columns_of_split(value["columns"], value["data"])
-    fields = [name for name, inner in value.items() if holds_rows(inner)]
-    if fields and not has_texts(value):
-        if len(fields) > 1:  # beside the rows a list may describe the columns
-            fields = [name for name in fields if has_usual_texts(value[name])] or fields
-        if len(fields) > 1:
-            names = " and in ".join(fields)
-            raise ValueError(f"it holds rows in {names}: write each into a file of its own")
-        inner = value[fields[0]]
+        names = map(str, value["columns"])
+        rows = of_one_length(value["data"], len(value["columns"]))
+        return {name: list(values) for name, values in zip(names, zip(*rows))}
+    field = field_of_rows(value)
+    if field is not None:
+        inner = value[field]
         return columns_of_rows(inner) if isinstance(inner, list) else columns_of_object(inner)
-
-    # All fields are columns or rows, or those are that count.
-    lists = {name: inner for name, inner in value.items() if isinstance(inner, list)}
-    if has_texts(lists) or len(lists) == len(value):
-        return columns_of_lists(lists)
-    objects = {name: inner for name, inner in value.items() if isinstance(inner, dict)}
-    if has_texts(objects) or len(objects) == len(value):
-        return columns_of_objects(objects)
+    for kind, columns_of in ((list, columns_of_lists), (dict, columns_of_objects)):
+        # All fields are columns or rows, or those are that count.
+        fields = {name: inner for name, inner in value.items() if isinstance(inner, kind)}
+        if has_texts(fields) or len(fields) == len(value):
+            return columns_of(fields)
     return columns_of_rows([value])
+
+
+def field_of_rows(value: dict) -> str | None:
+    """Returns the name of the field of an object that holds a file's rows, if one does."""
+    if has_texts(value):
+        return None
+    fields = [name for name, inner in value.items() if has_usual_texts(inner)]
+    # Under other names: a list of objects. Beside usual names it may describe the columns.
+    fields = fields or [name for name, inner in value.items() if is_list(inner) or is_split(inner)]
+    if len(fields) > 1:
+        names = " and in ".join(fields)
+        raise ValueError(f"it holds rows in {names}: write each into a file of its own")
+    return fields[0] if fields else None
+
+
+def has_usual_texts(value) -> bool:
+    """Returns whether a value is rows, or columns, with both texts under their usual names."""
+    if isinstance(value, dict):
+        columns = (name for name, inner in value.items() if isinstance(inner, (list, dict)))
+        return has_texts(columns) or any(map(is_row, value.values()))
+    return is_list(value) and (has_texts(value[0]) or any(map(is_row, value[0].values())))
 
 
 def is_row(value) -> bool:
@@ -114,46 +125,25 @@ def is_row(value) -> bool:
     )
 
 
-def is_split(value: dict) -> bool:
-    """Returns whether an object has the form of pandas' orient="split"."""
-    rows = value.get("data")
+def is_list(value, kind: type = dict) -> bool:
+    """Returns whether a value is a list of objects, or of another kind. An empty one is none."""
+    return isinstance(value, list) and bool(value) and all(isinstance(row, kind) for row in value)
+
+
+def is_split(value) -> bool:
+    """Returns whether a value is an object in the form of pandas' orient="split"."""
     return (
-        isinstance(value.get("columns"), list)
-        and isinstance(rows, list)
-        and all(isinstance(row, list) for row in rows)
+        isinstance(value, dict)
+        and isinstance(value.get("columns"), list)
+        and is_list(value.get("data"), list)
     )
-
-
-def has_usual_texts(value) -> bool:
-    """Returns whether a field that holds rows has texts under their usual names in the first."""
-    first = value[0] if isinstance(value, list) else value
-    return has_texts(first) or any(map(is_row, first.values()))
-
-
-def holds_rows(value) -> bool:
-    """Returns whether a field holds rows in one of the forms that `columns_of_object` reads."""
-    if isinstance(value, list):
-        return bool(value) and all(isinstance(row, dict) for row in value)
-    if not isinstance(value, dict):
-        return False
-    columns = (name for name, inner in value.items() if isinstance(inner, (list, dict)))
-    return is_split(value) or has_texts(columns) or any(map(is_row, value.values()))
-
-
-def columns_of_split(names: list, rows: list[list]) -> dict[str, list]:
-    """Returns the columns of rows that are lists, in the order of `names`."""
-    for number, row in enumerate(rows):
-        if len(row) != len(names):
-            raise ValueError(f"row {number} has {len(row)} values for {len(names)} columns")
-    return {str(name): list(values) for name, values in zip(names, zip(*rows))}
 
 
 def columns_of_lists(columns: dict[str, list]) -> dict[str, list]:
     """Returns columns as they are. Raises ValueError unless all have as many values."""
-    lengths = {name: len(values) for name, values in columns.items()}
-    if len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"its columns are not of one length: {listed}")
+    if len(set(map(len, columns.values()))) > 1:
+        lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
+        raise ValueError(f"its columns are not of one length: {lengths}")
     return columns
 
 
@@ -182,21 +172,28 @@ def read_table(text: str) -> dict[str, list]:
     """
     # Files that were put one behind another hold marks, and some for Excel begin with "sep=;".
     text = re.sub("\\Asep=.[\r\n]+", "", text.strip("\r\n").replace("\n\ufeff", "\n"))
-    separator = max(",;|\t", key=first_line(text).count)
-    if separator != "\t":
-        return read_quoted(text, separator)
-    if "\n" not in text:  # as an old Mac, and Excel for it, ends lines
-        text = text.replace("\r", "\n")
-    lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-    # A CR may stand for a quote behind a backslash: either gives a field a reason for quotes.
-    for form in (text, text.replace('\\"', "\r")):
-        if has_spreadsheets_quotes(form, lines):
-            return read_quoted(text, "\t")
-    return as_columns(lines)
-
-
-def first_line(text: str) -> str:
-    return re.match(r"[^\r\n]*", text)[0]
+    header = re.match(r"[^\r\n]*", text)[0]
+    separator = max(",;|\t", key=header.count)
+    if separator == "\t":
+        if "\n" not in text:  # as an old Mac, and Excel for it, ends lines
+            text = text.replace("\r", "\n")
+        lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
+        # A CR may stand for a quote behind a backslash: either gives a field a reason for quotes.
+        forms = (text, text.replace('\\"', "\r"))
+        if not any(has_spreadsheets_quotes(form, lines) for form in forms):
+            return as_columns(lines)
+    try:
+        return as_columns(split_quoted(text, separator, header))
+    except ValueError as error:
+        if '\\"' not in text:
+            raise
+        # As MySQL and Spark write a quote within a field: behind a backslash, and not doubled.
+        # A backslash before any other letter is a letter: it becomes two.
+        escaped = re.sub(r'(\\["\\])|\\', lambda found: found[1] or r"\\", text)
+        try:
+            return as_columns(split_quoted(escaped, separator, header, escapechar="\\"))
+        except ValueError:
+            raise error from None
 
 
 def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
@@ -224,28 +221,13 @@ def is_even(lines: list[list[str]]) -> bool:
     return all(len(line) == len(lines[0]) for line in lines if any(line))
 
 
-def read_quoted(text: str, separator: str) -> dict[str, list]:
-    """Reads a table in which a field may stand in quotes.
-
-    A quote within such a field is doubled, or behind a backslash, as MySQL and Spark write it.
-    """
-    try:
-        return as_columns(split_quoted(text, separator))
-    except ValueError as error:
-        if '\\"' not in text:
-            raise
-        # A backslash before any other letter is a letter: it becomes two.
-        escaped = re.sub(r'(\\["\\])|\\', lambda found: found[1] or r"\\", text)
-        try:
-            return as_columns(split_quoted(escaped, separator, escapechar="\\"))
-        except ValueError:
-            raise error from None
-
-
 def split_quoted(
-    text: str, separator: str, escapechar: str | None = None
+    text: str, separator: str, header: str, escapechar: str | None = None
 ) -> Iterator[list[str]]:
-    """Yields the fields of each row. Raises ValueError with the line where a wrong row begins."""
+    """Yields the fields of each row, of which some stand in quotes. A quote in these is doubled.
+
+    Raises ValueError with the line where a wrong row begins.
+    """
     # No field is longer than the text. Python's limit is at 131,072.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(
@@ -253,7 +235,7 @@ def split_quoted(
         io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline=""),
         delimiter=separator,
         escapechar=escapechar,
-        skipinitialspace=has_spaces(text, separator),
+        skipinitialspace=has_spaces(text, separator, header),
         # Most quotes that are left open, which take the next rows into their field, are
         # then errors.
         strict=True,
@@ -269,19 +251,19 @@ def split_quoted(
         ) from None
 
 
-def has_spaces(text: str, separator: str) -> bool:
+def has_spaces(text: str, separator: str, header: str) -> bool:
     """Returns whether a space stands behind each separator, so that a quote after it opens a field.
 
     It does if the header has them, or if a row has one behind a field in quotes, or its first.
     """
-    if all(name[:1] == " " for name in first_line(text).split(separator)[1:]):
+    if all(name[:1] == " " for name in header.split(separator)[1:]):
         return True
     quoted = re.compile(rf'{re.escape(separator)} "[^"\n]+"{re.escape(separator)}')
-    for field in quoted.finditer(text):
-        before = text[text.rfind("\n", 0, field.start()) + 1 : field.start()]
-        if '"' not in before or QUOTED.fullmatch(before):
-            return True
-    return False
+    before = re.compile(rf'[^"\n]*|{QUOTED.pattern}')
+    return any(
+        before.fullmatch(text, text.rfind("\n", 0, field.start()) + 1, field.start())
+        for field in quoted.finditer(text)
+    )
 
 
 def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
@@ -292,29 +274,29 @@ def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
     """
     lines = filter(any, lines)
     first = next(lines, [])
-    # Where files were put one behind another it comes again.
-    lines = (row for row in lines if row != first)
     header = list(first)
     while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
         header.pop()
     for number, name in enumerate(header):
         if name and name in header[:number]:
             raise ValueError(f"its header has {name} twice")
+    # Where files were put one behind another the header comes again.
+    rows = of_one_length((row for row in lines if row != first), len(header))
     columns = [[] for _ in header]
     # Some at a time: as lists of fields the rows take much more memory than as columns.
-    while rows := list(itertools.islice(lines, ROWS_AT_ONCE)):
-        for number, row in enumerate(rows):
-            if len(row) != len(header):
-                rows[number] = of_length(row, len(header), len(columns[0]) + number)
-        for column, fields in zip(columns, zip(*rows)):
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        for column, fields in zip(columns, zip(*some)):
             column += [field or None for field in fields]
     return {name: column for name, column in zip(header, columns) if name}
 
 
-def of_length(row: list[str], length: int, number: int) -> list[str]:
-    """Returns a row without empty fields at its end, or with more of them."""
-    if any(row[length:]):
-        raise ValueError(
-            f"row {number} has {len(row)} fields, the header (its first line) {length}"
-        )
-    return row[:length] + [""] * (length - len(row))
+def of_one_length(rows: Iterable[list], length: int) -> Iterator[list]:
+    """Yields rows with as many fields as the header: empty ones at the end come, or go."""
+    for number, row in enumerate(rows):
+        if len(row) != length:
+            if any(row[length:]):
+                raise ValueError(
+                    f"row {number} has {len(row)} fields, the header (its first line) {length}"
+                )
+            row = row[:length] + [None] * (length - len(row))
+        yield row

@@ -18,10 +18,15 @@ def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
     skipped. Raises ValueError, with the line's number, for a line that is no pair, once the
     pairs before it have been yielded.
     """
+    # A thread waits for the stream: Windows cannot ask a pipe whether more has come.
+    chunks = Queue(AHEAD)
+    Thread(target=read_ahead, args=(stream, chunks), daemon=True).start()
     batch = []
     number = 0
-    for line in lines(stream):
-        if line is not None:
+    for lines in iter(chunks.get, None):
+        if isinstance(lines, OSError):
+            raise lines
+        for line in lines:
             number += 1
             try:
                 batch += read(line, f"line {number} of standard input")
@@ -29,38 +34,29 @@ def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
                 if batch:
                     yield batch
                 raise
-        if batch and (line is None or len(batch) == size):
+            if len(batch) == size:
+                yield batch
+                batch = []
+        if batch and chunks.empty():
             yield batch
             batch = []
-
-
-def lines(stream: BufferedIOBase) -> Iterator[bytes | None]:
-    """Yields the lines of a stream, and None whenever the next one has not come yet."""
-    # A thread waits for the stream: Windows cannot ask a pipe whether more has come.
-    chunks = Queue(AHEAD)
-    Thread(target=read_ahead, args=(stream, chunks), daemon=True).start()
-    begun = b""  # a line whose end is still to come
-    chunk = None
-    while chunk != b"":  # which is the end of the stream
-        if chunks.empty():
-            yield None
-        chunk = chunks.get()
-        if isinstance(chunk, OSError):
-            raise chunk
-        *whole, begun = (begun + chunk).split(b"\n")
-        yield from whole
-    yield begun
-    yield None
+    if batch:
+        yield batch
 
 
 def read_ahead(stream: BufferedIOBase, chunks: Queue) -> None:
-    """Puts what a stream holds into a queue as it comes, and at its end b"" or the error."""
+    """Puts the lines of a stream into a queue as they come; at its end None, or the error."""
     # Without the buffer of a file: it would wait until it is full, and lock while it waits.
     read_some = getattr(stream, "raw", stream).read
+    begun = b""  # a line whose end is still to come
     try:
         while chunk := read_some(CHUNK):
-            chunks.put(chunk)
-        chunks.put(OSError("standard input does not wait") if chunk is None else b"")
+            *lines, begun = (begun + chunk).split(b"\n")
+            chunks.put(lines)
+        if chunk is None:
+            raise OSError("standard input does not wait")
+        chunks.put([begun])
+        chunks.put(None)
     except OSError as error:
         chunks.put(error)
 

@@ -32,7 +32,7 @@ from torch import Tensor  # noqa: E402
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import checkpoints, cli, packing  # noqa: E402
+from support import checkpoints, cli, packing, peft_files  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
 from support.stopping import StopRequest  # noqa: E402
 
@@ -49,7 +49,7 @@ for number in StopRequest.SIGNALS:
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
-    "test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
+    "test_processes.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
     "test_count.py",
 )  # fmt: skip
 
@@ -185,6 +185,12 @@ def pair(
             parameter.copy_(values * parameter.shape[1] ** -0.5)
             their_tensors[name].copy_(parameter)
     return mine, theirs
+
+
+def load_adapter(model, directory: Path) -> lora.LoRAConfig:
+    """Loads an adapter of any program, as eval.py does."""
+    config = peft_files.read_config(directory, lora.LoRAConfig)
+    return lora.load_adapter(model, directory, config)
 
 
 # -----------------------------------------------------------------------------

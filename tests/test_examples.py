@@ -35,6 +35,7 @@ BY_COLUMNS = (
 )
 HEADER = "premise\thypothesis\tlabel"
 COMMAS = "premise,hypothesis,label\n"
+RAN = "Yes, he ran."
 LINE = '{"premise": "a", "hypothesis": "x", "label": 0}'
 QUOTED = {"premise": 'Anna said "no, thanks".', "hypothesis": "Anna spoke.", "label": 2}
 
@@ -77,28 +78,22 @@ def test_matched_and_mismatched_stay_apart():
     assert [len(load_examples(TINY, split)) for split in splits] == [1000, 1000]
 
 
-def test_labels_may_be_words(write):
-    words = ("contradiction", "neutral", "entailment")
-    directory = write(train=[ROW | {"label": word} for word in words])
-    assert load_examples(directory, "train")["label"][:] == [2, 1, 0]
-
-
-def test_labels_with_a_point_become_whole_numbers(write):
-    """A CSV file with one empty label has such a column, and so have other programs' files."""
-    directory = write(train=[ROW | {"label": label} for label in (0.0, 2.0)])
-    labels = load_examples(directory, "train")["label"][:]
-    assert labels == [0, 2]
-    assert all(type(label) is int for label in labels)
-
-
 def test_rows_without_a_label_are_dropped_and_counted(write, capsys):
     directory = write(validation=[ROW | {"label": -1}, ROW, QUOTED, ROW | {"label": -1}])
     rows = load_examples(directory, "validation")
     assert list(rows) == [ROW, QUOTED]
-    line = "validation: 4 rows, 2 without a label dropped, none of neutral; 2 taken\n"
+    line = "validation: 4 rows, 2 without a label dropped; 2 taken, none of neutral\n"
     assert capsys.readouterr().err == line
     counts = count_rows(directory, {"validation": rows}, Reading())
     assert counts == {"validation": {"read": 4, "without_label": 2, "used": 2}}
+
+
+@pytest.mark.parametrize(
+    "labels, numbers", [(["-", "neutral"], [1]), ([0, "-", 2, "neutral"], [0, 2, 1])], ids=str
+)
+def test_a_dash_is_no_label_and_numbers_may_stand_beside_words(write, labels, numbers):
+    directory = write(train=[ROW | {"label": label} for label in labels])
+    assert load_examples(directory, "train")["label"] == numbers
 
 
 def test_a_limit_counts_labelled_rows_from_the_first(write):
@@ -114,12 +109,6 @@ def test_a_limit_says_which_labels_the_rows_that_are_taken_lack(write, capsys, l
     load_examples(write(train=[ROW | {"label": label} for label in labels]), "train", limit)
     line = f"train: 9 rows; {limit} taken, none of {left_out}: take more, or shuffle the rows\n"
     assert capsys.readouterr().err == line
-
-
-def test_a_label_that_a_split_lacks_is_not_asked_for_by_a_limit(write, capsys):
-    load_examples(write(train=[ROW, QUOTED]), "train", 1)
-    line = "train: 2 rows, none of neutral; 1 taken, none of contradiction: take more, or "
-    assert line in capsys.readouterr().err
 
 
 def test_only_the_columns_that_predictions_show_are_kept_besides(write):
@@ -205,6 +194,10 @@ def test_brackets_in_a_path_are_no_pattern(tmp_path):
         ("train-00000-of-00002.jsonl",),
         ("train-00000-of-00002.jsonl", "train-00000-of-00002-a09b74b3ef9c3b56.jsonl"),
         ("train/0000.jsonl", "train/0002.jsonl"),
+        ("train.jsonl", "train_1.jsonl"),
+        ("train_20240101.jsonl", "train_20240102.jsonl"),
+        ("train_0.csv.gz", "train_1.jsonl.gz"),
+        ("snli_train_1.jsonl", "mnli_train_2.jsonl"),
     ],
     ids=lambda names: " and ".join(names),
 )
@@ -228,7 +221,7 @@ def test_parts_with_other_columns_are_named_with_the_column(tmp_path):
 def test_parts_may_hold_other_kinds_of_labels(tmp_path):
     put(tmp_path, "train-00000-of-00002.jsonl", [ROW])
     put(tmp_path, "train-00001-of-00002.jsonl", [ROW | {"label": "neutral"}])
-    assert load_examples(str(tmp_path), "train")["label"][:] == [0, 1]
+    assert load_examples(str(tmp_path), "train")["label"] == [0, 1]
 
 
 def test_parts_by_number_are_one_split(tmp_path):
@@ -267,7 +260,7 @@ def test_a_train_split_alone_gives_a_part_of_it_for_validation(write):
     assert (len(train), len(kept)) == (95, 5)
     assert sorted(train + kept) == sorted(row["premise"] for row in rows)
     forget_what_was_read()
-    assert load_examples(directory, "validation", reading=reading)["premise"][:] == kept
+    assert load_examples(directory, "validation", reading=reading)["premise"] == kept
 
 
 def test_where_there_is_a_validation_split_a_line_says_that_none_is_cut(write, capsys):
@@ -309,34 +302,11 @@ def test_texts_are_read_as_they_stand(tmp_path):
         assert list(load_examples(str(tmp_path), split)) == rows, split
 
 
-def test_a_carriage_return_within_a_tab_separated_line_is_a_letter(tmp_path):
-    text = "premise\thypothesis\tlabel\r\nA\rB\tC\t1\r\n"
-    (tmp_path / "train.tsv").write_bytes(text.encode())
-    assert load_examples(str(tmp_path), "train")[0]["premise"] == "A\rB"
-
-
 def test_fields_that_a_spreadsheet_left_out_at_the_end_of_a_row_are_missing(tmp_path):
     text = "premise,hypothesis,label,note\nA,B,0\nC,D,1,\nE,F,2,x,,\n\n"
     (tmp_path / "train.csv").write_text(text)
     rows = load_examples(str(tmp_path), "train")
     assert [list(row.values()) for row in rows] == [["A", "B", 0], ["C", "D", 1], ["E", "F", 2]]
-
-
-def test_a_quote_in_a_tab_separated_file_is_a_letter_unless_all_are_a_spreadsheets(tmp_path):
-    """The decision: a field is taken out of its quotes where the whole file is written so.
-
-    A spreadsheet puts a field in quotes for a reason; "Why?" alone gives it none.
-    """
-    for name, premise, read_as in [
-        ("bare", '"Why?"', '"Why?"'),
-        ("doubled", '"""Why?"""', '"Why?"'),
-        ("tab", '"a\tb"', "a\tb"),
-        ("line", '"a\nb"', "a\nb"),
-    ]:
-        path = tmp_path / name / "train.tsv"
-        path.parent.mkdir()
-        path.write_text(f"premise\thypothesis\tlabel\n{premise}\tx\t0\n")
-        assert load_examples(str(path.parent), "train")["premise"][:] == [read_as], name
 
 
 @pytest.mark.parametrize(
@@ -348,33 +318,36 @@ def test_a_quote_in_a_tab_separated_file_is_a_letter_unless_all_are_a_spreadshee
     ],
 )
 def test_labels_in_every_spelling(write, label, number):
-    assert load_examples(write(train=[ROW | {"label": label}]), "train")["label"][:] == [number]
+    """A CSV file with one empty label has a column of floats, and so have other programs' files."""
+    labels = load_examples(write(train=[ROW | {"label": label}]), "train")["label"]
+    assert labels == [number]
+    assert type(labels[0]) is int
 
 
-def test_minus_one_beside_two_answers_alone_is_no_missing_label_in_silence(write):
-    directory = write(train=[ROW | {"label": label} for label in (-1, 0, 1)])
-    with pytest.raises(ValueError, match="labels are -1, 0, 1, which may be two classes"):
-        load_examples(directory, "train")
-
-
-def test_two_classes_without_names_are_no_entailment_and_neutral_in_silence(write):
-    few = [ROW | {"label": number % 2} for number in range(30)]
-    assert load_examples(write(train=few), "train")["label"][:4] == [0, 1, 0, 1]
-    forget_what_was_read()
-    directory = write(train=[*few, ROW])
-    with pytest.raises(ValueError, match="labels are 0, 1, which may be two classes"):
+@pytest.mark.parametrize(
+    "labels, numbers",
+    [
+        ([-1, 0, 1], None),
+        # Of few rows it may be chance.
+        ([0, 1] * 15, [0, 1] * 15),
+        ([0, 1] * 16, None),
+        ([-1, 1], [1]),
+        ([-1, 1] * 16, None),
+    ],
+    ids=["-1, 0, 1", "0, 1 few", "0, 1", "-1, 1 few", "-1, 1"],
+)
+def test_two_classes_are_no_entailment_and_neutral_in_silence(write, labels, numbers):
+    """Nor is -1 no label where it may be one of three."""
+    directory = write(train=[ROW | {"label": label} for label in labels])
+    if numbers:
+        assert load_examples(directory, "train")["label"] == numbers
+        return
+    listed = ", ".join(map(str, sorted(set(labels))))
+    with pytest.raises(ValueError, match=f"labels are {listed}, which may be two classes"):
         load_examples(directory, "train")
     reading = Reading(labels=("entailment", "neutral", "contradiction"))
-    assert len(load_examples(directory, "train", reading=reading)) == 31
-
-
-def test_minus_one_beside_one_answer_is_no_missing_label_in_silence(write):
-    directory = write(train=[ROW | {"label": label} for label in (-1, 1)])
-    assert load_examples(directory, "train")["label"][:] == [1]
-    forget_what_was_read()
-    directory = write(train=[ROW | {"label": label} for label in (-1, 1) * 16])
-    with pytest.raises(ValueError, match="labels are -1, 1, which may be two classes"):
-        load_examples(directory, "train")
+    said = load_examples(directory, "train", reading=reading)["label"]
+    assert said == [label for label in labels if label >= 0]
 
 
 def test_a_part_may_hold_two_of_the_labels(tmp_path):
@@ -384,22 +357,19 @@ def test_a_part_may_hold_two_of_the_labels(tmp_path):
     assert len(load_examples(str(tmp_path), "train")) == 41
 
 
-def test_a_dash_is_no_label(write):
-    rows = [ROW | {"label": "-"}, ROW | {"label": "neutral"}]
-    assert load_examples(write(train=rows), "train")["label"][:] == [1]
-
-
 @pytest.mark.parametrize(
-    "names, numbers",
+    "names, numbers, given",
     [
-        (["entailment", "neutral", "contradiction"], [0, 1, 2, 0]),
-        (["contradiction", "entailment", "neutral"], [2, 0, 1, 2]),
-        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 1, 0, 2]),
+        (["entailment", "neutral", "contradiction"], [0, 1, 2, 0], ()),
+        (["contradiction", "entailment", "neutral"], [2, 0, 1, 2], ()),
+        (["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], [2, 1, 0, 2], ()),
+        (["NO", "YES", "MAYBE"], [2, 0, 1, 2], ("YES=e", "MAYBE=n", "NO=c")),
     ],
 )
-def test_labels_with_names_follow_their_names(tmp_path, names, numbers):
+def test_labels_with_names_follow_their_names(tmp_path, names, numbers, given):
     save_with_names(tmp_path / "train.parquet", names, [0, 1, 2, 0])
-    assert load_examples(str(tmp_path), "train")["label"][:] == numbers
+    reading = Reading(labels=given)
+    assert load_examples(str(tmp_path), "train", reading=reading)["label"] == numbers
 
 
 def save_with_names(path, names: list[str], labels: list[int]) -> None:
@@ -418,7 +388,7 @@ def test_a_struct_with_a_field_called_names_is_no_label(tmp_path):
     assert list(load_examples(str(tmp_path), "train")) == [ROW]
 
 
-def test_two_classes_are_refused_by_name(tmp_path, write):
+def test_two_classes_are_refused_by_name(tmp_path):
     save_with_names(tmp_path / "train.parquet", ["entailment", "not_entailment"], [0, 1])
     with pytest.raises(ValueError, match="row 1: label 'not_entailment' is none of"):
         load_examples(str(tmp_path), "train")
@@ -437,7 +407,7 @@ def test_two_classes_are_refused_by_name(tmp_path, write):
 def test_labels_of_any_other_meaning_can_be_said(write, given, labels, numbers):
     directory = write(train=[ROW | {"label": label} for label in labels])
     reading = Reading(labels=tuple(given))
-    assert load_examples(directory, "train", reading=reading)["label"][:] == numbers
+    assert load_examples(directory, "train", reading=reading)["label"] == numbers
 
 
 @pytest.mark.parametrize("given", [["e", "n", "n"], ["e", "n", "maybe"], ["e", "n", "x="]])
@@ -501,23 +471,6 @@ def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_pat
     assert load_examples(str(tmp_path), "train")[0]["premise"] == "007"
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        'premise, hypothesis, label\n"Yes, he ran.", "He ran.", 0\n"A ""b"".", C, 1\n',
-        'premise;hypothesis;label\n"Yes, he ran.";He ran.;0\n"A ""b"".";C;1\n',
-        'premise\thypothesis\tlabel\nYes, he ran.\tHe ran.\t0\n"A ""b""."\tC\t1\n',
-        'sep=;\r\npremise;hypothesis;label\r\nYes, he ran.;He ran.;0\r\n"A ""b"".";C;1\r\n',
-    ],
-    ids=["a space behind each comma", "semicolons", "tabs", "as Excel is told"],
-)
-def test_tables_with_other_separators(tmp_path, text):
-    (tmp_path / "train.csv").write_text(text)
-    rows = load_examples(str(tmp_path), "train")
-    expected = [["Yes, he ran.", "He ran.", 0], ["A \"b\".", "C", 1]]
-    assert [list(row.values()) for row in rows] == expected
-
-
 def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
     rows = datasets.Dataset.from_list([ROW, QUOTED])
     rows.save_to_disk(tmp_path / "pairs", num_shards=2)
@@ -557,6 +510,8 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
         ("train.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
         # A quote that is left open would take the next row into its field.
         ("train.csv", b'premise,hypothesis,label\n"A,b,0\nC,"d",1\n', "',' expected after"),
+        ("train.parquet", b"PAR1 and then nothing", "cannot read"),
+        ("train.jsonl", b'{"premise": ', "Expecting value: line 1"),
         ("train.csv", b"premise,hypothesis,label\n", "holds no rows"),
         ("train.json", b"[]", "holds no rows"),
         ("train.jsonl", b"null\n", "holds no JSON object"),
@@ -584,35 +539,6 @@ def test_files_that_hold_no_rows_are_one_line(tmp_path, name, content, message):
     assert "\n" not in str(raised.value)
 
 
-def test_numbers_and_words_in_one_column_of_labels(write):
-    directory = write(train=[ROW | {"label": label} for label in (0, "-", 2, "neutral")])
-    assert load_examples(directory, "train")["label"][:] == [0, 2, 1]
-
-
-def test_a_quote_that_ends_in_another_line_of_a_tab_separated_file_is_a_letter(tmp_path):
-    lines = ["premise\thypothesis\tlabel", '"I am home.\tHe goes.\t0', "A.\tB.\t1"]
-    lines += ['I will be back."\tHe returns.\t0']
-    (tmp_path / "train.tsv").write_text("\n".join(lines))
-    premises = load_examples(str(tmp_path), "train")["premise"][:]
-    assert premises == ['"I am home.', "A.", 'I will be back."']
-
-
-def test_names_of_labels_may_be_said(tmp_path):
-    features = {"premise": "string", "hypothesis": "string"}
-    features = {name: datasets.Value(kind) for name, kind in features.items()}
-    features["label"] = datasets.ClassLabel(names=["REFUTES", "SUPPORTS", "NEI"])
-    rows = datasets.Dataset.from_list([ROW | {"label": 1}], datasets.Features(features))
-    rows.to_parquet(tmp_path / "train.parquet")
-    reading = Reading(labels=("SUPPORTS=entailment", "NEI=neutral", "REFUTES=contradiction"))
-    assert load_examples(str(tmp_path), "train", reading=reading)["label"][:] == [0]
-
-
-def test_two_columns_of_one_name_are_named(write):
-    row = ROW | {"Label": 2}
-    with pytest.raises(ValueError, match="2 columns are called label or gold_label"):
-        load_examples(write(train=[row]), "train")
-
-
 FLOW = '"dtype": {"class_label": {"names": {"0": "contradiction"}}}'
 
 
@@ -634,17 +560,17 @@ def test_a_card_that_gives_the_labels_names_is_not_ignored(tmp_path, card, conte
     with pytest.raises(ValueError, match=r"gives the labels names: say with --labels"):
         load_examples(str(directory), "train")
     reading = Reading(labels=("contradiction", "entailment", "neutral"))
-    assert load_examples(str(directory), "train", reading=reading)["label"][:] == [2]
+    assert load_examples(str(directory), "train", reading=reading)["label"] == [2]
     # Words need no names.
     forget_what_was_read()
     put(tmp_path, "data/train.jsonl", [ROW | {"label": "neutral"}])
-    assert load_examples(str(directory), "train")["label"][:] == [1]
+    assert load_examples(str(directory), "train")["label"] == [1]
 
 
 def test_an_empty_label_can_be_said(write):
     directory = write(train=[ROW | {"label": label} for label in ("yes", None)])
     reading = Reading(labels=("yes=entailment", "=neutral", "no=contradiction"))
-    assert load_examples(directory, "train", reading=reading)["label"][:] == [0, 1]
+    assert load_examples(directory, "train", reading=reading)["label"] == [0, 1]
 
 
 def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
@@ -656,20 +582,6 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
         load_examples(str(tmp_path), "train", reading=reading)
 
 
-@pytest.mark.parametrize("label", ["", None])
-def test_a_missing_label_is_named_with_what_to_write_instead(write, label):
-    with pytest.raises(ValueError, match="row 1: label .* and - stands for no label"):
-        load_examples(write(train=[ROW, ROW | {"label": label}]), "train")
-
-
-def test_a_file_or_nothing_is_no_dataset(write):
-    path = f"{write(train=[ROW])}/train.jsonl"
-    with pytest.raises(ValueError, match="train.jsonl is a file: pass the folder"):
-        find_splits(path)
-    with pytest.raises(ValueError, match="no dataset directory ''"):
-        find_splits("")
-
-
 # -----------------------------------------------------------------------------
 # Corners of files that others have written
 
@@ -677,7 +589,21 @@ def test_a_file_or_nothing_is_no_dataset(write):
 @pytest.mark.parametrize(
     "name, content, texts",
     [
+        # Other separators, and a space behind each.
+        ("train.csv", 'premise, hypothesis, label\n"Yes, a.", "He ran.", 0\n', ["Yes, a."]),
+        ("train.csv", 'premise, hypothesis, label\n"A ""b"".", C, 1\n', ['A "b".']),
+        ("train.csv", 'premise;hypothesis;label\n"A ""b"".";C;1\nYes, a;C;1', ['A "b".', "Yes, a"]),
+        ("train.csv", f'{HEADER}\nYes, he ran.\tHe ran.\t0\n"A ""b""."\tC\t1\n', [RAN, 'A "b".']),
+        ("train.csv", 'sep=;\r\npremise;hypothesis;label\r\n"A ""b"".";C;1\r\n', ['A "b".']),
+        # A quote between tabs is a letter unless all are a spreadsheet's: it puts a field in
+        # quotes for a reason, and "Why?" alone gives it none.
+        ("train.tsv", f'{HEADER}\n"Why?"\tx\t0\n', ['"Why?"']),
+        ("train.tsv", f'{HEADER}\n"""Why?"""\tx\t0\n', ['"Why?"']),
+        ("train.tsv", f'{HEADER}\n"a\tb"\tx\t0\n', ["a\tb"]),
+        ("train.tsv", f'{HEADER}\n"a\nb"\tx\t0\n', ["a\nb"]),
+        ("train.tsv", f'{HEADER}\n"a\tx\t0\nb\ty\t1\nc"\tz\t0', ['"a', "b", 'c"']),
         # A carriage return that belongs to a line end, and one that does not.
+        ("train.tsv", f"{HEADER}\r\nA\rB\tC\t1\r\n", ["A\rB"]),
         ("train.tsv", 'premise\thypothesis\tlabel\r\n"A ""b""."\tx\t0\r\n', ['A "b".']),
         ("train.tsv", 'premise\thypothesis\tlabel\n"a\rb"\tx\t0\n', ["a\rb"]),
         # A tab in a text, where the row's last field is empty; a row without its last field.
@@ -728,7 +654,7 @@ def test_a_file_or_nothing_is_no_dataset(write):
 )
 def test_tables_and_objects_as_they_are_meant(tmp_path, name, content, texts):
     (tmp_path / name).write_bytes(content.encode())
-    assert load_examples(str(tmp_path), "train")["premise"][:] == texts
+    assert load_examples(str(tmp_path), "train")["premise"] == texts
 
 
 LONG = "word " * 50_000
@@ -784,7 +710,7 @@ def test_json_of_pandas(tmp_path, orient, names):
         ({"train": ROWS, "dev": ROWS}, "rows in train and in dev: write each into a file of its"),
         ({"train": COLUMNS, "dev": COLUMNS}, "rows in train and in dev: write each into a file"),
         (COLUMNS | {"label": [0]}, "not of one length: premise 3, hypothesis 3, label 1"),
-        ({"columns": list(ROW), "data": [["a", "x"]]}, "row 0 has 2 values for 3 columns"),
+        ({"columns": list(ROW), "data": [["a", "x", 0, 1]]}, "row 0 has 4 fields, the header"),
     ],
     ids=str,
 )
@@ -823,6 +749,7 @@ def arrow_columns(**columns) -> pyarrow.Table:
         {"label": pyarrow.array([0.0, 0.0])},
         {"label": UNUSED.cast(pyarrow.dictionary(pyarrow.int8(), pyarrow.string()))},
         {"premise": pyarrow.array([ROW["premise"]] * 2, pyarrow.string_view())},
+        {"premise": pyarrow.array([ROW["premise"]] * 2, pyarrow.binary())},
     ],
     ids=lambda columns: str(next(iter(columns.values())).type),
 )
@@ -839,13 +766,16 @@ def test_names_of_labels_are_kept_where_their_numbers_are_of_another_type(tmp_pa
     place = table.column_names.index("label")
     table = table.set_column(place, "label", table["label"].cast(kind))
     pyarrow_parquet.write_table(table, path)
-    assert load_examples(str(tmp_path), "train")["label"][:] == [2, 0]
+    assert load_examples(str(tmp_path), "train")["label"] == [2, 0]
 
 
 @pytest.mark.parametrize(
     "values",
-    [[0.5, None], [None, None], [[1], [2]], [{"a": 1}, None], ["a", 1], [True, False]],
-    ids=str,
+    [
+        *[[0.5, None], [None, None], [[1], [2]], [{"a": 1}, None], ["a", 1], [True, False]],
+        *[[2**70, 1], ["a", "Hi \ud83d"]],
+    ],
+    ids=ascii,
 )
 def test_an_idx_that_is_no_number_and_no_text_is_left_out(write, values):
     """predictions_SPLIT.jsonl has the number of a row instead."""
@@ -854,9 +784,12 @@ def test_an_idx_that_is_no_number_and_no_text_is_left_out(write, values):
 
 
 def test_dates_and_bytes_are_no_idx_and_no_genre(tmp_path):
-    table = arrow_columns(idx=pyarrow.array([date(2020, 1, 1)] * 2), genre=[b"a", b"b"])
-    pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
-    assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
+    damaged = pyarrow.array([b"a", b"\xe9"]).view(pyarrow.string())
+    for genre in ([b"a", b"b"], damaged):
+        table = arrow_columns(idx=pyarrow.array([date(2020, 1, 1)] * 2), genre=genre)
+        pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
+        forget_what_was_read()
+        assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 
 @pytest.mark.parametrize(
@@ -897,11 +830,6 @@ def test_a_part_without_rows_is_no_error_where_others_have_some(tmp_path):
         load_examples(str(tmp_path), "validation")
 
 
-def test_a_number_that_is_no_idx_is_named(write):
-    with pytest.raises(ValueError, match="train.jsonl: the idx has a number of more than 64 bits"):
-        load_examples(write(train=[ROW | {"idx": 2**70}]), "train")
-
-
 def test_parts_may_hold_texts_of_two_types_of_arrow(tmp_path):
     """Polars writes large strings, pandas strings."""
     for number, kind in enumerate((pyarrow.string(), pyarrow.large_string())):
@@ -920,22 +848,6 @@ def test_an_arrow_file_that_was_not_written_to_its_end_is_refused(tmp_path):
         load_examples(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize(
-    "names, message",
-    [
-        (("train.jsonl", "train_1.jsonl"), "not one file, and not all parts of one"),
-        (("train_20240101.jsonl", "train_20240102.jsonl"), "not one file, and not all parts"),
-        (("train_0.csv.gz", "train_1.jsonl.gz"), "not one file, and not all parts"),
-        (("snli_train_1.jsonl", "mnli_train_2.jsonl"), "not one file, and not all parts"),
-    ],
-)
-def test_files_that_only_look_like_parts_are_refused(tmp_path, names, message):
-    for name in names:
-        put(tmp_path, name)
-    with pytest.raises(ValueError, match=message):
-        load_examples(str(tmp_path), "train")
-
-
 def test_a_part_that_is_a_broken_link_is_named(tmp_path):
     put(tmp_path, "train_0.jsonl")
     (tmp_path / "train_1.jsonl").symlink_to(tmp_path / "nowhere")
@@ -943,10 +855,9 @@ def test_a_part_that_is_a_broken_link_is_named(tmp_path):
         load_examples(str(tmp_path), "train")
 
 
-@pytest.mark.parametrize("column", ["premise", "hypothesis", "label", "genre", "idx"])
+@pytest.mark.parametrize("column", ["premise", "hypothesis", "label"])
 def test_half_a_surrogate_pair_is_named_with_its_row(write, column):
-    row = ROW | {"idx": "a", "genre": "b"}
-    rows = [row, row | {column: "Hi \ud83d"}]
+    rows = [ROW, ROW | {column: "Hi \ud83d"}]
     with pytest.raises(ValueError, match=r"train.jsonl, row 1: .*\\ud83d") as raised:
         load_examples(write(train=rows), "train")
     str(raised.value).encode()  # the line itself can be printed
@@ -957,10 +868,16 @@ def test_half_a_surrogate_pair_in_a_column_that_nobody_reads_does_no_harm(write)
     assert list(load_examples(directory, "train")) == [ROW]
 
 
-def test_bytes_that_are_not_utf_8_are_named_with_their_row(tmp_path):
-    damaged = pyarrow.array([b"Anna.", b"\xe9"]).view(pyarrow.string())
-    pyarrow_parquet.write_table(arrow_columns(premise=damaged), tmp_path / "train.parquet")
-    message = "train.parquet, row 1: the premise is not UTF-8: .*can't decode byte 0xe9"
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        ("premise", "train.parquet, row 1: the premise is not UTF-8: .*can't decode byte 0xe9"),
+        ("label", "train.parquet: the label: .*Invalid UTF8 sequence at string index 1"),
+    ],
+)
+def test_bytes_that_are_not_utf_8_are_named(tmp_path, column, message):
+    damaged = pyarrow.array([b"neutral", b"\xe9"]).view(pyarrow.string())
+    pyarrow_parquet.write_table(arrow_columns(**{column: damaged}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=message):
         load_examples(str(tmp_path), "train")
 
@@ -1058,7 +975,8 @@ def test_shared_mnli_in_files_of_other_tools_holds_the_same_rows(tmp_path, name)
         ([{"premise": "a", "label": 0}], "no columns are called hypothesis or sentence2 or hypo;"),
         ([ROW, ROW | {"label": 3}], "row 1: label 3 is none of 0, ent"),
         ([ROW | {"label": "maybe"}], "row 0: label 'maybe' is none of 0, ent"),
-        ([ROW | {"label": None}], "row 0: label None is none of 0, ent"),
+        ([ROW | {"label": None}], "label None is none of 0, ent"),
+        ([ROW | {"label": None}], "and - stands for no label"),
         ([ROW | {"label": 0.5}], "row 0: label 0.5 is none of 0, ent"),
         ([ROW | {"label": True}], "row 0: label True is none of 0, ent"),
         ([ROW | {"label": -1}], "no labelled row"),
@@ -1066,6 +984,8 @@ def test_shared_mnli_in_files_of_other_tools_holds_the_same_rows(tmp_path, name)
         ([ROW | {"hypothesis": {"en": "A."}}], "row 0: the hypothesis is {'en': 'A.'}, not text"),
         ([ROW, ROW | {"premise": None}], "row 1: the premise is missing"),
         ([], "train.jsonl: it holds no rows"),
+        ([ROW | {"Label": 2}], "2 columns are called label or gold_label"),
+        ([ROW, ROW | {"label": ""}], "row 1: label '' is none of 0, ent"),
     ],
 )
 def test_rows_that_do_not_fit_are_named(write, rows, message):
@@ -1081,6 +1001,10 @@ def test_missing_datasets_and_splits_are_named(write, tmp_path):
     with pytest.raises(ValueError, match=r"holds no train\.\* or validation\*\.\* file"):
         load_examples(str(tmp_path), "train")
     directory = write(train=[ROW])
+    with pytest.raises(ValueError, match="train.jsonl is a file: pass the folder"):
+        find_splits(f"{directory}/train.jsonl")
+    with pytest.raises(ValueError, match="no dataset directory ''"):
+        find_splits("")
     with pytest.raises(ValueError, match="has no split 'test', only train"):
         load_examples(directory, "test")
     with pytest.raises(ValueError, match="has no validation split, only train"):
@@ -1092,26 +1016,6 @@ def test_where_no_file_says_its_split_those_that_are_there_are_named(tmp_path):
     put(tmp_path, "train/b.txt")
     with pytest.raises(ValueError, match="only train/a.jsonl, train/b.txt$"):
         load_examples(str(tmp_path), "train")
-    put(tmp_path, "validation.jsonl")
-    put(tmp_path, "train.txt")
-    forget_what_was_read()
-    with pytest.raises(ValueError, match=r"is meant train\.\* \(\.parquet, .*, \.csv, \.tsv\)$"):
-        load_examples(str(tmp_path), "train")
-
-
-@pytest.mark.parametrize(
-    "name, content",
-    [
-        ("train.parquet", b"PAR1 and then nothing"),
-        ("train.jsonl", b'{"premise": '),
-        ("train.csv", b'premise,hypothesis,label\n"a,b,0\n'),
-    ],
-)
-def test_damaged_files_are_named(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"cannot read .*{name}: ") as raised:
-        load_examples(str(tmp_path), "train")
-    assert "\n" not in str(raised.value)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import datasets
 import pytest
 import torch
 from conftest import ROOT, read_json, reference, script, start_script
-from hub import commit_of, serving
+from hub import COMMIT, commit_of, serving
 from safetensors.torch import load_file, save_file
 
 RUN = (
@@ -71,6 +71,7 @@ def make_dataset(directory: Path) -> Path:
         if split.startswith("test"):
             rows = rows.remove_columns("label").add_column("label", [-1] * len(rows))
         rows.to_parquet(directory / "mnli" / f"{split}-00000-of-00001.parquet")
+    shutil.copytree(directory / "mnli", directory / "rte")  # another dataset, that is not needed
     files = "".join(f"  - split: {split}\n    path: mnli/{split}-*\n" for split in SPLITS)
     (directory / "README.md").write_text(
         f"---\nconfigs:\n- config_name: mnli\n  data_files:\n{files}---\n"
@@ -84,7 +85,6 @@ def environment(address: str, home: Path, offline: bool = False) -> dict[str, st
         "HF_ENDPOINT": address,
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_DATASETS_OFFLINE": str(int(offline)),
     }
 
 
@@ -110,6 +110,7 @@ def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offli
         assert done.returncode == 0, done.stderr
         downloads = [request for request in requests if "/resolve/" in request]
     assert_right_files(downloads)
+    assert not any("/rte/" in request for request in downloads)
     config = read_json(run / "adapter_config.json")
     assert config["base_model_name_or_path"] == "microsoft/phi-2"
     results = read_json(run / "results.json")
@@ -129,6 +130,26 @@ def test_the_default_names_resolve_download_and_train_and_are_then_at_hand_offli
 AT_V1 = ("--model", "me/base", "--model-revision", "v1")
 AT_V1 += ("--dataset", "me/rows", "--dataset-revision", "v1")
 V1 = commit_of("v1")
+LINE = '{"premise": "a", "hypothesis": "x", "label": 0}'
+# As cards of datasets have it.
+NAMES = """---
+dataset_info:
+  features:
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': contradiction
+          '1': entailment
+          '2': neutral
+---
+"""
+
+
+def card(configuration: str, **files: str) -> str:
+    """Returns the lines of a card on a configuration, {split: file}. Several are joined."""
+    lines = [f"  - split: {split}\n    path: {name}.jsonl\n" for split, name in files.items()]
+    return f"- config_name: {configuration}\n  data_files:\n{''.join(lines)}"
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +235,7 @@ def test_without_a_network_another_revision_of_the_cache_is_not_taken(at_v1):
     env = environment("http://127.0.0.1:9", at_v1[1], offline=True)
     other = commit_of("main")
     done = script(*command, "--dataset-revision", other, env=env)
-    assert_one_line(done, f"error: the cache of 'me/rows' holds the commit {V1}, not {other}")
+    assert_one_line(done, f"error: cannot load 'me/rows' at revision {other!r} from the Hub")
 
 
 def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v1, tmp_path):
@@ -238,8 +259,14 @@ def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v
 @pytest.mark.parametrize(
     "flags, error",
     [
-        (("--model", "me/base", "--model-revision", "v9"), "error: the model 'me/base' has no"),
-        (("--dataset-revision", "v9", "--dataset", "me/rows"), "error: cannot load 'me/rows' at"),
+        (
+            ("--model", "me/base", "--model-revision", "v9"),
+            "error: cannot load the model 'me/base' at revision 'v9' from the Hub",
+        ),
+        (
+            ("--dataset", "me/rows", "--dataset-revision", "v9"),
+            "error: cannot load the dataset 'me/rows' at revision 'v9' from the Hub",
+        ),
         (("--model-revision", "v1"), "error: --model-revision is for a model on the Hub, and"),
         (("--dataset-revision", "v1"), "error: --dataset-revision is for a dataset on the Hub"),
     ],
@@ -258,8 +285,8 @@ def test_a_revision_that_is_not_there_is_one_line(revisions, tmp_path, flags, er
 @pytest.mark.parametrize(
     "flag, error",
     [
-        ("--model", "error: no model 'nobody/nothing'"),
-        ("--dataset", "error: cannot load 'nobody/nothing'"),
+        ("--model", "error: cannot load the model 'nobody/nothing' from the Hub"),
+        ("--dataset", "error: cannot load the dataset 'nobody/nothing' from the Hub"),
     ],
 )
 def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, error):
@@ -269,34 +296,55 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     assert_one_line(done, error)
 
 
-def test_why_the_files_of_a_dataset_cannot_be_read_is_said(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    (folder / "train.csv").write_text('premise,hypothesis,label\n"a,b,0\n')
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files: train.csv\n---\n"
-    )
+@pytest.mark.parametrize(
+    "files, said",
+    [
+        # In GLUE's tsv a quote is a letter.
+        (
+            {"train.tsv": 'premise\thypothesis\tlabel\n"A.\tB.\t0\nC."\tD.\t2\n'},
+            "train: 2 rows; 2 taken, none of neutral",
+        ),
+        (
+            {"data/train.csv": 'premise,hypothesis,label\n"a,b,0\n'},
+            f"{COMMIT}/data/train.csv: line 2: unexpected end of data; a quote within",
+        ),
+        # The card gives the number 0 another meaning than ours.
+        (
+            {"train.jsonl": LINE, "README.md": NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
+        ),
+        # It says which file is which split, whatever they are called.
+        (
+            {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train="a", dev="b")},
+            "validation: 1 rows",
+        ),
+        (
+            {"a.jsonl": LINE, "README.md": card("one", train="a") + card("two", train="a")},
+            "available configs: ['one', 'two']); pass the folder of the one you mean",
+        ),
+        ({"train.jsonl": LINE, "README.md": "---\n- : [\n---\n"}, "the card of 'owner/rows' does"),
+        (
+            {"en/train.jsonl": LINE, "fr/train.jsonl": LINE},
+            f"{COMMIT}/fr/train.jsonl: not one file, and not all parts of one, for the split train",
+        ),
+        ({"notes.txt": "a"}, f"{COMMIT}: No such file or directory"),
+    ],
+    ids=[
+        *("quotes", "an open quote", "names", "splits", "two configurations", "no YAML"),
+        *("several datasets", "no rows"),
+    ],
+)
+def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
+    for name, content in files.items():
+        path = tmp_path / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        is_list = content.startswith("- config_name")
+        path.write_text(f"---\nconfigs:\n{content}---\n" if is_list else content)
     command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
-    with serving({"datasets/owner/rows": folder}) as (address, _):
+    with serving({"datasets/owner/rows": tmp_path / "data"}) as (address, _):
         done = script(*command, env=environment(address, tmp_path / "home"))
-    assert_one_line(done, "error: cannot load 'owner/rows' from the Hub, ")
-    assert "(ParserError: Error tokenizing data." in done.stderr
-
-
-def test_that_rows_of_a_table_on_the_hub_may_be_missing_is_said(tmp_path):
-    """In GLUE's tsv a quote is a letter. `datasets` takes two for a field of several lines."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = ['"Anna ran.\tAnna moved.\t0', 'He left."\tHe stayed.\t2', "It rained.\tIt was cold.\t1"]
-    (folder / "train.tsv").write_text("\n".join(["premise\thypothesis\tlabel", *rows, ""]))
-    command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
-    with serving({"datasets/owner/rows": folder}) as (address, _):
-        env = environment(address, tmp_path / "home")
-        from_hub = script(*command, "owner/rows", env=env)
-    assert "pass its folder, which is read as it stands" in from_hub.stderr
-    from_folder = script(*command, folder)
-    assert "train: 3 rows; 3 taken" in from_folder.stderr
-    assert "pass its folder" not in from_folder.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_weights_of_a_kind_that_is_not_read_are_not_downloaded(repositories, tmp_path):
@@ -314,13 +362,12 @@ def test_weights_of_a_kind_that_is_not_read_are_not_downloaded(repositories, tmp
 
 
 def test_a_cache_that_cannot_be_written_is_named(repositories, tmp_path):
-    cache = tmp_path / "file" / "cache"
     (tmp_path / "file").write_text("no folder")
     with serving(repositories) as (address, _):
-        env = environment(address, tmp_path / "home") | {"HF_DATASETS_CACHE": str(cache)}
+        env = environment(address, tmp_path / "file" / "home")
         command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
         done = script(*command, "nyu-mll/glue", env=env, fresh=True)
-    assert_one_line(done, "error: cannot load 'nyu-mll/glue'")
+    assert_one_line(done, "error: cannot load the dataset 'nyu-mll/glue'")
     assert str(tmp_path / "file") in done.stderr
 
 
@@ -332,10 +379,10 @@ def test_without_a_hub_the_error_is_one_line_that_names_the_offline_way(runs_wit
         assert process.returncode == 1
         assert "Traceback" not in errors[name]
     no_model = errors["no model"].splitlines()[-1]
-    assert no_model.startswith("error: cannot download 'microsoft/phi-2' from the Hub")
-    assert "pass a directory instead: --model tiny/model" in no_model
+    assert no_model.startswith("error: cannot load the model 'microsoft/phi-2' from the Hub")
+    assert no_model.endswith("without a network, pass a directory: --model path/to/it")
     no_data = errors["no data"].splitlines()[-1]
-    assert no_data.startswith("error: cannot load 'nyu-mll/glue' from the Hub")
-    assert "--dataset tiny/data" in no_data
+    assert no_data.startswith("error: cannot load the dataset 'nyu-mll/glue' from the Hub")
+    assert no_data.endswith("without a network, pass a directory: --dataset path/to/it")
     for name in errors:
         assert not (runs_without_hub["folder"] / name).exists()

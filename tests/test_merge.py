@@ -292,7 +292,7 @@ def test_merge_says_how_many_prompts_are_cut(run, tmp_path, capsys):
     measured = ("--dataset", tmp_path / "rows", "--max-length", 90)
     in_process(merge, "--adapter", run, "--out", out, *measured)
     assert read_json(out / "merge.json")["accuracy"]["validation"]["cut"] == 2
-    assert "  2 prompts were cut to --max-length\n" in capsys.readouterr().out
+    assert " merged, 3 rows, 2 cut\n" in capsys.readouterr().out
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(
@@ -346,7 +346,7 @@ def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
     [
         ([], 2, "the following arguments are required: --adapter, --out"),
         (["--adapter", "x"], 2, "the following arguments are required: --out"),
-        (["--adapter", "x", "--out", "y"], 1, "there is no such folder"),
+        (["--adapter", "x", "--out", "y"], 1, "no adapter directory 'x'"),
         (["--adapter", "tiny", "--out", "y"], 1, "is not an adapter"),
     ],
 )

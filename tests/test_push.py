@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from support import card, files, hub
+from support import card, files, hub, upload
 
 # What a card is made of
 JSON_FILES = ("args.json", "adapter_config.json", "results.json")
@@ -127,6 +127,13 @@ def test_the_settings_of_the_run_are_on_the_card(run):
         assert f"{card.plain(library)} {card.plain(version)}" in text
 
 
+def test_the_card_shows_the_loss_where_it_was_drawn(copy):
+    picture = "](loss.png)"
+    assert picture in card.card(copy, data.PROMPT)
+    (copy / "loss.png").unlink()
+    assert picture not in card.card(copy, data.PROMPT)
+
+
 def test_the_code_on_the_card_runs(run, tiny, tmp_path):
     """It prints what eval.py answers, over a base that is quantised as the run's was."""
     text = (run / "README.md").read_text()
@@ -218,7 +225,7 @@ def test_a_name_is_text_on_the_card_and_no_markup(run, tmp_path):
 def test_no_part_of_a_path_but_the_last_is_in_what_is_uploaded(copy, staged, path, last):
     rename(copy, copy, path, path)
     card.write_card(copy, data.PROMPT)
-    hub.stage(copy, "me/adapter", data.PROMPT, staged)
+    upload.stage(copy, "me/adapter", data.PROMPT, staged)
     config = read_json(staged / "adapter_config.json")
     assert config["base_model_name_or_path"] == last
     assert read_json(staged / "args.json")["dataset"] == last
@@ -269,10 +276,10 @@ def test_what_is_pushed_comes_back_byte_for_byte_and_answers(run, uploads, tmp_p
         assert script("-c", code, env=variables).returncode == 0
 
     names = {path.name for path in back.iterdir() if path.is_file()}
-    assert names == set(hub.UPLOADED), "nothing of the rows, nothing to resume"
+    assert names == set(upload.UPLOADED), "nothing of the rows, nothing to resume"
     # README.md names its own repository.
     assert_same_files(back, uploads / "me" / "trained", names - {"README.md"})
-    assert_same_files(back, run, hub.COPIED)
+    assert_same_files(back, run, upload.COPIED)
     assert_no_secret(back, TOKEN, str(ROOT), str(run.parent))
 
     done = script(
@@ -294,7 +301,7 @@ def test_an_adapter_on_the_hub_is_evaluated_by_its_name(run, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1:] == here.stdout.splitlines()[1:]
         unknown = script("eval.py", "--adapter", "me/nothing", *pair, env=variables)
-    line = "error: me/nothing is not an adapter: there is no such folder, and the Hub gives none"
+    line = "error: cannot load the adapter 'me/nothing' from the Hub, and it is no directory here"
     assert unknown.stderr.startswith(line)
     # What was downloaded is found again without the Hub.
     done = script(*named, env=variables | {"HF_HUB_OFFLINE": "1"})
@@ -320,7 +327,7 @@ def test_the_one_adapter_below_a_folder_is_found(run, tmp_path):
 
 
 def test_the_uploaded_card_names_its_repository(run, staged):
-    hub.stage(run, "me/adapter", data.PROMPT, staged)
+    upload.stage(run, "me/adapter", data.PROMPT, staged)
     local = (run / "README.md").read_text()
     uploaded = (staged / "README.md").read_text()
     assert '"path/to/this/folder"' in local
@@ -331,7 +338,7 @@ def test_the_uploaded_card_names_its_repository(run, staged):
 
 def test_a_card_that_somebody_has_written_is_uploaded_as_it_is(copy, staged):
     (copy / "README.md").write_text("# Mine\n")
-    hub.stage(copy, "me/adapter", data.PROMPT, staged)
+    upload.stage(copy, "me/adapter", data.PROMPT, staged)
     assert (staged / "README.md").read_text() == "# Mine\n"
     assert (copy / "README.md").read_text() == "# Mine\n"
 

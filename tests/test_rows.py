@@ -178,16 +178,19 @@ def test_the_digest_is_of_the_rows_and_not_of_how_they_are_stored():
     "text, printed",
     [
         ("Anna said \"no\" \\ caf\u00e9 \U0001f339", "Anna said \"no\" \\ caf\u00e9 \U0001f339"),
-        ("\x1b[2J\x07", r"\x1b[2J\x07"),
+        ("\x1b[2J\x07", r"\u001b[2J\u0007"),
         ("a\nb\rc\td", r"a\nb\rc\td"),
-        ("\x9b2J", r"\x9b2J"),
+        ("\x9b2J", r"\u009b2J"),
         ("a\u202eb\u2066c", r"a\u202eb\u2066c"),
         ("a\u2028b\u200bc\ufeff", r"a\u2028b\u200bc\ufeff"),
         ("\ud83d", r"\ud83d"),
+        ("a\U000e0001", r"a\udb40\udc01"),
     ],
 )
 def test_what_a_terminal_would_obey_or_not_show_is_escaped(text, printed):
     assert printable(text) == printed
+    line = json.dumps({"premise": text}, ensure_ascii=False)
+    assert json.loads(printable(line)) == {"premise": text}
 
 
 def test_a_plain_word_has_no_letters_that_nobody_sees():

@@ -1,0 +1,79 @@
+"""Datasets on the Hub: which of a repository's files are which split, and what its labels mean.
+
+A repository's card, README.md, may say both, and `datasets` knows how to read it. The rows
+themselves are read like those of any folder (dataset_files.py): the readers of `datasets`
+guess at types and quotes, and of GLUE's own tsv files they lose rows.
+"""
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from support import hub
+from support.dataset_files import READERS, find_files, split_name
+from support.labels import CARDS
+
+# The configuration that is meant, of a repository with several. Its folder is called like it.
+CONFIGURATIONS = {"nyu-mll/glue": "mnli"}
+
+
+@functools.cache
+def download(dataset: str, revision: str | None) -> Path:
+    """Returns the local copy of a repository. What is there is not downloaded again."""
+    patterns = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
+    if dataset in CONFIGURATIONS:
+        patterns = [f"{CONFIGURATIONS[dataset]}/*"]
+    return hub.download("dataset", dataset, (*patterns, *CARDS), revision)
+
+
+class Card(NamedTuple):
+    """What the card of a dataset says."""
+
+    splits: dict[str, list[Path]]  # the files of each; none where the card does not list them
+    names: dict[str, tuple[str, ...]]  # by column, what its numbers 0, 1 and so on mean
+
+
+@functools.cache
+def read_card(dataset: str, revision: str | None) -> Card:
+    """Returns what a dataset's card says. Raises ValueError where that is several datasets."""
+    import datasets
+    from huggingface_hub import metadata_load
+
+    folder = download(dataset, revision)
+    path = folder / "README.md"
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
+    try:
+        metadata = (metadata_load(path) if path.is_file() else None) or {}
+        if not metadata.keys() & {"configs", "dataset_info"}:
+            return Card({}, {})
+        builder = datasets.load_dataset_builder(str(folder), CONFIGURATIONS.get(dataset))
+    # A card that is no YAML, one with several configurations, a repository without rows.
+    except Exception as error:  # noqa: BLE001 (the library raises whatever its parsers raise)
+        reason = " ".join(str(error).split("Example of usage")[0].split())
+        raise ValueError(
+            f"the card of {dataset!r} does not say which of its files to read ({reason[:200]}); "
+            f"pass the folder of the one you mean, it is below {folder}"
+        ) from None
+    splits = {}
+    if "configs" in metadata:
+        files = builder.config.data_files
+        splits = {str(name): [Path(path) for path in paths] for name, paths in files.items()}
+    names = {
+        column: tuple(feature.names)
+        for column, feature in (builder.info.features or {}).items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return Card(splits, names)
+
+
+def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
+    """Returns the files of each split of a repository, by its card or else by their names."""
+    listed = read_card(dataset, revision).splits
+    if not listed:
+        return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
+    called = {name: split_name(name) or name for name in listed}  # dev is validation
+    # snli_dev and mnli_dev are both validation: validation_snli_dev and validation_mnli_dev.
+    for name, split in called.items():
+        if list(called.values()).count(split) > 1 and name != split:
+            called[name] = f"{split}_{name}"
+    return {called[name]: paths for name, paths in listed.items()}
