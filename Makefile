@@ -11,7 +11,7 @@ LOWEST = .venv/lowest
 
 # The tests that start no run and, but for those with "transformers" in their name, need no
 # reference.
-CHECKED = data examples files loading machine packing project rows tiny
+CHECKED = data examples files machine packing project rows tiny
 # With the lowest versions these run too: whole runs of each script.
 RUNS = best claims cli describe page resume train
 tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
