@@ -9,12 +9,12 @@ PYTHON ?= python3
 BIN = .venv/bin
 LOWEST = .venv/lowest
 
-# The tests that start no run and, but for those with "transformers" in their name, need no
-# reference.
-CHECKED = data examples files loading machine packing project rows tiny
+# Without the tests that compare with a reference library, as their names say.
+ALONE = -k "not transformers and not peft and not reference"
+# The files whose other tests start no run.
+CHECKED = $(patsubst %,tests/test_%.py,data examples files machine packing project rows tiny)
 # With the lowest versions these run too: whole runs of each script.
-RUNS = best claims cli describe page resume train
-tests_of = $(wildcard $(patsubst %,tests/test_%.py,$(1)))
+RUNS = $(patsubst %,tests/test_%.py,best claims cli describe page resume train)
 
 # Threads that wait for one another spin before they sleep: fast on an idle machine, and several
 # times slower than sleep on a busy one. This is a short spin, for machines of either kind.
@@ -29,7 +29,7 @@ demo: .venv/run
 
 check: .venv/dev
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest -n 2 --dist loadfile -k "not transformers" $(call tests_of,$(CHECKED))
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ALONE) $(CHECKED)
 
 test: .venv/dev
 	$(BIN)/ruff check .
@@ -40,8 +40,7 @@ torture: .venv/dev
 		tests/test_resume.py tests/test_hostile.py
 
 lowest: $(LOWEST)/run
-	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile -k "not transformers and not peft" \
-		$(call tests_of,$(CHECKED) $(RUNS))
+	$(LOWEST)/bin/python -m pytest -n 2 --dist loadfile $(ALONE) $(CHECKED) $(RUNS)
 
 bench: .venv/dev
 	$(BIN)/python -m scripts.bench
@@ -55,7 +54,7 @@ bench: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-# torch>=2.11,<2.14 becomes torch==2.11.
+# torch>=2.9,<2.14 becomes torch==2.9.
 $(LOWEST)/run: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(LOWEST)
 	sed 's/>=\([^,]*\),.*/==\1/' requirements.txt > $(LOWEST)/requirements.txt

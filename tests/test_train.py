@@ -118,7 +118,7 @@ def test_args_json_holds_every_argument_and_where_it_ran(run):
     assert (record["rank"], record["alpha"], record["targets"]) == (8, 16, ["q_proj", "v_proj"])
     assert (record["steps"], record["batch_size"], record["learning_rate"]) == (STEPS, 8, 0.003)
     assert record["residual_dropout"] == 0.0  # config.json says so
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])  # without +cu128
     assert record["processes"] == 1
 
 
