@@ -277,7 +277,7 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         # In GLUE's tsv a quote is a letter.
         (
             {"train.tsv": 'premise\thypothesis\tlabel\n"A.\tB.\t0\nC."\tD.\t2\n'},
-            "train: 2 rows, none of neutral; 2 taken",
+            "train: 2 rows; 2 taken, none of neutral",
         ),
         (
             {"data/train.csv": 'premise,hypothesis,label\n"a,b,0\n'},
