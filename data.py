@@ -18,6 +18,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+# The wording of the notebooks that this project replaces. Its two double spaces are theirs:
+# without them it would be other tokens.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
@@ -26,8 +28,8 @@ PROMPT = (
 )
 # What all prompts share, and what follows a premise.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
-EOS = "<|endoftext|>"
-# 1 or 1.5 or 1,000
+EOS = "<|endoftext|>"  # it ends each answer, so that the model learns to stop
+# The form of a number in what a model writes: 1 or 1.5 or 1,000.
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -48,8 +50,8 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from None
-    # What another program has stored in the file must not cut or fill our prompts, or add to
-    # them, as transformers' add_eos_token does.
+    # What another program has stored in the file must not cut, fill or lengthen our prompts,
+    # as transformers' add_eos_token does.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -70,16 +72,15 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
 
 @functools.cache
 def known_ids(tokenizer: Tokenizer) -> int:
-    """Returns the first number from which on no token has an id."""
+    """Returns one more than the largest id: from there on the head's ids have no token."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 @functools.cache
 def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """Returns the ids that all examples share.
+    """Returns the ids that all examples share: those of prefix, answers and end of text.
 
-    They are those of the prefix, those of the answers " 0", " 1", " 2" (phi-2: 657, 352,
-    362), and the id of the end of text.
+    The answers are " 0", " 1" and " 2", one id each (phi-2: 657, 352, 362).
     """
     prefix = tokenizer.encode(PREFIX).ids
     answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
@@ -94,10 +95,11 @@ def after_prefix(example: dict) -> str:
 def encode(
     example: dict, tokenizer: Tokenizer, max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids) of an example: premise, hypothesis, and a label of 0 to 2.
+    """Returns (prompt ids, answer ids) of an example with premise, hypothesis and label.
 
-    Where both together are longer than `max_length`, the premise loses its end. Where that
-    is not enough, there is no premise, and the hypothesis loses its own.
+    The prompt is the whole of PROMPT with the two texts, the answer the label (0 to 2) and
+    the end of text. Where both together have more than `max_length` ids, the premise loses
+    its end. Where that is not enough, there is no premise, and the hypothesis loses its own.
     """
     ids = tokenizer.encode(after_prefix(example)).ids
     return prompt_and_answer(example, ids, tokenizer, max_length)
@@ -106,7 +108,7 @@ def encode(
 def encode_batch(
     examples, tokenizer: Tokenizer, max_length: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns what `encode` does, of many examples. The tokenizer uses all cores for them."""
+    """Returns what `encode` does, of many examples: the tokenizer uses all cores for them."""
     encodings = tokenizer.encode_batch_fast([after_prefix(example) for example in examples])
     return [
         prompt_and_answer(example, encoding.ids, tokenizer, max_length)
@@ -117,8 +119,9 @@ def encode_batch(
 def prompt_and_answer(
     example: dict, ids: list[int], tokenizer: Tokenizer, max_length: int | None
 ) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids) of an example whose text behind the prefix has these ids."""
+    """Returns (prompt ids, answer ids), where `ids` are those of after_prefix(example)."""
     prefix, answers, eos = fixed_ids(tokenizer)
+    # Ids are joined, not texts: the tokenizer could cut the seam of two texts otherwise.
     answer = [answers[example["label"]], eos]
     if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
         ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
@@ -126,9 +129,9 @@ def prompt_and_answer(
 
 
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Returns `room` ids of a text that has more: the ends of premise and hypothesis are missing.
+    """Returns `room` ids for what stands behind the prefix, where the texts have too many.
 
-    The titles stay, which ask for the answer.
+    They lose their ends, the premise first. The titles stay: the last asks for the answer.
     """
     premise = tokenizer.encode(" " + example["premise"]).ids
     after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids
@@ -147,10 +150,11 @@ def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 
 
 def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
-    """Raises ValueError where --max-length leaves no room for a single token of the texts."""
+    """Raises ValueError where --max-length leaves no room for a token of the texts."""
     prefix, _, _ = fixed_ids(tokenizer)
     title, end = title_ids(tokenizer)
-    least = len(prefix) + len(title) + len(end) + 2 + 1  # 2: the answer and the end of text
+    answer = 2  # the label and the end of text
+    least = len(prefix) + len(title) + len(end) + answer + 1
     if max_length is not None and max_length < least:
         raise ValueError(
             f"--max-length {max_length} leaves no room for premise and hypothesis: the rest of "
@@ -164,7 +168,7 @@ def count_cut(
     """Returns how many of these examples have lost a part of their texts in `encoded`."""
     number = 0
     for example, (prompt, answer) in zip(examples, encoded):
-        # A row that was cut has just max_length tokens, so few rows are tokenised once more.
+        # A row that was cut has just max_length tokens: few rows are tokenised once more.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):
@@ -173,7 +177,7 @@ def count_cut(
 
 
 def parse(completion: str) -> int:
-    """Returns the integer part of the first number in a completion, or -1 where there is none.
+    """Returns the first number in a completion, without its fraction, or -1 for none.
 
     "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
     up to three digits before a comma, so "2019" is read as 201.
@@ -203,12 +207,12 @@ def is_settled(completion: str) -> bool:
 
 
 def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
-    """Yields endless lists of `size` examples, one for each optimiser step, from number `start`.
+    """Yields the examples of each optimiser step, a list of `size`, from number `start` on.
 
-    Within a list the shortest come first. Each epoch is a permutation that is drawn from
-    (seed, epoch) alone. So list n depends on nothing that came before, and a run can resume
-    at any n. An epoch takes each row once; its last list holds what is left. Each example
-    has its number in `row`.
+    It never ends. Within a list the shortest come first. Each epoch is a permutation that is
+    drawn from (seed, epoch) alone. So list n depends on nothing that came before, and a run
+    can resume at any n. An epoch takes each row once; its last list holds what is left. Each
+    example has its number in `row`.
     """
     lists_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -235,7 +239,7 @@ def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
     The groups with long prompts come first. So the rows of a batch are of similar length,
     and a batch that is too large for the memory shows at once, and not after an hour.
     """
-    groups = {}
+    groups = {}  # the numbers of the rows, by their premise
     for number, premise in enumerate(examples["premise"]):
         groups.setdefault(premise, []).append(number)
 
@@ -257,9 +261,9 @@ class Batch:
     ids: (N,) the shared prefix, then row after row.
     lengths: tokens of each row, without the prefix.
     prefix_length: tokens of the prefix; 0 where each row holds its own.
-    last: how many tokens at the end of each row have a target, and so ask for logits; None:
-        all have one.
-    targets: the id that follows each of those tokens, in their order.
+    last: how many tokens at the end of each row predict something. The head runs on these
+        alone, and they are two with the loss on the answer. None: all tokens do.
+    targets: the id that each of those tokens is to predict, row after row.
     """
 
     ids: Tensor
@@ -269,41 +273,39 @@ class Batch:
     targets: Tensor
 
 
-def pack(sequences: list[list[int]], prefix_length: int) -> tuple[Tensor, list[int]]:
-    """Returns the flat ids (N,) of sequences that begin with the same ids, and their lengths.
+def collate(
+    encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str
+) -> Batch:
+    """Returns the batch of several examples, each (prompt ids, answer ids), for a loss.
 
-    The first `prefix_length` ids are taken once, and are in no length.
-    """
-    rows = [sequence[prefix_length:] for sequence in sequences]
-    ids = sequences[0][:prefix_length] + list(itertools.chain.from_iterable(rows))
-    return torch.tensor(ids), [len(row) for row in rows]
-
-
-def collate(encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str) -> Batch:
-    """Packs (prompt ids, answer ids) of several examples for a loss.
-
-    The first `prefix_length` ids, which all prompts share, are taken once. Loss "answer"
-    has two targets a row, the label and the end of text. Loss "full" has every id after a
-    row's first; each row needs its own prefix for that.
+    Loss "answer" has two targets a row, the label and the end of text. Loss "full" has every
+    id after a row's first; each row needs its own prefix for that. Raises ValueError where
+    rows would share it.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss has targets in the prefix, so rows cannot share it")
+    whole = [prompt + answer for prompt, answer in encoded]
     # The end of text is a target, but nothing is predicted from it.
-    sequences = [(prompt + answer)[:-1] for prompt, answer in encoded]
-    ids, lengths = pack(sequences, prefix_length)
+    rows = [sequence[prefix_length:-1] for sequence in whole]
+    # All prompts begin with the same ids, which are taken once, from the first of them.
+    ids = whole[0][:prefix_length] + flat(rows)
     if loss == "answer":
-        targets = [token for _, answer in encoded for token in answer]
-        last = 2  # after the prompt's last token comes the label, after the label the end of text
+        targets = [answer for _, answer in encoded]
+        last = 2  # the prompt's last token predicts the label, and that the end of text
     else:
-        targets = [token for prompt, answer in encoded for token in (prompt + answer)[1:]]
+        targets = [sequence[1:] for sequence in whole]  # each token predicts the next one
         last = None
     return Batch(
-        ids=ids,
-        lengths=lengths,
+        ids=torch.tensor(ids),
+        lengths=[len(row) for row in rows],
         prefix_length=prefix_length,
         last=last,
-        targets=torch.tensor(targets),
+        targets=torch.tensor(flat(targets)),
     )
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
 
 
 if __name__ == "__main__":

@@ -40,26 +40,173 @@ from support import (
     claims,
     examples,
     files,
+    fingerprint,
     machine,
     metrics,
     origin,
     packing,
-    ranks,
+    peft_files,
+    processes,
     typed_pairs,
 )
-from support.fingerprint import fingerprint
 from support.labels import LABELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+# -----------------------------------------------------------------------------
+# Answers
+
+
+@torch.no_grad()
+def generate(
+    model: phi2.Phi2,
+    prompts: list[list[int]],
+    prefix: list[int],
+    max_new_tokens: int,
+    known_ids: int,
+    is_finished: Callable[[list[int]], bool],
+) -> tuple[list[list[int]], Tensor]:
+    """Returns a greedy completion of each of B prompts, and hidden states (B, C).
+
+    A prompt's completion is finished as soon as is_finished(its ids), or at max_new_tokens.
+    The hidden states are those of the prompts' last tokens, from which the head chooses the
+    first new one. All prompts begin with `prefix`. The head has more ids than the tokenizer
+    knows: those from `known_ids` on are never chosen.
+    """
+    device = model.lm_head.weight.device
+    # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
+    #    The head runs on each prompt's last token alone.
+    ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
+    hidden = model.model(ids, layout, last=1)
+
+    decoder = packing.Decoder(model, layout)
+    completions = [[] for _ in prompts]
+    prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
+    unfinished = set(prompt_of)
+    logits = model.lm_head(hidden)
+    while True:
+        # 2. Choose the likeliest next token of each row. Some may be of finished rows.
+        chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
+        for number, token in zip(prompt_of, chosen):
+            if number in unfinished:
+                completions[number].append(token)
+                if len(completions[number]) == max_new_tokens or is_finished(completions[number]):
+                    unfinished.remove(number)
+        if not unfinished:
+            return completions, hidden
+
+        # 3. Run the new token of each through the model, without the rows that are finished.
+        prompt_of = drop_finished(decoder, prompt_of, unfinished)
+        logits = decoder.run([completions[number][-1] for number in prompt_of])
+
+
+def drop_finished(
+    decoder: packing.Decoder, prompt_of: list[int], unfinished: set[int]
+) -> list[int]:
+    """Takes finished rows out of the batch. Returns the prompts of those that stay.
+
+    On a GPU the decoder records the step of a batch and repeats it at one launch; a batch of
+    other rows has to be recorded anew. So there finished rows stay until they are half of the
+    batch. Meanwhile their last token is run again, and what follows it is ignored.
+    """
+    finished = len(prompt_of) - len(unfinished)
+    if finished == 0 or (decoder.records and finished < len(unfinished)):
+        return prompt_of
+    kept = [row for row, number in enumerate(prompt_of) if number in unfinished]
+    decoder.keep(kept)
+    return [prompt_of[row] for row in kept]
+
+
+def complete(
+    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
+) -> list[dict]:
+    """Returns completion, prediction and scores of each prompt.
+
+    A completion ends at the end of text, or as soon as its first number is settled: what
+    follows would not change the prediction. The scores are those of `score`.
+    """
+    prefix, answers, eos = data.fixed_ids(tokenizer)
+
+    def is_finished(ids: list[int]) -> bool:
+        # The text is decoded again for each token: a token may end in the middle of a character.
+        return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
+
+    completions, hidden = generate(
+        model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
+    )
+    # The end of text is no part of the text.
+    ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
+    texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
+    return [
+        {"completion": text, "prediction": data.parse(text), "scores": scores}
+        for text, scores in zip(texts, answer_shares(model, hidden, answers))
+    ]
+
+
+@torch.no_grad()
+def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
+    """Returns the likeliest answer to each prompt, and how likely each of the three is."""
+    prefix, answers, _ = data.fixed_ids(tokenizer)
+    ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
+    # One forward pass. Only each prompt's last token is needed: what follows it is the answer.
+    hidden = model.model(ids, layout, last=1)
+    return [
+        {"prediction": scores.index(max(scores)), "scores": scores}
+        for scores in answer_shares(model, hidden, answers)
+    ]
+
+
+def pack_prompts(
+    prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
+) -> tuple[Tensor, packing.PackedRows]:
+    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their layout.
+
+    What prompts begin with alike, a premise for example, goes through the model once.
+    `room` is how many tokens may be added to each.
+    """
+    rows = [prompt[len(prefix) :] for prompt in prompts]
+    # Equal beginnings are folded into one: token_of says which tokens a row then consists of.
+    own_ids, token_of = packing.fold(rows)
+    lengths = [len(row) for row in rows]
+    ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
+    return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
+
+
+def answer_shares(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
+    """Returns how likely each of the three answers is, from prompts' hidden states (B, C).
+
+    For each prompt these are three numbers whose sum is 1: a softmax over the logits of the
+    answers alone.
+    """
+    head = model.lm_head
+    weight = head.weight
+    if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
+        weight = head.dequantize()
+    # Three rows of the head, in fp32. In bf16 a logit has three digits: the best two would
+    # often be equal, and the smaller label would win by its place.
+    logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
+    shares = logits.softmax(dim=-1).tolist()
+    if not all(math.isfinite(share) for row in shares for share in row):
+        raise ValueError(
+            "the model's logits are not finite: its numbers or the adapter's are too large, "
+            "as after a training with too high a --learning-rate"
+        )
+    # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
+    return [[float(f"{share:.9g}") for share in row] for row in shares]
+
+
+# -----------------------------------------------------------------------------
+# The accuracy on a split
+
+
 @dataclass
 class Protocol:
-    """How answers are obtained. `mode` is "generate" or "score"."""
+    """How answers are obtained."""
 
-    mode: str = "generate"
-    max_new_tokens: int = 32
-    batch_size: int = 64
+    mode: str = "generate"  # or "score"
+    max_new_tokens: int = 32  # that the model may write to each prompt
+    batch_size: int = 64  # prompts at a time: without a backward pass many fit
     max_length: int | None = None  # of prompt and answer, in tokens
 
     def record(self) -> dict:
@@ -75,6 +222,69 @@ class Protocol:
         }
 
 
+def evaluate(
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs, protocol: Protocol, title: str = "evaluating"
+) -> tuple[dict, list[dict]]:
+    """Returns the statistics of a split's pairs, and the prediction for each, in their order.
+
+    Dropout is off meanwhile. Of several processes each answers its share, and all return all
+    answers. An answer depends on its prompt alone; a batch of another size only rounds
+    differently. In fp32 that changes the last digits of the scores. In bf16 it may turn two
+    answers that are nearly even.
+    """
+    was_training = model.training
+    model.eval()
+    encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
+    # The answers, which the labels make, are not shown to the model.
+    prompts = [prompt for prompt, _ in encoded]
+    groups = data.by_premise(pairs, prompts)
+    # Each process takes every COUNT-th group, so a premise is in one process only.
+    mine = list(itertools.chain.from_iterable(groups[processes.NUMBER :: processes.COUNT]))
+
+    answers = []  # (number of the row, answer), in the order of the batches
+    # To tqdm None means: no bar where the output is not a terminal.
+    disable = None if processes.IS_FIRST else True
+    with tqdm(total=len(mine), desc=title, unit="row", leave=False, disable=disable) as bar:
+        for start in range(0, len(mine), protocol.batch_size):
+            numbers = mine[start : start + protocol.batch_size]
+            batch = [prompts[number] for number in numbers]
+            answers += zip(numbers, answer(model, tokenizer, batch, protocol))
+            bar.update(len(numbers))
+    model.train(was_training)
+
+    # Of all processes, back in the order of the rows.
+    answer_of = dict(itertools.chain.from_iterable(processes.gather(answers)))
+    predictions = [
+        describe(pair, number, len(prompts[number])) | answer_of[number]
+        for number, pair in enumerate(pairs)
+    ]
+    cut = data.count_cut(pairs, encoded, tokenizer, protocol.max_length)
+    return metrics.statistics(predictions) | {"cut": cut}, predictions
+
+
+def answer(
+    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
+) -> list[dict]:
+    """Returns the answers to prompts, by the protocol's mode."""
+    if protocol.mode == "score":
+        return score(model, tokenizer, prompts)
+    return complete(model, tokenizer, prompts, protocol.max_new_tokens)
+
+
+def describe(pair: dict, number: int, tokens: int) -> dict:
+    """Returns what predictions_SPLIT.jsonl says about a pair, besides the answer.
+
+    `prompt` is the whole text, `tokens` what the model has read of it.
+    """
+    # Where the dataset has an idx of its own, it takes the place of our number.
+    known = {key: pair[key] for key in ("idx", "genre", "label") if pair.get(key) is not None}
+    return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+
 def load_model(
     directory: Path,
     quantization: str,
@@ -85,16 +295,17 @@ def load_model(
 ) -> phi2.Phi2:
     """Loads the base: three of the four lines that are this project.
 
-    The fourth, lora.inject(model, config), comes after it. The order matters: an empty layer
-    is replaced by an empty quantised one, weights quantise when they arrive, and adapters
-    are put around layers that have their weights.
+    The fourth, lora.inject(model, config), comes after it: adapters are put around layers
+    that have their weights.
     `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
     are stored beside the indices too; None: where a GPU has free memory for four times
     their size.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
+        # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
+    # Tensor by tensor: NF4Linear quantises what arrives.
     phi2.load_weights(model, directory, device, DTYPES[dtype])
     if keep is None:
         keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
@@ -118,194 +329,11 @@ def fingerprint_of(
     args: argparse.Namespace, directory: Path, tokenizer: Tokenizer
 ) -> dict[str, str]:
     """Returns what an adapter is trained over with these arguments."""
+    # Double quantisation rounds the scales, so the weights are others.
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
         quantization = "nf4, double"
-    return fingerprint(phi2.weight_files(directory), tokenizer, data.PROMPT, quantization)
-
-
-# -----------------------------------------------------------------------------
-# Answers
-
-
-def pack_prompts(
-    prompts: list[list[int]], prefix: list[int], device: torch.device, room: int = 0
-) -> tuple[Tensor, packing.PackedRows]:
-    """Returns the flat ids (N,) of prompts that begin with `prefix`, and their layout.
-
-    What prompts begin with alike, a premise for example, goes through the model once.
-    `room` is how many tokens may be added to each.
-    """
-    rows = [prompt[len(prefix) :] for prompt in prompts]
-    own_ids, token_of = packing.fold(rows)
-    lengths = [len(row) for row in rows]
-    ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
-    return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
-
-
-@torch.no_grad()
-def generate(
-    model: phi2.Phi2,
-    prompts: list[list[int]],
-    prefix: list[int],
-    max_new_tokens: int,
-    known_ids: int,
-    is_finished: Callable[[list[int]], bool],
-) -> tuple[list[list[int]], Tensor]:
-    """Returns greedy completions of prompts that begin with `prefix`, and hidden states (B, C).
-
-    A row is finished as soon as is_finished(its new ids), or at max_new_tokens. The head
-    has more ids than the tokenizer knows: those from `known_ids` on are never chosen. The
-    hidden states are those after the prompts, from which the head chooses the first token.
-    """
-    device = model.lm_head.weight.device
-    # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
-    #    The head runs on each prompt's last token alone.
-    ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
-    hidden = model.model(ids, layout, last=1)
-
-    decoder = packing.Decoder(model, layout)
-    completions = [[] for _ in prompts]
-    prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
-    unfinished = set(prompt_of)
-    logits = model.lm_head(hidden)
-    while True:
-        # 2. Choose the likeliest next token of each row.
-        chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
-        for number, token in zip(prompt_of, chosen):
-            if number in unfinished:
-                completions[number].append(token)
-                if len(completions[number]) == max_new_tokens or is_finished(completions[number]):
-                    unfinished.remove(number)
-        if not unfinished:
-            return completions, hidden
-
-        # 3. Drop the rows that are finished. Where steps are recorded, a batch of other rows
-        #    means another recording. There they stay until they are half of the batch; their
-        #    last token is run again, and what follows it is ignored.
-        most = len(prompt_of) // 2 if decoder.records else len(prompt_of) - 1
-        if len(unfinished) <= most:
-            kept = [row for row, number in enumerate(prompt_of) if number in unfinished]
-            decoder.keep(kept)
-            prompt_of = [prompt_of[row] for row in kept]
-
-        # 4. Run the new token of each through the model.
-        logits = decoder.run([completions[number][-1] for number in prompt_of])
-
-
-def complete(
-    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
-) -> list[dict]:
-    """Returns completion, prediction and scores of each prompt.
-
-    A completion ends at the end of text, or as soon as its first number is settled: what
-    follows would not change the prediction. The scores are those of `score`.
-    """
-    prefix, answers, eos = data.fixed_ids(tokenizer)
-
-    def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again for each token: a token may end in the middle of a character.
-        return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
-
-    completions, hidden = generate(
-        model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
-    )
-    ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
-    texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
-    return [
-        {"completion": text, "prediction": data.parse(text), "scores": scores}
-        for text, scores in zip(texts, answer_shares(model, hidden, answers))
-    ]
-
-
-@torch.no_grad()
-def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
-    """Returns the likeliest of the three answers to each prompt, and the share of each of them."""
-    prefix, answers, _ = data.fixed_ids(tokenizer)
-    ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    hidden = model.model(ids, layout, last=1)
-    return [
-        {"prediction": scores.index(max(scores)), "scores": scores}
-        for scores in answer_shares(model, hidden, answers)
-    ]
-
-
-def answer(
-    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
-) -> list[dict]:
-    """Returns the answers to prompts, by the protocol's mode."""
-    if protocol.mode == "score":
-        return score(model, tokenizer, prompts)
-    return complete(model, tokenizer, prompts, protocol.max_new_tokens)
-
-
-def answer_shares(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
-    """Returns the probabilities of the three answers among themselves, from hidden states (B, C).
-
-    The answers' three rows of the head are multiplied in fp32. In bf16 a logit has three digits,
-    so the best two would often be equal, and the smaller label would win by its place.
-    """
-    head = model.lm_head
-    weight = head.weight
-    if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
-        weight = head.dequantize()
-    logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
-    shares = logits.softmax(dim=-1).tolist()
-    if not all(math.isfinite(share) for row in shares for share in row):
-        raise ValueError(
-            "the model's logits are not finite: its numbers or the adapter's are too large, "
-            "as after a training with too high a --learning-rate"
-        )
-    # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
-    return [[float(f"{share:.9g}") for share in row] for row in shares]
-
-
-def evaluate(
-    model: phi2.Phi2, tokenizer: Tokenizer, pairs, protocol: Protocol, title: str = "evaluating"
-) -> tuple[dict, list[dict]]:
-    """Returns the statistics of a split's pairs, and a prediction for each of them, in their order.
-
-    Dropout is off meanwhile. Of several ranks each answers its share, and all return all
-    answers. An answer depends on its prompt alone; a batch of another size only rounds
-    differently. In fp32 that changes the last digits of the scores. In bf16 it may turn two
-    answers that are nearly even.
-    """
-    was_training = model.training
-    model.eval()
-    encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
-    prompts = [prompt for prompt, _ in encoded]
-    groups = data.by_premise(pairs, prompts)
-    mine = list(itertools.chain.from_iterable(groups[ranks.RANK :: ranks.WORLD]))
-
-    answers = []  # (number of the row, answer), in the order of the batches
-    with tqdm(
-        total=len(mine), desc=title, unit="row", leave=False, disable=None if ranks.FIRST else True
-    ) as bar:
-        for start in range(0, len(mine), protocol.batch_size):
-            numbers = mine[start : start + protocol.batch_size]
-            batch = [prompts[number] for number in numbers]
-            answers += zip(numbers, answer(model, tokenizer, batch, protocol))
-            bar.update(len(numbers))
-    model.train(was_training)
-
-    # Of all ranks, back in the order of the rows.
-    answer_of = dict(itertools.chain.from_iterable(ranks.gather(answers)))
-    predictions = [
-        describe(pair, number, len(prompts[number])) | answer_of[number]
-        for number, pair in enumerate(pairs)
-    ]
-    cut = data.count_cut(pairs, encoded, tokenizer, protocol.max_length)
-    return metrics.statistics(predictions) | {"cut": cut}, predictions
-
-
-def describe(pair: dict, number: int, tokens: int) -> dict:
-    """Returns what predictions_SPLIT.jsonl says about a pair, besides the answer.
-
-    `prompt` is the whole text, `tokens` what the model has read of it.
-    """
-    # Where the dataset has an idx of its own, it takes the place of our number.
-    known = {key: pair[key] for key in ("idx", "genre", "label") if pair.get(key) is not None}
-    return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
+    return fingerprint.compute(phi2.weight_files(directory), tokenizer, data.PROMPT, quantization)
 
 
 # -----------------------------------------------------------------------------
@@ -314,7 +342,7 @@ def describe(pair: dict, number: int, tokens: int) -> dict:
 
 def main() -> None:
     args = cli.eval_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     if args.premise is not None:
         return answer_pair(args, device)
     if args.dataset == "-":
@@ -322,7 +350,7 @@ def main() -> None:
     if args.out is None:
         return evaluate_splits(args, device)
     # No other process writes there until this one ends.
-    with claims.claimed(args.out, cli.check_eval_folder):
+    with claims.claimed(args.out, cli.check_out):
         return evaluate_splits(args, device)
 
 
@@ -338,8 +366,10 @@ def load(
     )
     model.uses_graphs = args.graphs
     if args.adapter:
-        here = None if args.force else fingerprint_of(args, directory, tokenizer)
-        config = lora.load_adapter(model, args.adapter, here)
+        if not args.force:
+            fingerprint.check(args.adapter, fingerprint_of(args, directory, tokenizer))
+        config = peft_files.read_config(args.adapter, lora.LoRAConfig)
+        lora.load_adapter(model, args.adapter, config)
         adapted = len(lora.lora_parameters(model)) // 2  # an A and a B for each
         base = f"{args.model} in {args.dtype if args.quant == 'none' else args.quant}"
         layers = f"rank {config.rank}, {adapted} layers adapted"
@@ -363,7 +393,7 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
-    """Reads pairs from standard input, a JSON object a line, and prints them with their answers."""
+    """Prints the pairs on standard input, a JSON object a line, with their answers."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
     # Standard output is for answers alone.
@@ -396,18 +426,13 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
 
 def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     """Evaluates each split, prints the statistics, and writes them into --out."""
-    # What the arguments name is read first, so that a mistake shows before the model is loaded.
+    # What the arguments name is read first: a mistake shows before the model is loaded.
     reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
         name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
     }
-    others = {}
-    if args.compare:
-        for name in names:
-            others[name] = metrics.read_predictions(args.compare / f"predictions_{name}.jsonl")
-            here = [describe(pair, number, tokens=0) for number, pair in enumerate(splits[name])]
-            metrics.check_same_rows(others[name], here)
+    others = read_others(args.compare, splits)
 
     model, tokenizer = load(args, device)
     protocol = protocol_of(args)
@@ -426,21 +451,40 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = compared
         # Split by split: what is done is not lost when a later one fails.
-        if args.out and ranks.FIRST:
+        if args.out and processes.IS_FIRST:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
-    # Of several ranks the first alone prints: ranks.start has silenced the others.
+    print_results(args, splits, results, results[stage])
+    if args.out and processes.IS_FIRST:
+        files.write_json(args.out / "results.json", results)
+
+
+def read_others(folder: Path | None, splits: dict) -> dict[str, list[dict]]:
+    """Returns by split what --compare names. Raises ValueError where it is of other rows."""
+    others = {}
+    if folder is None:
+        return others
+    for name, pairs in splits.items():
+        others[name] = metrics.read_predictions(folder / f"predictions_{name}.jsonl")
+        here = [describe(pair, number, tokens=0) for number, pair in enumerate(pairs)]
+        metrics.check_same_rows(others[name], here)
+    return others
+
+
+def print_results(
+    args: argparse.Namespace, splits: dict, results: dict, statistics_of: dict[str, dict]
+) -> None:
+    """Prints which rows were read, a table of all splits, and the details of each."""
+    # Of several processes the first alone prints: processes.start has silenced the others.
     taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
     print(f"{args.dataset}: {taken}")
     print(metrics.table(results))
-    for name, statistics in results[stage].items():
+    for name, statistics in statistics_of.items():
         print(f"\n{name}\n{metrics.details(statistics)}")
         if statistics["cut"]:
             print(f"{statistics['cut']:,} prompts were cut to --max-length {args.max_length}")
-    if args.out and ranks.FIRST:
-        files.write_json(args.out / "results.json", results)
 
 
 if __name__ == "__main__":
     cli.run(main)
-    ranks.stop()
+    processes.stop()

@@ -9,15 +9,18 @@
 
 It leaves in --out: the adapter in PEFT's format with its model card, args.json,
 metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
-and with --keep-best the adapter of the best evaluation, in best/. Of several ranks
-(support/ranks.py) each takes its part of every step, and the first alone writes.
+and with --keep-best the adapter of the best evaluation, in best/. Of several processes
+(support/processes.py) each takes its part of every step, and the first alone writes.
+
+`training_step` is what one step does, and `run` the whole story. What `run` calls follows it,
+in the order of its calls.
 """
 
 import argparse
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `python -P` leaves it out
@@ -43,50 +46,48 @@ from support import (
     commands,
     examples,
     files,
+    fingerprint,
     metrics,
     packing,
-    ranks,
+    processes,
     resume,
 )
-from support.fingerprint import digest_rows
 from support.runlog import RunLog
 from support.stopping import StopRequest
 
 LOG_EVERY = 50  # steps between lines
-NO_STEP = ([], [], 0)  # what follows the last step: no rows
 
 
-def learning_rate(step: int, steps: int, warmup: int | None) -> float:
-    """Returns the factor on the learning rate at a step, counted from 0.
+# -----------------------------------------------------------------------------
+# One step
 
-    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along
-    half a cosine. The first step is not at 0, which would waste it.
+
+def training_step(
+    model: phi2.Phi2,
+    optimizer: torch.optim.Optimizer,
+    batches: list[data.Batch],
+    targets: float,
+    max_grad_norm: float,
+) -> tuple[Tensor, Tensor]:
+    """Takes one step of the optimiser, with the batches that this process has of it.
+
+    Returns this process's part of the loss, and the norm of the gradient before it is
+    clipped: () each, on the model's device, where a GPU may still be computing them.
+    `targets` is how many tokens the step predicts, on all processes. Each loss is divided by
+    it, so the sum is the mean over all of them, however rows fall into batches. (A mean of
+    the batches' means would give a target in a short batch more weight.)
     """
-    if warmup is None:
-        warmup = round(0.03 * steps)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
-    """Sets the dropout on what each of the base's blocks adds to the residual stream."""
-    for block in model.model.layers:
-        block.resid_dropout.p = share
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
-    """Returns how many optimiser steps --steps or --epochs ask for."""
-    if args.epochs is None:
-        return args.steps
-    steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
-    return math.ceil(args.epochs * steps_per_epoch)
+    parameters = optimizer.param_groups[0]["params"]  # those of the adapters: the base is frozen
+    loss = torch.zeros((), device=model.lm_head.weight.device)
+    for batch in batches:
+        part = batch_loss(model, batch) / targets
+        part.backward()  # is added to the gradients of the batches before
+        loss += part.detach()
+    processes.add_gradients(parameters)  # over all processes
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, grad_norm
 
 
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
@@ -107,319 +108,99 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
-def count_targets(encoded: list[tuple[list[int], list[int]]], loss: str) -> int:
-    """Returns how many ids of these (prompt ids, answer ids) are predicted."""
-    answers = sum(len(answer) for _, answer in encoded)
-    if loss == "answer":
-        return answers
-    return answers + sum(len(prompt) - 1 for prompt, _ in encoded)
+def learning_rate(step: int, steps: int, warmup: int | None) -> float:
+    """Returns the factor on the learning rate at a step, counted from 0.
 
-
-def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
-    """Returns how many ids the rows of a batch share. The full loss has targets among them."""
-    if args.loss == "full" or not args.share_prefix:
-        return 0
-    prefix_ids, _, _ = data.fixed_ids(tokenizer)
-    return len(prefix_ids)
-
-
-def collated(
-    encoded: list, prefix_length: int, args: argparse.Namespace
-) -> Iterator[data.Batch]:
-    """Yields batches of `batch_size` encoded rows."""
-    for start in range(0, len(encoded), args.batch_size):
-        rows = encoded[start : start + args.batch_size]
-        yield data.collate(rows, prefix_length, args.loss)
-
-
-def accumulate_gradients(
-    model: phi2.Phi2, encoded: list, targets: float, prefix_length: int, args: argparse.Namespace
-) -> tuple[Tensor, int]:
-    """Runs this rank's rows of a step forward and backward, `batch_size` of them at a time.
-
-    Returns this rank's part of the loss, and how many ids the model has read. `targets` is
-    the number of targets of the step, on all ranks. Loss and gradients of all ranks are
-    then added up. Each is divided by `targets` already, so the sum is the mean over all
-    targets, however the rows fall into batches. (A mean of the batches' means would give a
-    target in a short batch more weight.) A rank may have no row in the last step of an
-    epoch; its part is 0.
+    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along
+    half a cosine. The first step is not at 0, which would waste it.
     """
-    device = model.lm_head.weight.device
-    loss = torch.zeros((), device=device)  # it stays on the device: reading it would wait for it
-    tokens = 0
-    for batch in collated(encoded, prefix_length, args):
-        batch_part = batch_loss(model, batch) / targets
-        batch_part.backward()
-        loss += batch_part.detach()
-        tokens += len(batch.ids)
-    return loss, tokens
-
-
-def encoded_steps(
-    train_rows, tokenizer: Tokenizer, rows_per_step: int, first: int, args: argparse.Namespace
-) -> Iterator[tuple[list, list, int]]:
-    """Yields for each step, from number `first`: its rows; this rank's part of them as
-    (prompt ids, answer ids); how many of these --max-length has cut.
-
-    The order of rows is a function of seed and step: a resumed run sees the rows it would have.
-    """
-    for rows in data.batches(train_rows, rows_per_step, args.seed, first):
-        # Each rank takes every WORLD-th row of the step.
-        mine = rows[ranks.RANK :: ranks.WORLD]
-        encoded = [data.encode(row, tokenizer, args.max_length) for row in mine]
-        yield rows, encoded, data.count_cut(mine, encoded, tokenizer, args.max_length)
+    if warmup is None:
+        warmup = round(0.03 * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # -----------------------------------------------------------------------------
-# Evaluation on the way
-
-
-def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
-    """Returns whether --eval-every asks for an evaluation after a step.
-
-    Before the first step and after the last one there is one in any case.
-    """
-    return bool(args.eval_every) and 0 < step < steps and step % args.eval_every == 0
-
-
-def evaluate(
-    model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, args: argparse.Namespace, stage: str
-) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """Returns the statistics and the predictions of all validation splits, by their names."""
-    protocol = protocol_of(args)
-    results = {}
-    predictions = {}
-    for split, pairs in splits.items():
-        title = f"{stage}, {split}"
-        results[split], predictions[split] = evaluation.evaluate(
-            model, tokenizer, pairs, protocol, title
-        )
-        results[split]["loss"] = validation_loss(model, tokenizer, pairs, args)
-    return results, predictions
-
-
-def protocol_of(args: argparse.Namespace) -> evaluation.Protocol:
-    # Its batch size is not that of training: without a backward pass a row needs little memory.
-    return evaluation.Protocol(max_new_tokens=args.max_new_tokens, max_length=args.max_length)
-
-
-@torch.no_grad()
-def validation_loss(
-    model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
-) -> float:
-    """Returns the mean loss over all targets of a split: the same function as in training."""
-    was_training = model.training
-    model.eval()
-    prefix_length = shared_prefix_length(tokenizer, args)
-    encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # Sorted by length, so that attention pads least.
-    encoded.sort(key=lambda pair: len(pair[0]))
-    mine = encoded[ranks.RANK :: ranks.WORLD]
-    device = model.lm_head.weight.device
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in collated(mine, prefix_length, args):
-        loss += batch_loss(model, batch)
-    model.train(was_training)
-    (total,) = ranks.total(device, loss)
-    return total / count_targets(encoded, args.loss)
-
-
-# -----------------------------------------------------------------------------
-# The script
+# The story
 
 
 def main() -> None:
     args = cli.train_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     folder = args.out or Path("out") / cli.new_name(args)
-    check = None if args.resume else cli.check_train_folder
+    check = None if args.resume else cli.check_out
     # No other process writes there until this one ends.
     with claims.claimed(folder, check, is_new=args.out is None) as args.out:
         run(args, device)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Trains, from the data to the results, in the folder `args.out`."""
-    adapter_config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
-
-    # ---- Data -------------------------------------------------------------------------------
-    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
-    args.model_revision = checkpoints.hub_commit(args.model, directory)
-    base_config = phi2.read_config(directory)
-    lora.match_targets(phi2.build(directory), adapter_config.targets)  # a wrong one ends here
-    tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
-    data.check_max_length(tokenizer, args.max_length)
-    reading = examples.Reading.of(args)
-    train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
-    validation = {
-        split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
-        for split in examples.validation_splits(args.dataset, reading)
-    }
-    args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
-    digests = {
-        split: examples.digest_split(args.dataset, split, reading)
-        for split in ("train", *validation)
-    }
-    rows_per_step = args.batch_size * args.accumulate * ranks.WORLD
-    steps = count_steps(args, len(train_rows), rows_per_step)
-    if (args.warmup_steps or 0) > steps:
-        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
-    prefix_length = shared_prefix_length(tokenizer, args)
-    if args.residual_dropout is None:
-        args.residual_dropout = base_config.resid_pdrop
-
-    # ---- A resume is checked first: one that is refused changes nothing ---------------------
-    made_for = evaluation.fingerprint_of(args, directory, tokenizer)
-    state = resume.State(
-        arguments=cli.as_json(args) | {"digests": digests},
-        steps=steps,
-        train_rows=len(train_rows),
-        rows_per_step=rows_per_step,
-        rows_digest=digest_rows(train_rows),
-        validation_digest=digest_rows(*validation.values()),
-        fingerprint=made_for,
-    )
-    saved = resume.load_if_begun(args.resume)
-    if saved:
-        saved.state.check(args.resume, state)
-        state.progress = saved.state.progress
-        state.baseline = saved.state.baseline
+    """Trains, from the rows to the results, in the folder `args.out`."""
+    # ---- What is read: the tokenizer, the rows, and what a resume starts from ----------------
+    inputs = read_inputs(args)
+    state = new_state(args, inputs)
+    steps = state.steps
+    saved = resume.take_up(args.resume, state)  # None in a new run
     progress = state.progress
     if args.keep_best:
         best.read(args.out)  # a damaged one ends here
     log = RunLog(args, state, device)
 
-    # ---- The frozen base: phi-2 in 4 bits ---------------------------------------------------
-    model = evaluation.load_model(
-        directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
-    )
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
-    model.uses_graphs = args.graphs
-    set_residual_dropout(model, args.residual_dropout)
+    # ---- The frozen base: phi-2 in 4 bits ----------------------------------------------------
+    model = load_base(args, inputs, device)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
-        f"{len(train_rows):,} rows, {steps:,} steps of {rows_per_step}, into {args.out}"
+        f"{len(inputs.train):,} rows, {steps:,} steps of {state.rows_per_step}, "
+        f"into {args.out}"
     )
     # What the base can do alone. A resumed run has measured it already.
-    if not saved:
+    if saved is None:
         log.open()
-        with log.resumable():
-            state.baseline, predictions = evaluate(
-                model, tokenizer, validation, args, "baseline"
-            )
+        state.baseline, predictions = evaluate(args, model, inputs, log, "baseline")
         log.write_predictions("baseline", predictions)
-        log.write_evaluation(0, state.baseline)
-    for split, result in state.baseline.items():
-        if result["cut"]:
-            number = f"{result['cut']:,}"
-            log.say(f"{number} prompts of {split} are cut to --max-length {args.max_length}")
-    log.say(f"baseline: {metrics.accuracies(state.baseline)}")
+    log.say_baseline()
 
-    # ---- The adapters: all that is trained --------------------------------------------------
-    torch.manual_seed(args.seed)  # A is drawn first, as in PEFT
-    adapted = lora.inject(model, adapter_config)
-    # All ranks have drawn the same A. From here on each draws a dropout of its own.
-    if not ranks.FIRST:
-        torch.manual_seed(args.seed + ranks.RANK)
-    adapter = lora.lora_parameters(model)
-    parameters = list(adapter.values())
-    trained = sum(parameter.numel() for parameter in parameters)
-    log.say(f"{len(adapted)} layers adapted, {trained:,} parameters to train")
-    # Two fp32 moments for each trained number: 21 MB for phi-2 at rank 8.
-    optimizer = torch.optim.AdamW(
-        parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
-
-    def save() -> None:
-        random = ranks.gather(resume.random_state(device))
-        if ranks.FIRST:
-            log.forget_results()
-            # All files of a save are written first, and then put in their places.
-            with files.replacing_files(args.out) as folder:
-                lora.save_adapter(model, adapter_config, folder, args.model, made_for)
-                resume.write(folder / resume.NAME, adapter, optimizer, random, state)
-
-    def keep_best(results: dict[str, dict]) -> None:
-        if not (ranks.FIRST and args.keep_best):
-            return
-        figures = best.figures(progress.step, results)
-        if best.is_better(figures, best.read(args.out)):
-            with best.replacing(args.out) as folder:
-                record = made_for | best.metadata(figures)
-                lora.save_adapter(model, adapter_config, folder, args.model, record)
-
-    def evaluate_on_the_way() -> None:
-        title = f"step {progress.step:6,}"
-        # Its predictions are not kept: of many evaluations nobody reads them.
-        results, _ = evaluate(model, tokenizer, validation, args, title)
-        keep_best(results)
-        log.write_evaluation(progress.step, results)
-        log.say(f"{title}  {metrics.accuracies(results)}")
-        log.start_clock()
-
-    if saved:
-        saved.restore(adapter, optimizer, ranks.RANK, device)
+    # ---- The adapters: all that is trained ---------------------------------------------------
+    adapter, optimizer = add_adapters(args, model, inputs, log)
+    if saved is None:
+        save(args, model, inputs, optimizer, log)  # whatever stops the run, it can be resumed
+    else:
+        saved.restore(adapter, optimizer, processes.NUMBER, device)
         log.open()  # only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
-    else:
-        save()  # step 0, so that whatever stops the run, it can be resumed
 
-    # ---- Training ---------------------------------------------------------------------------
+    # ---- Training ----------------------------------------------------------------------------
     model.train()
-    first = progress.step
-    all_steps = encoded_steps(train_rows, tokenizer, rows_per_step, first, args)
-    left = itertools.islice(all_steps, steps - first)
-    following = next(left, NO_STEP)
-    _, encoded, _ = following
-    (targets,) = ranks.total(device, count_targets(encoded, args.loss))
-    # The run was killed between a save and the evaluation of its step.
-    if any(ranks.gather(is_evaluated(first, steps, args) and log.lacks_evaluation(first))):
-        evaluate_on_the_way()
+    feed = Feed(args, inputs, state, device)
     stop = StopRequest()
     log.start_clock()
-    bar = log.bar(range(first, steps), total=steps)
+    bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
-        # Forward and backward on each rank's rows, then one sum over all ranks.
-        rows, encoded, cut = following
-        loss, tokens = accumulate_gradients(model, encoded, targets, prefix_length, args)
-        ranks.add_gradients(parameters)
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+        # Evaluate what the steps so far have taught, where it is time for it.
+        if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
+            results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
+            log.say(f"step {step:6,}  {metrics.accuracies(results)}")
+            log.start_clock()
 
-        # A GPU still works on all this. Meanwhile the rows of the next step are encoded. Then
-        # the sums over all ranks are read, which is the step's one wait for the GPU: of this
-        # step's numbers, and of the targets of the next one.
-        following = next(left, NO_STEP)
-        _, next_encoded, _ = following
-        share = grad_norm / ranks.WORLD  # each rank has the norm of the whole sum
-        loss, grad_norm, tokens, cut, stops, targets = ranks.total(
-            device, loss, share, tokens, cut, bool(stop), count_targets(next_encoded, args.loss)
-        )
-        if not math.isfinite(grad_norm):  # such a step would spoil every weight of the adapter
-            numbers = sorted(row["row"] for row in rows)
-            raise ValueError(
-                f"step {step + 1}: the loss is {loss:.4g}, the norm of its gradient "
-                f"{grad_norm:.4g}, with the rows {numbers} of train; "
-                f"{args.out} keeps the last save"
-            )
-
-        # One step of AdamW on the adapters.
+        # Loss, gradients and AdamW. A GPU may still compute when this returns.
         rate = args.learning_rate * learning_rate(step, steps, args.warmup_steps)
-        set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.param_groups[0]["lr"] = rate
+        loss, grad_norm = training_step(
+            model, optimizer, feed.step.batches, feed.targets, args.max_grad_norm
+        )
+        # Meanwhile the next rows are prepared. Then this step's numbers are read.
+        grad_norm, stops = feed.advance(loss, grad_norm, stop)
 
-        # Report, save, evaluate, stop, where it is time for it.
-        progress.add(loss, len(rows), int(tokens), int(cut))
+        # Report, save, stop, where it is time for it.
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
-        evaluates = is_evaluated(progress.step, steps, args)
         # Before an evaluation too: it takes long, and a kill in it is to lose no step.
-        if progress.step % args.save_every == 0 or is_last or stops or evaluates:
-            save()
-        if evaluates:
-            evaluate_on_the_way()
+        evaluates_next = is_evaluated(progress.step, steps, args)
+        if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
+            save(args, model, inputs, optimizer, log)
         if stops:
             bar.close()
             log.say(
@@ -431,20 +212,14 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         stop.release()
 
     # ---- Results. All is saved: nothing that happens from here on can lose it -----------------
-    if progress.cut:
-        log.say(
-            f"{progress.cut:,} prompts were cut to --max-length {args.max_length}, "
-            "at the end of their premise, and of their hypothesis where that was not enough"
-        )
-    with log.resumable():
-        finetuned, predictions = evaluate(model, tokenizer, validation, args, "finetuned")
-        keep_best(finetuned)
-    log.write_evaluation(steps, finetuned)
-    rows = examples.count_rows(args.dataset, {"train": train_rows} | validation, reading)
+    finetuned, predictions = evaluate(args, model, inputs, log, "finetuned")
+    rows = examples.count_rows(
+        args.dataset, {"train": inputs.train} | inputs.validation, inputs.reading
+    )
     rows["train"]["cut"] = progress.cut
-    if ranks.FIRST:
+    if processes.IS_FIRST:
         results = {
-            "protocol": protocol_of(args).record(),
+            "protocol": inputs.protocol.record(),
             "rows": rows,
             "baseline": state.baseline,
             "finetuned": finetuned,
@@ -453,11 +228,318 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         if args.keep_best:
             results["best"] = best.read(args.out)
         with log.resumable():
-            done = log.finish(results, predictions, data.PROMPT)
-        if not done:
+            is_complete = log.finish(results, predictions, data.PROMPT)
+        if not is_complete:
             sys.exit(1)
+
+
+# -----------------------------------------------------------------------------
+# What a run reads
+
+
+@dataclass
+class Inputs:
+    """What a run is made of: what its arguments name, and what follows from it."""
+
+    directory: Path  # of the base model
+    tokenizer: Tokenizer
+    adapter: lora.LoRAConfig
+    reading: examples.Reading  # how the dataset's files are read
+    train: examples.Rows  # premise, hypothesis and label
+    validation: dict[str, examples.Rows]  # the same by split
+    protocol: evaluation.Protocol  # how answers to the validation rows are obtained
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """Returns what the arguments name, read from disk or from the Hub.
+
+    What they leave open is filled in: the commits on the Hub, and the base's own dropout.
+    Raises ValueError for what does not fit together, before the model is loaded.
+    """
+    directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
+    args.model_revision = checkpoints.hub_commit(args.model, directory)
+    base_config = phi2.read_config(directory)
+    if args.residual_dropout is None:
+        args.residual_dropout = base_config.resid_pdrop
+    adapter = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
+    lora.match_targets(phi2.build(directory), adapter.targets)  # a wrong one ends here
+    tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
+
+    reading = examples.Reading.of(args)
+    train_rows = examples.load_examples(args.dataset, "train", args.limit, reading)
+    validation = {
+        split: examples.load_examples(args.dataset, split, args.eval_limit, reading)
+        for split in examples.validation_splits(args.dataset, reading)
+    }
+    args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
+
+    # Its batch size is not that of training: without a backward pass a row needs little memory.
+    protocol = evaluation.Protocol(
+        max_new_tokens=args.max_new_tokens, max_length=args.max_length
+    )
+    return Inputs(directory, tokenizer, adapter, reading, train_rows, validation, protocol)
+
+
+def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
+    """Returns what is saved of a run beside its tensors, as it is before the first step."""
+    rows_per_step = args.batch_size * args.accumulate * processes.COUNT
+    steps = count_steps(args, len(inputs.train), rows_per_step)
+    if (args.warmup_steps or 0) > steps:
+        raise ValueError(f"--warmup-steps {args.warmup_steps}: the run has only {steps:,} steps")
+    digests = {
+        split: examples.digest_split(args.dataset, split, inputs.reading)
+        for split in ("train", *inputs.validation)
+    }
+    return resume.State(
+        arguments=cli.as_json(args) | {"digests": digests},
+        steps=steps,
+        train_rows=len(inputs.train),
+        rows_per_step=rows_per_step,
+        rows_digest=fingerprint.digest_rows(inputs.train),
+        validation_digest=fingerprint.digest_rows(*inputs.validation.values()),
+        fingerprint=evaluation.fingerprint_of(args, inputs.directory, inputs.tokenizer),
+    )
+
+
+def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
+    """Returns how many optimiser steps --steps or --epochs ask for."""
+    if args.epochs is None:
+        return args.steps
+    steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
+    return math.ceil(args.epochs * steps_per_epoch)
+
+
+# -----------------------------------------------------------------------------
+# The base and the adapters
+
+
+def load_base(
+    args: argparse.Namespace, inputs: Inputs, device: torch.device
+) -> phi2.Phi2:
+    """Returns the frozen base, quantised, with the flags that cost or save memory and time."""
+    model = evaluation.load_model(
+        inputs.directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
+    )
+    if args.checkpointing:
+        model.model.checkpointing = "blocks"
+    model.uses_graphs = args.graphs
+    set_residual_dropout(model, args.residual_dropout)
+    return model
+
+
+def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
+    """Sets the dropout on what each of the base's blocks adds to the residual stream."""
+    for block in model.model.layers:
+        block.resid_dropout.p = share
+
+
+def add_adapters(
+    args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog
+) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
+    """Puts adapters around the layers of --targets. Returns their parameters, and AdamW."""
+    torch.manual_seed(args.seed)  # A is drawn first, as in PEFT
+    adapted = lora.inject(model, inputs.adapter)
+    # All processes have drawn the same A. From here on each draws a dropout of its own.
+    if not processes.IS_FIRST:
+        torch.manual_seed(args.seed + processes.NUMBER)
+    adapter = lora.lora_parameters(model)
+    parameters = list(adapter.values())
+    trained = sum(parameter.numel() for parameter in parameters)
+    log.say(f"{len(adapted)} layers adapted, {trained:,} parameters to train")
+    # Two fp32 moments for each trained number: 21 MB for phi-2 at rank 8.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=args.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    return adapter, optimizer
+
+
+def save(
+    args: argparse.Namespace,
+    model: phi2.Phi2,
+    inputs: Inputs,
+    optimizer: torch.optim.Optimizer,
+    log: RunLog,
+) -> None:
+    """Writes the adapter, and all that a resume needs."""
+    random = processes.gather(resume.random_state(log.device))
+    if not processes.IS_FIRST:
+        return
+    log.forget_results()
+    # All files of a save are written first, and then put in their places.
+    with files.replacing_files(args.out) as folder:
+        lora.save_adapter(model, inputs.adapter, folder, args.model)
+        fingerprint.stamp(folder, log.state.fingerprint)
+        adapter = lora.lora_parameters(model)
+        resume.write(folder / resume.NAME, adapter, optimizer, random, log.state)
+
+
+# -----------------------------------------------------------------------------
+# The rows of each step, and the numbers that come out of it
+
+
+@dataclass
+class Step:
+    """The rows of one optimiser step, and this process's share of them, ready for the model."""
+
+    rows: list[dict]  # of all processes
+    batches: list[data.Batch]  # of this process, --batch-size rows in each
+    cut: int  # prompts of this process that --max-length has cut
+
+
+class Feed:
+    """The rows that go into each step, and the numbers that come out of it.
+
+    Work is queued for a GPU: a call returns at once, and only who reads a number waits. So
+    between the last call of a step and the reading of its numbers there is time, in which the
+    rows of the next step are tokenised and packed. Then the numbers of all processes are read
+    in one message, and with them how many targets the next step has. That is the one wait.
+
+    step: the step that is to be taken.
+    targets: how many tokens it predicts, on all processes.
+    """
+
+    def __init__(
+        self, args: argparse.Namespace, inputs: Inputs, state: resume.State, device: torch.device
+    ):
+        self.args = args
+        self.tokenizer = inputs.tokenizer
+        self.progress = state.progress
+        self.device = device
+        # The order of rows is a function of seed and step: a resumed run sees those it would have.
+        first = state.progress.step
+        steps = data.batches(inputs.train, state.rows_per_step, args.seed, first)
+        self.rows_of_steps = itertools.islice(steps, state.steps - first)
+        self.step = self.next_step()
+        (self.targets,) = processes.total(device, count_targets(self.step.batches))
+
+    def next_step(self) -> Step:
+        """Returns the step that follows. After the last one it has no rows."""
+        rows = next(self.rows_of_steps, [])
+        # Each process takes every COUNT-th row. Of the last step of an epoch it may get none.
+        mine = rows[processes.NUMBER :: processes.COUNT]
+        encoded = [data.encode(row, self.tokenizer, self.args.max_length) for row in mine]
+        cut = data.count_cut(mine, encoded, self.tokenizer, self.args.max_length)
+        return Step(rows, collated(encoded, self.tokenizer, self.args), cut)
+
+    def advance(self, loss: Tensor, grad_norm: Tensor, stop: StopRequest) -> tuple[float, bool]:
+        """Counts the step that was taken, and goes on to the next one.
+
+        Returns its gradient's norm, and whether a process was asked to stop. Raises ValueError
+        where the norm is not finite: the step has spoiled every weight of the adapter.
+        """
+        taken = self.step
+        self.step = self.next_step()
+        loss, grad_norm, tokens, cut, stops, self.targets = processes.total(
+            self.device,
+            loss,
+            grad_norm / processes.COUNT,  # each process has the norm of the whole sum
+            sum(len(batch.ids) for batch in taken.batches),
+            taken.cut,
+            bool(stop),
+            count_targets(self.step.batches),
+        )
+        if not math.isfinite(grad_norm):
+            numbers = sorted(row["row"] for row in taken.rows)
+            raise ValueError(
+                f"step {self.progress.step + 1}: the loss is {loss:.4g}, the norm of its "
+                f"gradient {grad_norm:.4g}, with the rows {numbers} of train; "
+                f"{self.args.out} keeps the last save"
+            )
+        self.progress.add(loss, len(taken.rows), int(tokens), int(cut))
+        return grad_norm, bool(stops)
+
+
+def collated(
+    encoded: list, tokenizer: Tokenizer, args: argparse.Namespace
+) -> list[data.Batch]:
+    """Returns batches of `batch_size` rows that are (prompt ids, answer ids)."""
+    prefix_length = shared_prefix_length(tokenizer, args)
+    return [
+        data.collate(encoded[start : start + args.batch_size], prefix_length, args.loss)
+        for start in range(0, len(encoded), args.batch_size)
+    ]
+
+
+def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
+    """Returns how many ids the rows of a batch share. The full loss has targets among them."""
+    if args.loss == "full" or not args.share_prefix:
+        return 0
+    prefix_ids, _, _ = data.fixed_ids(tokenizer)
+    return len(prefix_ids)
+
+
+def count_targets(batches: list[data.Batch]) -> int:
+    return sum(len(batch.targets) for batch in batches)
+
+
+# -----------------------------------------------------------------------------
+# Evaluation
+
+
+def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
+    """Returns whether --eval-every asks for an evaluation after a step.
+
+    Before the first step and after the last one there is one in any case.
+    """
+    return bool(args.eval_every) and 0 < step < steps and step % args.eval_every == 0
+
+
+def evaluate(
+    args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog, title: str
+) -> tuple[dict[str, dict], dict[str, list[dict]]]:
+    """Returns the statistics and the predictions of all validation splits, by their names.
+
+    The accuracies and losses become a line of metrics.jsonl. With --keep-best the adapter is
+    kept where no evaluation before was better.
+    """
+    results = {}
+    predictions = {}
+    with log.resumable():
+        for split, pairs in inputs.validation.items():
+            results[split], predictions[split] = evaluation.evaluate(
+                model, inputs.tokenizer, pairs, inputs.protocol, f"{title}, {split}"
+            )
+            results[split]["loss"] = validation_loss(model, inputs.tokenizer, pairs, args)
+        keep_best(args, model, inputs, log, results)
+    log.write_evaluation(log.state.progress.step, results)
+    return results, predictions
+
+
+def keep_best(
+    args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog, results: dict
+) -> None:
+    """Saves the adapter in best/ if it is asked for and this evaluation is the best so far."""
+    step = log.state.progress.step
+    if not (processes.IS_FIRST and args.keep_best) or step == 0:  # at 0 there is no adapter yet
+        return
+    figures = best.figures(step, results)
+    if best.is_better(figures, best.read(args.out)):
+        with best.replacing(args.out) as folder:
+            lora.save_adapter(model, inputs.adapter, folder, args.model)
+            fingerprint.stamp(folder, log.state.fingerprint | best.metadata(figures))
+
+
+@torch.no_grad()
+def validation_loss(
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
+) -> float:
+    """Returns the mean loss over all targets of a split: the same function as in training."""
+    was_training = model.training
+    model.eval()
+    encoded = data.encode_batch(pairs, tokenizer, args.max_length)
+    # Sorted by length, so that attention pads least.
+    encoded.sort(key=lambda pair: len(pair[0]))
+    batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
+    device = model.lm_head.weight.device
+    loss = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        loss += batch_loss(model, batch)
+    model.train(was_training)
+    (total,) = processes.total(device, loss)
+    return total / sum(processes.gather(count_targets(batches)))
 
 
 if __name__ == "__main__":
     cli.run(main)
-    ranks.stop()
+    processes.stop()

@@ -1,7 +1,7 @@
 """Prints how a dataset is read: files, columns, labels, token lengths, an example of each label.
 
     python -m scripts.describe                        # tiny/data, or MNLI where there is a GPU
-    python -m scripts.describe --dataset nyu-mll/glue --model microsoft/phi-2 --plot lengths.png
+    python -m scripts.describe --dataset nyu-mll/glue --model microsoft/phi-2
     python -m scripts.describe --dataset my-rows --columns text claim verdict
 
 A wrong column or a wrong order of the labels shows in the examples, before a long training. The
@@ -19,8 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python s
 
 import data
 import phi2
-from support import checkpoints, cli, examples, flags, pictures
-from support.extras import Extras
+from support import checkpoints, cli, examples, flags
 from support.labels import LABELS, NO_LABEL
 from support.letters import printable
 from support.rows import Rows
@@ -30,17 +29,11 @@ TEXTS_AT_ONCE = 5000  # that are tokenised
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser("how a dataset is read: files, columns, labels, lengths, examples")
-    flags.add_dataset_arguments(parser)
+    flags.add_dataset(parser)
+    flags.add_model(parser)  # whose tokenizer counts
     parser.add_argument(
-        "--model",
-        type=flags.name,
-        help="the model whose tokenizer counts (default: microsoft/phi-2, no GPU: tiny/model)",
+        "--limit", type=flags.count, help="the first so many rows of each split (default: all)"
     )
-    flags.add_model_revision(parser)
-    parser.add_argument(
-        "--plot", type=flags.path, metavar="PNG", help="draw lengths and labels here"
-    )
-    parser.add_argument("--limit", type=flags.count, help="first rows of each split only")
     return cli.parse_arguments(parser)
 
 
@@ -98,8 +91,9 @@ def count_tokens(texts, tokenizer, bar: tqdm):
     return numpy.array(counts), numpy.array(ends_in_space)
 
 
-def describe_rows(rows, lengths, counts) -> None:
+def describe_rows(rows, lengths) -> None:
     """Prints a split's rows by label, percentiles of their lengths, an example of each label."""
+    counts = numpy.bincount(rows["label"], minlength=3)
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
     # "higher": a length that some row has, not one between two rows'.
@@ -124,8 +118,6 @@ def main() -> None:
     )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
-    lengths = {}
-    counts = {}
     splits = examples.split_names(args.dataset, reading)
     # Test splits, for which GLUE publishes no labels, only where there is nothing else.
     shown = [name for name in splits if not name.startswith("test")] or splits
@@ -133,16 +125,7 @@ def main() -> None:
         print(f"\n{split}")
         describe_reading(args.dataset, split, reading)
         rows = examples.load_examples(args.dataset, split, args.limit, reading)
-        lengths[split] = token_lengths(rows, tokenizer, split)
-        counts[split] = numpy.bincount(rows["label"], minlength=3)
-        describe_rows(rows, lengths[split], counts[split])
-    if args.plot:
-        extras = Extras()
-        with extras.attempt("--plot"):
-            pictures.draw_lengths(lengths, counts, args.dataset, args.plot)
-            print(f"\nlengths and labels are drawn in {args.plot}")
-        if extras.failed:
-            sys.exit(1)
+        describe_rows(rows, token_lengths(rows, tokenizer, split))
 
 
 if __name__ == "__main__":

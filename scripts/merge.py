@@ -30,7 +30,19 @@ import eval as evaluation
 import lora
 import phi2
 import quant
-from support import checkpoints, claims, cli, commands, examples, files, flags, origin, ranks
+from support import (
+    checkpoints,
+    claims,
+    cli,
+    commands,
+    examples,
+    files,
+    fingerprint,
+    flags,
+    origin,
+    peft_files,
+    processes,
+)
 
 # Copied from the base, where they are there: its tokenizer, and how transformers generates.
 COPIED = (
@@ -190,7 +202,7 @@ def evaluate(
 
 def main() -> None:
     args = parse_arguments()
-    device = ranks.start(args.device)
+    device = processes.start(args.device)
     # No other process writes there until this one ends.
     with claims.claimed(args.out, check_merge_folder):
         merge_run(args, device)
@@ -211,8 +223,11 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
             splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
 
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
-    here = None if args.force else evaluation.fingerprint_of(args, directory, tokenizer)
-    lora.load_adapter(model, args.adapter, here)
+    if not args.force:
+        here = evaluation.fingerprint_of(args, directory, tokenizer)
+        fingerprint.check(args.adapter, here)
+    config = peft_files.read_config(args.adapter, lora.LoRAConfig)
+    lora.load_adapter(model, args.adapter, config)
     # NF4's 16 levels cannot be stored as a checkpoint that others load, so they are written out.
     stored_as = args.dtype if args.into in (None, "nf4") else args.into
     weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"

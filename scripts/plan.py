@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -108,7 +108,9 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     for module in model.modules():
         if isinstance(module, quant.NF4Linear):
             module.dtype = dtype
-    to_device(model, args)
+    if args.device == "cpu":  # meta tensors become fake ones of a CPU
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model.to_empty(device="cpu")
     keep = args.keep_dequantized
     if keep is None:
         keep = args.quant == "none"  # which leaves nothing to keep
@@ -118,13 +120,6 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     if args.residual_dropout is not None:
         train.set_residual_dropout(model, args.residual_dropout)
     return model
-
-
-def to_device(model: nn.Module, args: argparse.Namespace) -> None:
-    """Turns meta tensors into fake ones of a CPU, where the step is counted for a CPU."""
-    if args.device == "cpu":
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            model.to_empty(device="cpu")
 
 
 def memory(
@@ -158,11 +153,12 @@ def memory(
         # Not by a mode of torch: it would be off in what the backward pass computes again.
         attention = patch.object(F, "scaled_dot_product_attention", fused_attention)
     with Count(device_type, base + kept + adapter) as count, attention:
-        loss = train.batch_loss(model.train(), data.collate(encoded, prefix, args.loss))
+        batch = data.collate(encoded, prefix, args.loss)
+        loss = train.batch_loss(model.train(), batch)
         after_forward = count.bytes.now
         loss.backward()
     # The loss is computed in fp32.
-    logits = 4 * train.count_targets(encoded, args.loss) * model.config.vocab_size
+    logits = 4 * len(batch.targets) * model.config.vocab_size
     bytes_of["logits"] = logits
     bytes_of["activations"] = after_forward - logits
     bytes_of["passing, at the peak"] = count.bytes.most - after_forward

@@ -1,1 +1,1 @@
-"""What a run needs around its six files: safe writes, flags, ranks, reports."""
+"""What a run needs around its six files: safe writes, flags, processes, reports."""

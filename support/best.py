@@ -24,16 +24,12 @@ def figures(step: int, results: dict[str, dict]) -> dict:
 
     step, accuracy and loss, which are means over the splits, and both by split.
     """
-    splits = {
-        split: {"accuracy": statistics["accuracy"], "loss": statistics["loss"]}
-        for split, statistics in results.items()
-    }
-    return {
-        "step": step,
-        "accuracy": sum(part["accuracy"] for part in splits.values()) / len(splits),
-        "loss": sum(part["loss"] for part in splits.values()) / len(splits),
-        "splits": splits,
-    }
+    kept = {"step": step, "splits": {split: {} for split in results}}
+    for key in ("accuracy", "loss"):
+        for split, statistics in results.items():
+            kept["splits"][split][key] = statistics[key]
+        kept[key] = sum(statistics[key] for statistics in results.values()) / len(results)
+    return kept
 
 
 def is_better(new: dict, old: dict | None) -> bool:
@@ -82,11 +78,3 @@ def replacing(run: Path) -> Iterator[Path]:
     with files.replacing_files(folder) as temporary:
         yield temporary
         shutil.copy(run / "args.json", temporary)
-
-
-def describe(run: Path, evaluation: dict) -> str:
-    """Returns what a run prints at its end: which adapter was the best, and where it is."""
-    return (
-        f"the best adapter, of step {evaluation['step']:,} (accuracy "
-        f"{evaluation['accuracy']:.4f}, loss {evaluation['loss']:.4f}), is in {run / FOLDER}"
-    )

@@ -14,7 +14,7 @@ SETTINGS = (
     "rank", "alpha", "dropout", "quant", "double_quant", "dtype", "model_revision",
     # the optimiser: with these and the data others can train it again
     "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
-    "warmup_steps", "max_length", "loss", "limit", "seed", "ranks", "dataset_revision",
+    "warmup_steps", "max_length", "loss", "limit", "seed", "processes", "dataset_revision",
 )  # fmt: skip
 # --dtype, and the attribute of torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from support import files, ranks
+from support import files, processes
 
 LOCK = ".lock"  # the file in the folder
 
@@ -27,21 +27,22 @@ def claimed(
     is claimed, so no other process changes that any more. A folder that was made and is
     still empty at the end is removed.
 
-    Of several ranks the first alone claims, after ranks.start. All of them yield the same
-    folder. Raises ValueError where another process has it, in the first rank; the others end.
+    Of several processes of a run the first alone claims, after processes.start. All of them
+    yield the same folder. Raises ValueError where another run has it, in the first process; the
+    others end.
     """
     refusal = None
     with ExitStack() as stack:
-        if ranks.FIRST:
+        if processes.IS_FIRST:
             try:
                 folder = stack.enter_context(locked(folder, is_new))
                 if check:
                     check(folder)
             except (OSError, ValueError) as error:
                 refusal = error
-        folder, refusal = ranks.gather((folder, refusal))[0]
+        folder, refusal = processes.gather((folder, refusal))[0]
         if refusal:
-            raise refusal if ranks.FIRST else SystemExit(1)
+            raise refusal if processes.IS_FIRST else SystemExit(1)
         yield folder
 
 

@@ -11,20 +11,23 @@ neither --help nor a mistake has to wait for it.
 import argparse
 import os
 import re
-import signal
+import shlex
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support import best, commands, files, fingerprint, flags, hub, machine, origin, ranks, resume
-from support.flags import (
-    add_adapter_arguments,
-    add_eval_arguments,
-    add_forward_arguments,
-    add_model_arguments,
-    add_output_arguments,
-    add_training_arguments,
+from support import (
+    best,
+    commands,
+    files,
+    fingerprint,
+    flags,
+    hub,
+    machine,
+    origin,
+    processes,
+    resume,
 )
 from support.letters import printable
 
@@ -55,26 +58,33 @@ FREE = (
     "wandb", "push", "debug", "resume", "out",
 )
 
-# Types of flags whose value is a text in args.json too.
-TEXTS = (
-    None, flags.word, flags.name, flags.path, flags.device, flags.dtype_name, hub.repository,
-)  # fmt: skip
-
 
 # -----------------------------------------------------------------------------
 # The parser
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Adds its default to the help text of a flag that takes a value, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.nargs == 0 or action.default is None or "default:" in action.help:
+            return action.help
+        return f"{action.help} (default: {as_text(action.default)})"
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
 
-    @FILE holds one word a line. A mistake is one line on stderr and exit status 2.
+    @FILE holds words as a shell reads them, and lines of # comments. A mistake is one line on
+    stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
         super().__init__(
             prog=command_name(),
             description=description,
+            formatter_class=HelpFormatter,
+            fromfile_prefix_chars="@",
             # With abbreviations a new flag could change what an old command means.
             allow_abbrev=False,
             **options,
@@ -85,92 +95,25 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", help="show the traceback of an error"
         )
 
+    def convert_arg_line_to_args(self, line: str) -> list[str]:
+        """Returns the words of a line of an @FILE."""
+        if line.lstrip().startswith("#"):
+            return []
+        try:
+            return shlex.split(line)
+        except ValueError as error:
+            self.error(f"cannot read the flags in {line!r} of an @FILE: {error}")
+
     def error(self, message: str):
+        if message.startswith("[Errno") or "expected one argument" in message:
+            # argparse takes @text for an @FILE and -text for a flag.
+            message += " (a value that begins with @ or - is typed as --flag=value)"
         # argparse would print the whole usage before the mistake.
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
-
-    def parse_known_args(self, args=None, namespace=None):
-        # argparse's own @FILE would also open a --premise that begins with @.
-        argv = self.expand_files(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self.join_values(argv), namespace)
-
-    def expand_files(self, argv: list[str], within: tuple[str, ...] = ()) -> list[str]:
-        """Returns the command line with the words of each @FILE in its place.
-
-        Behind a flag that takes a value, a text that begins with @ is that value. `within` are
-        the files that this one is named in.
-        """
-        expanded = []
-        for flag, word in zip([None, *argv], argv):
-            if not word.startswith("@") or self.takes_value(flag):
-                expanded.append(word)
-            elif word in within:
-                self.error(f"{word} names itself, by way of {' '.join(within)}")
-            else:
-                expanded += self.expand_files(self.read_words(word), (*within, word))
-        return expanded
-
-    def read_words(self, word: str) -> list[str]:
-        """Returns the words of an @FILE, one a line. Empty lines and # comments are left out."""
-        path = os.path.expanduser(word[1:])
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # without Windows' mark
-        except (OSError, ValueError) as error:
-            self.error(f"cannot read the flags in {word}: {error}")
-        words = []
-        for number, line in enumerate(text.splitlines(), 1):
-            line = line.strip()
-            is_value = bool(words) and self.takes_value(words[-1])
-            if not line or (line.startswith("#") and not is_value):
-                continue
-            is_pair = line.startswith("--") and len(line.split("=")[0].split()) > 1
-            if is_pair and not is_value:
-                self.error(f"{word}, line {number}: one word a line, or --flag=value, not {line}")
-            words.append(line)
-        return words
-
-    def join_values(self, argv: list[str]) -> list[str]:
-        """Returns the command line with a value that begins with - joined to its flag by =.
-
-        argparse takes such a word for a flag, and -- for the end of flags.
-        """
-        joined = []
-        for word in argv:
-            flag = self._option_string_actions.get(joined[-1]) if joined else None
-            is_value = word.startswith("-") and not self.is_flag(word)
-            if is_value and flag is not None and flag.nargs is None:
-                joined[-1] += f"={word}"
-            else:
-                joined.append(word)
-        return joined
-
-    def is_flag(self, word: str) -> bool:
-        return word.split("=")[0] in self._option_string_actions
-
-    def takes_value(self, word: str | None) -> bool:
-        """Returns whether a word is a flag that a value has to follow."""
-        action = self._option_string_actions.get(word)
-        return action is not None and action.nargs != 0
-
-    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
-        # argparse of Python 3.11 drops --, also where it is the value of a flag.
-        if arg_strings == ["--"] and action.nargs is None:
-            value = self._get_value(action, "--")
-            self._check_value(action, value)
-            return value
-        return super()._get_values(action, arg_strings)
 
     def typed(self, argv: list[str] | None = None) -> dict:
         """Returns what is typed, without any default."""
         return not_none(self.parse_args(argv, self.nothing()))
-
-    def known_flags(self, path: Path) -> dict:
-        """Returns those flags of an @FILE that this parser knows.
-
-        tiny/args is written for train.py; eval.py and the scripts read it too.
-        """
-        known, _ = self.parse_known_args([f"@{path}"], self.nothing())
-        return not_none(known)
 
     def nothing(self) -> argparse.Namespace:
         """Returns a namespace in which no default is filled in."""
@@ -220,13 +163,13 @@ def as_typed(action: argparse.Action, value):
             return [value]
         values = require(value, list, "a list")
         return [action.type(require(item, str, "text")) for item in values]
-    if action.type in TEXTS:
-        value = require(value, str, "text")
     # By way of a text, so that the flag's own check decides what is valid.
-    value = action.type(str(value)) if action.type else str(value)
-    if action.choices and value not in action.choices:
-        raise ValueError(f"must be one of {', '.join(action.choices)}, not {value}")
-    return value
+    typed = action.type(str(value)) if action.type else str(value)
+    if isinstance(typed, str | Path):
+        require(value, str, "text")
+    if action.choices and typed not in action.choices:
+        raise ValueError(f"must be one of {', '.join(action.choices)}, not {typed}")
+    return typed
 
 
 def require(value, kind: type, name: str):
@@ -259,9 +202,8 @@ def parse_arguments(
         if "model" not in typed | defaults:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
         parser.set_defaults(**defaults)
-    is_embedded = wants_embedded_model(parser, typed)
-    if is_embedded:
-        parser.set_defaults(**embedded_defaults(parser))
+    embedded = embedded_defaults(parser, typed)
+    parser.set_defaults(**embedded)
 
     # Second pass: the same command line over these defaults.
     args = parser.parse_args(argv)
@@ -273,23 +215,25 @@ def parse_arguments(
     fill_in(args)
     if check:
         check(parser, args)
-    if is_embedded and ranks.FIRST:
+    if embedded and processes.IS_FIRST:
         print(NOTICE, file=sys.stderr)
     return args
 
 
-def wants_embedded_model(parser: Parser, typed: dict) -> bool:
-    """Returns whether nothing names a model and no GPU could run phi-2."""
+def embedded_defaults(parser: Parser, typed: dict) -> dict:
+    """Returns what tiny/args says where nothing names a model and no GPU could run phi-2.
+
+    Its paths are right from the current directory. Anywhere else there are no such defaults.
+    """
     if "model" in typed or parser.get_default("model") is not None:
-        return False
+        return {}
     import torch
 
-    return not torch.cuda.is_available()
-
-
-def embedded_defaults(parser: Parser) -> dict:
-    """Returns what tiny/args says, with paths that are right from the current directory."""
-    values = parser.known_flags(ROOT / "tiny" / "args")
+    if torch.cuda.is_available():
+        return {}
+    # It is written for train.py; other scripts have not all of its flags.
+    known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
+    values = not_none(known)
     for name in ("model", "dataset"):
         values[name] = commands.from_here(ROOT / values[name])
     return values
@@ -297,7 +241,7 @@ def embedded_defaults(parser: Parser) -> dict:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on the machine."""
-    # Not defaults of the parser: wants_embedded_model asks whether anything names a model.
+    # Not defaults of the parser: embedded_defaults asks whether anything names a model.
     if args.model is None:
         args.model = MODEL
     if args.dataset is None:
@@ -345,8 +289,8 @@ def adapter_defaults(
 
 def eval_parser() -> Parser:
     parser = Parser("accuracy on MNLI, or the answer to one pair")
-    add_model_arguments(parser)
-    add_eval_arguments(parser)
+    flags.add_model_arguments(parser)
+    flags.add_eval_arguments(parser)
     return parser
 
 
@@ -356,38 +300,21 @@ def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_eval(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together, and an --out that holds a training."""
+    """Refuses flags that do not go together, and an --out that holds other results."""
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
-    if args.dataset == "-" and ranks.WORLD > 1:
-        # Each rank would take a part of the lines, and tear them.
+    if args.dataset == "-" and processes.COUNT > 1:
+        # Each process would take a part of the lines, and tear them.
         parser.error("--dataset - is for one process: start python eval.py, not torchrun")
     if args.dataset == "-" or args.premise is not None:
         # These flags are about rows with labels; a typed pair has none.
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
-    for name in args.split or ():
-        if args.split.count(name) > 1:
-            parser.error(f"--split names {name} twice")
     if args.out:
-        check_eval_folder(args.out)
-
-
-def check_eval_folder(out: Path) -> None:
-    """Raises ValueError where --out is no folder, or holds results already."""
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: pass a folder")
-    # eval.py writes results.json too, under the name that train.py uses.
-    if (out / "args.json").exists():
-        raise ValueError(
-            f"{out} holds a run of train.py, whose results this would replace: "
-            "choose another --out"
-        )
-    if (out / "results.json").exists():
-        raise ValueError(f"{out} holds an evaluation already: choose another --out, or remove it")
+        check_out(args.out)
 
 
 # -----------------------------------------------------------------------------
@@ -397,14 +324,14 @@ def check_eval_folder(out: Path) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads words from a file, one to a line: "
+        epilog="@FILE reads flags from a file, written as in a shell: "
         + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
-    add_model_arguments(parser)
-    add_adapter_arguments(parser)
-    add_training_arguments(parser)
-    add_forward_arguments(parser)
-    add_output_arguments(parser)
+    flags.add_model_arguments(parser)
+    flags.add_adapter_arguments(parser)
+    flags.add_training_arguments(parser)
+    flags.add_forward_arguments(parser)
+    flags.add_output_arguments(parser)
     return parser
 
 
@@ -450,13 +377,13 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         parser.error(f"--resume {run} writes into {run}, not into --out {out}")
     if run:
         return run
-    if ranks.MAX_RESTARTS and not out:
+    if processes.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
     # A restart has the command line of the start, without --resume. Where the start was refused
     # the folder is another one's.
-    if ranks.RESTARTS and (out / "args.json").is_file():
-        owner = files.read_json(out / "args.json").get("torchrun", ranks.TORCHRUN)
-        return out if owner == ranks.TORCHRUN else None
+    if processes.RESTARTS and (out / "args.json").is_file():
+        owner = files.read_json(out / "args.json").get("torchrun", processes.TORCHRUN)
+        return out if owner == processes.TORCHRUN else None
     return None
 
 
@@ -484,24 +411,24 @@ def check_train(parser: Parser, args: argparse.Namespace) -> None:
     """Refuses flags that do not go together, and a new run that would write over another one."""
     if args.keep_best and not args.eval_every:
         parser.error("--keep-best needs --eval-every, which says when to look")
-    # Only the first rank looks, because it is the one that writes there.
-    if ranks.FIRST and args.out and not args.resume:
-        check_train_folder(args.out)
+    # Only the first process looks, because it is the one that writes there.
+    if processes.IS_FIRST and args.out and not args.resume:
+        check_out(args.out)
 
 
-def check_train_folder(out: Path) -> None:
-    """Raises ValueError where --out is no folder, or a new run would write over what it holds."""
-    if (out / "args.json").exists():
-        raise ValueError(
-            f"{out} holds a run already: --resume {commands.quoted(out)}, "
-            "or choose another --out, or remove it"
-        )
+def check_out(out: Path) -> None:
+    """Raises ValueError where a new run or evaluation would write over what --out holds."""
     if out.is_file():
         raise ValueError(f"--out {out} is a file: pass a folder")
-    # As in somebody's project, or with --out "".
-    for name in ("README.md", "results.json", best.FOLDER):
+    if (out / "args.json").exists():
+        raise ValueError(
+            f"{out} holds a run already: choose another --out, or resume it: "
+            f"{commands.resume(out)}"
+        )
+    # README.md: as in somebody's project, or with --out "".
+    for name in ("results.json", "README.md", best.FOLDER):
         if (out / name).exists():
-            raise ValueError(f"{out} holds a {name} that is no run's: choose another --out")
+            raise ValueError(f"{out} holds a {name} already: choose another --out")
 
 
 def new_name(args: argparse.Namespace) -> str:
@@ -531,28 +458,10 @@ def as_json(args: argparse.Namespace) -> dict:
 def answer_help(make_parser: Callable[[], Parser]) -> None:
     """Prints the help of a script and ends it, where --help is typed.
 
-    To be called before torch is imported, which takes seconds. Until `run` is called, Ctrl-C
-    ends the process at once.
+    To be called before torch is imported, which takes seconds.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, leave)
-    check_folder()
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
-
-
-def check_folder() -> None:
-    """Ends a script whose current folder is gone: there libraries fail in ways of their own."""
-    try:
-        os.getcwd()
-    except OSError:
-        sys.exit("error: the current folder has been removed: cd to another one")
-
-
-def leave(*_) -> None:
-    # An exception within an import would become a traceback, and may be caught there.
-    os.write(2, b"interrupted\n")
-    os._exit(1)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -560,10 +469,6 @@ def run(main: Callable[[], None]) -> None:
 
     With --debug it is a traceback.
     """
-    # Ctrl-C raises KeyboardInterrupt again, unless it was ignored from the start.
-    if signal.getsignal(signal.SIGINT) is leave:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    check_folder()
     prepare_outputs()
     try:
         main()
@@ -588,11 +493,11 @@ def prepare_outputs() -> None:
             setattr(sys, name, open(os.devnull, "w"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            # Whatever the locale says. JSON can hold what backslashreplace writes.
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")
-    if hasattr(sys.stdout, "reconfigure"):
-        # Into a file or a pipe Python writes in blocks: a log would stay empty for minutes.
-        sys.stdout.reconfigure(line_buffering=True)
+            # UTF-8 whatever the locale says; JSON can hold what backslashreplace writes. Into a
+            # file or a pipe Python writes in blocks: a log would stay empty for minutes.
+            stream.reconfigure(
+                encoding="utf-8", errors="backslashreplace", line_buffering=True
+            )
 
 
 def is_users(error: Exception) -> bool:
@@ -609,9 +514,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """Returns what `run` prints of an error: one line, with the rank if there are more."""
-    rank = f"rank {ranks.RANK}: " if ranks.WORLD > 1 else ""
+    """Returns what `run` prints of an error: one line, with the process if there are more."""
+    process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
     # Libraries raise errors of several lines, and others quote texts of a dataset.
     text = printable(" ".join(str(error).split()))
     hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
-    return f"error: {rank}{text}{hint}"
+    return f"error: {process}{text}{hint}"

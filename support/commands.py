@@ -5,7 +5,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
-from support import ranks
+from support import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,8 +27,8 @@ def name_of(path: Path) -> list[str]:
 
 
 def resume(run: Path) -> str:
-    """Returns the command that resumes a run of train.py, on as many ranks as this one has."""
-    return command("train.py", "--resume", run, program=ranks.COMMAND)
+    """Returns the command that resumes a run of train.py, on as many processes as this one has."""
+    return command("train.py", "--resume", run, program=processes.COMMAND)
 
 
 def quoted(*words) -> str:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import compute
 
-from support import card, hub, ranks
+from support import card, hub, processes
 from support.columns import Column, find_columns, joined, shown_columns, table_of
 from support.dataset_files import READERS, find_files, read_file
 from support.fingerprint import digest_rows
@@ -170,7 +170,7 @@ def load_examples(
     if not len(labelled):
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
-    if ranks.FIRST:
+    if processes.IS_FIRST:
         line = f"{split}: {describe_rows(table, labelled, taken)}"
         splits = find_splits(dataset, reading.revision)
         if reading.validation and split.startswith("validation") and split in splits:

@@ -30,6 +30,8 @@ class Extras:
                 traceback.print_exc()
             # Libraries raise errors of several lines, and some without a word.
             reason = " ".join(str(error).split()) or type(error).__name__
+            if isinstance(error, ModuleNotFoundError):  # matplotlib or wandb
+                reason += f": pip install {error.name}"
             try:
                 print(f"error: {what}: {reason}", file=sys.stderr, flush=True)
             except OSError:

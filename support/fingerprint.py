@@ -15,14 +15,15 @@ from tokenizers import Tokenizer
 if TYPE_CHECKING:
     from support.rows import Rows
 
+FILE = "adapter_model.safetensors"
 # Words, digits, an apostrophe, white space: tokenizers may cut these in different places.
 SAMPLE = "One quick fox isn't 12,345 of them.\n\n"
 
 
-def fingerprint(
+def compute(
     weight_files: list[Path], tokenizer: Tokenizer, prompt: str, quantization: str
 ) -> dict[str, str]:
-    """Returns the quantisation, and digests of the prompt, tokenizer and base's weights."""
+    """Returns a fingerprint: quantisation, and digests of prompt, tokenizer and base's weights."""
     # What the tokenizer does, not its file: versions of the library write that differently.
     # get_vocab has no fixed order.
     vocabulary = sorted(tokenizer.get_vocab().items())
@@ -35,13 +36,44 @@ def fingerprint(
     }
 
 
+def stamp(adapter: Path, record: dict[str, str]) -> None:
+    """Adds texts, such as a fingerprint, to the metadata of an adapter's file.
+
+    A safetensors file begins with the length of its header, in 8 bytes, and the header as
+    JSON. The library writes metadata in any order; here it is sorted, so that the same
+    adapter gives the same bytes.
+    """
+    path = adapter / FILE
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] |= record
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8 bytes
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
 def recorded(adapter: Path) -> dict[str, str]:
-    """Returns the fingerprint in an adapter's file, {} where there is none."""
+    """Returns the metadata of an adapter's file, {} where there is none."""
     try:
-        with safe_open(adapter / "adapter_model.safetensors", framework="numpy") as file:
+        with safe_open(adapter / FILE, framework="numpy") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError):  # who loads the adapter says what is wrong
         return {}
+
+
+def check(adapter: Path, here: dict[str, str]) -> None:
+    """Raises ValueError where an adapter was trained over something else than `here` says.
+
+    A file of PEFT has no fingerprint: then there is nothing to compare.
+    """
+    there = recorded(adapter)
+    for name, value in here.items():
+        if there.get(name, value) != value:
+            raise ValueError(
+                f"{adapter} was trained with another {name.replace('_', ' ')} "
+                f"({there[name]}, here {value}); --force uses it all the same"
+            )
 
 
 def recorded_quantization(adapter: Path) -> dict[str, str | bool]:

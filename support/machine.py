@@ -12,7 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support import ranks
+from support import processes
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,12 @@ def fast_dtype() -> str:
 
 
 def environment(device: torch.device) -> dict:
-    """Returns versions, the project's commit, the device's name and the number of ranks."""
+    """Returns versions, the project's commit, the device's name and the number of processes."""
     return {
         "versions": versions(),
         "commit": commit(),
         "device_name": device_name(device),
-        "ranks": ranks.WORLD,
+        "processes": processes.COUNT,
     }
 
 
@@ -99,7 +99,12 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     not say.
     """
     if device.type == "cuda":
-        return peak_of_gpu(device, reset)
+        import torch
+
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        # By tensors. nvidia-smi shows more: the CUDA context, and what torch reserves.
+        return torch.cuda.max_memory_allocated(device)
     try:
         # First, so that the number returned is what is in use now: a level to compare with.
         if reset:
@@ -115,18 +120,7 @@ def free_memory(device: str | torch.device) -> int:
     """Returns how many bytes a GPU has left. Of a CPU's nothing is promised: 0."""
     import torch
 
-    device = torch.device(device)
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return 0
     free, _ = torch.cuda.mem_get_info(device)
     return free
-
-
-def peak_of_gpu(device: torch.device, reset: bool) -> int:
-    """Returns the most bytes of a GPU so far, as `peak_memory` does."""
-    import torch
-
-    if reset:
-        torch.cuda.reset_peak_memory_stats(device)
-    # By tensors. nvidia-smi shows more: the CUDA context, and what torch reserves.
-    return torch.cuda.max_memory_allocated(device)

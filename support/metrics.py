@@ -184,26 +184,19 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     answers. Raises ValueError unless both sets of predictions are of the same rows.
     """
     check_same_rows(first, second)
-    first_right = {row_of(row): is_right(row) for row in first}
-    second_right = {row_of(row): is_right(row) for row in second}
     # Both sets may be in any order, so rows are paired by their content.
-    only_first = sum(first_right[row] and not second_right[row] for row in first_right)
-    only_second = sum(second_right[row] and not first_right[row] for row in first_right)
-    p = 1.0  # where no row differs there is nothing to test
+    is_second_right = {row_of(row): is_right(row) for row in second}
+    pairs = [(is_right(row), is_second_right[row_of(row)]) for row in first]
+    only_first = pairs.count((True, False))
+    only_second = pairs.count((False, True))
+    p = coin_p(only_first, only_second)
     if is_unreadable(first) or is_unreadable(second):
         p = None
-    elif only_first + only_second:
-        p = coin_p(only_first, only_second)
-    return {
-        "n": len(first_right),
-        "only_first": only_first,
-        "only_second": only_second,
-        "p": p,
-    }
+    return {"n": len(pairs), "only_first": only_first, "only_second": only_second, "p": p}
 
 
 def coin_p(heads: int, tails: int) -> float:
-    """Returns how likely a fair coin falls at least as unevenly, to either side."""
+    """Returns how likely a fair coin falls at least as unevenly; 1 where it is never tossed."""
     tosses = heads + tails
     ways = 1  # to get `number` heads
     total = 1  # to get up to `number` heads

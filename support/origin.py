@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from support import card, checkpoints, examples, files, fingerprint, ranks
+from support import card, checkpoints, examples, files, fingerprint, processes
 from support.commands import quoted
 from support.examples import Reading
 
@@ -125,7 +125,7 @@ def reading_of(args: Namespace) -> Reading:
     is_its = not source.digests and not args.is_dataset_typed
     if is_its or has_its_rows(source, args.dataset, typed.revision, splits):
         return Reading.of(Namespace(**(vars(args) | untyped)))
-    if ranks.FIRST and (untyped or not args.is_dataset_typed):
+    if processes.IS_FIRST and (untyped or not args.is_dataset_typed):
         flags = quoted(*Reading.of(Namespace(**untyped)).flags())
         consequence = f", so what it was read with is not used: {flags}" if flags else ""
         print(

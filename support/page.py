@@ -21,7 +21,11 @@ def write(directory: Path) -> None:
     results = files.read_json(directory / "results.json")
 
     # The rows to read.
-    rows = read_rows(directory, results)
+    rows = [
+        row | {"split": split}
+        for split in results.get("finetuned", {})
+        for row in metrics.read_predictions(directory / f"predictions_{split}.jsonl")
+    ]
     # A confident mistake says more than a close one: a wrong label, a pattern missed.
     # -1 is not an answer, so it has no confidence and a list of its own.
     wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
@@ -66,15 +70,6 @@ def read_pictures(directory: Path) -> dict[str, str]:
         if path.is_file():
             contents[heading] = base64.b64encode(path.read_bytes()).decode()
     return contents
-
-
-def read_rows(directory: Path, results: dict) -> list[dict]:
-    """Returns the fine-tuned model's predictions on all splits, each with its split."""
-    rows = []
-    for split in results.get("finetuned", {}):
-        for row in metrics.read_predictions(directory / f"predictions_{split}.jsonl"):
-            rows.append(row | {"split": split})
-    return rows
 
 
 def confidence(row: dict) -> float:

@@ -1,8 +1,8 @@
-"""The pictures of a run and of a dataset.
+"""The pictures of a run: its losses, and its answers by label.
 
-What is drawn together differs in its line, marker or hatching and not in its colour alone,
-so that it can be told apart in print and by readers who see colours differently. matplotlib
-takes about a second to import, so only `draw` imports it.
+What is drawn together differs in its line or marker and not in its colour alone, so that it can
+be told apart in print and by readers who see colours differently. matplotlib takes about a
+second to import, so only `draw` imports it.
 """
 
 import itertools
@@ -19,45 +19,38 @@ PICTURES = {
     "loss.png": "Training and validation loss, and the learning rate",
     "confusion.png": "Answers by label",
 }
-# matplotlib's codes. There are rarely more than four splits; then they start again.
-LINES = ("-", "--", ":", "-.")  # full, dashed, dotted, both
-MARKERS = ("o", "s", "d", "^")  # circle, square, diamond, triangle
-HATCHES = ("", "///", "...", "xxx")  # none, lines, dots, crosses
+# Of validation losses, as matplotlib calls lines (dashed, dotted, both) and markers (square,
+# diamond, triangle). There are rarely more than three splits; then they start again.
+STYLES = (("--", "s"), (":", "d"), ("-.", "^"))
 
 
 @contextmanager
-def draw(path: Path, columns: int = 1, size: tuple[float, float] = (7, 4)) -> Iterator:
-    """Yields the axes of a picture, one for each column of `size` inches; writes `path`."""
+def draw(path: Path, columns: int, width: float, height: float) -> Iterator:
+    """Yields the axes of a picture, one for each column, of width x height inches; writes it."""
     # A notebook leaves in MPLBACKEND how it shows pictures, which its scripts cannot import.
     # A figure that is only written needs no backend.
     os.environ.pop("MPLBACKEND", None)
     import matplotlib
     from matplotlib.figure import Figure
 
-    width, height = size
     # matplotlib's own settings, not those of the user's matplotlibrc, such as TeX for texts.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Texts as they are: a path or a split may hold $, and what is between two of them
-        # would be read as a formula.
+        # Texts as they are: a split may hold $, and what is between two of them would be read
+        # as a formula.
         matplotlib.rcParams["text.parse_math"] = False
         figure = Figure(figsize=(width * columns, height), layout="constrained")
         # squeeze=False: always rows of axes, even when there is one
         yield figure.subplots(1, columns, squeeze=False)[0]
         with files.replacing(path) as temporary:
-            # The temporary name has another suffix than the one that says the format.
-            figure.savefig(temporary, format=Path(path).suffix[1:] or "png", dpi=120)
-
-
-# -----------------------------------------------------------------------------
-# A run
+            figure.savefig(temporary, format="png", dpi=120)
 
 
 def draw_loss(entries: list[dict], path: Path) -> None:
     """Draws the losses of metrics.jsonl, and the learning rate on an axis at the right."""
     training = [entry for entry in entries if "loss" in entry]
     steps = [entry["step"] for entry in training]
-    with draw(path) as (left,):
+    with draw(path, columns=1, width=7, height=4) as (left,):
         losses = [entry["loss"] for entry in training]
         # The dots are for a run so short that it has only one of them.
         left.plot(steps, losses, "k.-", markersize=3, label="training")
@@ -78,8 +71,7 @@ def draw_loss(entries: list[dict], path: Path) -> None:
 def draw_validation_losses(axis, entries: list[dict]) -> None:
     """Draws a line for each key SPLIT_loss of the entries."""
     keys = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
-    styles = itertools.cycle(zip(LINES[1:], MARKERS))  # LINES[0] is the training loss's
-    for key, (line, marker) in zip(keys, styles):
+    for key, (line, marker) in zip(keys, itertools.cycle(STYLES)):
         # Step 0 is the base model: its loss is so large that it would flatten all lines.
         shown = [entry for entry in entries if key in entry and entry["step"] > 0]
         axis.plot(
@@ -94,7 +86,7 @@ def draw_validation_losses(axis, entries: list[dict]) -> None:
 
 def draw_confusion(splits: dict[str, dict], path: Path) -> None:
     """Draws the confusion matrix of each split, from {split: its statistics}."""
-    with draw(path, len(splits), (4.6, 3.4)) as axes:
+    with draw(path, columns=len(splits), width=4.6, height=3.4) as axes:
         for axis, (split, result) in zip(axes, splits.items()):
             draw_matrix(axis, result["confusion"])
             # confusion[label][answer]: lines are labels, columns answers.
@@ -122,64 +114,3 @@ def draw_matrix(axis, confusion: list[list[int]]) -> None:
             color = "white" if shares[y][x] > 0.5 else "black"
             text = f"{count:,}\n{shares[y][x]:.0%}"
             axis.text(x, y, text, ha="center", va="center", color=color)
-
-
-# -----------------------------------------------------------------------------
-# A dataset
-
-
-def draw_lengths(lengths: dict, labels: dict, title: str, path: Path) -> None:
-    """Draws the token lengths and the labels of a dataset.
-
-    Args:
-        lengths: {split: the number of tokens of prompt and answer, for each row}
-        labels: {split: how many rows have label 0, 1 and 2, as a numpy array (3,)}
-    """
-    with draw(path, 2, (6, 4)) as (left, right):
-        draw_histogram(left, lengths)
-        left.set(title=title, xlabel="tokens of prompt and answer")
-        left.set(ylabel="share of rows for each length")
-        draw_bars(right, labels)
-        right.set(title="labels", ylabel="share of rows")
-        for axis in (left, right):
-            axis.margins(y=0.4)  # room for the legend
-            axis.legend(loc="upper right")
-
-
-def draw_histogram(axis, lengths: dict) -> None:
-    """Draws each split's histogram as an outline, with at most 61 bins of one width."""
-    import numpy
-
-    shortest = min(min(values) for values in lengths.values())
-    longest = max(max(values) for values in lengths.values())
-    # The same edges for all splits, each half a token below a whole number: the width is
-    # whole, so every bin holds equally many lengths.
-    width = 1 + (longest - shortest) // 60
-    edges = numpy.arange(shortest, longest + 1 + width, width) - 0.5
-    for (split, values), line in zip(lengths.items(), itertools.cycle(LINES)):
-        label = f"{split} ({len(values):,} rows)"
-        # A density: MNLI's training split has forty times the rows of a validation split.
-        axis.hist(values, edges, density=True, histtype="step", linestyle=line, label=label)
-
-
-def draw_bars(axis, labels: dict) -> None:
-    """Draws a group of bars for each label, with a bar for each split."""
-    import numpy
-
-    width = 0.8 / len(labels)  # 0.2 is left between the groups
-    centre = (len(labels) - 1) / 2  # the number of the bar, or half a one, above the tick
-    splits = zip(labels.items(), itertools.cycle(HATCHES))
-    for number, ((split, counts), hatch) in enumerate(splits):
-        places = numpy.arange(3) + (number - centre) * width
-        color = "white" if hatch else "0.6"  # hatching shows on white
-        shares = counts / counts.sum()
-        axis.bar(
-            places,
-            shares,
-            width,
-            label=split,
-            color=color,
-            edgecolor="black",
-            hatch=hatch,
-        )
-    axis.set(xticks=range(3), xticklabels=LABELS)

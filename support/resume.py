@@ -5,7 +5,7 @@ Its tensors, for adapter parameters numbered n in the order of lora_parameters:
     adapter.NAME                        the parameter called NAME
     optimizer.n.step                    () fp32: how often AdamW has updated parameter n
     optimizer.n.exp_avg, .exp_avg_sq    its two moments, shaped like the parameter
-    random                              (ranks, bytes) uint8: each rank's random generators
+    random                              (processes, bytes) uint8: each process's random generators
 
 Everything else is JSON in the metadata (`State`): no pickle, which could run code. The
 order of the rows needs nothing, because it is a function of seed and step.
@@ -39,7 +39,7 @@ NAME = "trainer.safetensors"
 class Progress:
     """How far a run has come, and its sums since the last line of metrics.jsonl.
 
-    Rows, tokens and losses are of all ranks together.
+    Rows, tokens and losses are of all processes together.
     """
 
     step: int = 0  # optimiser steps taken
@@ -66,6 +66,24 @@ class Progress:
         self.tokens = 0
 
 
+# The fields of a state that make two runs one run, and what is said where they differ.
+SAME = {
+    # The order of rows depends on these two numbers.
+    "train_rows": "{run} was trained on {saved:,} rows, now there are {here:,}",
+    "rows_per_step": (
+        "{run} was trained with {saved:,} rows a step, "
+        "with this number of processes there are {here:,}"
+    ),
+    "rows_digest": (
+        "{run} was trained on other rows ({saved}, here {here}): that would be another run"
+    ),
+    "validation_digest": (
+        "the base of {run} was measured on other validation rows ({saved}, here {here}): "
+        "what was trained could not be compared with it"
+    ),
+}
+
+
 @dataclass
 class State:
     """All that is saved beside tensors."""
@@ -73,7 +91,7 @@ class State:
     arguments: dict  # of train.py, as args.json holds them
     steps: int  # that the run is to take
     train_rows: int  # after --limit
-    rows_per_step: int  # batch size * accumulate * ranks
+    rows_per_step: int  # batch size * accumulate * processes
     rows_digest: str  # of the rows' content
     validation_digest: str  # the same of what the base was measured on
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
@@ -82,33 +100,15 @@ class State:
 
     def check(self, run: Path, now: State) -> None:
         """Raises ValueError when the state `now` belongs to another run than this one."""
-        # The order of rows depends on these two numbers.
-        if self.train_rows != now.train_rows:
-            raise ValueError(
-                f"{run} was trained on {self.train_rows:,} rows, "
-                f"now there are {now.train_rows:,}"
-            )
-        if self.rows_per_step != now.rows_per_step:
-            raise ValueError(
-                f"{run} was trained with {self.rows_per_step:,} rows a step, "
-                f"with this number of processes there are {now.rows_per_step:,}"
-            )
-        if self.rows_digest != now.rows_digest:
-            raise ValueError(
-                f"{run} was trained on other rows ({self.rows_digest}, here {now.rows_digest}): "
-                "that would be another run"
-            )
-        if self.validation_digest != now.validation_digest:
-            raise ValueError(
-                f"the base of {run} was measured on other validation rows "
-                f"({self.validation_digest}, here {now.validation_digest}): "
-                "what was trained could not be compared with it"
-            )
+        for name, sentence in SAME.items():
+            saved = getattr(self, name)
+            here = getattr(now, name)
+            if saved != here:
+                raise ValueError(sentence.format(run=run, saved=saved, here=here))
         # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
-                f"{run} has taken {self.progress.step:,} steps already, "
-                f"more than {now.steps:,}"
+                f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
             )
         # What a fingerprint of an older version lacks cannot be compared.
         for name, here in now.fingerprint.items():
@@ -145,16 +145,16 @@ class Saved:
     path: Path  # for errors
 
     def restore(
-        self, adapter: dict[str, Tensor], optimizer, rank: int, device: torch.device
+        self, adapter: dict[str, Tensor], optimizer, process: int, device: torch.device
     ) -> None:
-        """Puts adapter, optimiser and this rank's random generators back as they were.
+        """Puts adapter, optimiser and the random generators of this process back.
 
         Raises ValueError when the tensors are not those of this adapter.
         """
         import torch
 
         # All shapes first, so that no copy fails half-way.
-        self.check_shapes(adapter, rank)
+        self.check_shapes(adapter, process)
 
         # Copied in place, because the layers and the optimiser hold these very tensors.
         with torch.no_grad():
@@ -173,14 +173,14 @@ class Saved:
 
         # Last, because nothing here may draw from the generators any more.
         try:
-            set_random_state(self.tensors["random"][rank], device)
+            set_random_state(self.tensors["random"][process], device)
         except (RuntimeError, TypeError) as error:
             raise ValueError(
                 f"{self.path} holds no state of a random generator: {error}"
             ) from None
 
-    def check_shapes(self, adapter: dict[str, Tensor], rank: int) -> None:
-        """Raises ValueError unless the tensors are those of this adapter and this rank."""
+    def check_shapes(self, adapter: dict[str, Tensor], process: int) -> None:
+        """Raises ValueError unless the tensors fit this adapter and this process."""
         expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
         # Before step 1 the optimiser has no entries.
         if any(name.startswith("optimizer.") for name in self.tensors):
@@ -190,15 +190,15 @@ class Saved:
                 expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         # Its second size depends on the device and on torch: the generators check it.
-        random = shapes.pop("random", ())  # (ranks, bytes)
-        if shapes != expected or len(random) != 2 or random[0] <= rank:
+        random = shapes.pop("random", ())  # (processes, bytes)
+        if shapes != expected or len(random) != 2 or random[0] <= process:
             raise ValueError(f"{self.path} does not hold the tensors of this adapter")
 
 
 def write(
     path: Path, adapter: dict[str, Tensor], optimizer, random: list[Tensor], state: State
 ) -> None:
-    """Writes trainer.safetensors. `random` holds each rank's random_state, in order."""
+    """Writes trainer.safetensors. `random` holds each process's random_state, in order."""
     import torch
     from safetensors.torch import save_file
 
@@ -215,10 +215,8 @@ def write(
 
 
 def load(run: Path) -> Saved:
-    """Returns what a run has saved. Raises ValueError for no file or a damaged one."""
-    path = Path(run) / NAME
-    if not path.is_file():
-        raise ValueError(f"{run} holds no {NAME}: there is nothing to resume from")
+    """Returns what a run that has_begun has saved. Raises ValueError for a damaged file."""
+    path = run / NAME
     try:
         with safe_open(path, framework="pt") as file:
             # Copies: a tensor of the file's own keeps it mapped into memory as long as it is
@@ -249,21 +247,33 @@ def check_types(record: State | Progress) -> None:
             raise TypeError(f"{part.name} is {kind}, not {part.type}")
 
 
-def load_if_begun(run: Path | None) -> Saved | None:
-    """Returns what a run has saved; None without a run, or before its first save."""
-    if run is None or not (run / NAME).is_file():
+def has_begun(run: Path) -> bool:
+    """Returns whether a run has saved something to resume from."""
+    return (run / NAME).is_file()
+
+
+def take_up(run: Path | None, state: State) -> Saved | None:
+    """Returns what a run has saved, and gives `state` its progress and its baseline.
+
+    Returns None without a run, or before its first save. Raises ValueError where `state` is
+    that of another run.
+    """
+    if run is None or not has_begun(run):
         return None
-    return load(run)
+    saved = load(run)
+    saved.state.check(run, state)
+    state.progress = saved.state.progress
+    state.baseline = saved.state.baseline
+    return saved
 
 
 def saved_arguments(run: Path) -> dict:
     """Returns the arguments of a run. Raises ValueError when the folder holds no run."""
-    if (run / NAME).is_file():
+    if has_begun(run):
         return load(run).state.arguments
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(
-            f"{run} holds a finished adapter and no {NAME}: "
-            "there is nothing to resume from, "
+            f"{run} holds a finished adapter and no {NAME}: there is nothing to resume from, "
             "and starting again would write over the adapter"
         )
     if (run / "args.json").is_file():  # it was stopped before its first save
@@ -272,40 +282,7 @@ def saved_arguments(run: Path) -> dict:
 
 
 # -----------------------------------------------------------------------------
-# What a resumed run keeps and restores besides
-
-
-def lines_up_to(path: Path, step: int, steps: int) -> list[str]:
-    """Returns the whole lines of a metrics.jsonl up to `step`.
-
-    Later steps are taken again. The final evaluation, at step `steps`, is left out, because
-    it will be repeated.
-    """
-    if not path.is_file():
-        return []
-    kept = []
-    # With their ends: a line without one was cut short by a kill.
-    text = path.read_text(encoding="utf-8", errors="replace")
-    for line in text.splitlines(keepends=True):
-        try:
-            entry = json.loads(line)
-            is_final_evaluation = is_evaluation(entry) and entry["step"] >= steps
-            if line.endswith("\n") and entry["step"] <= step and not is_final_evaluation:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):  # cut short, or not a line of ours
-            continue
-    return kept
-
-
-def evaluated_steps(lines: list[str]) -> set[int]:
-    """Returns the steps that have an evaluation among these lines of a metrics.jsonl."""
-    entries = [json.loads(line) for line in lines]
-    return {entry["step"] for entry in entries if is_evaluation(entry)}
-
-
-def is_evaluation(entry: dict) -> bool:
-    """Returns whether a line is of an evaluation, which has SPLIT_loss and no "loss"."""
-    return "loss" not in entry
+# Random generators
 
 
 def random_state(device: torch.device) -> Tensor:

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, commands, files, hub, machine, metrics, page, pictures, ranks
+from support import best, card, commands, files, hub, machine, metrics, page, pictures, processes
 from support.extras import Extras
-from support.resume import Progress, State, evaluated_steps, lines_up_to
+from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
 
 
 class RunLog:
-    """The log of a run in its folder. Of several ranks the first alone writes.
+    """The log of a run in its folder. Of several processes the first alone writes.
 
     A resumed run keeps the lines of metrics.jsonl up to the step that it resumes from.
     """
@@ -40,47 +40,40 @@ class RunLog:
         self.started = time.perf_counter()  # of this process, not of a run that it resumes
         self.clock = self.started  # when the steps since the last report began
         self.file = None  # metrics.jsonl
-        self.evaluated = set()  # the steps whose evaluation is in it
+        self.evaluated = set()  # the steps whose evaluation was in it when it was opened
         self.wandb_run = None  # with --wandb
         self.extras = Extras()
 
     def open(self) -> None:
         """Writes args.json, and opens metrics.jsonl. Until then nothing in the folder changes."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         record = self.state.arguments | machine.environment(self.device)
-        path = self.folder / "metrics.jsonl"
+        if processes.TORCHRUN:
+            record["torchrun"] = processes.TORCHRUN
+        if self.args.wandb:
+            record["wandb_run"] = wandb_identity(self.folder, bool(self.args.resume))
+        files.write_json(self.folder / "args.json", record)
 
-        # Lines after the last save are dropped: their steps are taken again. A new run has no
-        # baseline yet, and keeps none.
+        # A new run has no baseline yet, and keeps no line of what was there before it.
+        path = self.folder / "metrics.jsonl"
         lines = []
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
-        self.evaluated = evaluated_steps(lines)
-        if ranks.TORCHRUN:
-            record["torchrun"] = ranks.TORCHRUN
-        if self.args.wandb:
-            record["wandb_run"] = self.wandb_identity()
-        files.write_json(self.folder / "args.json", record)
-        with files.replacing(path) as temporary:
-            temporary.write_text("".join(lines), encoding="utf-8")
+        self.evaluated = {line["step"] for line in lines if is_evaluation(line)}
+        files.write_lines(path, lines)
         # Line by line, so that a kill loses none and `tail -f` shows each at once.
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         if self.args.wandb:
             with self.extras.attempt("W&B"):
                 self.wandb_run = start_wandb(self.folder, record)
 
-    def wandb_identity(self) -> dict[str, str]:
-        """Returns what this run is called at W&B. A resumed run is called what it was."""
-        saved = None
-        path = self.folder / "args.json"
-        if self.args.resume and path.is_file():
-            saved = files.read_json(path).get("wandb_run")
-        return wandb_identity(self.folder.resolve().name, saved)
-
     def lacks_evaluation(self, step: int) -> bool:
-        """Returns whether metrics.jsonl has no evaluation of this step. False in other ranks."""
-        return ranks.FIRST and step not in self.evaluated
+        """Returns whether metrics.jsonl had no evaluation of this step when it was opened.
+
+        Of several processes all must ask: the first knows, and tells the others.
+        """
+        return processes.gather(step not in self.evaluated)[0]
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
@@ -102,17 +95,27 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         try:
             tqdm.write(text)  # print would write into the bar
         except OSError:  # nobody can read it any more, and the run is worth more
             discard_closed_outputs()
 
+    def say_baseline(self) -> None:
+        """Prints what the base can do alone, and whether it has read less than there was."""
+        for split, statistics in self.state.baseline.items():
+            if statistics["cut"]:
+                self.say(
+                    f"{statistics['cut']:,} prompts of {split} are cut to --max-length "
+                    f"{self.args.max_length}"
+                )
+        self.say(f"baseline: {metrics.accuracies(self.state.baseline)}")
+
     def bar(self, steps: range, total: int) -> tqdm:
         """Returns a progress bar over the steps that are left of `total`."""
         # To tqdm None means: no bar where the output is not a terminal.
-        disable = None if ranks.FIRST else True
+        disable = None if processes.IS_FIRST else True
         return tqdm(
             steps, "training", total, initial=steps.start, unit="step", disable=disable
         )
@@ -172,7 +175,7 @@ class RunLog:
 
     def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
         """Writes STAGE_SPLIT.jsonl for each split."""
-        if not ranks.FIRST:
+        if not processes.IS_FIRST:
             return
         for split, rows in predictions.items():
             files.write_lines(self.folder / f"{stage}_{split}.jsonl", rows)
@@ -183,6 +186,12 @@ class RunLog:
         That is the predictions, the pictures, the page, the model card, and what --wandb and
         --push ask for. Returns whether all of it was done.
         """
+        if self.state.progress.cut:
+            self.say(
+                f"{self.state.progress.cut:,} prompts were cut to --max-length "
+                f"{self.args.max_length}, at the end of their premise, and of their hypothesis "
+                "where that was not enough"
+            )
         try:
             files.write_json(self.folder / "results.json", results)
         finally:
@@ -199,7 +208,7 @@ class RunLog:
             card.write_card(self.folder, prompt)
         if self.is_sent:
             with attempt("W&B"):
-                finish_wandb(self.wandb_run, results, self.folder)
+                self.wandb_run.finish()
         if self.args.push:
             with attempt("--push"):
                 self.say(f"uploaded to {hub.push(self.folder, self.args.push, prompt)}")
@@ -207,21 +216,54 @@ class RunLog:
         return not self.extras.failed
 
     def say_what_is_left(self, results: dict) -> None:
-        """Prints where the files of the run are, and how to use them."""
+        """Prints where the files of the run are, what has failed, and how to use the adapter."""
         if "best" in results:
-            self.say(best.describe(self.folder, results["best"]))
-        named = "adapter and results.json"
-        if "report.html" not in self.extras.failed:
-            named = "adapter, results.json and report.html"
+            kept = results["best"]
+            self.say(
+                f"the best adapter, of step {kept['step']:,} (accuracy {kept['accuracy']:.4f}, "
+                f"loss {kept['loss']:.4f}), is in {self.folder / best.FOLDER}"
+            )
+        failed = self.extras.failed
+        named = "adapter, results.json and report.html"
+        if "report.html" in failed:
+            named = "adapter and results.json"
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
         self.say(f"{named} are in {self.folder} ({duration})")
-        if "the predictions" in self.extras.failed:
+        if "the predictions" in failed:
             self.say(f"all of them once more: {commands.resume(self.folder)}")
-        elif {"the pictures", "report.html"} & set(self.extras.failed):
+        elif "the pictures" in failed or "report.html" in failed:
             again = commands.command("scripts.report", self.folder)
             self.say(f"pictures and report.html once more: {again}")
         pair = ("--premise", "...", "--hypothesis", "...")
         self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
+
+
+# -----------------------------------------------------------------------------
+# metrics.jsonl of a run that is resumed
+
+
+def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
+    """Returns the lines of a metrics.jsonl up to `step`: later steps are taken again.
+
+    The final evaluation, at step `steps`, is left out, because it will be repeated.
+    """
+    if not path.is_file():
+        return []
+    kept = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+            is_repeated = is_evaluation(line) and line["step"] >= steps
+            if line["step"] <= step and not is_repeated:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # cut short by a kill, or no line of ours
+            continue
+    return kept
+
+
+def is_evaluation(line: dict) -> bool:
+    """Returns whether a line is of an evaluation, which has SPLIT_loss and no "loss"."""
+    return "loss" not in line
 
 
 # -----------------------------------------------------------------------------
@@ -236,13 +278,13 @@ IDENTITY = {
 }
 
 
-def wandb_identity(name: str, saved: dict | str | None) -> dict[str, str]:
-    """Returns what a run is called: as a variable says, as it was `saved`, or by default."""
-    identity = {"id": uuid.uuid4().hex, "name": name, "project": "flora"}
-    if isinstance(saved, str):  # an older version has saved the id alone
-        identity["id"] = saved
-    if isinstance(saved, dict):
-        identity |= saved
+def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
+    """Returns what a run is called: as a variable says, as before its resume, or by default."""
+    identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"}
+    path = folder / "args.json"
+    if is_resumed and path.is_file():
+        saved = files.read_json(path).get("wandb_run")
+        identity |= saved if isinstance(saved, dict) else {}
     for part, variable in IDENTITY.items():
         if os.environ.get(variable):
             identity[part] = os.environ[variable]
@@ -257,11 +299,12 @@ def start_wandb(folder: Path, record: dict):
     """
     import wandb
 
-    options = {"config": record, **record["wandb_run"]}
-    if not os.environ.get("WANDB_DIR"):
-        options["dir"] = folder
-    if not os.environ.get("WANDB_RESUME"):
-        options["resume"] = "allow"  # if there is one of this id, it goes on
+    options = {
+        "config": record,
+        "dir": os.environ.get("WANDB_DIR") or folder,
+        "resume": os.environ.get("WANDB_RESUME") or "allow",  # if there is one of this id
+        **record["wandb_run"],
+    }
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":  # a user who has chosen another one has decided
         return wandb.init(**options)
@@ -278,23 +321,3 @@ def start_wandb(folder: Path, record: dict):
         f"send it later with: wandb sync {commands.quoted(Path(run.dir).parent)}"
     )
     return run
-
-
-def finish_wandb(run, results: dict, folder: Path) -> None:
-    """Sends results.json as a table, and the pictures, and ends the run."""
-    import wandb
-
-    # The numbers alone: a cell cannot hold a confusion matrix. nll may be missing.
-    columns = ["accuracy", "n", "correct", "unparsed", "macro_f1", "nll"]
-    rows = [
-        [stage, split, *(statistics.get(column) for column in columns)]
-        for stage, split, statistics in metrics.stages(results)
-    ]
-    entries = {"results": wandb.Table(columns=["stage", "split", *columns], data=rows)}
-    for name in pictures.PICTURES:
-        if (folder / name).is_file():
-            entries[name.replace(".png", "_picture")] = wandb.Image(str(folder / name))
-    try:
-        run.log(entries)
-    finally:
-        run.finish()

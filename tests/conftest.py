@@ -1,6 +1,7 @@
 """What the tests share: the embedded model, one of phi-2's widths, and the reference libraries."""
 
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -24,14 +25,14 @@ sys.path.insert(0, str(ROOT))
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from forks import script, start_script  # noqa: E402, F401  (the tests import them from here)
 from hypothesis import HealthCheck, settings  # noqa: E402
 from torch import Tensor  # noqa: E402
-from zygote import script, start_script  # noqa: E402, F401  (the tests import them from here)
 
 import lora  # noqa: E402
 import phi2  # noqa: E402
 import quant  # noqa: E402
-from support import checkpoints, cli, packing  # noqa: E402
+from support import checkpoints, cli, packing, peft_files  # noqa: E402
 from support.examples import find_splits, read_split  # noqa: E402
 from support.stopping import StopRequest  # noqa: E402
 
@@ -48,7 +49,7 @@ for number in StopRequest.SIGNALS:
 
 # The files that take longest. They begin first, so that no process waits for the other at the end.
 SLOWEST = (
-    "test_ranks.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
+    "test_processes.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
     "test_count.py",
 )  # fmt: skip
 
@@ -186,6 +187,12 @@ def pair(
     return mine, theirs
 
 
+def load_adapter(model, directory: Path) -> lora.LoRAConfig:
+    """Loads an adapter of any program, as eval.py does."""
+    config = peft_files.read_config(directory, lora.LoRAConfig)
+    return lora.load_adapter(model, directory, config)
+
+
 # -----------------------------------------------------------------------------
 # Numbers
 
@@ -238,6 +245,14 @@ def read_json(path: Path) -> dict:
 
 # -----------------------------------------------------------------------------
 # What runs leave, and what happens to them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_run_is_left():
+    """A test that fails may leave a run behind, for whose end multiprocessing would wait."""
+    yield
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(autouse=True)

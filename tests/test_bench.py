@@ -1,15 +1,19 @@
 """The benchmark prints no figure unless the contenders agree, and its rows differ as MNLI's do."""
 
+import copy
+import json
+import re
 from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, read_json, script
 
 import data
-from scripts import bench
+from scripts import bench, contenders
 from support import examples, files, packing
+from tiny import mnli_lengths
 
 ROWS = 16
 
@@ -25,43 +29,33 @@ def pairs():
 
 
 @pytest.fixture(scope="module")
-def rows(pairs, tokenizer):
-    """Few drawn rows, for training and for evaluation."""
-    encoded = [data.encode(row, tokenizer) for row in bench.draw_rows(pairs, tokenizer, ROWS, 0)]
-    drawn = bench.draw_rows(pairs, tokenizer, 8, 0, of_a_premise=2)
-    evaluation = [data.encode(row, tokenizer) for row in drawn]
-    return bench.Rows(encoded, evaluation, [[2, 3], [6, 7], [0, 1], [4, 5]])
-
-
-@pytest.fixture(scope="module")
-def job(tiny, rows, tmp_path_factory):
+def job(tiny, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     bench.write_random_adapter(str(tiny), folder / "adapter")
-    files.write_json(folder / "rows.json", vars(rows))
-    return bench.Job(
+    files.write_json(folder / "rows.json", bench.encode_rows(None, tokenizer, ROWS))
+    return contenders.Job(
+        contender="reference",
         model=str(tiny),
         tokenizer=str(tiny),
         rows=str(folder / "rows.json"),
         adapter=str(folder / "adapter"),
+        quant="none",
         dtype="fp32",
         device="cpu",
-        new_tokens=4,
-        keep=True,
     )
 
 
-def results(contender) -> bench.Results:
-    loss, gradients = contender.step(ROWS, update=False)
-    answers = contender.write(contender.job.new_tokens)
-    return bench.Results(loss, gradients, answers, contender.score())
+@pytest.fixture(scope="module")
+def both(job, tmp_path_factory):
+    """What ours and the reference compute from the same rows, each in a process of its own."""
+    folder = tmp_path_factory.mktemp("results")
+    names = (bench.Contender("ours", "ours"), bench.Contender("reference", "reference"))
+    return [bench.results_of(name, vars(job), folder) for name in names]
 
 
 @pytest.fixture(scope="module")
-def both(job, rows):
-    """What ours and the reference compute from the same rows."""
-    mine = results(bench.build(job, rows))
-    theirs = results(bench.build(replace(job, arm="reference"), rows))
-    return mine, theirs
+def reference(job):
+    return contenders.Reference(job, read_json(job.rows))
 
 
 # -----------------------------------------------------------------------------
@@ -69,53 +63,91 @@ def both(job, rows):
 
 
 def test_ours_and_the_reference_agree(both):
+    """Forced to 32 ids a row, whatever ends a text; the gradients are of micro-batches of 16."""
     mine, theirs = both
-    assert bench.check_fp32(mine, theirs) == []
-    assert bench.check_bf16(theirs, theirs, exact=theirs) == []
-    (problem,) = bench.check_bf16(mine, theirs, exact=theirs)
-    assert problem.startswith("bf16, gradient:"), "ours may not be much further than the reference"
+    apart = bench.distances(mine, theirs)
+    assert bench.beyond("fp32", apart, bench.BOUNDS) == []
+    assert apart.keys() == bench.BOUNDS.keys()
+    assert {len(ids) for ids in mine["written"]} == {32}
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "answer", "score"])
-def test_there_are_no_figures_when_results_differ(both, job, tmp_path, monkeypatch, what):
+@pytest.mark.parametrize("what", ["loss", "gradient", "scores", "written"])
+def test_there_are_no_figures_when_results_differ(both, tmp_path, monkeypatch, what):
     mine, theirs = both
+    wrong = copy.deepcopy(mine)
     if what == "loss":
-        wrong = replace(mine, loss=mine.loss * 1.0001)
+        wrong["loss"] *= 1.0001
     elif what == "gradient":
-        gradients = {name: gradient * 1.001 for name, gradient in mine.gradients.items()}
-        wrong = replace(mine, gradients=gradients)
+        wrong["gradients"] = {name: 1.001 * part for name, part in mine["gradients"].items()}
+    elif what == "scores":
+        wrong["scores"][0][0] += 0.001
     else:
-        predictions = list(getattr(mine, what))
-        predictions[0] += 1
-        wrong = replace(mine, **{what: predictions})
+        wrong["written"][0][31] += 1
 
-    def results_of(job, folder):
-        return wrong if job.arm == "ours" else theirs
+    def results_of(contender, job, folder):
+        return wrong if contender.name == "ours" else theirs
 
     monkeypatch.setattr(bench, "results_of", results_of)
-    with pytest.raises(ValueError, match=f"no figures, .* do not agree: fp32, {what}: off by"):
-        bench.compare(job, tmp_path)
+    names = bench.contenders(None)
+    expected = rf"no figures, .* do not agree: ours from reference, .*, {what}: off by"
+    with pytest.raises(ValueError, match=expected):
+        bench.compare(names, {"quant": "none", "dtype": "fp32"}, tmp_path)
+
+
+def test_in_bf16_ours_may_not_be_much_further_from_fp32_than_the_reference(
+    both, tmp_path, monkeypatch
+):
+    """Here "bf16" is fp32 with 1 % of noise for ours, and with 0.4 % for the reference."""
+    _, theirs = both
+
+    def results_of(contender, job, folder):
+        results = copy.deepcopy(theirs)
+        if job["dtype"] == "bf16":
+            noise = 0.01 if contender.name == "ours" else 0.004
+            for part in results["gradients"].values():
+                part *= 1 + noise
+        return results
+
+    monkeypatch.setattr(bench, "results_of", results_of)
+    names = bench.contenders(None)[:2]
+    with pytest.raises(ValueError, match="ours in bf16 from fp32, gradient: off by 1.0e-02"):
+        bench.compare(names, {"quant": "none", "dtype": "bf16"}, tmp_path)
 
 
 def test_a_result_that_is_no_number_is_a_difference(both):
     mine, theirs = both
-    (problem,) = bench.check_fp32(replace(mine, loss=float("nan")), theirs)
-    assert problem.startswith("fp32, loss: off by nan")
+    apart = bench.distances(mine | {"loss": float("nan")}, theirs)
+    (problem,) = bench.beyond("fp32", apart, bench.BOUNDS)
+    assert problem == "fp32, loss: off by nan"
 
 
-def test_micro_batches_give_the_gradients_of_the_whole_step(both, job, rows):
-    """So the reference runs a step of 128 rows on a GPU. Sums in another order differ by 1e-6."""
-    _, whole = both
-    contender = bench.build(replace(job, arm="reference"), rows)
-    contender.rows_at_once = 5
-    loss, gradients = contender.step(ROWS, update=False)
-    apart = bench.distances(replace(whole, loss=loss, gradients=gradients), whole)
-    assert apart["loss"] < 1e-6
-    assert apart["gradient"] < 1e-5
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_references_way_does_not_change_what_it_computes(both, reference, attention):
+    """Sums in another order differ by 1e-6."""
+    _, expected = both
+    reference.use(rows_at_once=5, attention=attention)
+    reference.optimizer.zero_grad()
+    loss = reference.backward(reference.rows["training"]).item()
+    written = reference.write(reference.prompts, 32)
+    scores = reference.score(reference.prompts)
+    found = {"loss": loss, "written": written, "scores": scores}
+    apart = bench.distances(found | {"gradients": reference.gradients()}, expected)
+    assert bench.beyond(attention, apart, bench.BOUNDS) == []
+
+
+def test_the_references_loss_is_that_of_transformers(reference):
+    """It runs the head on the answers' positions alone, without a mask: the loss is the same."""
+    rows = reference.rows["training"]
+    sequences = [prompt + answer for prompt, answer in rows]
+    labels = [[-100] * len(prompt) + answer for prompt, answer in rows]
+    mask = contenders.pad([[1] * len(sequence) for sequence in sequences], 0)
+    ids = contenders.pad(sequences, reference.eos)
+    loss = reference.model(ids, attention_mask=mask, labels=contenders.pad(labels, -100)).loss
+    assert reference.loss(rows).item() == pytest.approx(loss.item(), rel=1e-6)
 
 
 # -----------------------------------------------------------------------------
-# Rows and processes
+# Rows
 
 
 def test_the_drawn_rows_have_mnlis_spread_of_lengths(pairs, tokenizer):
@@ -123,7 +155,7 @@ def test_the_drawn_rows_have_mnlis_spread_of_lengths(pairs, tokenizer):
 
     The bounds hold for every seed: of 1,000 rows the longest varies most.
     """
-    drawn = bench.draw_rows(pairs, tokenizer, 1000, seed=1)
+    drawn = mnli_lengths.draw_rows(pairs, tokenizer, 1000, seed=1)
     prefix, _, _ = data.fixed_ids(tokenizer)
     lengths = sorted(len(data.encode(row, tokenizer)[0]) - len(prefix) for row in drawn)
     assert 43 <= median(lengths) <= 50
@@ -137,18 +169,16 @@ def test_the_drawn_rows_have_mnlis_spread_of_lengths(pairs, tokenizer):
     assert 1.6 < padded < 2.0
 
 
-def test_the_drawn_rows_of_validation_share_no_more_than_mnlis(tokenizer, tmp_path):
+def test_the_drawn_rows_of_validation_share_no_more_than_mnlis(tokenizer):
     """In batches of 64 in the order of eval.py, MNLI's distinct tokens are 0.57 of all."""
-    bench.write_dataset(tmp_path / "data", tokenizer)
-    pairs = examples.load_examples(str(tmp_path / "data"), "validation")
+    rows = bench.encode_rows(None, tokenizer, 1000)["evaluation"]
     prefix, _, _ = data.fixed_ids(tokenizer)
-    prompts = [data.encode(pair, tokenizer)[0] for pair in pairs]
-    order = [number for group in data.by_premise(pairs, prompts) for number in group]
+    own = [prompt[len(prefix) :] for prompt, _ in rows]
     distinct = 0
-    for numbers in bench.batches(order, 64):
-        own_ids, _ = packing.fold([prompts[number][len(prefix) :] for number in numbers])
+    for batch in contenders.batches(own, 64):
+        own_ids, _ = packing.fold(batch)
         distinct += len(own_ids)
-    lengths = sorted(len(prompt) - len(prefix) for prompt in prompts)
+    lengths = sorted(map(len, own))
     assert 0.57 < distinct / sum(lengths) < 0.66
     assert 43 <= median(lengths) <= 50
     assert lengths[950] <= 92
@@ -157,7 +187,7 @@ def test_the_drawn_rows_of_validation_share_no_more_than_mnlis(tokenizer, tmp_pa
 def test_a_drawn_row_keeps_the_label_of_its_last_pair(pairs, tokenizer):
     labels = {(row["premise"], row["hypothesis"]): row["label"] for row in pairs}
     longer = 0
-    for row in bench.draw_rows(pairs, tokenizer, 100, seed=2):
+    for row in mnli_lengths.draw_rows(pairs, tokenizer, 100, seed=2):
         own = [
             premise
             for premise, hypothesis in labels
@@ -169,23 +199,54 @@ def test_a_drawn_row_keeps_the_label_of_its_last_pair(pairs, tokenizer):
 
 
 def test_the_same_seed_draws_the_same_rows(pairs, tokenizer):
-    first = bench.draw_rows(pairs, tokenizer, 20, seed=3)
-    assert bench.draw_rows(pairs, tokenizer, 20, seed=3) == first
-    assert bench.draw_rows(pairs, tokenizer, 20, seed=4) != first
+    first = mnli_lengths.draw_rows(pairs, tokenizer, 20, seed=3)
+    assert mnli_lengths.draw_rows(pairs, tokenizer, 20, seed=3) == first
+    assert mnli_lengths.draw_rows(pairs, tokenizer, 20, seed=4) != first
 
 
-def test_a_contender_is_a_process_that_answers_task_after_task(job, both, tmp_path):
-    mine, _ = both
-    with bench.Process(job) as process:
-        answer = process.ask(save=str(tmp_path / "gradients.safetensors"))
-        assert answer["loss"] == pytest.approx(mine.loss, rel=1e-6)
-        assert (answer["answer"], answer["score"]) == (mine.answer, mine.score)
-        for task in ("train16", "answer", "score", "load"):
-            assert process.ask(task=task)["seconds"] > 0
-    assert process.process.returncode == 0
+def test_rows_of_a_dataset_are_taken_premise_by_premise(tokenizer, tmp_path):
+    pairs = [
+        {"premise": f"Premise {number % 3}.", "hypothesis": f"Row {number}.", "label": 0}
+        for number in range(6)
+    ]
+    for split in ("train", "validation"):
+        files.write_lines(tmp_path / f"{split}.jsonl", pairs)
+    rows = bench.encode_rows(str(tmp_path), tokenizer, 4)
+    assert rows["training"] == [data.encode(pair, tokenizer) for pair in pairs[:4]]
+    texts = [tokenizer.decode(prompt) for prompt, _ in rows["evaluation"]]
+    assert [re.search(r"Row (\d)", text)[1] for text in texts] == ["0", "3", "1", "4"]
+
+
+# -----------------------------------------------------------------------------
+# The script
 
 
 def test_a_contender_that_fails_is_an_error(job, capfd):
-    with pytest.raises(ValueError, match="a contender ended with status 1"):
-        bench.Process(replace(job, rows="nowhere"))
+    ours = bench.Contender("ours", "ours")
+    with pytest.raises(ValueError, match="ours ended with status 1"):
+        bench.Process(ours, vars(replace(job, rows="nowhere"))).__enter__()
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_a_small_benchmark_beside_another_checkout(tmp_path):
+    """The other checkout is a copy of the six and of support/, so both compute the same."""
+    for name in ("lora", "quant", "phi2", "data", "eval", "train"):
+        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    with (tmp_path / "train.py").open("a") as file:  # tells that it was taken
+        file.write("\nPath(__file__).with_name('taken').touch()\n")
+    (tmp_path / "support").symlink_to(ROOT / "support")
+    report = tmp_path / "bench.json"
+    command = ["--rows", 8, "--rounds", 1, "--dtype", "fp32", "--against", tmp_path]
+    done = script("-m", "scripts.bench", *command, "--json", report)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "taken").is_file()
+    figures = json.loads(report.read_text())["fp32"]
+    assert {line.task for line in bench.LINES} == contenders.TASKS.keys()
+    lines = [line.title for line in bench.LINES if line.task != "train128"]
+    assert list(figures["rates"]) == lines
+    for title in lines:
+        assert {name: len(rates) for name, rates in figures["rates"][title].items()} == {
+            "ours": 1, "before": 1
+        }  # fmt: skip
+        assert re.search(rf"{title} +[\d.]+ +[\d.]+ +[\d.]+x", done.stdout)
+    assert figures["training_peak_mib"].keys() == {"ours", "before"}

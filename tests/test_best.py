@@ -84,14 +84,14 @@ def test_it_has_the_tensors_of_its_step(run, tmp_path, monkeypatch):
     assert step < 40, "the adapter at the end is another one, or this says little"
     # The same run, stopped and saved at this step.
     calls = itertools.count(1)
-    accumulate_gradients = train.accumulate_gradients
+    training_step = train.training_step
 
     def stopped_at_the_step(*arguments):
         if next(calls) == step:
             signal.raise_signal(signal.SIGUSR1)
-        return accumulate_gradients(*arguments)
+        return training_step(*arguments)
 
-    monkeypatch.setattr(train, "accumulate_gradients", stopped_at_the_step)
+    monkeypatch.setattr(train, "training_step", stopped_at_the_step)
     in_process(train, *RUN, "--out", tmp_path / "run")
     expected = load_file(tmp_path / "run" / "adapter_model.safetensors")
     found = load_file(run / "best" / "adapter_model.safetensors")
@@ -193,5 +193,5 @@ def begun(run: Path) -> Path:
 
 def test_a_folder_called_best_that_is_no_runs_is_not_written_into(tmp_path):
     (tmp_path / "best").mkdir()
-    with pytest.raises(SystemExit, match="holds a best that is no run's"):
+    with pytest.raises(SystemExit, match="holds a best already"):
         in_process(train, *RUN, "--out", tmp_path)

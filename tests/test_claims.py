@@ -113,8 +113,8 @@ def test_what_was_written_stays_when_its_process_fails(tmp_path):
 def test_what_another_process_has_left_is_seen_once_the_folder_is_claimed(tmp_path):
     """It may have ended since the arguments were checked."""
     (tmp_path / "results.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds an evaluation already"):
-        with claims.claimed(tmp_path, cli.check_eval_folder):
+    with pytest.raises(ValueError, match="holds a results.json already"):
+        with claims.claimed(tmp_path, cli.check_out):
             pass
     assert os.listdir(tmp_path) == ["results.json"]
 

@@ -1,4 +1,4 @@
-"""scripts/count.py: the scripts run on a GPU that is not there, and what is counted is right.
+"""tools/count.py: the scripts run on a GPU that is not there, and what is counted is right.
 
 Here device errors show without a GPU: a tensor left on the CPU, a wait in each step, and more.
 """
@@ -9,13 +9,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import read_json, script
 
 import data
 import phi2
 from scripts import plan
 from support import cli, packing
-from support.examples import load_examples
+from tiny import mnli_lengths
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or torch.version.cuda is not None,
@@ -26,8 +26,8 @@ SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 2, "--
 
 
 def count(*arguments) -> str:
-    """Returns what scripts/count.py prints."""
-    done = script("-m", "scripts.count", *arguments, first_library="scripts.fake_gpu")
+    """Returns what tools/count.py prints."""
+    done = script("-m", "tools.count", *arguments, fresh=True)  # it has to precede torch
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -47,7 +47,7 @@ def run(tmp_path_factory):
 def test_a_step_of_training_waits_for_the_gpu_once(run, tiny):
     _, output = run
     losses = 2 * 2  # of two splits, before and after the training
-    assert waits(output, "ranks.py") == 3 + losses
+    assert waits(output, "processes.py") == 3 + losses
     assert waits(output, "train.py") == waits(output, "data.py") == waits(output, "quant.py") == 0
     # A copy and a look for numbers that are not finite, for each tensor that is loaded.
     assert waits(output, "phi2.py") == 2 * len(phi2.find_tensors(tiny))
@@ -81,30 +81,34 @@ def test_a_run_resumes_and_is_evaluated_on_a_gpu(run):
 
 @pytest.fixture(scope="module")
 def rows(tiny):
+    """The rows that are counted by default, as far as one task takes them."""
     tokenizer = data.load_tokenizer(tiny)
-    examples = load_examples(str(ROOT / "tiny" / "data"), "train", 64)
-    return [data.encode(example, tokenizer) for example in examples]
-
-
-TASKS = ["train16", "score", "answer", "ramble"]  # the last two write 2 and 32 tokens
+    drawn = mnli_lengths.validation_rows(tokenizer, 64)
+    return [data.encode(row, tokenizer) for row in drawn]
 
 
 @pytest.fixture(scope="module")
-def costs(rows, tmp_path_factory):
-    path = tmp_path_factory.mktemp("rows") / "rows.json"
-    path.write_text(json.dumps({"rows": rows, "groups": [list(range(len(rows)))]}))
-    return json.loads(count("--rows", path, "--layers", 2, "--tasks", *TASKS))
+def prefix_length(tiny):
+    prefix, _, _ = data.fixed_ids(data.load_tokenizer(tiny))
+    return len(prefix)
 
 
-def shared_length(rows: list) -> int:
-    """Returns how many ids all prompts begin with: the prefix, and perhaps more."""
-    first, last = min(rows)[0], max(rows)[0]
-    return next(i for i, (a, b) in enumerate(zip(first, last)) if a != b)
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """What each task costs where NF4's values are not kept."""
+    path = tmp_path_factory.mktemp("costs") / "costs.json"
+    printed = count("--random-phi-2", 2, "--rows", 64, "--json", path)
+    costs = read_json(path)["codes alone"]
+    for task, cost in costs.items():
+        assert re.search(rf"{task} +codes alone +{cost['launches']:,} +{cost['waits']} ", printed)
+    return costs
 
 
-def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
-    """Products of the layers' weights; attention and the adapters add less than 2 %."""
-    prefix_length = shared_length(rows)
+def test_the_arithmetic_is_that_of_the_tokens(costs, rows, prefix_length):
+    """Products of the layers' weights.
+
+    Attention, in which rows are padded to the longest, and the adapters add less than 4 %.
+    """
     own_ids, _ = packing.fold([prompt[prefix_length:] for prompt, _ in rows])
     tokens = prefix_length + len(own_ids)
     square = 2560 * 2560
@@ -112,7 +116,7 @@ def test_the_arithmetic_is_that_of_the_tokens(costs, rows):
     # In the last layer all tokens give keys and values, and one of each row the rest.
     last = 2 * square * tokens + 10 * square * len(rows)
     # Of the head three rows alone, too few to count.
-    assert costs["score"]["tflop"] * 1e12 == pytest.approx(2 * (first + last), rel=0.02)
+    assert 1 <= costs["score"]["tflop"] * 1e12 / (2 * (first + last)) < 1.04
     assert costs["score"]["launches"] < 120
 
 
@@ -125,12 +129,12 @@ def test_a_step_of_generation_is_one_launch_after_the_first(costs):
     assert costs["ramble"]["launches"] <= costs["answer"]["launches"] + 30 * 4
 
 
-def test_the_memory_is_that_of_the_plan(costs, rows, tmp_path):
+def test_the_memory_is_that_of_the_plan(costs, rows, prefix_length, tmp_path):
     config = vars(phi2.Phi2Config(num_hidden_layers=2, resid_pdrop=0.0))
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "phi"}))
     arguments = ["--model", tmp_path, "--dataset", "tiny/data", "--device", "cuda"]
     arguments += ["--dtype", "bf16", "--dropout", 0]
     args = cli.train_arguments(list(map(str, arguments)))
     encoded = sorted(rows[:16], key=lambda row: len(row[0]))
-    planned = plan.memory(tmp_path, args, encoded, shared_length(rows))["sum"] / 2**30
+    planned = plan.memory(tmp_path, args, encoded, prefix_length)["sum"] / 2**30
     assert planned == pytest.approx(costs["train16"]["peak_gib"], rel=0.05)

@@ -463,7 +463,7 @@ def test_logits_that_are_not_finite_are_no_answer(run, tmp_path, capsys):
 
 def test_an_evaluation_does_not_write_over_a_run(run):
     before = (run / "results.json").read_bytes()
-    message = "holds a run of train.py, whose results this would replace"
+    message = "holds a run already: choose another --out"
     with pytest.raises(SystemExit, match=message):
         in_process(evaluation, "--adapter", run, "--limit", 2, "--out", run)
     assert (run / "results.json").read_bytes() == before

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, logits, ours, random_ids, script
+from conftest import ROOT, load_adapter, logits, ours, random_ids, script
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -79,7 +79,7 @@ def adapter(tiny, tmp_path_factory) -> Path:
 def expected(adapter, tiny) -> torch.Tensor:
     """Logits of the trained model."""
     model = ours(tiny, torch.float32)
-    lora.load_adapter(model, adapter)
+    load_adapter(model, adapter)
     return logits(model, random_ids(model))
 
 
@@ -94,7 +94,7 @@ def test_any_adapter_config_gives_the_trained_model_or_one_error(
     (tmp_path / "adapter_config.json").write_text(json.dumps(changed(raw, drawn.draw)))
     model = ours(tiny, torch.float32)
     try:
-        config = lora.load_adapter(model, tmp_path)
+        config = load_adapter(model, tmp_path)
     except ONE_LINE as error:
         assert str(error).strip()
         return
@@ -197,7 +197,7 @@ def test_no_numbers_that_are_not_finite_are_loaded(tiny, adapter, tmp_path):
     next(iter(tensors.values()))[0, 0] = float("inf")
     save_file(tensors, copy / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="not finite"):
-        lora.load_adapter(ours(tiny, torch.float32), copy)
+        load_adapter(ours(tiny, torch.float32), copy)
 
 
 @given(st.binary(max_size=60) | ODD.map(lambda value: json.dumps(value).encode()))

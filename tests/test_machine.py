@@ -19,7 +19,7 @@ def test_the_environment_names_versions_commit_and_device():
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["versions"].keys() == {*machine.PACKAGES, "python"}
     assert environment["device_name"]
-    assert environment["ranks"] == 1
+    assert environment["processes"] == 1
     if (ROOT / ".git").exists():
         command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout

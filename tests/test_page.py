@@ -3,8 +3,8 @@
 import html.parser
 import json
 import shutil
+import sys
 
-import numpy
 import pytest
 from conftest import in_process, read_json, script
 
@@ -120,7 +120,7 @@ def test_a_notebooks_way_to_show_pictures_does_not_matter(copy):
     before = (copy / "loss.png").read_bytes()
     (copy / "loss.png").unlink()
     variables = {"MPLBACKEND": "module://matplotlib_inline.no_such_backend"}
-    done = script("-m", "scripts.report", copy, env=variables)
+    done = script("-m", "scripts.report", copy, env=variables, fresh=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert (copy / "loss.png").read_bytes() == before
 
@@ -148,9 +148,6 @@ def test_a_name_with_dollars_is_no_formula(run, tmp_path):
         pixels.append((tmp_path / "picture.png").read_bytes())
         entries = [{"step": 1, "loss": 1.0, "learning_rate": 1.0, f"{name}_loss": 1.0}]
         pictures.draw_loss(entries, tmp_path / "picture.png")
-        lengths = {name: [1, 2]}
-        labels = {name: numpy.array([1, 1, 0])}
-        pictures.draw_lengths(lengths, labels, name, tmp_path / "picture.png")
     assert len(set(pixels)) == 3
 
 
@@ -167,6 +164,24 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_and_the_others_are_there(cop
     assert (copy / "confusion.png").is_file()
     shown = Page((copy / "report.html").read_text())
     assert shown.tags.count("img") == 1
+
+
+def test_without_matplotlib_a_line_says_what_to_install_and_all_else_is_there(
+    copy, capsys, monkeypatch
+):
+    for name in pictures.PICTURES:
+        (copy / name).unlink()
+    (copy / "report.html").unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it now fails
+    with pytest.raises(SystemExit) as stopped:
+        in_process(report, copy)
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the pictures: ")
+    assert line.endswith(": pip install matplotlib")
+    shown = Page((copy / "report.html").read_text())
+    assert "Accuracy" in shown.text
+    assert "img" not in shown.tags
 
 
 def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):

@@ -20,9 +20,11 @@ SIX = ["lora", "quant", "phi2", "data", "eval", "train"]  # in reading order
 STAND_ALONE = ["lora", "quant", "phi2"]
 SUPPORT = sorted(ROOT.glob("support/*.py"))
 SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
-PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS]
+TOOLS = sorted(ROOT.glob("tools/*.py"))
+PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS]
 EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
 README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def relative(path: Path) -> str:
@@ -30,7 +32,7 @@ def relative(path: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Imports: support <- the six <- scripts
+# Imports: support <- the six <- scripts, tools
 
 
 def module_name(path: Path) -> str:
@@ -61,10 +63,10 @@ def imports(path: Path) -> set[str]:
 
 def project_imports(path: Path) -> set[str]:
     """Returns the project's modules that a file imports, wherever in the file."""
-    return (imports(path) & MODULES.keys()) - {"support", "scripts"}
+    return (imports(path) & MODULES.keys()) - {"support", "scripts", "tools"}
 
 
-def test_support_imports_none_of_the_six_and_nothing_of_scripts():
+def test_support_imports_nothing_but_support():
     for path in SUPPORT:
         for name in project_imports(path):
             assert name.startswith("support."), f"{relative(path)} imports {name}"
@@ -82,12 +84,14 @@ def test_a_file_imports_only_what_comes_before_it_in_the_reading_order(name):
     assert not libraries & {"transformers", "peft", "accelerate", "pickle"}
 
 
-def test_nothing_imports_scripts():
+def test_nothing_imports_scripts_or_tools():
     for path in EVERY_FILE:
         if path.parent.name != "tests":  # the tests look into them
-            found = {name for name in imports(path) if name.split(".")[0] == "scripts"}
+            found = {
+                name for name in imports(path) if name.split(".")[0] in ("scripts", "tools")
+            }
             if path.name == "count.py":  # its own first part, which has to precede torch
-                found -= {"scripts", "scripts.fake_gpu"}
+                found -= {"tools", "tools.fake_gpu"}
             assert not found, relative(path)
 
 
@@ -98,6 +102,20 @@ def test_no_project_import_is_inside_a_function():
                 for node in ast.walk(function):
                     inside = imported_by(node) & MODULES.keys()
                     assert not inside, f"{relative(path)}, {function.name}: {inside}"
+
+
+# What the benchmark compares with, of which requirements-dev.txt has the first two.
+PEERS = {"peft", "transformers", "litgpt"}
+
+
+def test_requirements_txt_names_what_is_imported_and_nothing_else():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    required = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    imported = set()
+    for path in PROJECT:
+        imported |= {name.split(".")[0] for name in imports(path)}
+    ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | set(SIX)
+    assert imported - sys.stdlib_module_names - ours - PEERS == required
 
 
 def test_no_imports_go_in_a_circle():
@@ -212,7 +230,7 @@ def test_lora_quant_and_phi2_each_do_their_job_alone_in_an_empty_folder(tmp_path
     (tmp_path / f"{name}.py").write_text(MODULES[name].read_text())
     if name == "phi2":
         write_small_phi(tmp_path)
-    others = [other for other in SIX + ["support", "scripts"] if other != name]
+    others = [other for other in SIX + ["support", "scripts", "tools"] if other != name]
     alone = f"import importlib.util\nassert not any(map(importlib.util.find_spec, {others}))\n"
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
@@ -258,9 +276,46 @@ def test_every_module_and_every_public_function_of_the_six_says_what_it_does(nam
             assert ast.get_docstring(node), node.name
 
 
-def test_every_file_of_support_and_scripts_says_what_it_is_for():
-    for path in (*SUPPORT, *SCRIPTS):
+def test_every_file_of_support_scripts_and_tools_says_what_it_is_for():
+    for path in (*SUPPORT, *SCRIPTS, *TOOLS):
         assert ast.get_docstring(ast.parse(path.read_text())), relative(path)
+
+
+# -----------------------------------------------------------------------------
+# docs/proof.md
+
+
+def claims() -> dict[str, list[str]]:
+    """Returns the tests of each claim, as pytest takes them."""
+    tests = {}
+    for line in (ROOT / "docs" / "proof.md").read_text().splitlines():
+        if line.startswith("| ") and line != "| claim | test |":
+            claim, cell = line.strip("|").rsplit("|", 1)
+            tests[claim.strip()] = re.findall(r"`(.+?)`", cell)
+    return tests
+
+
+def test_every_claim_has_a_test():
+    assert len(claims()) > 40
+    for claim, tests in claims().items():
+        assert tests, claim
+        for test in tests:
+            file, name = re.fullmatch(r"(tests/test_\w+\.py)::(test_\w+)", test).groups()
+            assert f"\ndef {name}(" in (ROOT / file).read_text(), test
+
+
+def test_every_target_that_contributors_are_told_of_is_there():
+    targets = set(re.findall(r"^make (\w+)", CONTRIBUTING, re.MULTILINE))
+    assert targets
+    for target in targets:
+        assert f"\n{target}: " in (ROOT / "Makefile").read_text(), target
+
+
+def test_what_the_readme_says_is_proved_is_a_claim_with_a_test():
+    section = README.split("## Trust it")[1].split("\n## ")[0]
+    said = re.findall(r"^- (.+)", section, re.MULTILINE)
+    assert len(said) > 5
+    assert set(said) <= claims().keys()
 
 
 # -----------------------------------------------------------------------------
@@ -275,7 +330,6 @@ LEFT = {
     "bench.json",
     "config.json",
     "confusion.png",
-    "lengths.png",
     "loss.png",
     "metrics.jsonl",
     "predictions_SPLIT.jsonl",
@@ -295,14 +349,6 @@ COMMANDS = [
 ]
 
 
-def test_the_tests_that_the_readme_names_exist():
-    sources = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
-    defined = set(re.findall(r"^def (test_\w+)", sources, re.MULTILINE))
-    named = set(re.findall(r"test_\w+", README.split("## Trust it")[1]))
-    assert len(named) > 10
-    assert not named - defined
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_in_the_readme_is_one_of_the_scripts(command):
     help_text = script(*command.split(), "--help").stdout
@@ -317,15 +363,15 @@ def test_every_flag_in_the_readme_is_one_of_the_scripts(command):
 
 
 def test_every_script_that_the_readme_runs_is_there():
-    named = set(re.findall(r"-m scripts\.(\w+)", README))
+    named = set(re.findall(r"-m (scripts|tools)\.(\w+)", README))
     assert named
-    for name in named:
-        assert (ROOT / "scripts" / f"{name}.py").is_file(), name
+    for folder, name in named:
+        assert (ROOT / folder / f"{name}.py").is_file(), name
 
 
-def test_every_file_that_the_readme_names_is_there_or_is_one_that_a_run_leaves():
+def test_every_file_that_is_named_for_readers_is_there_or_is_one_that_a_run_leaves():
     endings = "py|txt|json|jsonl|safetensors|md|png"
-    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README)) - LEFT
+    named = set(re.findall(rf"[\w./-]+\.(?:{endings})\b", README + CONTRIBUTING)) - LEFT
     assert named
     missing = [name for name in named if not (ROOT / name).is_file()]
     assert not missing

@@ -181,7 +181,8 @@ def test_the_same_run_gives_the_same_bytes(tmp_path):
     contents = []
     for seed in ("1", "2"):
         less = ("--steps", 6, "--eval-every", 3)
-        done = script("train.py", *RUN, *less, "--out", out, env={"PYTHONHASHSEED": seed})
+        hashes = {"PYTHONHASHSEED": seed}
+        done = script("train.py", *RUN, *less, "--out", out, env=hashes, fresh=True)
         assert done.returncode == 0, done.stderr
         contents.append(content(out))
         shutil.rmtree(out)
@@ -260,7 +261,7 @@ def test_a_closed_terminal_and_a_warning_save_too_however_often_they_come(
         signal.raise_signal(number)
         signal.raise_signal(number)
 
-    interrupt(monkeypatch, "accumulate_gradients", 3, twice, first=number)
+    interrupt(monkeypatch, "training_step", 3, twice, first=number)
     in_process(train, *RUN, "--out", out)
     assert saved_step(out) == 3
 
@@ -339,7 +340,7 @@ def test_ctrl_c_answers_at_once_with_a_line_and_loses_nothing(
     in_step_8 = 8
     # The step is not over when the answer is read: its gradients are still to be computed.
     interrupt(
-        monkeypatch, "accumulate_gradients", in_step_8, lambda: answers.append(capsys.readouterr())
+        monkeypatch, "training_step", in_step_8, lambda: answers.append(capsys.readouterr())
     )
     in_process(train, *RUN, "--out", out)
     (answer,) = answers
@@ -355,7 +356,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_stays(
 ):
     out = tmp_path / "run"
     interrupt(
-        monkeypatch, "accumulate_gradients", 8, lambda: signal.raise_signal(signal.SIGINT)
+        monkeypatch, "training_step", 8, lambda: signal.raise_signal(signal.SIGINT)
     )
     with pytest.raises(SystemExit) as stopped:
         in_process(train, *RUN, "--out", out)
@@ -368,7 +369,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once_and_the_last_save_stays(
 def test_flags_that_cost_memory_or_time_may_change_and_the_bits_stay(whole, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt(patch, "accumulate_gradients", 8)
+        interrupt(patch, "training_step", 8)
         in_process(train, *RUN, "--out", out)
     in_process(train, "--resume", out, "--keep-dequantized", "--checkpointing", "--save-every", 3)
     assert_same(out, whole)
@@ -381,7 +382,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "LOG_EVERY", 7)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt(
-            patch, "accumulate_gradients", 8, lambda: signal.raise_signal(signal.SIGINT)
+            patch, "training_step", 8, lambda: signal.raise_signal(signal.SIGINT)
         )
         in_process(train, *RUN, *more, "--out", out)
     assert saved_step(out) == 5
@@ -396,7 +397,7 @@ def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
 def test_ctrl_c_at_a_step_with_an_evaluation_does_not_lose_that(tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
-        interrupt(patch, "accumulate_gradients", 2)
+        interrupt(patch, "training_step", 2)
         in_process(train, *RUN, "--eval-every", 2, "--out", out)
     in_process(train, "--resume", out, "--steps", 4)
     evaluated = [line["step"] for line in metrics(out) if "loss" not in line]
@@ -423,7 +424,7 @@ def test_ctrl_c_in_the_last_evaluation_loses_nothing_that_was_trained(
     whole, copy, monkeypatch, capsys
 ):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        interrupt(patch, "evaluate", 1)
+        interrupt(patch, "validation_loss", 1)
         in_process(train, "--resume", copy)
     assert stopped.value.code == f"interrupted; to resume: python train.py --resume {copy}"
     assert len(metrics(copy)) == len(metrics(whole)) - 1
@@ -536,7 +537,7 @@ def test_no_results_of_the_shorter_run_stay_beside_the_adapter_of_a_longer_one(c
     }  # fmt: skip
     assert {path.name for path in copy.iterdir()} > {*kept, "results.json", "README.md"}
     with monkeypatch.context() as patch:
-        interrupt(patch, "accumulate_gradients", 2)
+        interrupt(patch, "training_step", 2)
         in_process(train, "--resume", copy, "--steps", STEPS + 10)
     assert saved_step(copy) == STEPS + 2
     assert {path.name for path in copy.iterdir()} == kept

@@ -1,5 +1,6 @@
 """train.py: what a run does, what it leaves, and that it trains what it says."""
 
+import itertools
 import json
 import math
 import re
@@ -17,7 +18,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import files, pictures, resume, runlog
+from support import files, resume, runlog
 from support.examples import load_examples
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
@@ -118,7 +119,7 @@ def test_args_json_holds_every_argument_and_where_it_ran(run):
     assert (record["steps"], record["batch_size"], record["learning_rate"]) == (STEPS, 8, 0.003)
     assert record["residual_dropout"] == 0.0  # config.json says so
     assert record["versions"]["torch"] == torch.__version__
-    assert record["ranks"] == 1
+    assert record["processes"] == 1
 
 
 def test_eval_gives_the_accuracy_that_the_run_reported(run, tmp_path):
@@ -163,7 +164,7 @@ def test_an_adapter_of_another_model_is_refused(run, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         in_process(evaluation, "--adapter", copy, "--limit", 4)
     name = "base_model.model.model.layers.0.mlp.fc1.lora_A.weight"
-    assert f"lacks 12 tensors, among them {name}" in stopped.value.code
+    assert f"lacks tensors: 12, among them {name}" in stopped.value.code
 
 
 @pytest.mark.parametrize("has_adapter", [False, True], ids=["base", "adapter"])
@@ -308,6 +309,29 @@ def test_a_step_on_either_loss_and_on_all_layers(tmp_path, tiny, loss):
         assert evaluated[2][f"{split}_loss"] != evaluated[0][f"{split}_loss"]
 
 
+def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
+    """Ten rows, four a step, from the second step on: three steps, of which the first has two."""
+    rows = load_examples("tiny/data", "train", 10)
+    args = Namespace(batch_size=3, loss="answer", share_prefix=True, max_length=None, seed=0)
+    tokenizer = data.load_tokenizer(tiny)
+    inputs = Namespace(train=rows, tokenizer=tokenizer)
+    progress = resume.Progress(step=2)
+    state = Namespace(rows_per_step=4, steps=5, progress=progress)
+    feed = train.Feed(args, inputs, state, torch.device("cpu"))
+    expected = itertools.islice(data.batches(rows, size=4, seed=0), 2, 5)
+    taken = 0
+    for number, step in enumerate(expected, 1):
+        assert feed.step.rows == step
+        assert [len(batch.lengths) for batch in feed.step.batches] in ([2], [3, 1])
+        assert feed.targets == 2 * len(step)  # the label and the end of text of each row
+        taken += len(step)
+        numbers = feed.advance(torch.tensor(0.5), torch.tensor(0.25), number == 2)
+        assert numbers == (0.25, number == 2)
+        assert (progress.step, progress.rows, progress.loss) == (2 + number, taken, number / 2)
+    assert feed.step.rows == feed.step.batches == []
+    assert feed.targets == 0
+
+
 def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(tmp_path, tiny):
     """At a learning rate at which nothing changes, so that the base gives all of the losses."""
     out = tmp_path / "run"
@@ -448,10 +472,6 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
     assert [row["_step"] for row in history] == list(wanted) == [0, 1, 2]
     for row, line in zip(history, wanted.values()):
         assert numbers_in(row) == line
-    assert history[2]["results._type"] == "table-file"
-    assert history[2]["results.nrows"] == 4  # two splits, before and after
-    for name in pictures.PICTURES:
-        assert history[2][name.replace(".png", "_picture._type")] == "image-file"
 
     check_that_a_resume_is_the_same_run(out, file.name, no_login)
 
@@ -470,30 +490,28 @@ def check_that_a_resume_is_the_same_run(out: Path, name: str, no_login: dict) ->
 
 
 def test_weights_and_biases_variables_win_over_what_was_saved_and_that_over_the_defaults(
-    monkeypatch,
+    monkeypatch, tmp_path
 ):
     for variable in runlog.IDENTITY.values():
         monkeypatch.delenv(variable, raising=False)
-    new = runlog.wandb_identity("run", None)
+    run = tmp_path / "run"
+    run.mkdir()
+    new = runlog.wandb_identity(run, is_resumed=False)
     assert (new["project"], new["name"]) == ("flora", "run")
-    assert new["id"] != runlog.wandb_identity("run", None)["id"]
+    assert new["id"] != runlog.wandb_identity(run, is_resumed=False)["id"]
     saved = {"id": "an-id", "project": "my-thesis", "name": "run-7", "entity": "my-team"}
-    assert runlog.wandb_identity("run", saved) == saved
-    older = {"id": "an-id", "project": "flora", "name": "run"}
-    assert runlog.wandb_identity("run", "an-id") == older, "as an older version has saved it"
+    files.write_json(run / "args.json", {"wandb_run": saved})
+    assert runlog.wandb_identity(run, is_resumed=True) == saved
+    assert runlog.wandb_identity(run, is_resumed=False)["id"] != "an-id"
     monkeypatch.setenv("WANDB_RUN_ID", "another")
     monkeypatch.setenv("WANDB_ENTITY", "their-team")
-    found = runlog.wandb_identity("run", saved)
+    found = runlog.wandb_identity(run, is_resumed=True)
     assert found == saved | {"id": "another", "entity": "their-team"}
 
 
 def numbers_in(row: dict) -> dict:
-    """Returns what a line of W&B holds besides its own entries, the table and the pictures."""
-    return {
-        key: value
-        for key, value in row.items()
-        if not key.startswith(("_", "results.")) and "_picture." not in key
-    }
+    """Returns what a line of W&B holds besides its own entries."""
+    return {key: value for key, value in row.items() if not key.startswith("_")}
 
 
 BLOCK = 32768  # bytes, of LevelDB's log format

@@ -1,10 +1,11 @@
 """Several GPUs, several machines: what the processes that torchrun starts exchange.
 
-Each process, a rank, holds the whole model on its own device and takes every WORLD-th row
-of each step. Only the gradients of the adapter are summed over the ranks: 10 MB for phi-2
-with --rank 8, in one message, which is too little to be worth overlapping with the backward
-pass. Without torchrun there is one rank, and every function here returns what it was given.
-When a rank dies, torchrun ends the others; with --max-restarts it starts all of them again,
+Each process holds the whole model on its own device and takes every COUNT-th row of each
+step. Only the gradients of the adapter are summed over the processes: 10 MB for phi-2 with
+--rank 8, in one message, which is too little to be worth overlapping with the backward pass.
+Without torchrun there is one process, and every function here returns what it was given.
+(torchrun calls a process a rank. Here rank is LoRA's word alone.)
+When a process dies, torchrun ends the others; with --max-restarts it starts all of them again,
 and they resume from the last save.
 
     torchrun --nproc-per-node 8 train.py --rank 8
@@ -42,16 +43,16 @@ def number_from_torchrun(name: str, alone: int) -> int:
     return int(value) if IN_TORCHRUN and value.isdecimal() else alone
 
 
-WORLD = number_from_torchrun("WORLD_SIZE", 1)  # ranks on all machines
-RANK = number_from_torchrun("RANK", 0)  # this process, counted over all machines
-LOCAL_RANK = number_from_torchrun("LOCAL_RANK", 0)  # this process on this machine
-LOCAL_WORLD = number_from_torchrun("LOCAL_WORLD_SIZE", WORLD)  # ranks on this machine
-FIRST = RANK == 0  # the rank that prints and writes
+COUNT = number_from_torchrun("WORLD_SIZE", 1)  # processes on all machines
+NUMBER = number_from_torchrun("RANK", 0)  # this process, counted over all machines
+LOCAL_NUMBER = number_from_torchrun("LOCAL_RANK", 0)  # this process on this machine
+LOCAL_COUNT = number_from_torchrun("LOCAL_WORLD_SIZE", COUNT)  # processes on this machine
+IS_FIRST = NUMBER == 0  # the process that prints and writes
 
 # What a script is started with, for the commands that are printed.
-COMMAND = "python" if WORLD == 1 else f"torchrun --nproc-per-node {LOCAL_WORLD}"
+COMMAND = "python" if COUNT == 1 else f"torchrun --nproc-per-node {LOCAL_COUNT}"
 
-# How often torchrun may start all ranks again, and how often it has; and a name of its own,
+# How often torchrun may start all processes again, and how often it has; and a name of its own,
 # which stays the same when it does.
 MAX_RESTARTS = number_from_torchrun("TORCHELASTIC_MAX_RESTARTS", 0)
 RESTARTS = number_from_torchrun("TORCHELASTIC_RESTART_COUNT", 0)
@@ -63,15 +64,15 @@ TORCHRUN = os.environ.get("TORCHELASTIC_RUN_ID") if IN_TORCHRUN else None
 
 
 def start(device: str) -> torch.device:
-    """Returns this rank's device, once all ranks have met. Then only the first one prints.
+    """Returns this process's device, once all processes have met. Then only the first one prints.
 
-    Raises ValueError for a device that does not exist, or that several ranks would share.
+    Raises ValueError for a device that does not exist, or that several processes would share.
     """
     own = own_device(device)
-    if WORLD == 1:
+    if COUNT == 1:
         return own
-    # Otherwise each line would be printed WORLD times. Errors go to stderr, from each.
-    if not FIRST:
+    # Otherwise each line would be printed COUNT times. Errors go to stderr, from each.
+    if not IS_FIRST:
         sys.stdout = open(os.devnull, "w")
     meet(own)
     return own
@@ -80,18 +81,18 @@ def start(device: str) -> torch.device:
 def own_device(name: str) -> torch.device:
     """Returns the device that --device names, and makes it this process's default GPU.
 
-    The default is set before anything is allocated. Otherwise every rank would also take
+    The default is set before anything is allocated. Otherwise every process would also take
     memory on the first GPU.
     """
     import torch
 
-    if LOCAL_WORLD > 1 and name.startswith("cuda:"):
+    if LOCAL_COUNT > 1 and name.startswith("cuda:"):
         raise ValueError(
-            f"--device {name} is one GPU for {LOCAL_WORLD} processes; "
+            f"--device {name} is one GPU for {LOCAL_COUNT} processes; "
             "with --device cuda each takes its own"
         )
-    if WORLD > 1 and name == "cuda":
-        name = f"cuda:{LOCAL_RANK}"
+    if COUNT > 1 and name == "cuda":
+        name = f"cuda:{LOCAL_NUMBER}"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(
             f"--device {name}: torch finds no CUDA device here; pass --device cpu"
@@ -116,12 +117,12 @@ def own_device(name: str) -> torch.device:
 
 
 def meet(device: torch.device) -> None:
-    """Waits for all ranks. NCCL connects GPUs, gloo connects CPUs."""
+    """Waits for all processes. NCCL connects GPUs, gloo connects CPUs."""
     import torch.distributed as dist
 
     store = None
     if RESTARTS and os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # torchrun's store still holds the addresses of the ranks that died, so the new ones
+        # torchrun's store still holds the addresses of the processes that died, so the new ones
         # meet under another name. On several machines the variable in README.md does this.
         old_store, _, _ = next(dist.rendezvous("env://"))
         store = dist.PrefixStore(f"restart {RESTARTS}", old_store)
@@ -129,16 +130,16 @@ def meet(device: torch.device) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         store=store,
         # torch would read these two itself, but not when it is given a store
-        rank=RANK,
-        world_size=WORLD,
+        rank=NUMBER,
+        world_size=COUNT,
         # as long as NCCL waits by default; gloo would wait half an hour for a dead machine
         timeout=timedelta(minutes=10),
     )
 
 
 def stop() -> None:
-    """Ends the exchange. For success only: it could wait for a rank that has failed."""
-    if WORLD == 1:
+    """Ends the exchange. For success only: it could wait for a process that has failed."""
+    if COUNT == 1:
         return
     import torch.distributed as dist
 
@@ -147,31 +148,31 @@ def stop() -> None:
 
 
 # -----------------------------------------------------------------------------
-# The exchange. Every rank must make the same calls in the same order, or all of them wait
+# The exchange. Every process must make the same calls in the same order, or all of them wait
 
 
 @contextmanager
-def blaming_another_rank() -> Iterator[None]:
-    """Turns what NCCL or gloo raise when another rank has ended into one line."""
+def blaming_another_process() -> Iterator[None]:
+    """Turns what NCCL or gloo raise when another process has ended into one line."""
     try:
         yield
     except RuntimeError as error:
         # ConnectionError is an OSError, which cli.run prints without a traceback.
         reason = str(error).splitlines()[0][:150]
         raise ConnectionError(
-            f"another rank has ended, whose own error says why ({reason})"
+            f"another process has ended, whose own error says why ({reason})"
         ) from None
 
 
 def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
-    """Returns each number summed over all ranks. `device` is that of this rank.
+    """Returns each number summed over all processes. `device` is that of this process.
 
     Tensors must be on the device. It is waited for once, however many there are.
     """
     import torch
     import torch.distributed as dist
 
-    if WORLD == 1 and not any(isinstance(number, torch.Tensor) for number in numbers):
+    if COUNT == 1 and not any(isinstance(number, torch.Tensor) for number in numbers):
         return [float(number) for number in numbers]
     # fp64 holds whole numbers up to 2^53 exactly: counts stay counts. `full` is written by the
     # device; a number that is copied to it would be waited for.
@@ -181,30 +182,30 @@ def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
             number = torch.full((), float(number), dtype=torch.float64, device=device)
         values.append(number.double())
     sums = torch.stack(values)
-    if WORLD > 1:
-        with blaming_another_rank():
+    if COUNT > 1:
+        with blaming_another_process():
             dist.all_reduce(sums)
     return sums.tolist()
 
 
 def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sums the gradients over all ranks, in place."""
-    if WORLD == 1:
+    """Sums the gradients over all processes, in place."""
+    if COUNT == 1:
         return
     import torch
     import torch.distributed as dist
 
     parameters = list(parameters)
     for parameter in parameters:
-        # The last step of an epoch may have fewer rows than there are ranks. A rank without
-        # a row adds zeros, because the others wait for a message of the same length.
+        # The last step of an epoch may have fewer rows than there are processes. A process
+        # without a row adds zeros, because the others wait for a message of the same length.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
 
     # One message: each has a latency, and there are two gradients for each adapted layer.
     gradients = [parameter.grad for parameter in parameters]
     message = torch.cat([gradient.flatten() for gradient in gradients])
-    with blaming_another_rank():
+    with blaming_another_process():
         dist.all_reduce(message)
 
     # The sums go back into the gradients, which the optimiser reads.
@@ -214,13 +215,13 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def gather(value: Any) -> list:
-    """Returns the values of all ranks, in their order. Tensors must be on the CPU."""
-    if WORLD == 1:
+    """Returns the values of all processes, in their order. Tensors must be on the CPU."""
+    if COUNT == 1:
         return [value]
     import torch.distributed as dist
 
-    values = [None] * WORLD
-    with blaming_another_rank():
+    values = [None] * COUNT
+    with blaming_another_process():
         # This pickles, between processes of one run. No file is ever unpickled.
         dist.all_gather_object(values, value)
     return values

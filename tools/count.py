@@ -1,7 +1,8 @@
 """Counts what a GPU would do, on a machine without one: launches, waits, bytes, FLOPs, memory.
 
-    python -m scripts.count train.py --model tiny/model --dataset tiny/data --steps 3
-    python -m scripts.bench --count                    # phi-2 at full size, beside the reference
+    python -m tools.count train.py --model tiny/model --dataset tiny/data --steps 3
+    python -m tools.count                                    # phi-2 at full size, task by task
+    python -m tools.count --random-phi-2 4 --json new.json   # of 4 layers, to compare two commits
 
 Tensors on the GPU are fake: they have a shape, a type and a device, and no content. Every operation
 on one is noted. So a script runs to its end, an operation on tensors of two devices is an error as
@@ -15,8 +16,9 @@ model says which of two designs is cheaper, and by about how much.
 """
 
 import argparse
-import json
+import gc
 import math
+import runpy
 import sys
 import traceback
 from collections import Counter
@@ -25,13 +27,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/count.py`
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/count.py`
 
-from scripts import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
+from tools import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
 
 # isort: split
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,8 +47,9 @@ import lora
 import phi2
 import quant
 import train
-from support import packing
+from support import cli, examples, files, flags, packing
 from support.live_bytes import LiveBytes
+from tiny import mnli_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,7 +76,6 @@ LAUNCHES = {
     "embedding_dense_backward": 6,
     "index_put": 8,
     "index_put_": 8,
-    "isin": 3,
 }
 # Operations that read as much as they write, and no more of a larger tensor.
 GATHERS = ("cat", "embedding", "gather", "index", "index_select")
@@ -139,7 +142,7 @@ class FakeGpu(TorchDispatchMode):
 
     operations: in their order. waits: how often which line waits for the GPU. bytes: those
     that are alive, and the most there have been. What the CPU reads of the GPU is True, 0,
-    or a probability of 0.5; in fp64, in which ranks.total adds, 0.
+    or a probability of 0.5; in fp64, in which processes.total adds, 0.
     """
 
     def __init__(self):
@@ -191,12 +194,11 @@ class FakeGpu(TorchDispatchMode):
 
 
 def caller() -> str:
-    """Returns the line of this project, or of the reference, that is running."""
+    """Returns the line of this project that is running."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         is_ours = path.is_relative_to(ROOT) and ".venv" not in path.parts
-        is_theirs = {"transformers", "peft"} & set(path.parts)
-        if is_ours and path.name != "count.py" or is_theirs:
+        if is_ours and path.name != "count.py":
             return f"{path.name}:{frame.lineno}"
     return "elsewhere"
 
@@ -291,12 +293,6 @@ def cost(call: Call) -> Operation:
     elif name in FILLS:
         moved = sum(map(size_of, outputs))
 
-    if name == "gemm_4bit":  # of more than a few rows bitsandbytes dequantises first
-        x = call.args[0]
-        weights = x.shape[-1] * outputs[0].shape[-1]
-        moved = size_of(x) + 4.5 / 8 * weights + 3 * 2 * weights + size_of(outputs[0])
-        return Operation(name, 2, int(moved), 2 * x.numel() * outputs[0].shape[-1])
-
     launches = LAUNCHES.get(name, 1)
     if name.startswith(("_foreach", "_fused_adam")):
         launches = math.ceil(len(call.args[0]) / 30)  # that many tensors are done at once
@@ -324,9 +320,6 @@ def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         return kernel(q, k, v, 0.0, is_causal, scale=scale)[0]
     if attn_mask is not None:
-        if attn_mask.dtype is torch.bool:
-            seen = torch.zeros_like(attn_mask, dtype=q.dtype)
-            attn_mask = seen.masked_fill(attn_mask, -math.inf)
         width = attn_mask.shape[-1]
         if width % 16:  # the kernel wants rows that begin at multiples of 16
             attn_mask = F.pad(attn_mask, (0, -width % 16))[..., :width]
@@ -384,32 +377,28 @@ def install(gpu: FakeGpu) -> None:
 
 
 # -----------------------------------------------------------------------------
-# The contenders at full size
+# phi-2 at full size, task by task
 
 
-def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Puts a model that is on the meta device on the fake GPU."""
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
-            setattr(module, name, nn.Parameter(new, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+@dataclass
+class Way:
+    """What a model keeps, at the cost of memory or of time."""
+
+    keep: bool  # NF4's values beside the codes
+    checkpointing: bool = False
 
 
-def move(module: nn.Module, *to, **options) -> nn.Module:
-    """Stands for nn.Module.to, which cannot exchange a fake parameter for another one."""
-    for child in module.modules():
-        for name, parameter in list(child.named_parameters(recurse=False)):
-            new = nn.Parameter(parameter.detach().to(*to, **options), parameter.requires_grad)
-            setattr(child, name, new)
-    return module
+WAYS = {
+    "ours": Way(keep=True),
+    "codes alone": Way(keep=False),
+    "checkpointing": Way(keep=False, checkpointing=True),
+}
 
 
-class Ours:
-    """This project: the model, and what is counted."""
+class Subject:
+    """The model with its adapter, and what is counted of it."""
 
-    def __init__(self, config: phi2.Phi2Config, keep: bool, checkpointing: bool):
+    def __init__(self, config: phi2.Phi2Config, way: Way, tokenizer: Tokenizer):
         with torch.device("meta"):
             self.model = phi2.Phi2(config)
         quant.quantize_linears(self.model)
@@ -417,170 +406,77 @@ class Ours:
         for module in self.model.modules():
             if isinstance(module, quant.NF4Linear):
                 module.dtype = torch.bfloat16
-        evaluation.choose_what_is_stored(self.model, keep, "cuda")
-        if checkpointing:
+        evaluation.choose_what_is_stored(self.model, way.keep, "cuda")
+        if way.checkpointing:
             self.model.model.checkpointing = "blocks"
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
         self.parameters = lora.lora_parameters(self.model).values()
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
-        self.tokenizer = data.load_tokenizer(ROOT / "tiny" / "model")
-
-    def share_prefix_of(self, rows: list) -> None:
-        """Lets eval.py take what the rows of another tokenizer share for this one's prefix."""
-        first, last = min(rows)[0], max(rows)[0]
-        length = next(i for i, (a, b) in enumerate(zip(first, last)) if a != b)
-        data.fixed_ids = lambda tokenizer: (first[:length], [0, 1, 2], len(first))
-        self.prefix_length = length
+        self.tokenizer = tokenizer
 
     def step(self, rows: list) -> None:
         self.model.train()
+        prefix, _, _ = data.fixed_ids(self.tokenizer)
         rows = sorted(rows, key=lambda row: len(row[0]))
-        batch = data.collate(rows, self.prefix_length, "answer")
+        batch = data.collate(rows, len(prefix), "answer")
         loss = train.batch_loss(self.model, batch)
         (loss / len(batch.targets)).backward()
-        update(self.parameters, self.optimizer)
+        nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def score(self, rows: list) -> None:
-        evaluation.score(self.model.eval(), self.tokenizer, [prompt for prompt, _ in rows])
+        evaluation.score(self.model.eval(), self.tokenizer, longest_first(rows))
 
     def write(self, rows: list, limit: int) -> None:
-        prompts = [prompt for prompt, _ in rows]
-        evaluation.complete(self.model.eval(), self.tokenizer, prompts, limit)
-
-
-class Reference:
-    """transformers + PEFT + bitsandbytes."""
-
-    def __init__(self, config: phi2.Phi2Config):
-        import peft
-        from transformers import PhiConfig, PhiForCausalLM
-
-        options = vars(config) | {"attn_implementation": "sdpa", "dtype": torch.bfloat16}
-        with torch.device("meta"):
-            base = PhiForCausalLM(PhiConfig(**options))
-        fill(base)
-        for path, layer in list(base.named_modules()):
-            if type(layer) is nn.Linear and path != "lm_head":
-                base.set_submodule(path, self.quantized(layer))
-        base.is_loaded_in_4bit = True
-        base.generation_config.pad_token_id = 0
-        adapter = peft.LoraConfig(
-            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        """Writes `limit` tokens for each row, whatever they are."""
+        prefix, answers, _ = data.fixed_ids(self.tokenizer)
+        known_ids = data.known_ids(self.tokenizer)
+        model = self.model.eval()
+        _, hidden = evaluation.generate(
+            model, longest_first(rows), prefix, limit, known_ids, is_finished=lambda ids: False
         )
-        nn.Module.to = move
-        self.model = peft.get_peft_model(base, adapter)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
-
-    def quantized(self, layer: nn.Linear) -> nn.Module:
-        """Returns a 4-bit layer of bitsandbytes that is quantised already."""
-        import bitsandbytes as bnb
-
-        with torch.device("meta"):
-            new = bnb.nn.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                compute_dtype=torch.bfloat16,
-                quant_type="nf4",
-            )
-        numel = layer.weight.numel()
-        codes = torch.empty(numel // 2, 1, dtype=torch.uint8, device="cuda")
-        new.weight = nn.Parameter(codes, requires_grad=False)
-        new.weight.quant_state = bnb.functional.QuantState(
-            absmax=torch.empty(numel // 64, device="cuda"),
-            shape=layer.weight.shape,
-            code=torch.empty(16, device="cuda"),
-            blocksize=64,
-            quant_type="nf4",
-            dtype=torch.bfloat16,
-        )
-        new.weight.compress_statistics = False
-        new.weight.quant_type = "nf4"
-        new.weight.bnb_quantized = True
-        new.bias = layer.bias
-        return new
-
-    def inputs(self, sequences: list[list[int]], side: str) -> dict[str, Tensor]:
-        tensors = [torch.tensor(sequence) for sequence in sequences]
-        ones = [torch.ones_like(tensor) for tensor in tensors]
-        pad = nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad(tensors, batch_first=True, padding_side=side).to("cuda"),
-            "attention_mask": pad(ones, batch_first=True, padding_side=side).to("cuda"),
-        }
-
-    def step(self, rows: list) -> None:
-        self.model.train()
-        inputs = self.inputs([prompt + answer for prompt, answer in rows], "right")
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        for line, (prompt, _) in enumerate(rows):
-            labels[line, : len(prompt)] = -100
-        self.model(**inputs, labels=labels, use_cache=False).loss.backward()
-        update(self.parameters, self.optimizer)
-
-    @torch.no_grad()
-    def score(self, rows: list) -> None:
-        inputs = self.inputs([prompt for prompt, _ in rows], "left")
-        logits = self.model.eval()(**inputs, logits_to_keep=1, use_cache=False).logits
-        logits[:, -1, [0, 1, 2]].argmax(dim=-1).tolist()
-
-    @torch.no_grad()
-    def write(self, rows: list, limit: int) -> None:
-        # On fake tensors it cannot see that it is at its end.
-        steps = iter([True] * limit + [False])
-        self.model.get_base_model()._has_unfinished_sequences = lambda *args, **kwargs: next(steps)
-        inputs = self.inputs([prompt for prompt, _ in rows], "left")
-        self.model.eval().generate(**inputs, max_new_tokens=limit, do_sample=False).tolist()
+        evaluation.answer_shares(model, hidden, answers)
 
 
-def update(parameters, optimizer: torch.optim.Optimizer) -> None:
-    nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def fill(model: nn.Module) -> None:
+    """Puts a model that is on the meta device on the fake GPU, in bf16."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            new = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+            setattr(module, name, nn.Parameter(new, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+
+
+def longest_first(rows: list) -> list[list[int]]:
+    """Returns the prompts of rows."""
+    return sorted((prompt for prompt, _ in rows), key=len, reverse=True)
 
 
 TASKS = {
-    "train16": lambda one, rows: one.step(rows[:16]),
-    "train128": lambda one, rows: one.step(rows[:128]),
-    "score": lambda one, rows: one.score(longest_first(rows[:64])),
-    "answer": lambda one, rows: one.write(longest_first(rows[:64]), 2),
-    "ramble": lambda one, rows: one.write(longest_first(rows[:64]), 32),
-    "split": lambda one, rows: score_split(one, one.split),
+    "train16": lambda subject, rows: subject.step(rows[:16]),
+    "train128": lambda subject, rows: subject.step(rows[:128]),
+    "score": lambda subject, rows: subject.score(rows[:64]),
+    "answer": lambda subject, rows: subject.write(rows[:64], 2),
+    "ramble": lambda subject, rows: subject.write(rows[:64], 32),
 }
 
 
-def longest_first(rows: list) -> list:
-    return sorted(rows, key=lambda row: -len(row[0]))
-
-
-def score_split(one: Ours | Reference, rows: list) -> None:
-    """Scores every eighth batch of a split, in the order given: an eighth of its cost."""
-    for start in range(0, len(rows), 8 * 64):
-        one.score(rows[start : start + 64])
-
-
-# -----------------------------------------------------------------------------
-# The script
-
-
-def count_tasks(gpu: FakeGpu, args: argparse.Namespace) -> dict[str, dict]:
-    """Returns the cost of each task for one contender."""
-    content = json.loads(args.rows.read_text())
-    rows = content["rows"]
+def count_tasks(
+    gpu: FakeGpu, way: Way, layers: int, tokenizer: Tokenizer, rows: list
+) -> dict[str, dict]:
+    """Returns the costs of each task. Only training is another with checkpointing."""
+    config = phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)
+    results = {}
     with gpu:
-        config = phi2.Phi2Config(num_hidden_layers=args.layers, resid_pdrop=0.0)
-        if args.arm == "ours":
-            contender = Ours(config, args.keep, args.checkpointing)
-            contender.share_prefix_of(rows)
-            contender.split = [rows[number] for group in content["groups"] for number in group]
-        else:
-            contender = Reference(config)
-            contender.split = longest_first(rows)
-        contender.step(rows[:16])  # the optimiser makes its state
-        results = {}
-        for name in args.tasks:
+        subject = Subject(config, way, tokenizer)
+        subject.step(rows[:16])  # the optimiser makes its state
+        for name, task in TASKS.items():
+            if way.checkpointing and not name.startswith("train"):
+                continue
             gpu.start()
-            TASKS[name](contender, rows)
+            task(subject, rows)
             results[name] = summary(gpu)
     return results
 
@@ -598,10 +494,30 @@ def summary(gpu: FakeGpu) -> dict:
     }
 
 
+def show(results: dict[str, dict[str, dict]]) -> None:
+    """Prints the costs. The CPU gives launches while the GPU works, so the longer time counts."""
+    print(
+        f"{'counted, not measured':24} {'launches':>8} {'waits':>5} {'TFLOP':>7} {'GB':>7} "
+        f"{'ms':>7} {'GiB':>6}"
+    )
+    for task in TASKS:
+        for way, costs in results.items():
+            if task in costs:
+                cost = costs[task]
+                milliseconds = max(cost["gpu_ms"], cost["cpu_ms"])
+                print(
+                    f"{task:9} {way:14} {cost['launches']:8,} {cost['waits']:5} "
+                    f"{cost['tflop']:7.2f} {cost['gb']:7.1f} "
+                    f"{milliseconds:7.1f} {cost['peak_gib']:6.2f}"
+                )
+
+
+# -----------------------------------------------------------------------------
+# The script
+
+
 def run_script(gpu: FakeGpu, script: str, arguments: list[str]) -> None:
     """Runs a script of this project on the fake GPU, and prints what it has cost."""
-    import runpy
-
     sys.argv = [script, *arguments]
     try:
         with gpu:
@@ -612,20 +528,48 @@ def run_script(gpu: FakeGpu, script: str, arguments: list[str]) -> None:
             print(f"{count:6,}  {place}")
 
 
+def read_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list:
+    """Returns encoded rows of the first validation split, or drawn ones."""
+    if args.dataset is None:
+        pairs = mnli_lengths.validation_rows(tokenizer, args.rows)
+    else:
+        split, *_ = examples.validation_splits(args.dataset)
+        pairs = examples.load_examples(args.dataset, split, args.rows)
+    return [data.encode(pair, tokenizer) for pair in pairs]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments where no script is to be run."""
+    parser = cli.Parser("what a GPU would do, counted without one; or SCRIPT.py and its arguments")
+    add = parser.add_argument
+    add("--random-phi-2", dest="layers", type=flags.count, default=32, metavar="LAYERS",
+        help="layers of phi-2's size")  # fmt: skip
+    add("--dataset", type=flags.name,
+        help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)")  # fmt: skip
+    add("--tokenizer", type=flags.path, default=ROOT / "tiny" / "model",
+        help="directory of a tokenizer.json (default: tiny/model)")  # fmt: skip
+    add("--rows", type=flags.count, default=256, help="of which up to 128 are used")
+    add("--json", type=flags.path, help="write every figure here")
+    return parser.parse_args()
+
+
 def main() -> None:
     gpu = FakeGpu()
     install(gpu)
     if sys.argv[1:2] and sys.argv[1].endswith(".py"):
         return run_script(gpu, sys.argv[1], sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=Path, required=True, help="JSON of scripts/bench.py")
-    parser.add_argument("--arm", choices=["ours", "reference"], default="ours")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--keep", action="store_true", help="keep NF4's values beside the codes")
-    parser.add_argument("--checkpointing", action="store_true")
-    print(json.dumps(count_tasks(gpu, parser.parse_args())))
+    args = parse_arguments()
+    tokenizer = data.load_tokenizer(args.tokenizer)
+    rows = read_rows(args, tokenizer)
+    results = {}
+    for name, way in WAYS.items():
+        print(f"counting: {name}", file=sys.stderr, flush=True)
+        results[name] = count_tasks(gpu, way, args.layers, tokenizer, rows)
+        gc.collect()  # the model is a circle, and its bytes would count for the next
+    show(results)
+    if args.json:
+        files.write_json(args.json, results)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

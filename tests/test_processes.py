@@ -1,4 +1,4 @@
-"""Several ranks train and answer as one does; one that dies ends the run, or it is resumed."""
+"""Several processes train and answer as one does; one that dies ends the run, or it is resumed."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from conftest import distance, read_json, script, start_script
 from safetensors.torch import load_file
 
-from support import best, claims, ranks, resume
+from support import best, claims, processes, resume
 
 RUN = (
     "--model", "tiny/model",
@@ -22,13 +22,13 @@ RUN = (
     "--max-new-tokens", 3,
     "--learning-rate", 1e-3,
     "--dtype", "fp32",
-    "--quant", "none",  # NF4 would be the same on every rank, and takes each 2 s to import
+    "--quant", "none",  # NF4 would be the same on every process, and takes each 2 s to import
 )
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: the same sums in the same order
 TWO_RANKS = ("--nproc-per-node", 2)
 TORCHRUN = ("-m", "torch.distributed.run")
-# torchrun then forks the ranks, which import nothing again. Without it each is a new Python, as in
-# the tests in which one dies.
+# torchrun then forks the processes, which import nothing again. Without it each is a new Python,
+# as in the tests in which one dies.
 FORKED = ("--run-path", "--start-method", "fork")
 
 
@@ -37,7 +37,7 @@ def torchrun(*arguments, options=TWO_RANKS) -> subprocess.CompletedProcess:
 
 
 def start_training(*arguments, options=()) -> subprocess.Popen:
-    """Starts two ranks of train.py and does not wait for them."""
+    """Starts two processes of train.py and does not wait for them."""
     command = (*TORCHRUN, *options, *TWO_RANKS, "train.py", *arguments)
     return start_script(*command, env=ONE_THREAD)
 
@@ -49,8 +49,8 @@ def saved_step(out: Path) -> int:
     return resume.load(out).state.progress.step
 
 
-def kill_second_rank(agent: subprocess.Popen, out: Path, step: int) -> None:
-    """Waits until a run has saved `step`, then kills a rank that does not write."""
+def kill_second_process(agent: subprocess.Popen, out: Path, step: int) -> None:
+    """Waits until a run has saved `step`, then kills a process that does not write."""
     while saved_step(out) < step:
         assert agent.poll() is None, agent.communicate()
         time.sleep(0.05)
@@ -67,9 +67,9 @@ def read_rows(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same run by one rank and by two: 26 steps of 8 rows, of which the 13th has one row.
+    """The same run by one process and by two: 26 steps of 8 rows, of which the 13th has one row.
 
-    Returns both folders, and what the two ranks printed.
+    Returns both folders, and what the two processes printed.
     """
     folder = tmp_path_factory.mktemp("pair")
     command = ("train.py", *RUN, "--dropout", 0, "--steps", 26, "--eval-every", 10, "--keep-best")
@@ -81,19 +81,19 @@ def pair(tmp_path_factory):
 
 
 # -----------------------------------------------------------------------------
-# Two ranks do what one does
+# Two processes do what one does
 
 
-def test_two_ranks_have_the_gradients_of_one(tmp_path):
+def test_two_processes_have_the_gradients_of_one(tmp_path):
     """On both losses, of seven rows and of one.
 
     fp32 rounds each sum to 6e-8 of it: 1e-6 leaves room for another order.
     """
     one = tmp_path / "one.safetensors"
     two = tmp_path / "two.safetensors"
-    alone = script("tests/rank_gradients.py", one, env=ONE_THREAD)
+    alone = script("tests/process_gradients.py", one, env=ONE_THREAD)
     assert alone.returncode == 0, alone.stderr
-    done = torchrun("tests/rank_gradients.py", two)
+    done = torchrun("tests/process_gradients.py", two)
     assert done.returncode == 0, done.stderr
 
     expected = load_file(one)
@@ -105,7 +105,7 @@ def test_two_ranks_have_the_gradients_of_one(tmp_path):
         assert distance(gradients[name], expected[name]) < 1e-6, name
 
 
-def test_two_ranks_train_and_answer_as_one_does(pair):
+def test_two_processes_train_and_answer_as_one_does(pair):
     one, two, _ = pair
     expected = load_file(one / "adapter_model.safetensors")
     adapter = load_file(two / "adapter_model.safetensors")
@@ -121,7 +121,7 @@ def test_two_ranks_train_and_answer_as_one_does(pair):
                 assert row[key] == expected_row[key]
 
 
-def test_two_ranks_keep_the_best_adapter_of_one(pair):
+def test_two_processes_keep_the_best_adapter_of_one(pair):
     one, two, _ = pair
     kept = best.read(two)
     expected = best.read(one)
@@ -129,30 +129,30 @@ def test_two_ranks_keep_the_best_adapter_of_one(pair):
     assert kept["loss"] == pytest.approx(expected["loss"], rel=1e-3)
 
 
-def test_all_ranks_end_where_the_first_one_finds_the_folder_in_use(tmp_path):
+def test_all_processes_end_where_the_first_one_finds_the_folder_in_use(tmp_path):
     out = tmp_path / "run"
     with claims.claimed(out):
         done = torchrun("train.py", *RUN, "--steps", 1, "--out", out)
         evaluated = torchrun("eval.py", *RUN[:4], "--out", out)
     for refused in (done, evaluated):
         assert refused.returncode != 0
-        line = f"error: rank 0: another process is writing into {out}: "
+        line = f"error: process 0: another process is writing into {out}: "
         assert refused.stderr.count(line) == 1
-        assert "error: rank 1" not in refused.stderr
+        assert "error: process 1" not in refused.stderr
     assert not out.exists()
 
 
-def test_the_first_rank_alone_prints_and_writes(pair):
+def test_the_first_process_alone_prints_and_writes(pair):
     one, two, printed = pair
     for folder in (".", best.FOLDER):
         assert sorted(os.listdir(two / folder)) == sorted(os.listdir(one / folder))
     assert printed.count("baseline:") == 1
     assert printed.count("layers adapted") == 1
     assert len(read_rows(two / "metrics.jsonl")) == len(read_rows(one / "metrics.jsonl"))
-    assert read_json(two / "args.json")["ranks"] == 2
+    assert read_json(two / "args.json")["processes"] == 2
 
 
-def test_eval_on_two_ranks_counts_every_row_once(pair, tmp_path):
+def test_eval_on_two_processes_counts_every_row_once(pair, tmp_path):
     one, _, _ = pair
     command = ("eval.py", "--adapter", one, "--limit", 25)
     alone = script(*command, "--out", tmp_path / "one", env=ONE_THREAD)
@@ -170,7 +170,7 @@ def test_eval_on_two_ranks_counts_every_row_once(pair, tmp_path):
         assert statistics["two"][key] == statistics["one"][key]
 
 
-def test_another_number_of_ranks_would_be_another_run(pair):
+def test_another_number_of_processes_would_be_another_run(pair):
     _, two, _ = pair
     done = script("train.py", "--resume", two)
     assert done.returncode == 1
@@ -179,19 +179,19 @@ def test_another_number_of_ranks_would_be_another_run(pair):
 
 
 # -----------------------------------------------------------------------------
-# A rank dies
+# A process dies
 
 
-def test_a_rank_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_resumed(tmp_path):
+def test_a_process_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_resumed(tmp_path):
     out = tmp_path / "run"
     agent = start_training(
         *RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--out", out
     )
-    kill_second_rank(agent, out, 2)
+    kill_second_process(agent, out, 2)
     # Within a minute on a quiet machine. Ranks that wait for a dead one would take ten.
     _, errors = agent.communicate(timeout=500)
     assert agent.returncode != 0
-    assert "error: rank 0: another rank has ended" in errors
+    assert "error: process 0: another process has ended" in errors
     assert "Signal 9 (SIGKILL)" in errors
 
     step = saved_step(out)
@@ -201,13 +201,13 @@ def test_a_rank_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_resu
 
 
 def test_a_run_that_torchrun_starts_again_ends_with_the_same_adapter(tmp_path):
-    """With dropout, which each rank draws from a state of its own."""
+    """With dropout, which each process draws from a state of its own."""
     command = (*RUN, "--steps", 30, "--batch-size", 2, "--save-every", 3)
     whole = torchrun("train.py", *command, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "run"
     agent = start_training(*command, "--out", out, options=("--max-restarts", "1"))
-    kill_second_rank(agent, out, 6)
+    kill_second_process(agent, out, 6)
     output, errors = agent.communicate(timeout=600)
     assert agent.returncode == 0, errors
     assert "resuming after step" in output
@@ -243,39 +243,41 @@ ALL_FIVE = {
         ALL_FIVE | {"MASTER_PORT": "abc"},
     ],
 )
-def test_variables_that_are_left_over_make_no_rank(left_over, tmp_path):
+def test_variables_that_are_left_over_make_no_process(left_over, tmp_path):
     """Schedulers and earlier commands leave some of torchrun's variables, or odd ones."""
     program = tmp_path / "program.py"
     program.write_text("""
 import os, sys
 sys.path.insert(0, os.getcwd())
-from support import ranks
-device = ranks.start("cpu")
-print(ranks.RANK, ranks.WORLD, ranks.FIRST, ranks.COMMAND, ranks.gather(5), device)
-ranks.stop()
+from support import processes
+device = processes.start("cpu")
+print(processes.NUMBER, processes.COUNT, processes.IS_FIRST, processes.COMMAND)
+print(processes.gather(5), device)
+processes.stop()
 """)
     done = script(program, env=left_over)
-    assert (done.returncode, done.stdout) == (0, "0 1 True python [5] cpu\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "0 1 True python\n[5] cpu\n"), done.stderr
 
 
 EXCHANGE = """
 import os, sys
 sys.path.insert(0, os.getcwd())
 import torch
-from support import ranks
+from support import processes
 
-device = ranks.start("cpu")
-gathered = ranks.gather({"rank": ranks.RANK, "bytes": torch.full((2 + ranks.RANK,), ranks.RANK)})
+device = processes.start("cpu")
+number = processes.NUMBER
+gathered = processes.gather({"number": number, "bytes": torch.full((2 + number,), number)})
 lengths = [len(value["bytes"]) for value in gathered]
-sums = ranks.total(device, 1, ranks.RANK, 2**53 - 1 if ranks.FIRST else 1)
-line = f"{[value['rank'] for value in gathered]} {lengths} {sums} {ranks.MAX_RESTARTS}"
-print(line)  # of the first rank alone
+sums = processes.total(device, 1, number, 2**53 - 1 if processes.IS_FIRST else 1)
+line = f"{[value['number'] for value in gathered]} {lengths} {sums} {processes.MAX_RESTARTS}"
+print(line)  # of the first process alone
 print(line, file=sys.stderr)
-ranks.stop()
+processes.stop()
 """
 
 
-def test_all_ranks_receive_what_each_of_them_gives(tmp_path):
+def test_all_processes_receive_what_each_of_them_gives(tmp_path):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
     options = ("--nproc-per-node", 3, "--max-restarts", 5)
     done = torchrun(tmp_path / "exchange.py", options=options)
@@ -295,27 +297,27 @@ def test_all_ranks_receive_what_each_of_them_gives(tmp_path):
 )
 def test_a_device_that_does_not_exist_is_one_line(device, message):
     with pytest.raises(ValueError) as raised:
-        ranks.start(device)
+        processes.start(device)
     assert str(raised.value).startswith(message)
     assert "\n" not in str(raised.value)
 
 
-def test_several_ranks_do_not_share_one_gpu(monkeypatch):
-    monkeypatch.setattr(ranks, "WORLD", 2)
-    monkeypatch.setattr(ranks, "LOCAL_WORLD", 2)
+def test_several_processes_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setattr(processes, "COUNT", 2)
+    monkeypatch.setattr(processes, "LOCAL_COUNT", 2)
     with pytest.raises(ValueError, match="cuda:1 is one GPU for 2 processes; with --device cuda"):
-        ranks.own_device("cuda:1")
+        processes.own_device("cuda:1")
 
 
 def test_a_device_that_torch_cannot_import_is_one_line():
     with pytest.raises(ValueError, match="--device hpu: ") as raised:
-        ranks.own_device("hpu")
+        processes.own_device("hpu")
     assert len(str(raised.value)) < 200
 
 
 def test_a_device_without_numbers_is_refused():
     with pytest.raises(ValueError, match="--device meta holds no numbers"):
-        ranks.own_device("meta")
+        processes.own_device("meta")
 
 
 @pytest.fixture
@@ -328,16 +330,16 @@ def touched(monkeypatch) -> list[str]:
     return steps
 
 
-def test_each_rank_chooses_its_gpu_before_it_touches_one(monkeypatch, touched):
+def test_each_process_chooses_its_gpu_before_it_touches_one(monkeypatch, touched):
     """Or all of them would take memory on the first."""
-    monkeypatch.setattr(ranks, "WORLD", 4)
-    monkeypatch.setattr(ranks, "LOCAL_WORLD", 4)
-    monkeypatch.setattr(ranks, "LOCAL_RANK", 3)
-    assert ranks.own_device("cuda") == torch.device("cuda:3")
+    monkeypatch.setattr(processes, "COUNT", 4)
+    monkeypatch.setattr(processes, "LOCAL_COUNT", 4)
+    monkeypatch.setattr(processes, "LOCAL_NUMBER", 3)
+    assert processes.own_device("cuda") == torch.device("cuda:3")
     assert touched == ["set cuda:3", "touch cuda:3"]
 
 
 def test_a_gpu_that_is_named_becomes_the_default_one(touched):
     """bitsandbytes and generators of random numbers take the default one."""
-    assert ranks.own_device("cuda:1") == torch.device("cuda:1")
+    assert processes.own_device("cuda:1") == torch.device("cuda:1")
     assert touched == ["set cuda:1", "touch cuda:1"]

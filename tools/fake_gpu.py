@@ -19,7 +19,7 @@ from pathlib import Path
 def load() -> None:
     """Compiles fake_gpu.cpp for this version of torch, and loads it."""
     if not shutil.which("g++"):
-        sys.exit("error: counting needs the compiler g++, for scripts/fake_gpu.cpp")
+        sys.exit("error: counting needs the compiler g++, for tools/fake_gpu.cpp")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     source = Path(__file__).with_suffix(".cpp")
     known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]

@@ -1,0 +1,103 @@
+"""adapter_config.json as other programs write it: what it says for lora.py, or that it says more.
+
+PEFT has about forty options, of which lora.py implements four. An option that is off, or at its
+default, changes nothing. Any other is refused by name, because to ignore it would give another
+model than the trained one, in silence.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from support import files
+
+REQUIRED = {"r", "lora_alpha", "target_modules"}
+# Keys that change nothing in what a trained adapter computes.
+HARMLESS = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
+    "peft_version", "revision", "ensure_weight_tying",
+    "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
+    "rank_pattern",  # where it changes a rank, a tensor has another shape: see check_ranks
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began
+}
+# The values of an option that are not "off" (None, False, 0, "none", empty) and change nothing.
+ACCEPTED = {
+    "peft_type": ("LORA",),
+    # A classifier (SEQ_CLS, TOKEN_CLS) has another head, which its file would have to hold.
+    "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"),
+    # How A and B began, while the base stayed as it is. Other ways change its weights too.
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
+    # What PEFT 0.21 takes where the key is not there.
+    "megatron_core": ("megatron.core",),
+    "qalora_group_size": (16,),
+    "runtime_config": ({"ephemeral_gpu_offload": False},),
+}
+CURE = "merge the adapter with PEFT (merge_and_unload), and use the merged model"
+
+
+def read_config(directory: Path, make: Callable):
+    """Returns make(rank=, alpha=, dropout=, targets=) of the adapter in `directory`.
+
+    `make` is lora.LoRAConfig. Raises ValueError where the files are not an adapter or
+    damaged, and for an option that changes what the adapter computes.
+    """
+    path = Path(directory) / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{directory} is not an adapter: it has no {path.name}")
+    raw = files.read_json(path)
+    try:
+        check_options(raw)
+        config = make(
+            rank=raw["r"],
+            alpha=raw["lora_alpha"],
+            dropout=raw.get("lora_dropout", 0.0),
+            targets=read_targets(raw["target_modules"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    check_ranks(Path(directory) / "adapter_model.safetensors", config.rank)
+    return config
+
+
+def check_options(raw: dict) -> None:
+    """Raises ValueError for an option that is not implemented."""
+    for key in ("peft_type", *REQUIRED):
+        if raw.get(key) is None:
+            raise ValueError(f"it lacks {key}")
+    for key in raw.keys() - HARMLESS - REQUIRED:
+        value = raw[key]
+        is_off = value in (None, False, "none", {}, [])  # or 0, which equals False
+        if not is_off and value not in ACCEPTED.get(key, ()):
+            raise ValueError(f"{key} = {value!r} is not supported; {CURE}")
+
+
+def read_targets(targets) -> tuple[str, ...] | str:
+    """Returns target_modules as lora.LoRAConfig has it."""
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        return tuple(sorted(targets))  # PEFT keeps a set, so their order in the file means nothing
+    if isinstance(targets, str):
+        return targets
+    raise ValueError(
+        f"target_modules = {targets!r} is neither a list of names nor a regular expression"
+    )
+
+
+def check_ranks(path: Path, rank: int) -> None:
+    """Raises ValueError unless each A has this rank, before anything of that size is allocated."""
+    if not path.is_file():
+        raise ValueError(
+            f"{path.parent} has no {path.name}; PEFT writes one with safe_serialization=True"
+        )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from None
+    for key, shape in shapes.items():
+        # [:1], because a damaged file may hold a single number here, which has no first size.
+        if ".lora_A." in key and shape[:1] != [rank]:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(shape)}, adapter_config.json says rank {rank}; "
+                f"layers with a rank of their own are not supported; {CURE}"
+            )

@@ -1,0 +1,1 @@
+"""For developers without a GPU: python -m tools.count --help."""
