@@ -64,7 +64,7 @@ def generate(
     prompts: list[list[int]],
     prefix: list[int],
     max_new_tokens: int,
-    known_ids: int,
+    num_known_ids: int,
     is_finished: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
@@ -72,7 +72,7 @@ def generate(
     A prompt's completion is finished as soon as is_finished(its ids), or at max_new_tokens.
     The hidden states are those of the prompts' last tokens, from which the head chooses the
     first new one. All prompts begin with `prefix`. The head has more ids than the tokenizer
-    knows: those from `known_ids` on are never chosen.
+    knows: those from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
@@ -87,7 +87,7 @@ def generate(
     logits = model.lm_head(hidden)
     while True:
         # 2. Choose the likeliest next token of each row. Some may be of finished rows.
-        chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
+        chosen = logits[:, :num_known_ids].argmax(dim=-1).tolist()
         for number, token in zip(prompt_of, chosen):
             if number in unfinished:
                 completions[number].append(token)
@@ -133,7 +133,7 @@ def complete(
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, hidden = generate(
-        model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
+        model, prompts, prefix, max_new_tokens, data.num_known_ids(tokenizer), is_finished
     )
     # The end of text is no part of the text.
     ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]

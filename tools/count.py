@@ -433,7 +433,7 @@ class Subject:
         rows = sorted(rows, key=lambda row: len(row[0]))
         batch = data.collate(rows, len(prefix), "answer")
         loss = train.batch_loss(self.model, batch)
-        (loss / len(batch.targets)).backward()
+        (loss / len(batch.next_ids)).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -444,10 +444,10 @@ class Subject:
     def write(self, rows: list, limit: int) -> None:
         """Writes `limit` tokens for each row, whatever they are."""
         prefix, answers, _ = data.fixed_ids(self.tokenizer)
-        known_ids = data.known_ids(self.tokenizer)
+        num_known_ids = data.num_known_ids(self.tokenizer)
         model = self.model.eval()
         _, hidden = evaluation.generate(
-            model, longest_first(rows), prefix, limit, known_ids, is_finished=lambda ids: False
+            model, longest_first(rows), prefix, limit, num_known_ids, is_finished=lambda ids: False
         )
         evaluation.answer_shares(model, hidden, answers)
 
