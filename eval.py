@@ -50,6 +50,7 @@ from support import (
     typed_pairs,
 )
 from support.labels import LABELS
+from support.letters import printable
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -400,7 +401,7 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     model, tokenizer = load(args, device, output=sys.stderr)
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, args)):
-            print(json.dumps(pair | found, ensure_ascii=False))
+            print(printable(json.dumps(pair | found, ensure_ascii=False)))
 
 
 def answer_pairs(

@@ -316,7 +316,7 @@ def test_a_batch_of_whole_rows_predicts_the_answers_or_every_id():
 
 
 def test_the_full_loss_needs_whole_rows():
-    with pytest.raises(ValueError, match="the full loss has targets in the prefix"):
+    with pytest.raises(ValueError, match="the full loss is on the prefix too"):
         data.collate(ENCODED, prefix_length=2, loss="full")
 
 
