@@ -78,7 +78,8 @@ class Phi2Config:
 
 
 # -----------------------------------------------------------------------------
-# The model. N tokens of C = hidden_size numbers each, in H heads of D = C / H dimensions
+# The model. N tokens, of one row or of B rows, have C = hidden_size numbers each: H heads of
+# D = C / H dimensions
 
 
 def rotary_tables(
@@ -253,7 +254,7 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, layout: "OneRow | None" = None, last: int | None = None
+        self, ids: Tensor, layout: OneRow | None = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
