@@ -384,7 +384,7 @@ def install(gpu: FakeGpu) -> None:
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     F.scaled_dot_product_attention = attention
     packing.causal_lower_right = lambda queries, keys: LOWER_RIGHT
-    for name in ("rotate", "add"):
+    for name in ("rotate", "add_branches"):
         function = getattr(phi2, name)
         setattr(phi2, name, as_one_kernel(gpu, function.__wrapped__))
 
