@@ -449,7 +449,7 @@ class Subject:
         _, hidden = evaluation.generate(
             model, longest_first(rows), prefix, limit, num_known_ids, is_finished=lambda ids: False
         )
-        evaluation.answer_shares(model, hidden, answers)
+        evaluation.answer_scores(model, hidden, answers)
 
 
 def fill(model: nn.Module) -> None:
