@@ -3,8 +3,10 @@
 Fourth in the reading order. A prompt ends in "### Label:". The answer is one token,
 " 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop.
 Prompt and answer are tokenised separately and joined as lists of ids: at evaluation the
-model is asked, id for id, what it saw in training. Reading people's files is
-support/examples.py's task.
+model is asked, id for id, what it saw in training. An example is a dict with a premise,
+a hypothesis and a label of 0 to 2; support/examples.py reads them from files.
+
+For another task change PROMPT, the three answers in `fixed_ids`, and what `parse` reads.
 """
 
 import functools
@@ -26,9 +28,9 @@ PROMPT = (
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-# What all prompts share, and what follows a premise.
+# "You are given ... ### Premise:", which all prompts share, and what follows a premise.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
-EOS = "<|endoftext|>"  # it ends each answer, so that the model learns to stop
+EOS = "<|endoftext|>"
 # The form of a number in what a model writes: 1 or 1.5 or 1,000.
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 
@@ -57,10 +59,10 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     tokenizer.post_processor = None
     if tokenizer.token_to_id(EOS) is None:
         raise ValueError(f"{path} has no token {EOS}")
-    known = known_ids(tokenizer)
-    if vocab_size and known > vocab_size:
-        token = tokenizer.id_to_token(known - 1)
-        place = f"{path}: {token!r} has the id {known - 1}"
+    count = num_known_ids(tokenizer)
+    if vocab_size and count > vocab_size:
+        token = tokenizer.id_to_token(count - 1)
+        place = f"{path}: {token!r} has the id {count - 1}"
         raise ValueError(f"{place}, the model has {vocab_size} ids")
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
@@ -71,7 +73,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
 
 
 @functools.cache
-def known_ids(tokenizer: Tokenizer) -> int:
+def num_known_ids(tokenizer: Tokenizer) -> int:
     """Returns one more than the largest id: from there on the head's ids have no token."""
     return max(tokenizer.get_vocab().values()) + 1
 
@@ -88,7 +90,7 @@ def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
 
 
 def after_prefix(example: dict) -> str:
-    """Returns the text of a prompt behind the prefix."""
+    """Returns the text of a prompt after the prefix."""
     return " " + example["premise"] + AFTER_PREMISE.format(hypothesis=example["hypothesis"])
 
 
@@ -99,7 +101,7 @@ def encode(
 
     The prompt is the whole of PROMPT with the two texts, the answer the label (0 to 2) and
     the end of text. Where both together have more than `max_length` ids, the premise loses
-    its end. Where that is not enough, there is no premise, and the hypothesis loses its own.
+    its end. Where that is not enough, there is no premise, and the hypothesis loses its end.
     """
     ids = tokenizer.encode(after_prefix(example)).ids
     return prompt_and_answer(example, ids, tokenizer, max_length)
@@ -121,15 +123,155 @@ def prompt_and_answer(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids), where `ids` are those of after_prefix(example)."""
     prefix, answers, eos = fixed_ids(tokenizer)
-    # Ids are joined, not texts: the tokenizer could cut the seam of two texts otherwise.
+    # Ids are joined, not texts: the tokenizer could make one token of two texts' ends.
     answer = [answers[example["label"]], eos]
     if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
         ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
     return prefix + ids, answer
 
 
+# -----------------------------------------------------------------------------
+# Answers, as text
+
+
+def parse(completion: str) -> int:
+    """Returns the first number in a completion, without its fraction, or -1 for none.
+
+    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
+    up to three digits before a comma, so "2019" is read as 201.
+    """
+    found = NUMBER.search(completion)
+    if found is None:
+        return -1
+    return int(found.group().split(".")[0].replace(",", ""))
+
+
+def is_settled(completion: str) -> bool:
+    """Returns True when nothing that could follow would change what `parse` reads.
+
+    That is so once a character after the first number has ended it. A comma may still be
+    part of "1,000", and U+FFFD stands for a character whose bytes are not complete. In doubt
+    it is False: then a token too many is written.
+    """
+    found = NUMBER.search(completion)
+    if found is None:
+        return False
+    rest = completion[found.end() :]
+    return re.fullmatch(r"(,\d{0,2})?\ufffd*", rest) is None
+
+
+# -----------------------------------------------------------------------------
+# Batches
+
+
+def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
+    """Yields the examples of each optimiser step, a list of `size`, from step `start` on.
+
+    It never ends. Within a step the shortest come first. Each epoch is a permutation that is
+    drawn from (seed, epoch) alone. So step n depends on nothing that came before, and a run
+    can resume at any n. An epoch takes each row once; its last step has what is left. Each
+    example has its number in `row`.
+    """
+    steps_in_epoch = -(-len(examples) // size)  # rounded up
+    order_epoch = None  # the epoch that `order` belongs to
+    for number in itertools.count(start):
+        epoch, place = divmod(number, steps_in_epoch)
+        if epoch != order_epoch:
+            # Multiplied, so that the next seed has none of this seed's epochs.
+            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
+            order = torch.randperm(len(examples), generator=generator)
+            order_epoch = epoch
+        chosen = order[place * size : (place + 1) * size].tolist()
+        rows = [examples[row] | {"row": row} for row in chosen]
+        # By length, so that the batches of one step hold rows of similar length.
+        rows.sort(key=lambda example: len(example["premise"]) + len(example["hypothesis"]))
+        yield rows
+
+
+def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
+    """Returns the numbers of an evaluation's rows, in groups that have the same premise.
+
+    What the prompts of a batch begin with alike goes through the model once, and MNLI has
+    three hypotheses to each premise.
+
+    The groups with long prompts come first. So the rows of a batch are of similar length,
+    and a batch that is too large for the memory shows at once, and not after an hour.
+    """
+    groups = {}  # the numbers of the rows, by their premise
+    for number, premise in enumerate(examples["premise"]):
+        groups.setdefault(premise, []).append(number)
+
+    def longest(group: list[int]) -> int:
+        return max(len(prompts[number]) for number in group)
+
+    return sorted(groups.values(), key=longest, reverse=True)
+
+
+@dataclass
+class Batch:
+    """Some examples as the model takes them, one behind another, without padding.
+
+    With a loss on the answer alone, a prefix of two ids and two rows:
+
+        ids       P0 P1 | ... Label:     1 | ... ... Label:     0
+        next_ids                  1   <end>             0   <end>
+
+    ids: (N,) the shared prefix, then row after row.
+    lengths: tokens of each row, without the prefix.
+    prefix_length: tokens of the prefix; 0 where each row holds its own.
+    last: how many tokens at the end of each row have an id to predict. The head runs on
+        these alone. With a loss on the answer they are two. None: all tokens have one.
+    next_ids: (rows * last,) the ids that these tokens are to predict, row after row.
+    """
+
+    ids: Tensor
+    lengths: list[int]
+    prefix_length: int
+    last: int | None
+    next_ids: Tensor
+
+
+def collate(
+    encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str
+) -> Batch:
+    """Returns the batch of several examples, each (prompt ids, answer ids), for a loss.
+
+    Loss "answer" is on two ids a row, the label and the end of text. Loss "full" is on every
+    id after a row's first. That includes the prefix's, once for each row, so it raises
+    ValueError where the rows would share one.
+    """
+    if prefix_length and loss == "full":
+        raise ValueError("the full loss is on the prefix too, so rows cannot share it")
+    whole = [prompt + answer for prompt, answer in encoded]
+    # The end of text is predicted, but nothing is predicted from it.
+    rows = [sequence[prefix_length:-1] for sequence in whole]
+    # All prompts begin with the same ids, which are taken once, from the first of them.
+    ids = whole[0][:prefix_length] + flat(rows)
+    if loss == "answer":
+        next_ids = [answer for _, answer in encoded]
+        last = 2  # the prompt's last token predicts the label, and that the end of text
+    else:
+        next_ids = [sequence[1:] for sequence in whole]  # each token predicts the next one
+        last = None
+    return Batch(
+        ids=torch.tensor(ids),
+        lengths=[len(row) for row in rows],
+        prefix_length=prefix_length,
+        last=last,
+        next_ids=torch.tensor(flat(next_ids)),
+    )
+
+
+def flat(lists: list[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(lists))
+
+
+# -----------------------------------------------------------------------------
+# Pairs that are too long for --max-length
+
+
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Returns `room` ids for what stands behind the prefix, where the texts have too many.
+    """Returns `room` ids for what stands after the prefix, where the texts have too many.
 
     They lose their ends, the premise first. The titles stay: the last asks for the answer.
     """
@@ -166,147 +308,11 @@ def count_cut(
     examples, encoded: list, tokenizer: Tokenizer, max_length: int | None
 ) -> int:
     """Returns how many of these examples have lost a part of their texts in `encoded`."""
-    number = 0
+    count = 0
     for example, (prompt, answer) in zip(examples, encoded):
         # A row that was cut has just max_length tokens: few rows are tokenised once more.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):
-                number += 1
-    return number
-
-
-def parse(completion: str) -> int:
-    """Returns the first number in a completion, without its fraction, or -1 for none.
-
-    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
-    up to three digits before a comma, so "2019" is read as 201.
-    """
-    number = NUMBER.search(completion)
-    if number is None:
-        return -1
-    return int(number.group().split(".")[0].replace(",", ""))
-
-
-def is_settled(completion: str) -> bool:
-    """Returns True when nothing that could follow would change what `parse` reads.
-
-    That is so once a character after the first number has ended it. A comma may still be
-    part of "1,000", and U+FFFD stands for a character whose bytes are not complete. In doubt
-    it is False: then a token too many is written.
-    """
-    number = NUMBER.search(completion)
-    if number is None:
-        return False
-    rest = completion[number.end() :]
-    return re.fullmatch(r"(,\d{0,2})?\ufffd*", rest) is None
-
-
-# -----------------------------------------------------------------------------
-# Batches
-
-
-def batches(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
-    """Yields the examples of each optimiser step, a list of `size`, from number `start` on.
-
-    It never ends. Within a list the shortest come first. Each epoch is a permutation that is
-    drawn from (seed, epoch) alone. So list n depends on nothing that came before, and a run
-    can resume at any n. An epoch takes each row once; its last list holds what is left. Each
-    example has its number in `row`.
-    """
-    lists_in_epoch = -(-len(examples) // size)  # rounded up
-    order_epoch = None  # the epoch that `order` belongs to
-    for number in itertools.count(start):
-        epoch, place = divmod(number, lists_in_epoch)
-        if epoch != order_epoch:
-            # Multiplied, so that the next seed has none of this seed's epochs.
-            generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
-            order = torch.randperm(len(examples), generator=generator)
-            order_epoch = epoch
-        chosen = order[place * size : (place + 1) * size].tolist()
-        step = [examples[row] | {"row": row} for row in chosen]
-        # By length, so that the batches of one step hold rows of similar length.
-        step.sort(key=lambda example: len(example["premise"]) + len(example["hypothesis"]))
-        yield step
-
-
-def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
-    """Returns the numbers of an evaluation's rows, in groups that have the same premise.
-
-    The common beginning of prompts in one batch goes through the model once. MNLI has three
-    hypotheses to each premise, so together they have little more than half the tokens.
-
-    The groups with long prompts come first. So the rows of a batch are of similar length,
-    and a batch that is too large for the memory shows at once, and not after an hour.
-    """
-    groups = {}  # the numbers of the rows, by their premise
-    for number, premise in enumerate(examples["premise"]):
-        groups.setdefault(premise, []).append(number)
-
-    def longest(group: list[int]) -> int:
-        return max(len(prompts[number]) for number in group)
-
-    return sorted(groups.values(), key=longest, reverse=True)
-
-
-@dataclass
-class Batch:
-    """Some examples as the model takes them, without padding.
-
-    With the loss on the answer, a prefix of two ids and one row:
-
-        ids       P0 P1 | ... Label:     1
-        targets                   1   <end>
-
-    ids: (N,) the shared prefix, then row after row.
-    lengths: tokens of each row, without the prefix.
-    prefix_length: tokens of the prefix; 0 where each row holds its own.
-    last: how many tokens at the end of each row predict something. The head runs on these
-        alone, and they are two with the loss on the answer. None: all tokens do.
-    targets: the id that each of those tokens is to predict, row after row.
-    """
-
-    ids: Tensor
-    lengths: list[int]
-    prefix_length: int
-    last: int | None
-    targets: Tensor
-
-
-def collate(
-    encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str
-) -> Batch:
-    """Returns the batch of several examples, each (prompt ids, answer ids), for a loss.
-
-    Loss "answer" has two targets a row, the label and the end of text. Loss "full" has every
-    id after a row's first; each row needs its own prefix for that. Raises ValueError where
-    rows would share it.
-    """
-    if prefix_length and loss == "full":
-        raise ValueError("the full loss has targets in the prefix, so rows cannot share it")
-    whole = [prompt + answer for prompt, answer in encoded]
-    # The end of text is a target, but nothing is predicted from it.
-    rows = [sequence[prefix_length:-1] for sequence in whole]
-    # All prompts begin with the same ids, which are taken once, from the first of them.
-    ids = whole[0][:prefix_length] + flat(rows)
-    if loss == "answer":
-        targets = [answer for _, answer in encoded]
-        last = 2  # the prompt's last token predicts the label, and that the end of text
-    else:
-        targets = [sequence[1:] for sequence in whole]  # each token predicts the next one
-        last = None
-    return Batch(
-        ids=torch.tensor(ids),
-        lengths=[len(row) for row in rows],
-        prefix_length=prefix_length,
-        last=last,
-        targets=torch.tensor(flat(targets)),
-    )
-
-
-def flat(lists: list[list[int]]) -> list[int]:
-    return list(itertools.chain.from_iterable(lists))
-
-
-if __name__ == "__main__":
-    raise SystemExit("how a dataset is read: python -m scripts.describe --dataset DIRECTORY")
+                count += 1
+    return count

@@ -50,6 +50,7 @@ from support import (
     typed_pairs,
 )
 from support.labels import LABELS
+from support.letters import printable
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -64,7 +65,7 @@ def generate(
     prompts: list[list[int]],
     prefix: list[int],
     max_new_tokens: int,
-    known_ids: int,
+    num_known_ids: int,
     is_finished: Callable[[list[int]], bool],
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
@@ -72,7 +73,7 @@ def generate(
     A prompt's completion is finished as soon as is_finished(its ids), or at max_new_tokens.
     The hidden states are those of the prompts' last tokens, from which the head chooses the
     first new one. All prompts begin with `prefix`. The head has more ids than the tokenizer
-    knows: those from `known_ids` on are never chosen.
+    knows: those from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
@@ -87,7 +88,7 @@ def generate(
     logits = model.lm_head(hidden)
     while True:
         # 2. Choose the likeliest next token of each row. Some may be of finished rows.
-        chosen = logits[:, :known_ids].argmax(dim=-1).tolist()
+        chosen = logits[:, :num_known_ids].argmax(dim=-1).tolist()
         for number, token in zip(prompt_of, chosen):
             if number in unfinished:
                 completions[number].append(token)
@@ -133,27 +134,27 @@ def complete(
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, hidden = generate(
-        model, prompts, prefix, max_new_tokens, data.known_ids(tokenizer), is_finished
+        model, prompts, prefix, max_new_tokens, data.num_known_ids(tokenizer), is_finished
     )
     # The end of text is no part of the text.
     ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
     texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
     return [
         {"completion": text, "prediction": data.parse(text), "scores": scores}
-        for text, scores in zip(texts, answer_shares(model, hidden, answers))
+        for text, scores in zip(texts, answer_scores(model, hidden, answers))
     ]
 
 
 @torch.no_grad()
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
-    """Returns the likeliest answer to each prompt, and how likely each of the three is."""
+    """Returns prediction and scores of each prompt: the likeliest answer, and all three."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
     ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
     # One forward pass. Only each prompt's last token is needed: what follows it is the answer.
     hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
-        for scores in answer_shares(model, hidden, answers)
+        for scores in answer_scores(model, hidden, answers)
     ]
 
 
@@ -173,27 +174,26 @@ def pack_prompts(
     return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
 
 
-def answer_shares(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
-    """Returns how likely each of the three answers is, from prompts' hidden states (B, C).
+def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
+    """Returns the probabilities of the three answers, from prompts' hidden states (B, C).
 
-    For each prompt these are three numbers whose sum is 1: a softmax over the logits of the
-    answers alone.
+    They are those among the three: a softmax over the logits of their ids, `answers`, alone.
     """
     head = model.lm_head
     weight = head.weight
     if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
         weight = head.dequantize()
-    # Three rows of the head, in fp32. In bf16 a logit has three digits: the best two would
-    # often be equal, and the smaller label would win by its place.
+    # Three rows of the head, in fp32. In bf16 a logit has two to three digits: the best two
+    # would often be equal, and the smaller label would win by its place.
     logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
-    shares = logits.softmax(dim=-1).tolist()
-    if not all(math.isfinite(share) for row in shares for share in row):
+    scores = logits.softmax(dim=-1).tolist()
+    if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
             "the model's logits are not finite: its numbers or the adapter's are too large, "
             "as after a training with too high a --learning-rate"
         )
     # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
-    return [[float(f"{share:.9g}") for share in row] for row in shares]
+    return [[float(f"{score:.9g}") for score in row] for row in scores]
 
 
 # -----------------------------------------------------------------------------
@@ -228,14 +228,13 @@ def evaluate(
     """Returns the statistics of a split's pairs, and the prediction for each, in their order.
 
     Dropout is off meanwhile. Of several processes each answers its share, and all return all
-    answers. An answer depends on its prompt alone; a batch of another size only rounds
-    differently. In fp32 that changes the last digits of the scores. In bf16 it may turn two
-    answers that are nearly even.
+    answers. An answer depends on its prompt alone, but for rounding: with another batch size
+    scores differ in their last digits, and in bf16 two that are nearly even may swap.
     """
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
-    # The answers, which the labels make, are not shown to the model.
+    # The model reads the prompts alone.
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
     # Each process takes every COUNT-th group, so a premise is in one process only.
@@ -296,16 +295,15 @@ def load_model(
     """Loads the base: three of the four lines that are this project.
 
     The fourth, lora.inject(model, config), comes after it: adapters are put around layers
-    that have their weights.
-    `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32". With `keep` NF4's values
-    are stored beside the indices too; None: where a GPU has free memory for four times
-    their size.
+    that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
+    With `keep` the dequantised weights are stored beside the indices too. None does so where
+    a GPU has free memory of four times their size, because training needs memory as well.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    # Tensor by tensor: NF4Linear quantises what arrives.
+    # Layer by layer: NF4Linear quantises what arrives.
     phi2.load_weights(model, directory, device, DTYPES[dtype])
     if keep is None:
         keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
@@ -314,10 +312,10 @@ def load_model(
 
 
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
-    """Stores NF4's values beside the indices with `keep`.
+    """Stores the dequantised weights beside NF4's indices with `keep`: more memory, less time.
 
-    Without it memory counts for more than time. So on a GPU a training step then computes
-    attention twice, rather than store all that it needs backward.
+    Without it memory is what counts. So on a GPU the backward pass then computes attention
+    again, rather than read what the forward pass has stored.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -328,8 +326,8 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
 def fingerprint_of(
     args: argparse.Namespace, directory: Path, tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """Returns what an adapter is trained over with these arguments."""
-    # Double quantisation rounds the scales, so the weights are others.
+    """Returns what an adapter belongs to: digests of base, tokenizer and prompt, and --quant."""
+    # Double quantisation rounds absmax, so it makes other weights.
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
         quantization = "nf4, double"
@@ -400,7 +398,7 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     model, tokenizer = load(args, device, output=sys.stderr)
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, args)):
-            print(json.dumps(pair | found, ensure_ascii=False))
+            print(printable(json.dumps(pair | found, ensure_ascii=False)))
 
 
 def answer_pairs(

@@ -1,10 +1,15 @@
 """LoRA in one file: low-rank adapters beside the linear layers of a frozen model.
 
-The first of six files, which read in the order lora, quant, phi2, data, eval, train.
-The paper is arXiv:2106.09685.
+The first of six files, to be read in the order lora, quant, phi2, data, eval, train. The
+paper is arXiv:2106.09685. Together they make QLoRA, four lines that this project is about:
 
-To fine-tune a weight W (out, in) with Adam takes two more numbers for each of its own,
-and a gradient. LoRA freezes W and learns a correction of low rank beside it:
+    model = phi2.build(name)                  # empty
+    quant.quantize_linears(model)             # W becomes W in 4 bits, still empty
+    phi2.load_weights(model, name, device)    # weights arrive, and are quantised
+    lora.inject(model, config)                # W x becomes W x + (alpha / rank) B A x
+
+To fine-tune a weight W (out, in) with Adam takes a gradient and two more numbers for each of
+its own. LoRA freezes W and learns a correction of low rank beside it, A and B:
 
                          W x  +  (alpha / rank) B A x
 
@@ -25,11 +30,13 @@ B = 0 makes the first step start from the base model exactly. In phi-2 at rank 8
 query and value projections of each block (q_proj and v_proj), A and B are 32 blocks * 2
 layers * 8 * (2560 + 2560) = 2.6 million numbers beside 2.8 billion frozen ones.
 
-The layer that is wrapped may be a linear layer of any model, a quantised one too: QLoRA
-is this file over quant.py. Modules and tensors have the names that they have in PEFT,
-Hugging Face's library of adapters, so it loads what is saved here. Left out: DoRA (which
-also learns the norms of W's columns), rsLoRA (alpha / sqrt(rank)), trained biases,
-adapters on embeddings or on the head.
+In formulas x is a column. In the code tokens are rows, so W x is x @ W.T.
+
+The layer that is wrapped may be a linear layer of any model, a quantised one too, if it
+has a method dequantize() for W. What is saved has the names that it has in PEFT, Hugging
+Face's library of adapters, which loads it. Left out: DoRA (which also learns the norm of
+each of W's rows), rsLoRA (alpha / sqrt(rank)), trained biases, adapters on embeddings or on
+the head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
     lora.inject(model, config)  # W x becomes W x + (alpha / rank) B A x
@@ -62,12 +69,12 @@ class LoRALinear(nn.Module):
         A's           scale (B^T g) x^T     (rank, in)
         x's           W^T g + scale A^T B^T g
 
-    The first two are summed over the tokens. As B starts at zero, A's is zero in the
-    first step; if A were zero too, neither would ever move.
+    autograd computes them, and sums the first two over the tokens. As B starts at zero, A's
+    gradient is zero in the first step; if A were zero too, neither would ever move.
 
-    A and B are stored and trained in fp32, even over a base in 16 or 4 bits, as in PEFT:
-    a bf16 number has 8 significant bits, so small steps would be rounded away. Only a copy
-    is cast to the dtype of x, for the product.
+    A and B are stored and trained in fp32 (over a base in fp64 in that), even over a base in
+    16 or 4 bits, as in PEFT: a bf16 number has 8 significant bits, so small steps would be
+    rounded away. Only a copy is cast to the dtype of x, for the product.
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -76,15 +83,14 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        # Made on the CPU in fp32, wherever the base is: one seed gives the same A
-        # everywhere.
+        # Made on the CPU in fp32, wherever the base is: one seed gives one A everywhere.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has drawn A already. PEFT draws it once more: so one seed gives the same.
+        # nn.Linear has drawn A already. PEFT draws it once more, and so one seed gives its A.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -134,16 +140,16 @@ class LoRAConfig:
         number of parameters grows in proportion to it. The paper's section 7.2 finds
         that 1 to 8 is enough on q and v, for its models and tasks.
     alpha: the correction is multiplied by alpha / rank (section 4.1). At the same alpha a
-        higher rank has a smaller factor, so that two things change at once. To compare
+        higher rank has a smaller factor, and so two things change at once. To compare
         ranks at one factor, set alpha in proportion, such as 2 * rank; the best learning
         rate may differ all the same.
     dropout: the share of the adapter's inputs that is set to zero in training. The base
         always sees all of its input.
     targets: which linear layers get an adapter. A tuple of names, ("q_proj", "v_proj");
         or the text "all-linear": all but the head, lm_head; or any other text as a
-        regular expression for a whole path, r".*layers\\.0\\..*proj". The paper adapts q
-        and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all
-        layers matters more than rank.
+        regular expression for a whole path, ".*mlp.fc[12]". The paper adapts q and v
+        (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all layers
+        matters more than rank.
     """
 
     rank: int = 8
@@ -169,9 +175,10 @@ def inject(
 ) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    Returns the paths of the wrapped layers. Raises ValueError when a target matches no
-    layer, and when the model has adapters already. With every_target_must_match=False
-    one match among all targets is enough, as in PEFT; load_adapter uses it.
+    Returns the paths of the wrapped layers, which must have their weights. Raises
+    ValueError when a target matches no layer, and when the model has adapters already.
+    With every_target_must_match=False one match among all targets is enough, as in PEFT;
+    load_adapter uses it.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
@@ -204,8 +211,8 @@ def match_targets(
     missing = [target for target, paths in matched.items() if not paths]
     if not chosen or (missing and every_target_must_match):
         raise ValueError(describe_missing(missing, isinstance(targets, str), linears))
-    # In module order, as in PEFT: the adapters are drawn one after another, so one seed
-    # gives the same.
+    # In module order, as in PEFT: the adapters are drawn one after another, and so one seed
+    # gives PEFT's.
     return [path for path in linears if path in chosen]
 
 
@@ -240,8 +247,8 @@ def linear_paths(model: nn.Module) -> list[str]:
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
         # Left out, because PEFT would save the head's whole weight beside its adapter.
         is_head = path.rpartition(".")[2] == "lm_head"
-        # nn.MultiheadAttention's out_proj has this class. It is never called, so that
-        # PEFT's adapter on it does nothing.
+        # nn.MultiheadAttention's out_proj has this class. It is never called: its weight is
+        # read. There an adapter of PEFT does nothing.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -319,7 +326,9 @@ def is_plain(layer: nn.Module) -> bool:
 # -----------------------------------------------------------------------------
 # Files: adapter_config.json and adapter_model.safetensors, as PEFT writes and loads them
 
-PREFIX = "base_model.model."  # PEFT puts this before each parameter's name
+# PEFT puts this before each parameter's name:
+# base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
+PREFIX = "base_model.model."
 
 
 def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> dict:
@@ -357,6 +366,7 @@ def save_adapter(
     `task_type` says which of its classes PEFT wraps the base in; with None it takes any
     nn.Module. Other weights that you train, such as a new head, are not in these files.
     Raises ValueError for adapters that are not finite, or have another rank or alpha.
+    `config.targets` and dropout are written as they are.
     """
     scale = config.alpha / config.rank
     # PEFT multiplies by what the file says: another alpha there would be another adapter.
@@ -388,13 +398,13 @@ def load_adapter(
 ) -> LoRAConfig:
     """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
 
-    Without `config` that is read from adapter_config.json, which has to be one of
-    `save_adapter`; support/peft_files.py reads those of other programs.
+    Without `config` it is read from adapter_config.json, which `save_adapter` must have
+    written. (eval.py passes one: support/peft_files.py reads other programs' files.)
 
-    Raises ValueError where PEFT would continue with a model that is not the trained
-    one: a tensor is missing, unknown, of another shape or not finite, or every B is
-    zero. After an error the model must not be used: it may be wrapped already. Numbers
-    of any dtype become that of A and B. The mode stays, train or eval.
+    Raises ValueError unless the tensors fit exactly, are finite, and some B is not zero;
+    with any of that PEFT may continue with a model that is not the trained one. After an
+    error the model must not be used: it may be wrapped already. Tensors are converted to
+    the dtype of A and B. The mode stays, train or eval.
     """
     if config is None:
         config = read_config(directory)

@@ -6,9 +6,26 @@ phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scal
 grouped-query attention (no phi has it), and the checkpoint layouts of 2023.
 
 A transformer treats each token by itself; only attention lets tokens look at one another.
-So the model runs on flat tokens, (N, C). Where they stand and what each of them sees is
-asked of one object, the layout. `OneRow` is that of a row by itself; support/packing.py has
-those of many rows and of generation, which give the same and are fast.
+So the model runs on flat tokens: N of them, of C = hidden_size numbers each. Where they stand
+and what each of them sees is asked of one object, the layout. It has four things:
+
+    positions          (N,) the place of each token in its text
+    only_last(count)   the same layout, where only the last tokens of each row have a query
+    select_queries(x)  the lines of x (N, ...) whose tokens have a query
+    attend(...)        attention: softmax(q k^T / sqrt(D) + mask) v
+
+`OneRow` below is the layout of a row by itself. Training and evaluation use those of
+support/packing.py, which give the same and are fast. PackedRows puts rows one behind another
+after a prefix that all share, here of two tokens before rows of two and one:
+
+               P0 P1 a0 a1 b0
+        P0      x                        a token sees the prefix and its own row, up to and
+        P1      x  x                     including itself; the positions of a row start after
+        a0      x  x  x                  the prefix
+        a1      x  x  x  x
+        b0      x  x        x
+
+And NewTokens keeps the keys and values of rows, to write one token after each at a time.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -35,10 +52,10 @@ from tqdm import tqdm
 
 @dataclass
 class Phi2Config:
-    """The fields of config.json that matter, under Hugging Face's names, with phi-2's values.
+    """The fields of config.json that matter, under Hugging Face's names.
 
-    What a config.json leaves out is not taken from here: ABSENT has transformers' values,
-    and the sizes have to be there.
+    The defaults are phi-2's, for Phi2Config() in tests and exercises. What a config.json
+    leaves out is not taken from here: ABSENT has transformers' values.
     """
 
     vocab_size: int = 51200
@@ -52,7 +69,7 @@ class Phi2Config:
     resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
 
     def __post_init__(self):
-        """Raises ValueError for values of which no phi can be made."""
+        """Raises ValueError for sizes that are no numbers, or do not fit together."""
         for field in fields(self):
             value = getattr(self, field.name)
             kinds = (int,) if field.type is int else (int, float)
@@ -78,7 +95,7 @@ class Phi2Config:
 
 
 # -----------------------------------------------------------------------------
-# The model. N tokens of C = hidden_size numbers each, in H heads of D = C / H dimensions
+# The model: N tokens, of one row or of B rows, in H heads of D = C / H dimensions
 
 
 def rotary_tables(
@@ -89,8 +106,8 @@ def rotary_tables(
     R is the number of rotated dimensions of a head. The angles are computed in fp32.
     """
     rotary_dim = config.rotary_dim()
-    # The first pair of dimensions turns by one radian a token, the last by 1 / rope_theta
-    # or so.
+    # The first pair of dimensions turns by one radian a token, the last of phi-2's 16 pairs by
+    # 10000^(-30/32), which is 1/5623.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -99,7 +116,7 @@ def rotary_tables(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
 
-    The dimensions after the first R pass through.
+    The dimensions after the first R pass through. On a GPU this is compiled: see `fused`.
     """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -109,17 +126,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class OneRow:
     """The layout of one row: each token sees those before it, and itself.
 
-    Every token gives a key and a value, for those behind it to see. It has a query only
-    where its own output is wanted. In the last block these are the tokens whose logits are
+    Every token gives a key and a value, for those after it to see. It has a query only
+    where its own output is wanted: in the last block these are the tokens whose logits are
     wanted (`only_last`), in all others it is every token.
-
-    Attributes:
-        positions: (N,) each token's place in its text.
-        num_queries: how many tokens have a query: the last of the row.
     """
 
     def __init__(self, length: int, device: torch.device, num_queries: int | None = None):
         self.positions = torch.arange(length, device=device)
+        # How many tokens have a query: the last of the row.
         self.num_queries = length if num_queries is None else num_queries
 
     def only_last(self, count: int) -> "OneRow":
@@ -131,8 +145,12 @@ class OneRow:
         return x[-self.num_queries :]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns softmax(q k^T / sqrt(D)) v: (num_queries, H, D), for k and v (N, H, D)."""
-        q = q.transpose(0, 1)[None]  # (1, H, num_queries, D), as torch has it
+        """Returns softmax(q k^T / sqrt(D) + mask) v, (queries, H, D), for k and v (N, H, D).
+
+        The mask lets a query see the keys before it and its own. `layer` is the number of the
+        block: a layout that keeps keys and values keeps them under it.
+        """
+        q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
         mask = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees all keys
@@ -145,7 +163,7 @@ class Attention(nn.Module):
     def __init__(self, config: Phi2Config, layer: int):
         super().__init__()
         size = config.hidden_size
-        self.layer = layer  # its number, under which a layout may keep keys and values
+        self.layer = layer  # the block's number
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(size, size)
         self.k_proj = nn.Linear(size, size)
@@ -161,14 +179,14 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # q and k are each turned by their position, so their product depends on the distance
-        # alone.
+        # q and k are each turned by their position: their product depends on it only through
+        # the distance of the two.
         q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
         k = rotate(k, cos, sin)
 
         # The one place where tokens see one another.
         attended = layout.attend(self.layer, q, k, v)
-        return self.dense(attended.flatten(1))  # (N, H, D) -> (N, C)
+        return self.dense(attended.flatten(1))  # (queries, H, D) -> (queries, C)
 
 
 class MLP(nn.Module):
@@ -183,8 +201,8 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
-def add(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order of this sum. It is transformers'.
+def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
+    # In bf16 the last bit depends on the order, which is transformers'. On a GPU: see `fused`.
     return attended + transformed + x
 
 
@@ -203,7 +221,7 @@ class Block(nn.Module):
         attended = self.resid_dropout(self.self_attn(h, cos, sin, layout))
         x = layout.select_queries(x)
         h = layout.select_queries(h)
-        return add(attended, self.resid_dropout(self.mlp(h)), x)
+        return add_branches(attended, self.resid_dropout(self.mlp(h)), x)
 
 
 class PhiModel(nn.Module):
@@ -213,9 +231,8 @@ class PhiModel(nn.Module):
         super().__init__()
         self.config = config
         # What is not stored in the forward pass, but computed again in the backward pass:
-        # "none", "attention" (a matter of the layout) or whole "blocks".
+        # "none", whole "blocks", or "attention": then train.py makes a layout that does so.
         self.checkpointing = "none"
-        # Hugging Face's names from here on: they are the keys of the checkpoint.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
@@ -253,7 +270,7 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, layout: "OneRow | None" = None, last: int | None = None
+        self, ids: Tensor, layout: OneRow | None = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
@@ -266,7 +283,7 @@ class Phi2(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# On a GPU: one kernel for each of the two formulas between the products of matrices
+# On a GPU: one kernel for the rotation, and one for the sum of the branches
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -299,7 +316,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 rotate = fused(rotate)
-add = fused(add)
+add_branches = fused(add_branches)
 
 
 # -----------------------------------------------------------------------------

@@ -12,8 +12,9 @@ metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to re
 and with --keep-best the adapter of the best evaluation, in best/. Of several processes
 (support/processes.py) each takes its part of every step, and the first alone writes.
 
-`training_step` is what one step does, and `run` the whole story. What `run` calls follows it,
-in the order of its calls.
+`training_step` is what one step does, and `run` the whole story. What `run` calls follows it:
+the rows and the state of a run, the base and the adapters, the steps' rows and numbers, and
+evaluation. The flags and their defaults are in support/flags.py.
 """
 
 import argparse
@@ -66,24 +67,25 @@ def training_step(
     model: phi2.Phi2,
     optimizer: torch.optim.Optimizer,
     batches: list[data.Batch],
-    targets: float,
+    num_predicted: float,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
     """Takes one step of the optimiser, with the batches that this process has of it.
 
     Returns this process's part of the loss, and the norm of the gradient before it is
-    clipped: () each, on the model's device, where a GPU may still be computing them.
-    `targets` is how many tokens the step predicts, on all processes. Each loss is divided by
-    it, so the sum is the mean over all of them, however rows fall into batches. (A mean of
-    the batches' means would give a target in a short batch more weight.)
+    clipped: scalars on the model's device, where a GPU may still be computing them.
+    `num_predicted` is how many ids the step predicts, on all processes. The loss of each batch
+    is divided by it, so the sum is the mean over all of them, however rows fall into batches.
+    (A mean of the batches' means would give an id in a short batch more weight.)
     """
-    parameters = optimizer.param_groups[0]["params"]  # those of the adapters: the base is frozen
+    parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
     for batch in batches:
-        part = batch_loss(model, batch) / targets
-        part.backward()  # is added to the gradients of the batches before
+        part = batch_loss(model, batch) / num_predicted
+        part.backward()  # adds to the gradients of the batches before
         loss += part.detach()
-    processes.add_gradients(parameters)  # over all processes
+    # Summed over all processes. It is a mean already: see num_predicted.
+    processes.add_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -91,10 +93,11 @@ def training_step(
 
 
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
-    """Returns the cross-entropy of a batch, summed over its targets.
+    """Returns the cross-entropy of a batch, summed over the ids that it predicts.
 
-    The prefix that all rows share goes through the model once (support/packing.py). The head
-    runs on the tokens that have a target, and on no other.
+    The prefix that all rows share goes through the model once (support/packing.py), and gets
+    the gradients of all of them; its dropout is drawn once for all. The head runs on the
+    tokens that predict something, and on no other.
     """
     device = model.lm_head.weight.device
     recomputes = model.model.checkpointing == "attention"
@@ -102,17 +105,17 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
     )
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
-    targets = batch.targets.to(device, non_blocking=True)
+    next_ids = batch.next_ids.to(device, non_blocking=True)
     logits = model(ids, layout, batch.last)
     # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    return F.cross_entropy(logits.float(), next_ids, reduction="sum")
 
 
-def learning_rate(step: int, steps: int, warmup: int | None) -> float:
-    """Returns the factor on the learning rate at a step, counted from 0.
+def schedule(step: int, steps: int, warmup: int | None) -> float:
+    """Returns the factor on --learning-rate at a step, counted from 0.
 
-    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls to 0 along
-    half a cosine. The first step is not at 0, which would waste it.
+    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls towards 0
+    along half a cosine. The first step is not at 0, which would waste it.
     """
     if warmup is None:
         warmup = round(0.03 * steps)
@@ -132,7 +135,8 @@ def main() -> None:
     folder = args.out or Path("out") / cli.new_name(args)
     check = None if args.resume else cli.check_out
     # No other process writes there until this one ends.
-    with claims.claimed(folder, check, is_new=args.out is None) as args.out:
+    with claims.claimed(folder, check, is_new=args.out is None) as folder:
+        args.out = folder  # a name that was taken has got a number
         run(args, device)
 
 
@@ -141,14 +145,15 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- What is read: the tokenizer, the rows, and what a resume starts from ----------------
     inputs = read_inputs(args)
     state = new_state(args, inputs)
+    # Of a run that was begun, the state gets its step and the baseline. Of a new one it is None.
+    saved = resume.take_up(args.resume, state)
     steps = state.steps
-    saved = resume.take_up(args.resume, state)  # None in a new run
     progress = state.progress
     if args.keep_best:
-        best.read(args.out)  # a damaged one ends here
-    log = RunLog(args, state, device)
+        best.read(args.out)  # raises where best/ is damaged, and not after hours
+    log = RunLog(args, state, device)  # prints, and writes metrics.jsonl
 
-    # ---- The frozen base: phi-2 in 4 bits ----------------------------------------------------
+    # ---- The frozen base, in 4 bits by default -----------------------------------------------
     model = load_base(args, inputs, device)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
@@ -163,7 +168,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.say_baseline()
 
     # ---- The adapters: all that is trained ---------------------------------------------------
-    adapter, optimizer = add_adapters(args, model, inputs, log)
+    adapter, optimizer = add_adapters(args, model, inputs.lora, log)
     if saved is None:
         save(args, model, inputs, optimizer, log)  # whatever stops the run, it can be resumed
     else:
@@ -178,26 +183,28 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
-        # Evaluate what the steps so far have taught, where it is time for it.
+        # Evaluate what the steps so far have taught, where it is time for it. Here, and not
+        # at the end of a turn: a run that was killed in an evaluation repeats it.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
             log.start_clock()
 
         # Loss, gradients and AdamW. A GPU may still compute when this returns.
-        rate = args.learning_rate * learning_rate(step, steps, args.warmup_steps)
+        rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
         loss, grad_norm = training_step(
-            model, optimizer, feed.step.batches, feed.targets, args.max_grad_norm
+            model, optimizer, feed.current.batches, feed.num_predicted, args.max_grad_norm
         )
-        # Meanwhile the next rows are prepared. Then this step's numbers are read.
+        # Meanwhile the next rows are prepared. Then the numbers of this step are read: its
+        # loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was pressed.
         grad_norm, stops = feed.advance(loss, grad_norm, stop)
 
         # Report, save, stop, where it is time for it.
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
-        # Before an evaluation too: it takes long, and a kill in it is to lose no step.
+        # Saved before an evaluation too: it takes long, and a kill in it is to lose no step.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
             save(args, model, inputs, optimizer, log)
@@ -208,6 +215,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
                 f"to resume: {commands.resume(args.out)}"
             )
             return
+    # From here on Ctrl-C ends the run at once, and a line says how to resume it.
     with log.resumable():
         stop.release()
 
@@ -229,7 +237,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             results["best"] = best.read(args.out)
         with log.resumable():
             is_complete = log.finish(results, predictions, data.PROMPT)
-        if not is_complete:
+        if not is_complete:  # a picture or an upload has failed, which is printed
             sys.exit(1)
 
 
@@ -239,11 +247,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
 @dataclass
 class Inputs:
-    """What a run is made of: what its arguments name, and what follows from it."""
+    """What the arguments of a run name, read and checked."""
 
     directory: Path  # of the base model
     tokenizer: Tokenizer
-    adapter: lora.LoRAConfig
+    lora: lora.LoRAConfig
     reading: examples.Reading  # how the dataset's files are read
     train: examples.Rows  # premise, hypothesis and label
     validation: dict[str, examples.Rows]  # the same by split
@@ -261,8 +269,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     base_config = phi2.read_config(directory)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
-    adapter = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
-    lora.match_targets(phi2.build(directory), adapter.targets)  # a wrong one ends here
+    config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
+    lora.match_targets(phi2.build(directory), config.targets)  # raises for a wrong target
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     data.check_max_length(tokenizer, args.max_length)
 
@@ -278,7 +286,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
-    return Inputs(directory, tokenizer, adapter, reading, train_rows, validation, protocol)
+    return Inputs(directory, tokenizer, config, reading, train_rows, validation, protocol)
 
 
 def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
@@ -317,7 +325,10 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def load_base(
     args: argparse.Namespace, inputs: Inputs, device: torch.device
 ) -> phi2.Phi2:
-    """Returns the frozen base, quantised, with the flags that cost or save memory and time."""
+    """Returns the base with its weights, frozen and quantised as the flags say.
+
+    Its own dropout, which phi-2 has after attention and MLP, is on in training.
+    """
     model = evaluation.load_model(
         inputs.directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
@@ -335,11 +346,11 @@ def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
 
 
 def add_adapters(
-    args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog
+    args: argparse.Namespace, model: phi2.Phi2, config: lora.LoRAConfig, log: RunLog
 ) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     """Puts adapters around the layers of --targets. Returns their parameters, and AdamW."""
-    torch.manual_seed(args.seed)  # A is drawn first, as in PEFT
-    adapted = lora.inject(model, inputs.adapter)
+    torch.manual_seed(args.seed)  # of what is drawn from here on A is the first, as in PEFT
+    adapted = lora.inject(model, config)
     # All processes have drawn the same A. From here on each draws a dropout of its own.
     if not processes.IS_FIRST:
         torch.manual_seed(args.seed + processes.NUMBER)
@@ -368,7 +379,7 @@ def save(
     log.forget_results()
     # All files of a save are written first, and then put in their places.
     with files.replacing_files(args.out) as folder:
-        lora.save_adapter(model, inputs.adapter, folder, args.model)
+        lora.save_adapter(model, inputs.lora, folder, args.model)
         fingerprint.stamp(folder, log.state.fingerprint)
         adapter = lora.lora_parameters(model)
         resume.write(folder / resume.NAME, adapter, optimizer, random, log.state)
@@ -390,13 +401,16 @@ class Step:
 class Feed:
     """The rows that go into each step, and the numbers that come out of it.
 
-    Work is queued for a GPU: a call returns at once, and only who reads a number waits. So
-    between the last call of a step and the reading of its numbers there is time, in which the
-    rows of the next step are tokenised and packed. Then the numbers of all processes are read
-    in one message, and with them how many targets the next step has. That is the one wait.
+    A GPU is given work and does it later; only reading a number waits for it:
 
-    step: the step that is to be taken.
-    targets: how many tokens it predicts, on all processes.
+        Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
+        GPU              computes step n ...................................| computes n + 1
+
+    So the next rows are tokenised and packed before the numbers are read. In the same message
+    all processes tell how many ids of theirs the next step predicts. That is the one wait.
+
+    current: the step that is to be taken.
+    num_predicted: how many ids it predicts, on all processes.
     """
 
     def __init__(
@@ -408,10 +422,10 @@ class Feed:
         self.device = device
         # The order of rows is a function of seed and step: a resumed run sees those it would have.
         first = state.progress.step
-        steps = data.batches(inputs.train, state.rows_per_step, args.seed, first)
+        steps = data.rows_of_steps(inputs.train, state.rows_per_step, args.seed, first)
         self.rows_of_steps = itertools.islice(steps, state.steps - first)
-        self.step = self.next_step()
-        (self.targets,) = processes.total(device, count_targets(self.step.batches))
+        self.current = self.next_step()
+        (self.num_predicted,) = processes.total(device, count_predicted(self.current.batches))
 
     def next_step(self) -> Step:
         """Returns the step that follows. After the last one it has no rows."""
@@ -428,16 +442,16 @@ class Feed:
         Returns its gradient's norm, and whether a process was asked to stop. Raises ValueError
         where the norm is not finite: the step has spoiled every weight of the adapter.
         """
-        taken = self.step
-        self.step = self.next_step()
-        loss, grad_norm, tokens, cut, stops, self.targets = processes.total(
+        taken = self.current
+        self.current = self.next_step()
+        loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
             self.device,
             loss,
             grad_norm / processes.COUNT,  # each process has the norm of the whole sum
             sum(len(batch.ids) for batch in taken.batches),
             taken.cut,
             bool(stop),
-            count_targets(self.step.batches),
+            count_predicted(self.current.batches),
         )
         if not math.isfinite(grad_norm):
             numbers = sorted(row["row"] for row in taken.rows)
@@ -462,15 +476,15 @@ def collated(
 
 
 def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
-    """Returns how many ids the rows of a batch share. The full loss has targets among them."""
+    """Returns how many ids the rows of a batch share. (The full loss is on each row's own.)"""
     if args.loss == "full" or not args.share_prefix:
         return 0
     prefix_ids, _, _ = data.fixed_ids(tokenizer)
     return len(prefix_ids)
 
 
-def count_targets(batches: list[data.Batch]) -> int:
-    return sum(len(batch.targets) for batch in batches)
+def count_predicted(batches: list[data.Batch]) -> int:
+    return sum(len(batch.next_ids) for batch in batches)
 
 
 # -----------------------------------------------------------------------------
@@ -516,7 +530,7 @@ def keep_best(
     figures = best.figures(step, results)
     if best.is_better(figures, best.read(args.out)):
         with best.replacing(args.out) as folder:
-            lora.save_adapter(model, inputs.adapter, folder, args.model)
+            lora.save_adapter(model, inputs.lora, folder, args.model)
             fingerprint.stamp(folder, log.state.fingerprint | best.metadata(figures))
 
 
@@ -524,11 +538,11 @@ def keep_best(
 def validation_loss(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
 ) -> float:
-    """Returns the mean loss over all targets of a split: the same function as in training."""
+    """Returns the mean loss over all predicted ids of a split, computed as in training."""
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # Sorted by length, so that attention pads least.
+    # Sorted by length: tokens are not padded, but within attention rows are, on some devices.
     encoded.sort(key=lambda pair: len(pair[0]))
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
     device = model.lm_head.weight.device
@@ -537,7 +551,7 @@ def validation_loss(
         loss += batch_loss(model, batch)
     model.train(was_training)
     (total,) = processes.total(device, loss)
-    return total / sum(processes.gather(count_targets(batches)))
+    return total / sum(processes.gather(count_predicted(batches)))
 
 
 if __name__ == "__main__":

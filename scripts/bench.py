@@ -395,7 +395,8 @@ def main() -> None:
     args = parse_arguments()
     names = contenders(args.against)
     lines = [line for line in LINES if line.task != "train128" or args.rows >= 128]
-    results = {"device": machine.device_name(torch.device(args.device))}
+    device = machine.device_name(torch.device(args.device))
+    results = {"device": device, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = prepare(args, folder)

@@ -70,7 +70,7 @@ class Contender:
         self.prompts = [prompt for prompt, _ in rows["evaluation"]]
         self.dtype = evaluation.DTYPES[job.dtype]
         self.tokenizer = data.load_tokenizer(job.tokenizer)
-        self.known_ids = data.known_ids(self.tokenizer)
+        self.num_known_ids = data.num_known_ids(self.tokenizer)
         self.prefix, self.answers, self.eos = data.fixed_ids(self.tokenizer)
         self.rows_at_once = None
         self.load()
@@ -157,7 +157,7 @@ class Ours(Contender):
 
     def loss(self, rows: list) -> Tensor:
         batch = data.collate(rows, len(self.prefix), "answer")
-        return train.batch_loss(self.model, batch) / len(batch.targets)
+        return train.batch_loss(self.model, batch) / len(batch.next_ids)
 
     def in_batches(self, prompts: list, run: Callable[[list], list]) -> list:
         # They come in the order of eval.py, in which rows with the same premise stand together.
@@ -169,7 +169,12 @@ class Ours(Contender):
 
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
         completions, _ = evaluation.generate(
-            self.model, prompts, self.prefix, count, self.known_ids, is_finished=lambda ids: False
+            self.model,
+            prompts,
+            self.prefix,
+            count,
+            self.num_known_ids,
+            is_finished=lambda ids: False,
         )
         return completions
 
@@ -250,7 +255,7 @@ class Reference(Contender):
         ids = pad(prompts, self.eos, "left")
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left")
         # Ids that the head has and the tokenizer has not: ours never writes them.
-        unknown = range(self.known_ids, self.base.config.vocab_size)
+        unknown = range(self.num_known_ids, self.base.config.vocab_size)
         ids = self.model.generate(
             input_ids=ids.to(self.job.device),
             attention_mask=mask.to(self.job.device),
@@ -334,7 +339,7 @@ class LitGPT(Contender):
 
         model = copy.deepcopy(self.model).eval()
         merge_lora_weights(model)
-        model.lm_head.linear.bias.data[self.known_ids :] = -torch.inf  # never written
+        model.lm_head.linear.bias.data[self.num_known_ids :] = -torch.inf  # never written
         return model
 
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:

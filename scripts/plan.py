@@ -158,7 +158,7 @@ def memory(
         after_forward = count.bytes.now
         loss.backward()
     # The loss is computed in fp32.
-    logits = 4 * len(batch.targets) * model.config.vocab_size
+    logits = 4 * len(batch.next_ids) * model.config.vocab_size
     bytes_of["logits"] = logits
     bytes_of["activations"] = after_forward - logits
     bytes_of["passing, at the peak"] = count.bytes.most - after_forward

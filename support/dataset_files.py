@@ -177,10 +177,10 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
 
 def table_columns(table: pyarrow.Table) -> dict[str, Column]:
     """Returns the columns of a table. Numbers that have names in it become the names."""
-    columns = dict(zip(table.column_names, table.columns))
-    if len(columns) < len(table.columns):
-        twice = {name for name in columns if table.column_names.count(name) > 1}
+    twice = {name for name in table.column_names if table.column_names.count(name) > 1}
+    if twice:
         raise ValueError(f"it has two columns of one name: {', '.join(sorted(twice))}")
+    columns = dict(zip(table.column_names, table.columns))
     for column, names in names_of_labels(table.schema).items():
         if column in columns:
             columns[column] = named(columns[column], names)
@@ -208,10 +208,8 @@ def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArr
     values, value_of_row = different(numbers)
     name_of = dict(enumerate(names))
     texts = [None if value is None else str(name_of.get(value, value)) for value in values]
-    encoded = pyarrow.DictionaryArray.from_arrays(
-        value_of_row, pyarrow.array(texts, pyarrow.string())
-    )
-    return pyarrow.chunked_array([encoded])
+    texts = pyarrow.array(texts, pyarrow.string())
+    return pyarrow.chunked_array([pyarrow.DictionaryArray.from_arrays(value_of_row, texts)])
 
 
 def read_text(read: Callable[[str], dict[str, list]], file: BinaryIO) -> dict[str, list]:

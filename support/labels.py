@@ -31,12 +31,8 @@ def as_word(label) -> str:
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
     """Returns the different labels of a column as 0, 1, 2, or NO_LABEL.
 
-    Args:
-        labels: in the order in which they first occur
-        label_of_row: for each row which of `labels` it has, an array of Arrow
-        given: what --labels says
-
-    Raises ValueError for any other label. It begins with `place` and the first such row.
+    `label_of_row` is an array of Arrow: for each row, which of `labels` it has. `given` is what
+    --labels says. Raises ValueError for any other label, with `place` and the first such row.
     """
     words = [as_word(label) for label in labels]
     meanings = NUMBERS

@@ -41,12 +41,12 @@ def main() -> None:
     gradients = {}
     for loss in ("answer", "full"):
         for rows in (7, 1):  # of one row the second process gets none
-            step = next(data.batches(load_examples(DATASET, "train", rows), rows, seed=0))
+            step = next(data.rows_of_steps(load_examples(DATASET, "train", rows), rows, seed=0))
             mine = step[processes.NUMBER :: processes.COUNT]
             encoded = [data.encode(example, tokenizer) for example in mine]
             args = Namespace(loss=loss, share_prefix=True, batch_size=2)
             batches = train.collated(encoded, tokenizer, args)
-            (targets,) = processes.total(device, train.count_targets(batches))
+            (targets,) = processes.total(device, train.count_predicted(batches))
 
             def keep(*_, title=f"{loss} loss, {rows} rows"):
                 for name, parameter in parameters.items():

@@ -238,7 +238,7 @@ def test_each_epoch_takes_every_row_once_and_a_run_can_go_on_at_any_batch():
     )
 
     def take(count: int, **options) -> list[list[int]]:
-        lists = itertools.islice(data.batches(rows, 4, **options), count)
+        lists = itertools.islice(data.rows_of_steps(rows, 4, **options), count)
         return [[row["idx"] for row in examples] for examples in lists]
 
     first = take(9, seed=3)
@@ -262,7 +262,7 @@ def test_a_step_reads_its_own_rows_alone():
 
     asked = []
     rows = Noted(load_examples(TINY, "train").table)
-    step = next(data.batches(rows, 16, seed=0))
+    step = next(data.rows_of_steps(rows, 16, seed=0))
     assert sorted(asked) == sorted(row["row"] for row in step)
 
 
@@ -270,7 +270,7 @@ def test_the_rows_of_a_step_come_shortest_first():
     """Then the batches that it is cut into hold rows of similar length: attention pads within."""
     examples = load_examples(TINY, "train")
     numbers = set()
-    for step in itertools.islice(data.batches(examples, 64, seed=0), 20):
+    for step in itertools.islice(data.rows_of_steps(examples, 64, seed=0), 20):
         lengths = [len(row["premise"]) + len(row["hypothesis"]) for row in step]
         assert lengths == sorted(lengths)
         assert len(set(lengths)) > 10
@@ -299,7 +299,7 @@ def test_a_batch_takes_the_prefix_once_and_predicts_the_answers():
     assert batch.lengths == [3, 5]
     assert batch.prefix_length == 2
     assert batch.last == 2
-    assert batch.targets.tolist() == [9, 0, 1, 0]
+    assert batch.next_ids.tolist() == [9, 0, 1, 0]
 
 
 def test_a_batch_of_whole_rows_predicts_the_answers_or_every_id():
@@ -310,13 +310,13 @@ def test_a_batch_of_whole_rows_predicts_the_answers_or_every_id():
         assert batch.lengths == [5, 7]
         assert batch.prefix_length == 0
     assert answer.last == 2
-    assert answer.targets.tolist() == [9, 0, 1, 0]
+    assert answer.next_ids.tolist() == [9, 0, 1, 0]
     assert full.last is None
-    assert full.targets.tolist() == [6, 7, 8, 9, 0, 6, 7, 8, 3, 4, 1, 0]
+    assert full.next_ids.tolist() == [6, 7, 8, 9, 0, 6, 7, 8, 3, 4, 1, 0]
 
 
 def test_the_full_loss_needs_whole_rows():
-    with pytest.raises(ValueError, match="the full loss has targets in the prefix"):
+    with pytest.raises(ValueError, match="the full loss is on the prefix too"):
         data.collate(ENCODED, prefix_length=2, loss="full")
 
 
@@ -342,7 +342,7 @@ def test_the_loss_is_the_mean_over_the_targets_however_they_fall_into_batches(
         for size in sizes:
             batch = data.collate(list(itertools.islice(rows, size)), prefix, loss)
             total += train.batch_loss(model, batch).item()
-            targets += len(batch.targets)
+            targets += len(batch.next_ids)
         assert targets == len(by_target)
         # fp32, summed in two orders.
         assert total / len(by_target) == pytest.approx(sum(by_target) / len(by_target), abs=1e-5)

@@ -413,7 +413,7 @@ def assert_no_token_too_many(tiny: Path, encoded: list, prefix: int) -> None:
 @pytest.mark.parametrize("size", [16, 128])
 def test_a_step_runs_the_ids_of_its_rows_and_one_prefix(tiny, prefix, size):
     tokenizer = data.load_tokenizer(tiny)
-    rows = next(data.batches(load_examples(TINY_DATA, "train"), size, seed=0))
+    rows = next(data.rows_of_steps(load_examples(TINY_DATA, "train"), size, seed=0))
     assert_no_token_too_many(tiny, [data.encode(row, tokenizer) for row in rows], prefix)
 
 
@@ -426,7 +426,7 @@ def test_shared_mnli_a_step_runs_the_ids_of_its_rows_and_one_prefix(tiny, size):
     """Rows as phi-2's tokenizer cuts them. Their ids are folded into the small vocabulary."""
     tokenizer = data.load_tokenizer(SHARED / "phi-2-tokenizer")
     prefix_ids, _, _ = data.fixed_ids(tokenizer)
-    rows = next(data.batches(load_examples(str(SHARED / "mnli"), "train"), size, seed=0))
+    rows = next(data.rows_of_steps(load_examples(str(SHARED / "mnli"), "train"), size, seed=0))
     encoded = []
     for row in rows:
         prompt, answer = data.encode(row, tokenizer)

@@ -512,7 +512,7 @@ def test_a_loss_that_is_not_finite_stops_at_its_step_and_names_its_rows(tmp_path
 
     # The rows that it names are those of this step.
     rows = load_examples("tiny/data", "train", 50)
-    *_, last = zip(range(step), data.batches(rows, size=4, seed=0))
+    *_, last = zip(range(step), data.rows_of_steps(rows, size=4, seed=0))
     assert f"with the rows {sorted(row['row'] for row in last[1])} of train" in line
 
 

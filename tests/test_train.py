@@ -224,19 +224,19 @@ def test_the_learning_rate_is_transformers_cosine_after_a_warm_up_without_a_step
         theirs.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    mine = [train.learning_rate(step, steps, warmup) for step in range(steps)]
+    mine = [train.schedule(step, steps, warmup) for step in range(steps)]
     assert mine[warmup:] == pytest.approx(theirs[warmup:], abs=1e-12)
     assert mine[:3] == pytest.approx([1 / 11, 2 / 11, 3 / 11])
     assert max(mine) == 1
-    assert train.learning_rate(steps, steps, warmup) == pytest.approx(0)
+    assert train.schedule(steps, steps, warmup) == pytest.approx(0)
 
 
 @pytest.mark.parametrize("steps, warmup", [(1, 0), (16, 0), (17, 1), (100, 3), (40_000, 1200)])
 def test_the_warm_up_is_3_percent_of_the_steps_unless_it_is_given(steps, warmup):
     for step in (0, 1, warmup, steps // 2, steps - 1):
-        expected = train.learning_rate(step, steps, warmup)
-        assert train.learning_rate(step, steps, None) == expected
-    assert train.learning_rate(0, steps, None) > 0
+        expected = train.schedule(step, steps, warmup)
+        assert train.schedule(step, steps, None) == expected
+    assert train.schedule(0, steps, None) > 0
 
 
 def test_accumulated_batches_train_what_one_batch_trains(tmp_path):
@@ -277,7 +277,7 @@ def loss_by_hand(model, rows, loss: str) -> float:
         batch = data.collate([data.encode(row, tokenizer)], 0, loss)
         with torch.no_grad():
             total += train.batch_loss(model, batch).item()
-        targets += len(batch.targets)
+        targets += len(batch.next_ids)
     return total / targets
 
 
@@ -318,18 +318,18 @@ def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
     progress = resume.Progress(step=2)
     state = Namespace(rows_per_step=4, steps=5, progress=progress)
     feed = train.Feed(args, inputs, state, torch.device("cpu"))
-    expected = itertools.islice(data.batches(rows, size=4, seed=0), 2, 5)
+    expected = itertools.islice(data.rows_of_steps(rows, size=4, seed=0), 2, 5)
     taken = 0
     for number, step in enumerate(expected, 1):
-        assert feed.step.rows == step
-        assert [len(batch.lengths) for batch in feed.step.batches] in ([2], [3, 1])
-        assert feed.targets == 2 * len(step)  # the label and the end of text of each row
+        assert feed.current.rows == step
+        assert [len(batch.lengths) for batch in feed.current.batches] in ([2], [3, 1])
+        assert feed.num_predicted == 2 * len(step)  # the label and the end of text of each row
         taken += len(step)
         numbers = feed.advance(torch.tensor(0.5), torch.tensor(0.25), number == 2)
         assert numbers == (0.25, number == 2)
         assert (progress.step, progress.rows, progress.loss) == (2 + number, taken, number / 2)
-    assert feed.step.rows == feed.step.batches == []
-    assert feed.targets == 0
+    assert feed.current.rows == feed.current.batches == []
+    assert feed.num_predicted == 0
 
 
 def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(tmp_path, tiny):
@@ -341,7 +341,7 @@ def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(t
     reported = [line["loss"] for line in read_rows(out / "metrics.jsonl") if "loss" in line]
 
     model = ours(tiny, torch.float32)
-    steps = data.batches(load_examples("tiny/data", "train", 6), size=4, seed=0)
+    steps = data.rows_of_steps(load_examples("tiny/data", "train", 6), size=4, seed=0)
     losses = [loss_by_hand(model, next(steps), "answer") for _ in range(2)]  # of 4 rows, and of 2
     assert reported == [pytest.approx(sum(losses) / 2, rel=1e-5)]
 

@@ -384,7 +384,7 @@ def install(gpu: FakeGpu) -> None:
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     F.scaled_dot_product_attention = attention
     packing.causal_lower_right = lambda queries, keys: LOWER_RIGHT
-    for name in ("rotate", "add"):
+    for name in ("rotate", "add_branches"):
         function = getattr(phi2, name)
         setattr(phi2, name, as_one_kernel(gpu, function.__wrapped__))
 
@@ -433,7 +433,7 @@ class Subject:
         rows = sorted(rows, key=lambda row: len(row[0]))
         batch = data.collate(rows, len(prefix), "answer")
         loss = train.batch_loss(self.model, batch)
-        (loss / len(batch.targets)).backward()
+        (loss / len(batch.next_ids)).backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -444,12 +444,12 @@ class Subject:
     def write(self, rows: list, limit: int) -> None:
         """Writes `limit` tokens for each row, whatever they are."""
         prefix, answers, _ = data.fixed_ids(self.tokenizer)
-        known_ids = data.known_ids(self.tokenizer)
+        num_known_ids = data.num_known_ids(self.tokenizer)
         model = self.model.eval()
         _, hidden = evaluation.generate(
-            model, longest_first(rows), prefix, limit, known_ids, is_finished=lambda ids: False
+            model, longest_first(rows), prefix, limit, num_known_ids, is_finished=lambda ids: False
         )
-        evaluation.answer_shares(model, hidden, answers)
+        evaluation.answer_scores(model, hidden, answers)
 
 
 def fill(model: nn.Module) -> None:
