@@ -72,9 +72,9 @@ BY_THE_TABLES = Reading()
 def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
     """Returns the files of each split. Raises ValueError when there is no such dataset."""
     directory = Path(dataset)
-    if directory.is_file():
-        raise ValueError(f"{dataset} is a file: pass the folder that it is in")
     try:
+        if directory.is_file():
+            raise ValueError(f"{dataset} is a file: pass the folder that it is in")
         if not dataset or not directory.is_dir():
             return hub_datasets.find_splits(dataset, revision)
         hub.refuse_revision("dataset", dataset, revision)

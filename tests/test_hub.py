@@ -235,7 +235,8 @@ def test_without_a_network_another_revision_of_the_cache_is_not_taken(at_v1):
     env = environment("http://127.0.0.1:9", at_v1[1], offline=True)
     other = commit_of("main")
     done = script(*command, "--dataset-revision", other, env=env)
-    assert_one_line(done, f"error: cannot load 'me/rows' at revision {other!r} from the Hub")
+    line = f"error: cannot load the dataset 'me/rows' at revision {other!r} from the Hub"
+    assert_one_line(done, line)
 
 
 def test_the_revision_in_pefts_configuration_is_that_of_its_base(revisions, at_v1, tmp_path):
