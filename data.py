@@ -6,7 +6,8 @@ Prompt and answer are tokenised separately and joined as lists of ids: at evalua
 model is asked, id for id, what it saw in training. An example is a dict with a premise,
 a hypothesis and a label of 0 to 2; support/examples.py reads them from files.
 
-For another task change PROMPT, the three answers in `fixed_ids`, and what `parse` reads.
+Another task has another PROMPT, with `after_prefix` and `cut` for its texts, other
+answers (`load_tokenizer`, `fixed_ids`), and another reading of them (`parse`).
 """
 
 import functools
@@ -20,8 +21,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-# The wording of the notebooks that this project replaces. Its two double spaces are theirs:
-# without them it would be other tokens.
+# The wording of the notebooks that this project follows. Its two double spaces are
+# theirs: without them the tokens would differ.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
@@ -52,8 +53,8 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
         raise ValueError(f"{path} is no tokenizer that can be read: {error}") from None
-    # What another program has stored in the file must not cut, fill or lengthen our prompts,
-    # as transformers' add_eos_token does.
+    # What another program has stored in the file must not cut, fill or lengthen our
+    # prompts, as transformers' add_eos_token does.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -74,7 +75,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
 
 @functools.cache
 def num_known_ids(tokenizer: Tokenizer) -> int:
-    """Returns one more than the largest id: from there on the head's ids have no token."""
+    """Returns one more than the largest id. The head has more outputs, which mean nothing."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -99,9 +100,10 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids) of an example with premise, hypothesis and label.
 
-    The prompt is the whole of PROMPT with the two texts, the answer the label (0 to 2) and
-    the end of text. Where both together have more than `max_length` ids, the premise loses
-    its end. Where that is not enough, there is no premise, and the hypothesis loses its end.
+    The prompt is the whole of PROMPT with the two texts, the answer the label (0 to 2)
+    and the end of text. Where both together have more than `max_length` ids, the
+    premise loses its end. Where that is not enough, there is no premise, and the
+    hypothesis loses its end.
     """
     ids = tokenizer.encode(after_prefix(example)).ids
     return prompt_and_answer(example, ids, tokenizer, max_length)
@@ -123,7 +125,8 @@ def prompt_and_answer(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids), where `ids` are those of after_prefix(example)."""
     prefix, answers, eos = fixed_ids(tokenizer)
-    # Ids are joined, not texts: the tokenizer could make one token of two texts' ends.
+    # Ids are joined, not texts: the tokenizer could merge the end of one with the
+    # other's start.
     answer = [answers[example["label"]], eos]
     if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
         ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
@@ -137,8 +140,8 @@ def prompt_and_answer(
 def parse(completion: str) -> int:
     """Returns the first number in a completion, without its fraction, or -1 for none.
 
-    "1" and "1.5" are 1; "10" is 10, and wrong. As in the original notebooks, a number has
-    up to three digits before a comma, so "2019" is read as 201.
+    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the original
+    notebooks, a number has up to three digits before a comma, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -149,9 +152,9 @@ def parse(completion: str) -> int:
 def is_settled(completion: str) -> bool:
     """Returns True when nothing that could follow would change what `parse` reads.
 
-    That is so once a character after the first number has ended it. A comma may still be
-    part of "1,000", and U+FFFD stands for a character whose bytes are not complete. In doubt
-    it is False: then a token too many is written.
+    That is so once a character after the first number has ended it. A comma may still
+    be part of "1,000", and U+FFFD stands for a character whose bytes are not complete.
+    In doubt it is False: then a token too many is written.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -167,10 +170,10 @@ def is_settled(completion: str) -> bool:
 def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
     """Yields the examples of each optimiser step, a list of `size`, from step `start` on.
 
-    It never ends. Within a step the shortest come first. Each epoch is a permutation that is
-    drawn from (seed, epoch) alone. So step n depends on nothing that came before, and a run
-    can resume at any n. An epoch takes each row once; its last step has what is left. Each
-    example has its number in `row`.
+    It never ends. Within a step the shortest come first. Each epoch is a permutation
+    that is drawn from (seed, epoch) alone. So step n depends on nothing that came
+    before, and a run can resume at any n. An epoch takes each row once; its last step
+    has what is left. Each example has its number in `row`.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -236,9 +239,9 @@ def collate(
 ) -> Batch:
     """Returns the batch of several examples, each (prompt ids, answer ids), for a loss.
 
-    Loss "answer" is on two ids a row, the label and the end of text. Loss "full" is on every
-    id after a row's first. That includes the prefix's, once for each row, so it raises
-    ValueError where the rows would share one.
+    Loss "answer" is on two ids a row, the label and the end of text. Loss "full" is on
+    every id after a row's first. That includes the prefix's, once for each row, so it
+    raises ValueError where the rows would share one.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss is on the prefix too, so rows cannot share it")
@@ -273,7 +276,8 @@ def flat(lists: list[list[int]]) -> list[int]:
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
     """Returns `room` ids for what stands after the prefix, where the texts have too many.
 
-    They lose their ends, the premise first. The titles stay: the last asks for the answer.
+    They lose their ends, the premise first. The titles stay: the last asks for the
+    answer.
     """
     premise = tokenizer.encode(" " + example["premise"]).ids
     after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids

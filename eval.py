@@ -1,9 +1,9 @@
 """Accuracy on a split, and the answer to a single pair.
 
-Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads the
-first number of what it wrote: a model that writes no number is wrong. Mode "score" compares
-the probabilities of the three answers after "### Label:", in one forward pass: it shows
-what a model knows even if it would not say it.
+Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads
+the first number of what it wrote: a model that writes no number is wrong. Mode "score"
+compares the probabilities of the three answers after "### Label:", in one forward pass:
+it shows what a model knows even if it would not say it.
 
     python eval.py --adapter out/demo                                       # every validation split
     python eval.py --model microsoft/phi-2 --split validation_matched --mode score
@@ -70,10 +70,10 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    A prompt's completion is finished as soon as is_finished(its ids), or at max_new_tokens.
-    The hidden states are those of the prompts' last tokens, from which the head chooses the
-    first new one. All prompts begin with `prefix`. The head has more ids than the tokenizer
-    knows: those from `num_known_ids` on are never chosen.
+    A prompt's completion is finished as soon as is_finished(its ids), or at
+    max_new_tokens. The hidden states are those of the prompts' last tokens, from which
+    the head chooses the first new one. All prompts begin with `prefix`. The head has
+    more ids than the tokenizer knows: those from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
     # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
@@ -97,7 +97,8 @@ def generate(
         if not unfinished:
             return completions, hidden
 
-        # 3. Run the new token of each through the model, without the rows that are finished.
+        # 3. Run the new token of each through the model, without the rows that are
+        # finished.
         prompt_of = drop_finished(decoder, prompt_of, unfinished)
         logits = decoder.run([completions[number][-1] for number in prompt_of])
 
@@ -107,9 +108,10 @@ def drop_finished(
 ) -> list[int]:
     """Takes finished rows out of the batch. Returns the prompts of those that stay.
 
-    On a GPU the decoder records the step of a batch and repeats it at one launch; a batch of
-    other rows has to be recorded anew. So there finished rows stay until they are half of the
-    batch. Meanwhile their last token is run again, and what follows it is ignored.
+    On a GPU the decoder records the step of a batch and repeats it at one launch; a
+    batch of other rows has to be recorded anew. So there finished rows stay until they
+    are half of the batch. Meanwhile their last token is run again, and what follows it
+    is ignored.
     """
     finished = len(prompt_of) - len(unfinished)
     if finished == 0 or (decoder.records and finished < len(unfinished)):
@@ -130,7 +132,8 @@ def complete(
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again for each token: a token may end in the middle of a character.
+        # The text is decoded again for each token: a token may end in the middle of a
+        # character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, hidden = generate(
@@ -150,7 +153,8 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
     """Returns prediction and scores of each prompt: the likeliest answer, and all three."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
     ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    # One forward pass. Only each prompt's last token is needed: what follows it is the answer.
+    # One forward pass. Only each prompt's last token is needed: what follows it is the
+    # answer.
     hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
@@ -167,7 +171,8 @@ def pack_prompts(
     `room` is how many tokens may be added to each.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    # Equal beginnings are folded into one: token_of says which tokens a row then consists of.
+    # Equal beginnings are folded into one: token_of says which tokens a row then
+    # consists of.
     own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
     ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
@@ -177,14 +182,15 @@ def pack_prompts(
 def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
     """Returns the probabilities of the three answers, from prompts' hidden states (B, C).
 
-    They are those among the three: a softmax over the logits of their ids, `answers`, alone.
+    They are those among the three: a softmax over the logits of their ids, `answers`,
+    alone.
     """
     head = model.lm_head
     weight = head.weight
     if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
         weight = head.dequantize()
-    # Three rows of the head, in fp32. In bf16 a logit has two to three digits: the best two
-    # would often be equal, and the smaller label would win by its place.
+    # Three rows of the head, in fp32. In bf16 a logit has two to three digits: the best
+    # two would often be equal, and the smaller label would win by its place.
     logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
     scores = logits.softmax(dim=-1).tolist()
     if not all(math.isfinite(score) for row in scores for score in row):
@@ -227,9 +233,10 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and the prediction for each, in their order.
 
-    Dropout is off meanwhile. Of several processes each answers its share, and all return all
-    answers. An answer depends on its prompt alone, but for rounding: with another batch size
-    scores differ in their last digits, and in bf16 two that are nearly even may swap.
+    Dropout is off meanwhile. Of several processes each answers its share, and all
+    return all answers. An answer depends on its prompt alone, but for rounding: with
+    another batch size scores differ in their last digits, and in bf16 two that are
+    nearly even may swap.
     """
     was_training = model.training
     model.eval()
@@ -294,10 +301,11 @@ def load_model(
 ) -> phi2.Phi2:
     """Loads the base: three of the four lines that are this project.
 
-    The fourth, lora.inject(model, config), comes after it: adapters are put around layers
-    that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16" or "fp32".
-    With `keep` the dequantised weights are stored beside the indices too. None does so where
-    a GPU has free memory of four times their size, because training needs memory as well.
+    The fourth, lora.inject(model, config), comes after it: adapters are put around
+    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16"
+    or "fp32". With `keep` the dequantised weights are stored beside the indices too.
+    None does so where a GPU has free memory of four times their size, because training
+    needs memory as well.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -314,8 +322,8 @@ def load_model(
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
     """Stores the dequantised weights beside NF4's indices with `keep`: more memory, less time.
 
-    Without it memory is what counts. So on a GPU the backward pass then computes attention
-    again, rather than read what the forward pass has stored.
+    Without it memory is what counts. So on a GPU the backward pass then computes
+    attention again, rather than read what the forward pass has stored.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -473,7 +481,8 @@ def print_results(
     args: argparse.Namespace, splits: dict, results: dict, statistics_of: dict[str, dict]
 ) -> None:
     """Prints which rows were read, a table of all splits, and the details of each."""
-    # Of several processes the first alone prints: processes.start has silenced the others.
+    # Of several processes the first alone prints: processes.start has silenced the
+    # others.
     taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
     print(f"{args.dataset}: {taken}")
     print(metrics.table(results))

@@ -1,15 +1,17 @@
 """LoRA in one file: low-rank adapters beside the linear layers of a frozen model.
 
 The first of six files, to be read in the order lora, quant, phi2, data, eval, train. The
-paper is arXiv:2106.09685. Together they make QLoRA, four lines that this project is about:
+six together are QLoRA, of which four lines are the heart:
 
-    model = phi2.build(name)                  # empty
-    quant.quantize_linears(model)             # W becomes W in 4 bits, still empty
+    model = phi2.build(name)                  # shapes without numbers
+    quant.quantize_linears(model)             # W becomes W in 4 bits, still without numbers
     phi2.load_weights(model, name, device)    # weights arrive, and are quantised
     lora.inject(model, config)                # W x becomes W x + (alpha / rank) B A x
 
-To fine-tune a weight W (out, in) with Adam takes a gradient and two more numbers for each of
-its own. LoRA freezes W and learns a correction of low rank beside it, A and B:
+LoRA's paper is arXiv:2106.09685. Full fine-tuning with Adam stores three more numbers
+for each number of a weight W (out, in): its gradient and two moments. LoRA freezes W
+and learns a correction B A of low rank beside it. Its hypothesis, which its results
+support: what a new task changes in a trained model has a low rank.
 
                          W x  +  (alpha / rank) B A x
 
@@ -32,11 +34,10 @@ layers * 8 * (2560 + 2560) = 2.6 million numbers beside 2.8 billion frozen ones.
 
 In formulas x is a column. In the code tokens are rows, so W x is x @ W.T.
 
-The layer that is wrapped may be a linear layer of any model, a quantised one too, if it
-has a method dequantize() for W. What is saved has the names that it has in PEFT, Hugging
-Face's library of adapters, which loads it. Left out: DoRA (which also learns the norm of
-each of W's rows), rsLoRA (alpha / sqrt(rank)), trained biases, adapters on embeddings or on
-the head.
+The layer that is wrapped may be a linear layer of any model, a quantised one too. What
+is saved has the names that it has in PEFT, Hugging Face's library of adapters, which
+loads it. Left out: DoRA (which also learns the norm of each of W's rows), rsLoRA (alpha
+/ sqrt(rank)), trained biases, adapters on embeddings or on the head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
     lora.inject(model, config)  # W x becomes W x + (alpha / rank) B A x
@@ -69,12 +70,13 @@ class LoRALinear(nn.Module):
         A's           scale (B^T g) x^T     (rank, in)
         x's           W^T g + scale A^T B^T g
 
-    autograd computes them, and sums the first two over the tokens. As B starts at zero, A's
-    gradient is zero in the first step; if A were zero too, neither would ever move.
+    autograd computes them, and sums the first two over the tokens. As B starts at zero,
+    A's gradient is zero in the first step; if A were zero too, neither would ever move.
 
-    A and B are stored and trained in fp32 (over a base in fp64 in that), even over a base in
-    16 or 4 bits, as in PEFT: a bf16 number has 8 significant bits, so small steps would be
-    rounded away. Only a copy is cast to the dtype of x, for the product.
+    A and B are stored and trained in fp32 even over a base in 16 or 4 bits, as in PEFT:
+    a bf16 number has 8 significant bits, so small steps would be rounded away. Only a
+    copy is cast to the dtype of x, for the product. (Over a base in fp64 they are in
+    fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -90,7 +92,8 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has drawn A already. PEFT draws it once more, and so one seed gives its A.
+        # nn.Linear has drawn A already. PEFT draws it once more: the same seed gives
+        # the same A.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -111,8 +114,8 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + scale B A, (out, in), rounded once to the dtype of W.
 
-        For merging. And, like `bias`, for code that reads a layer's weight instead of
-        calling the layer, as nn.TransformerEncoderLayer does in eval mode.
+        For merging. And, like `bias`, for models that read a layer's weight instead of
+        calling the layer, as torch's own nn.TransformerEncoderLayer does in eval mode.
         """
         base = self.base_layer.weight
         if not is_plain(self.base_layer):  # packed indices, as in quant.NF4Linear
@@ -175,10 +178,10 @@ def inject(
 ) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    Returns the paths of the wrapped layers, which must have their weights. Raises
-    ValueError when a target matches no layer, and when the model has adapters already.
-    With every_target_must_match=False one match among all targets is enough, as in PEFT;
-    load_adapter uses it.
+    To be called when the weights are loaded. Returns the paths of the wrapped layers.
+    Raises ValueError when a target matches no layer, and when the model has adapters
+    already. With every_target_must_match=False one match among all targets is enough,
+    as in PEFT; load_adapter uses it.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
@@ -211,8 +214,8 @@ def match_targets(
     missing = [target for target, paths in matched.items() if not paths]
     if not chosen or (missing and every_target_must_match):
         raise ValueError(describe_missing(missing, isinstance(targets, str), linears))
-    # In module order, as in PEFT: the adapters are drawn one after another, and so one seed
-    # gives PEFT's.
+    # In module order, as in PEFT: the adapters are drawn one after another, so that the
+    # same seed gives the same.
     return [path for path in linears if path in chosen]
 
 
@@ -247,8 +250,8 @@ def linear_paths(model: nn.Module) -> list[str]:
         is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
         # Left out, because PEFT would save the head's whole weight beside its adapter.
         is_head = path.rpartition(".")[2] == "lm_head"
-        # nn.MultiheadAttention's out_proj has this class. It is never called: its weight is
-        # read. There an adapter of PEFT does nothing.
+        # nn.MultiheadAttention's out_proj has this class. It is never called: its
+        # weight is read. There an adapter of PEFT does nothing.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -275,10 +278,11 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    W stays frozen. Raises ValueError, before any layer is changed, where the result would
-    be another model than the adapted one by more than a rounding to the dtype of W: over a
-    quantised base, where rounding to 4 bits again erases most of a small update; where a
-    sum is not finite; and where W is computed anew in each pass, or shared by two layers.
+    W stays frozen. Raises ValueError, before any layer is changed, where the result
+    would be another model than the adapted one by more than a rounding to the dtype of
+    W: over a quantised base, where rounding to 4 bits again erases most of a small
+    update; where a sum is not finite; and where W is computed anew in each pass, or
+    shared by two layers.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -448,8 +452,7 @@ def read_config(directory: Path) -> LoRAConfig:
 def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
-    """Raises ValueError unless the file has exactly these names and shapes, and is trained."""
-    # With strict=False, as PEFT loads, a wrong prefix would leave every B at zero, in
+    # PEFT loads with strict=False: there a wrong prefix leaves every B at zero, in
     # silence.
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())

@@ -5,18 +5,20 @@ Third in the reading order. The module names are those of transformers' `PhiForC
 phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scaling,
 grouped-query attention (no phi has it), and the checkpoint layouts of 2023.
 
-A transformer treats each token by itself; only attention lets tokens look at one another.
-So the model runs on flat tokens: N of them, of C = hidden_size numbers each. Where they stand
-and what each of them sees is asked of one object, the layout. It has four things:
+A transformer treats each token by itself; only attention lets tokens look at one
+another. So the model runs on flat tokens: N of them, of C = hidden_size numbers each.
+Where they stand and what each of them sees is asked of one object, the layout. It has
+four things:
 
     positions          (N,) the place of each token in its text
     only_last(count)   the same layout, where only the last tokens of each row have a query
     select_queries(x)  the lines of x (N, ...) whose tokens have a query
     attend(...)        attention: softmax(q k^T / sqrt(D) + mask) v
 
-`OneRow` below is the layout of a row by itself. Training and evaluation use those of
-support/packing.py, which give the same and are fast. PackedRows puts rows one behind another
-after a prefix that all share, here of two tokens before rows of two and one:
+`OneRow` below is the layout of a row, one tokenised text, by itself. Training and
+evaluation use support/packing.py's, which have the same four things, give the same and
+are fast. There rows stand one behind another after a prefix that all share, here of two
+tokens before rows of two and one:
 
                P0 P1 a0 a1 b0
         P0      x                        a token sees the prefix and its own row, up to and
@@ -24,8 +26,6 @@ after a prefix that all share, here of two tokens before rows of two and one:
         a0      x  x  x                  the prefix
         a1      x  x  x  x
         b0      x  x        x
-
-And NewTokens keeps the keys and values of rows, to write one token after each at a time.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -106,8 +106,8 @@ def rotary_tables(
     R is the number of rotated dimensions of a head. The angles are computed in fp32.
     """
     rotary_dim = config.rotary_dim()
-    # The first pair of dimensions turns by one radian a token, the last of phi-2's 16 pairs by
-    # 10000^(-30/32), which is 1/5623.
+    # The first pair of dimensions turns by one radian a token, the last of phi-2's 16
+    # pairs by 10000^(-30/32), which is 1/5623.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -127,8 +127,8 @@ class OneRow:
     """The layout of one row: each token sees those before it, and itself.
 
     Every token gives a key and a value, for those after it to see. It has a query only
-    where its own output is wanted: in the last block these are the tokens whose logits are
-    wanted (`only_last`), in all others it is every token.
+    where its own output is wanted: in the last block these are the tokens whose logits
+    are wanted (`only_last`), in all others it is every token.
     """
 
     def __init__(self, length: int, device: torch.device, num_queries: int | None = None):
@@ -147,8 +147,8 @@ class OneRow:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D) + mask) v, (queries, H, D), for k and v (N, H, D).
 
-        The mask lets a query see the keys before it and its own. `layer` is the number of the
-        block: a layout that keeps keys and values keeps them under it.
+        The mask lets a query see the keys before it and its own. `layer` is the number
+        of the block: a layout that keeps keys and values keeps them under it.
         """
         q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
         k = k.transpose(0, 1)[None]
@@ -174,13 +174,14 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
-        # Only tokens whose output is wanted have a query: all of them, but in the last block.
+        # Only tokens whose output is wanted have a query: all of them, except in the
+        # last block.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # q and k are each turned by their position: their product depends on it only through
-        # the distance of the two.
+        # q and k are each turned by their position: their product depends on it only
+        # through the distance of the two.
         q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
         k = rotate(k, cos, sin)
 
@@ -202,7 +203,8 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order, which is transformers'. On a GPU: see `fused`.
+    # In bf16 the last bit depends on the order, which is transformers'. On a GPU: see
+    # `fused`.
     return attended + transformed + x
 
 
@@ -230,8 +232,9 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What is not stored in the forward pass, but computed again in the backward pass:
-        # "none", whole "blocks", or "attention": then train.py makes a layout that does so.
+        # What the backward pass computes again instead of reading it: "none", whole
+        # "blocks" (here), or "attention" (within the layout, which train.batch_loss
+        # makes).
         self.checkpointing = "none"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
@@ -265,7 +268,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.uses_graphs = True  # whether a Decoder may record its steps on a GPU
+        self.uses_graphs = True  # whether generation on a GPU may use CUDA graphs
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
@@ -291,18 +294,19 @@ HAS_TRITON = find_spec("triton") is not None
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
 
-    Each step alone would read and write all of its tensors. torch.compile writes the kernel,
-    and that of the backward pass, at the first call, which takes seconds; the number of
-    tokens may change later. It needs Triton, which torch brings with it for CUDA on Linux,
-    and a C compiler.
+    Each step alone would read and write all of its tensors. torch.compile writes the
+    kernel, and that of the backward pass, at the first call, which takes seconds; the
+    number of tokens may change later. It needs Triton, which torch brings with it for
+    CUDA on Linux, and a C compiler.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        # Where it fails, for want of a compiler or on an old GPU, it warns, and the function
-        # runs as it is written. (The setting holds for the whole process.)
+        # Where it fails, for want of a compiler or on an old GPU, it warns, and the
+        # function runs as it is written. (The setting holds for the whole process.)
         torch._dynamo.config.suppress_errors = True
-        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded twice.
+        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded
+        # twice.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, dynamic=True, options=options)
 
@@ -324,8 +328,8 @@ add_branches = fused(add_branches)
 
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 
-# Options of config.json that change the result and are not implemented, with the one value
-# that is accepted, beside null.
+# Options of config.json that change the result and are not implemented, with the one
+# value that is accepted, beside null.
 FIXED = {
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
@@ -358,10 +362,11 @@ def load_weights(
 ) -> Phi2:
     """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
 
-    The tensors of a layer go to its own `load_state_dict`, where a quantised layer quantises
-    its weight, or takes over what is in NF4 already. At the peak the memory holds the model
-    and one layer's tensors, as they are stored and as `dtype`. Raises ValueError for missing,
-    unknown, misshapen or damaged tensors; the model is then unusable.
+    The tensors of a layer go to its own `load_state_dict`, where a quantised layer
+    quantises its weight, or takes over what is in NF4 already. At the peak the memory
+    holds the model and one layer's tensors, as they are stored and as `dtype`. Raises
+    ValueError for missing, unknown, misshapen or damaged tensors; the model is then
+    unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
@@ -451,10 +456,12 @@ def read(path: Path, key: str) -> Tensor:
 def not_quantized(directory: Path) -> tuple[str, ...]:
     """Returns the paths of what is not to be quantised: the head.
 
-    Of a checkpoint that is in NF4 already it is whatever has a weight of another form there.
+    Of a checkpoint that is in NF4 already it is whatever has a weight of another form
+    there.
     """
     keys = find_tensors(directory)
-    # Asked of the tensors: a dequantised model's config.json may still say that it is in NF4.
+    # Asked of the tensors: a dequantised model's config.json may still say that it is
+    # in NF4.
     if not any(key.endswith(".weight.absmax") for key in keys):
         return ("lm_head",)
     weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]

@@ -2,25 +2,30 @@
 
 Second in the reading order. The paper is QLoRA, arXiv:2305.14314, section 3.
 
-A weight is cut into blocks of 64 consecutive values. Each block keeps its largest magnitude
-(absmax, fp32), and each value keeps the index of the nearest of 16 levels:
+A weight is cut into blocks of 64 consecutive values. Each block keeps its largest
+magnitude (absmax, fp32), and each value keeps the index of the nearest of 16 levels:
 
-    w  =  LEVELS[index] * absmax[block]         4 bits + 32 / 64 bits = 4.5 bits a weight
+    w  =  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits a weight
 
-Weights of a trained network are roughly normal: many are small, few are large. So the levels
-are quantiles of the normal distribution, and lie close where weights are many:
+To use W it is dequantised, multiplied by, and dropped again: 4 bits save memory, not
+time.
+
+Weights of a trained network are roughly normal: many are small, few are large. So the
+levels are quantiles of the normal distribution, and lie close where weights are many:
 
     |          |     |    |   |  |   |  |  |  |  |  |   |   |     |         |
    -1                                   0                                   1
 
-One large weight makes the levels of its whole block coarse, which speaks for small blocks;
-absmax has to be stored for each, which speaks for large ones. Double quantisation stores
-absmax itself in 8 bits, which makes it 4.13 bits a weight.
+One large weight makes the levels of its whole block coarse, which speaks for small
+blocks; absmax has to be stored for each, which speaks for large ones. Double
+quantisation stores absmax itself in 8 bits, in blocks of 256, which makes it
+4 + 8/64 + 32/(64 * 256) = 4.13 bits a weight.
 
 `quantize` and `dequantize` below are NF4 in plain torch, for reading and testing. The
-layers do the same with bitsandbytes' kernels, which are faster; a test finds the same bits.
-Left out: `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in
-eval mode; 8-bit weights; fp4.
+layers do the same with bitsandbytes' kernels, which are faster; a test finds the same
+bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4;
+`bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval
+mode.
 
     quant.quantize_linears(model)           # before phi2.load_weights: weights quantise on arrival
 """
@@ -34,13 +39,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Appendix E of the paper. Q(u) is the quantile of the normal distribution: the number below
-# which the share u of all numbers lies. Q(1) is infinite, so the outermost share is
-# p = 1 - (1/30 + 1/32) / 2 = 0.9677: that stops half a step short of 1, of 15 or 16 steps.
-# Of the 16 levels one is an exact zero, for weights that were pruned or padded. The others,
-# scaled to [-1, 1], are
-#   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
-#   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
+# Appendix E of the paper. Q(u) is the quantile of the normal distribution: the number
+# below which the share u of all numbers lies. Q(1) is infinite, so the outermost share
+# is p = 1 - (1/30 + 1/32) / 2 = 0.9677, the mean of 1 less half a step of 15 and of 16
+# steps. Of the 16 levels one is an exact zero, for weights that were pruned or padded.
+# The others, scaled to [-1, 1], are   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)
+# for i = 7 to 1,   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -91,22 +95,25 @@ class NF4Linear(nn.Module):
     """A frozen linear layer whose weight is held in NF4. To load a weight is to quantise it.
 
     `load_state_dict(..., assign=True)` takes a floating-point `weight` (out_features,
-    in_features), quantises it and forgets it. (Without `assign` it would be copied into the
-    buffers, which may be empty.) Of a weight that is in NF4 already, as bitsandbytes or this
-    layer has saved it, it takes over the indices as they are.
+    in_features), quantises it and forgets it. (Without `assign` it would be copied into
+    the buffers, which may be on the meta device.) A weight that bitsandbytes or this
+    layer has saved in NF4 is taken over as it is.
 
-    Buffers, with numel = in_features * out_features, all sizes rounded up to whole numbers:
+    Buffers, with numel = in_features * out_features, all sizes rounded up to whole
+    numbers:
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
-    With `double_quant` absmax is quantised too, as a weight is, but to 256 levels in blocks
-    of 256. Its value is levels[absmax] * nested_absmax[block] + offset, for the fp32 levels
-    that `nested_levels` returns.
+    With `double_quant` absmax is quantised too, as a weight is, but to 256 levels in
+    blocks of 256. Its value is levels[absmax] * nested_absmax[block] + offset, for the
+    fp32 levels that `nested_levels` returns.
         absmax: (numel / 64,) uint8.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    dtype: of the dequantised weight, and so of inputs. Loading sets it to the bias's, or
-        without a bias to that of a floating-point weight. Where there is neither, set it.
+    dtype: of the dequantised weight, and so of inputs. Loading sets it to that of the
+    bias,
+        or without a bias to that of a floating-point weight. After loading indices into a
+        layer without a bias set it by hand.
 
     Do not call `layer.to(dtype)`, which rounds absmax.
     """
@@ -119,8 +126,8 @@ class NF4Linear(nn.Module):
         self.out_features = out_features
         self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
-        # The dequantised weight, once keep_dequantized has put it here. Not persistent: the
-        # state_dict is to hold the weight once.
+        # The dequantised weight, once keep_dequantized has put it here. Not persistent:
+        # the state_dict is to hold the weight once.
         self.register_buffer("kept", None, persistent=False)
 
         numel = in_features * out_features
@@ -158,7 +165,8 @@ class NF4Linear(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Puts the buffers in the place of the weight. load_state_dict calls it for each module.
 
-        The weight may be a floating-point one; this layer's indices; or those of bitsandbytes.
+        The weight may be a floating-point one; this layer's indices; or those of
+        bitsandbytes.
         """
         # load_state_dict has given us a copy of its dictionary, so it may be written to.
         key = prefix + "weight"
@@ -190,8 +198,9 @@ class NF4Linear(nn.Module):
         packed, absmax = quantize_by_kernel(weight)
         if not self.double_quant:
             return {"weight": packed, "absmax": absmax}
-        # Half of the nested levels are negative, and absmax never is. Minus its mean it has both
-        # signs: of 0.2, 0.3 and 0.7 the offset is 0.4, and -0.2, -0.1 and 0.3 are quantised.
+        # Half of the nested levels are negative, and absmax never is. Minus its mean it
+        # has both signs: of 0.2, 0.3 and 0.7 the offset is 0.4, and -0.2, -0.1 and 0.3
+        # are quantised.
         offset = absmax.mean()
         levels = nested_levels(absmax.device)
         indices, scales = kernels().quantize_blockwise(absmax - offset, levels, NESTED_BLOCK)
@@ -202,11 +211,12 @@ class NF4Linear(nn.Module):
 
 
 class DequantizedLinear(torch.autograd.Function):
-    """Computes x W^T + b for x (..., in), with W in full only while it is used.
+    """Computes x W^T + b for x (..., in), tokens as rows, with W in full only while it is used.
 
-    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. It needs
-    W, which autograd would store: in bf16 three and a half times as large as in NF4. So it is
-    dequantised a second time instead. W and b are frozen and have no gradient.
+    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. It
+    needs W, which autograd would store for each layer: in bf16 three and a half times
+    what NF4 takes. So W is dequantised a second time instead. W and b are frozen and
+    have no gradient.
     """
 
     @staticmethod
@@ -229,10 +239,11 @@ def quantize_linears(
 ) -> list[str]:
     """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
 
-    A layer with weights is quantised; an empty one (on the meta device) stays empty until
-    its weight is loaded. The head is skipped, as transformers does: its errors would go into
-    the logits directly. (For phi-2 that costs 0.19 GB: 51,200 * 2,560 weights of 16 bits
-    instead of 4.5.) To be called before lora.inject, whose A and B are linear layers too.
+    A layer with weights is quantised; an empty one (on the meta device) stays empty
+    until its weight is loaded. The head is skipped, as transformers does: its errors
+    would go into the logits directly. (For phi-2 that costs 0.19 GB: 51,200 * 2,560
+    weights of 16 bits instead of 4.5.) To be called before lora.inject, whose A and B
+    are linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:
@@ -286,7 +297,8 @@ def replace(
 ) -> list[str]:
     """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
 
-    Modules that `skip` names, by a path or by a part of one, stay, with all that is in them.
+    Modules that `skip` names, by a path or by a part of one, stay, with all that is in
+    them.
     """
     paths = []
     for path, module in model.named_modules():
@@ -328,8 +340,9 @@ def nested_levels(device: torch.device) -> Tensor:
 def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns packed indices and absmax of a weight that bitsandbytes has quantised and saved.
 
-    `parts` are the tensors beside it in the file, by what follows "weight." in their names.
-    Raises ValueError, LookupError, TypeError or RuntimeError where they do not fit together.
+    `parts` are the tensors beside it in the file, by what follows "weight." in their
+    names. Raises ValueError, LookupError, TypeError or RuntimeError where they do not
+    fit together.
     """
     state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
     if state["blocksize"] != BLOCK:

@@ -12,9 +12,9 @@ metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to re
 and with --keep-best the adapter of the best evaluation, in best/. Of several processes
 (support/processes.py) each takes its part of every step, and the first alone writes.
 
-`training_step` is what one step does, and `run` the whole story. What `run` calls follows it:
-the rows and the state of a run, the base and the adapters, the steps' rows and numbers, and
-evaluation. The flags and their defaults are in support/flags.py.
+`training_step` is what one step does, and `run` the whole story. What `run` calls
+follows it: the rows and the state of a run, the base and the adapters, the steps' rows
+and numbers, and evaluation. The flags and their defaults are in support/flags.py.
 """
 
 import argparse
@@ -74,9 +74,10 @@ def training_step(
 
     Returns this process's part of the loss, and the norm of the gradient before it is
     clipped: scalars on the model's device, where a GPU may still be computing them.
-    `num_predicted` is how many ids the step predicts, on all processes. The loss of each batch
-    is divided by it, so the sum is the mean over all of them, however rows fall into batches.
-    (A mean of the batches' means would give an id in a short batch more weight.)
+    `num_predicted` is how many ids the step predicts, on all processes. The loss of
+    each batch is divided by it, so the sum is the mean over all of them, however rows
+    fall into batches. (A mean of the batches' means would give an id in a short batch
+    more weight.)
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
@@ -95,9 +96,9 @@ def training_step(
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over the ids that it predicts.
 
-    The prefix that all rows share goes through the model once (support/packing.py), and gets
-    the gradients of all of them; its dropout is drawn once for all. The head runs on the
-    tokens that predict something, and on no other.
+    The prefix that all rows share goes through the model once (support/packing.py), and
+    gets the gradients of all of them; its dropout is drawn once for all. The head runs
+    on the tokens that predict something, and on no other.
     """
     device = model.lm_head.weight.device
     recomputes = model.model.checkpointing == "attention"
@@ -107,15 +108,16 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
     next_ids = batch.next_ids.to(device, non_blocking=True)
     logits = model(ids, layout, batch.last)
-    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of bf16.
+    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of
+    # bf16.
     return F.cross_entropy(logits.float(), next_ids, reduction="sum")
 
 
 def schedule(step: int, steps: int, warmup: int | None) -> float:
     """Returns the factor on --learning-rate at a step, counted from 0.
 
-    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls towards 0
-    along half a cosine. The first step is not at 0, which would waste it.
+    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls
+    towards 0 along half a cosine. The first step is not at 0, which would waste it.
     """
     if warmup is None:
         warmup = round(0.03 * steps)
@@ -145,7 +147,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- What is read: the tokenizer, the rows, and what a resume starts from ----------------
     inputs = read_inputs(args)
     state = new_state(args, inputs)
-    # Of a run that was begun, the state gets its step and the baseline. Of a new one it is None.
+    # None of a new run. Of one that was begun, `state` also gets its step and its
+    # baseline.
     saved = resume.take_up(args.resume, state)
     steps = state.steps
     progress = state.progress
@@ -153,7 +156,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         best.read(args.out)  # raises where best/ is damaged, and not after hours
     log = RunLog(args, state, device)  # prints, and writes metrics.jsonl
 
-    # ---- The frozen base, in 4 bits by default -----------------------------------------------
+    # ---- The frozen base, in 4 bits by default: build, quantize_linears, load_weights ---------
     model = load_base(args, inputs, device)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
@@ -167,7 +170,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         log.write_predictions("baseline", predictions)
     log.say_baseline()
 
-    # ---- The adapters: all that is trained ---------------------------------------------------
+    # ---- The adapters, all that is trained: inject -------------------------------------------
     adapter, optimizer = add_adapters(args, model, inputs.lora, log)
     if saved is None:
         save(args, model, inputs, optimizer, log)  # whatever stops the run, it can be resumed
@@ -183,8 +186,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
-        # Evaluate what the steps so far have taught, where it is time for it. Here, and not
-        # at the end of a turn: a run that was killed in an evaluation repeats it.
+        # Evaluate what the steps so far have taught, where it is time for it. Here, and
+        # not at the end of a turn: a run that was killed in an evaluation repeats it.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
@@ -196,15 +199,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         loss, grad_norm = training_step(
             model, optimizer, feed.current.batches, feed.num_predicted, args.max_grad_norm
         )
-        # Meanwhile the next rows are prepared. Then the numbers of this step are read: its
-        # loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was pressed.
+        # Meanwhile the next rows are prepared. Then the numbers of this step are read:
+        # its loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was
+        # pressed. progress.step is step + 1 from here on.
         grad_norm, stops = feed.advance(loss, grad_norm, stop)
 
         # Report, save, stop, where it is time for it.
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
-        # Saved before an evaluation too: it takes long, and a kill in it is to lose no step.
+        # Saved before an evaluation too: it takes long, and a kill in it is to lose no
+        # step.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
             save(args, model, inputs, optimizer, log)
@@ -282,7 +287,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     }
     args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
 
-    # Its batch size is not that of training: without a backward pass a row needs little memory.
+    # Its batch size is not that of training: without a backward pass a row needs little
+    # memory.
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
@@ -349,7 +355,7 @@ def add_adapters(
     args: argparse.Namespace, model: phi2.Phi2, config: lora.LoRAConfig, log: RunLog
 ) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
     """Puts adapters around the layers of --targets. Returns their parameters, and AdamW."""
-    torch.manual_seed(args.seed)  # of what is drawn from here on A is the first, as in PEFT
+    torch.manual_seed(args.seed)  # A is the first thing that is drawn after this, as in PEFT
     adapted = lora.inject(model, config)
     # All processes have drawn the same A. From here on each draws a dropout of its own.
     if not processes.IS_FIRST:
@@ -406,8 +412,9 @@ class Feed:
         Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
         GPU              computes step n ...................................| computes n + 1
 
-    So the next rows are tokenised and packed before the numbers are read. In the same message
-    all processes tell how many ids of theirs the next step predicts. That is the one wait.
+    So the next rows are tokenised and packed before the numbers are read. In the same
+    message all processes tell how many ids of theirs the next step predicts. That is
+    the one wait.
 
     current: the step that is to be taken.
     num_predicted: how many ids it predicts, on all processes.
@@ -420,7 +427,8 @@ class Feed:
         self.tokenizer = inputs.tokenizer
         self.progress = state.progress
         self.device = device
-        # The order of rows is a function of seed and step: a resumed run sees those it would have.
+        # The order of rows is a function of seed and step: a resumed run sees those it
+        # would have.
         first = state.progress.step
         steps = data.rows_of_steps(inputs.train, state.rows_per_step, args.seed, first)
         self.rows_of_steps = itertools.islice(steps, state.steps - first)
@@ -430,7 +438,8 @@ class Feed:
     def next_step(self) -> Step:
         """Returns the step that follows. After the last one it has no rows."""
         rows = next(self.rows_of_steps, [])
-        # Each process takes every COUNT-th row. Of the last step of an epoch it may get none.
+        # Each process takes every COUNT-th row. Of the last step of an epoch it may get
+        # none.
         mine = rows[processes.NUMBER :: processes.COUNT]
         encoded = [data.encode(row, self.tokenizer, self.args.max_length) for row in mine]
         cut = data.count_cut(mine, encoded, self.tokenizer, self.args.max_length)
@@ -439,8 +448,9 @@ class Feed:
     def advance(self, loss: Tensor, grad_norm: Tensor, stop: StopRequest) -> tuple[float, bool]:
         """Counts the step that was taken, and goes on to the next one.
 
-        Returns its gradient's norm, and whether a process was asked to stop. Raises ValueError
-        where the norm is not finite: the step has spoiled every weight of the adapter.
+        Returns its gradient's norm, and whether a process was asked to stop. Raises
+        ValueError where the norm is not finite: the step has spoiled every weight of
+        the adapter.
         """
         taken = self.current
         self.current = self.next_step()
@@ -504,8 +514,8 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Returns the statistics and the predictions of all validation splits, by their names.
 
-    The accuracies and losses become a line of metrics.jsonl. With --keep-best the adapter is
-    kept where no evaluation before was better.
+    The accuracies and losses become a line of metrics.jsonl. With --keep-best the
+    adapter is kept where no evaluation before was better.
     """
     results = {}
     predictions = {}
@@ -538,11 +548,12 @@ def keep_best(
 def validation_loss(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
 ) -> float:
-    """Returns the mean loss over all predicted ids of a split, computed as in training."""
+    """Returns the mean loss over all predicted ids of a split, without dropout."""
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # Sorted by length: tokens are not padded, but within attention rows are, on some devices.
+    # Sorted by length: tokens are not padded, but within attention rows are, on some
+    # devices.
     encoded.sort(key=lambda pair: len(pair[0]))
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
     device = model.lm_head.weight.device
