@@ -212,9 +212,12 @@ def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
 def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
     """Returns the name of each number as a text. What has none, such as -1, is its own."""
     values, value_of_row = different(numbers)
-    name_of = {str(number): name for number, name in enumerate(names)}
+    name_of = dict(enumerate(names))
+    name_of |= {str(number): name for number, name in enumerate(names)}  # in a table of text
+    keys = [value if isinstance(value, (int, float)) else as_word(value) for value in values]
     texts = [
-        None if value is None else str(name_of.get(as_word(value), value)) for value in values
+        None if value is None else str(name_of.get(key, value))
+        for key, value in zip(keys, values)
     ]
     texts = pyarrow.array(texts, pyarrow.string())
     return pyarrow.chunked_array([pyarrow.DictionaryArray.from_arrays(value_of_row, texts)])

@@ -308,6 +308,7 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         env = environment(address, tmp_path / "home")
         done = script(*RUN, flag, "nobody/nothing", "--out", tmp_path / "run", env=env)
     assert_one_line(done, error)
+    assert "a private or gated repo, make sure you are authenticated" in done.stderr
 
 
 @pytest.mark.parametrize(
