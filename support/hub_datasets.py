@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from support import hub
-from support.dataset_files import READERS, find_files, split_name, stem_and_suffix, with_train
+from support.dataset_files import (
+    PART,
+    READERS,
+    check_parts,
+    find_files,
+    split_name,
+    stem_and_suffix,
+    with_train,
+)
 from support.labels import CARDS
 
 # The configuration that is meant, of a repository with several. Its folder is called like it,
@@ -85,9 +93,25 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
     listed = read_card(dataset, revision).splits
     if not listed:
         return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
+    for name, paths in listed.items():
+        refuse_missing_parts(name, paths)
     called = {name: split_name(name) or name for name in listed}  # dev is validation
     # snli_dev and mnli_dev are both validation: validation_snli_dev and validation_mnli_dev.
     for name, split in called.items():
         if list(called.values()).count(split) > 1 and name != split:
             called[name] = f"{split}_{name}"
     return with_train({called[name]: paths for name, paths in listed.items()})
+
+
+def refuse_missing_parts(split: str, paths: list[Path]) -> None:
+    """Raises ValueError where one of train-00000-of-00002 and train-00001-of-00002 is missing.
+
+    Without a network, what another program has left in the cache may be a part of a dataset.
+    """
+    wholes = {}
+    for path in paths:
+        if "-of-" in path.name:
+            stem, suffix = stem_and_suffix(path)
+            wholes.setdefault((path.parent, PART.sub("", stem), suffix), []).append(path)
+    for parts in wholes.values():
+        check_parts(split, parts)

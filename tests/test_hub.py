@@ -348,6 +348,10 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
             "train: 1 rows; 1 taken, none of neutral or contradiction\nvalidation: 1 rows",
         ),
         (
+            {"a-00001-of-00002.jsonl": LINE, "README.md": card("default", train="a-*")},
+            f"{COMMIT}/a-00001-of-00002.jsonl: not one file, and not all parts of one",
+        ),
+        (
             {"a.jsonl": LINE, "README.md": card("one", train=A) + card("two", train=A)},
             "available configs: ['one', 'two']); pass the folder that you mean, ",
         ),
@@ -363,7 +367,8 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     ],
     ids=[
         *("quotes", "an open quote", "names", "names in JSON", "four names", "other names"),
-        *("splits", "two configurations", "no YAML", "several datasets", "no rows"),
+        *("splits", "a missing part", "two configurations", "no YAML", "several datasets"),
+        "no rows",
     ],
 )
 def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
