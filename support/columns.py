@@ -144,8 +144,8 @@ def different(values: Column) -> tuple[list, pyarrow.IntegerArray]:
     """Returns the different values of a column, in their order, and which of them a row has."""
     if isinstance(values, pyarrow.ChunkedArray):
         try:
-            encoded = in_arrow(values).dictionary_encode("encode")
-            encoded = encoded.unify_dictionaries().combine_chunks()
+            # In one chunk: Arrow cannot unify the dictionaries of several where a value is missing.
+            encoded = in_arrow(values).combine_chunks().dictionary_encode("encode")
             return encoded.dictionary.to_pylist(), encoded.indices
         except pyarrow.ArrowNotImplementedError:  # of lists, for example
             values = values.to_pylist()

@@ -13,7 +13,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -22,6 +22,7 @@ import pyarrow
 from pyarrow import ipc, parquet
 
 from support.columns import Column, different
+from support.labels import as_word
 from support.text_files import read_json, read_table
 
 # The word in a file's name that says its split. What follows it is kept: dev_matched is
@@ -60,7 +61,7 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
 
 
 def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
-    """Returns those of the files that hold a split, by its name. train_en alone is called train."""
+    """Returns those of the files that hold a split, by its name."""
     splits = {}
     # Sorted, because a folder has no order and the order of the rows decides the batches.
     for path in sorted(paths, key=by_numbers):
@@ -69,6 +70,11 @@ def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
             splits.setdefault(split, []).append(path)
     for split, parts in splits.items():
         check_parts(split, parts)
+    return with_train(splits)
+
+
+def with_train(splits: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Returns the splits, of which train_en, say, is called train where it is the only one."""
     trains = [split for split in splits if split.startswith("train")]
     return {"train" if trains == [split] else split: parts for split, parts in splits.items()}
 
@@ -203,11 +209,16 @@ def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
         raise ValueError("its metadata, huggingface, are not as `datasets` writes them") from None
 
 
-def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:
-    """Returns the name of each number as a text. A number that has none, such as -1, is its own."""
+def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
+    """Returns the name of each number as a text. What has none, such as -1, is its own."""
     values, value_of_row = different(numbers)
     name_of = dict(enumerate(names))
-    texts = [None if value is None else str(name_of.get(value, value)) for value in values]
+    name_of |= {str(number): name for number, name in enumerate(names)}  # in a table of text
+    keys = [value if isinstance(value, (int, float)) else as_word(value) for value in values]
+    texts = [
+        None if value is None else str(name_of.get(key, value))
+        for key, value in zip(keys, values)
+    ]
     texts = pyarrow.array(texts, pyarrow.string())
     return pyarrow.chunked_array([pyarrow.DictionaryArray.from_arrays(value_of_row, texts)])
 

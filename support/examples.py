@@ -18,7 +18,7 @@ from pyarrow import compute
 
 from support import hub, hub_datasets, processes
 from support.columns import Column, find_columns, joined, shown_columns, table_of
-from support.dataset_files import find_files, read_file
+from support.dataset_files import find_files, named, read_file
 from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
@@ -26,6 +26,7 @@ from support.labels import (
     as_word,
     check_meanings,
     refuse_names_in_card,
+    said_labels,
 )
 from support.rows import Rows, cut_by_premise
 
@@ -211,7 +212,10 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     columns = find_columns(list(parts[first]), reading.columns, first)
     tables = []
     words = set()
+    names = names_in_card(dataset, columns["label"], reading)
     for path, part in parts.items():
+        if names:
+            part[columns["label"]] = named(part[columns["label"]], names)
         table, labels = table_of(part, columns, reading.labels, path)
         tables.append(table)
         words |= set(map(as_word, labels))
@@ -219,15 +223,20 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     for name, values in shown_columns(parts.values()).items():
         table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
-    if not reading.labels and any(word.isdigit() for word in words):
-        if Path(dataset).is_dir():
-            refuse_names_in_card(Path(dataset))
-            return Rows(table), columns
-        # The same once more, with the names that the card has for these numbers.
-        names = hub_datasets.read_card(dataset, reading.revision).names.get(columns["label"])
-        if names:
-            return join_parts(dataset, split, reading._replace(labels=names))
+    if Path(dataset).is_dir() and not reading.labels and any(map(str.isdigit, words)):
+        refuse_names_in_card(Path(dataset))
     return Rows(table), columns
+
+
+def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...]:
+    """Returns what the numbers of a column are called by the card of a dataset on the Hub.
+
+    It returns nothing where --labels says what the numbers mean.
+    """
+    said = said_labels(reading.labels) if reading.labels else {}
+    if Path(dataset).is_dir() or any(map(str.isdigit, said)):
+        return ()
+    return hub_datasets.read_card(dataset, reading.revision).names.get(column, ())
 
 
 def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:

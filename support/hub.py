@@ -83,7 +83,7 @@ def errors() -> tuple[type[Exception], ...]:
 def failure(kind: str, name: str, revision: str | None, error: Exception) -> ValueError:
     """Returns the error of one line for what the Hub has not given."""
     at_revision = f" at revision {revision!r}" if revision else ""
-    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return ValueError(
         f"cannot load the {kind} {name!r}{at_revision} from the Hub, and it is no directory "
         f"here ({reason}); without a network, pass a directory: --{kind} path/to/it"

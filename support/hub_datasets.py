@@ -6,14 +6,24 @@ guess at types and quotes, and of GLUE's own tsv files they lose rows.
 """
 
 import functools
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 from support import hub
-from support.dataset_files import READERS, find_files, split_name
+from support.dataset_files import (
+    PART,
+    READERS,
+    check_parts,
+    find_files,
+    split_name,
+    stem_and_suffix,
+    with_train,
+)
 from support.labels import CARDS
 
-# The configuration that is meant, of a repository with several. Its folder is called like it.
+# The configuration that is meant, of a repository with several. Its folder is called like it,
+# and nothing else is downloaded. (So `datasets` cannot read the card, which lists all.)
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}
 
 
@@ -23,7 +33,15 @@ def download(dataset: str, revision: str | None) -> Path:
     patterns = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
     if dataset in CONFIGURATIONS:
         patterns = [f"{CONFIGURATIONS[dataset]}/*"]
-    return hub.download("dataset", dataset, (*patterns, *CARDS), revision)
+    folder = hub.download("dataset", dataset, (*patterns, *CARDS), revision)
+    rows = [path for path in folder.rglob("*") if stem_and_suffix(path)[1] in READERS]
+    if all(path.name in CARDS for path in rows):
+        raise ValueError(
+            f"the dataset {dataset!r} holds no files of rows on the Hub ({', '.join(READERS)}); "
+            "--dataset-revision refs/convert/parquet takes those that the Hub itself has made of "
+            "most datasets"
+        )
+    return folder
 
 
 class Card(NamedTuple):
@@ -36,30 +54,34 @@ class Card(NamedTuple):
 @functools.cache
 def read_card(dataset: str, revision: str | None) -> Card:
     """Returns what a dataset's card says. Raises ValueError where that is several datasets."""
+    if dataset in CONFIGURATIONS:
+        return Card({}, {})
     import datasets
     from huggingface_hub import metadata_load
 
     folder = download(dataset, revision)
-    path = folder / "README.md"
+    path, infos = (folder / name for name in CARDS)
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
     try:
         metadata = (metadata_load(path) if path.is_file() else None) or {}
-        if not metadata.keys() & {"configs", "dataset_info"}:
+        if not metadata.keys() & {"configs", "dataset_info"} and not infos.is_file():
             return Card({}, {})
-        builder = datasets.load_dataset_builder(str(folder), CONFIGURATIONS.get(dataset))
+        # It locks a folder of its cache, which may be read-only.
+        with tempfile.TemporaryDirectory() as cache:
+            builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
     # A card that is no YAML, one with several configurations, a repository without rows.
     except Exception as error:  # noqa: BLE001 (the library raises whatever its parsers raise)
         reason = " ".join(str(error).split("Example of usage")[0].split())
         raise ValueError(
             f"the card of {dataset!r} does not say which of its files to read ({reason[:200]}); "
-            f"pass the folder of the one you mean, it is below {folder}"
+            f"pass the folder that you mean, {folder} or one below it"
         ) from None
     splits = {}
     if "configs" in metadata:
         files = builder.config.data_files
         splits = {str(name): [Path(path) for path in paths] for name, paths in files.items()}
     names = {
-        column: tuple(feature.names)
+        column: tuple(map(str, feature.names))
         for column, feature in (builder.info.features or {}).items()
         if isinstance(feature, datasets.ClassLabel)
     }
@@ -71,9 +93,25 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
     listed = read_card(dataset, revision).splits
     if not listed:
         return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
+    for name, paths in listed.items():
+        refuse_missing_parts(name, paths)
     called = {name: split_name(name) or name for name in listed}  # dev is validation
     # snli_dev and mnli_dev are both validation: validation_snli_dev and validation_mnli_dev.
     for name, split in called.items():
         if list(called.values()).count(split) > 1 and name != split:
             called[name] = f"{split}_{name}"
-    return {called[name]: paths for name, paths in listed.items()}
+    return with_train({called[name]: paths for name, paths in listed.items()})
+
+
+def refuse_missing_parts(split: str, paths: list[Path]) -> None:
+    """Raises ValueError where one of train-00000-of-00002 and train-00001-of-00002 is missing.
+
+    Without a network, what another program has left in the cache may be a part of a dataset.
+    """
+    wholes = {}
+    for path in paths:
+        if "-of-" in path.name:
+            stem, suffix = stem_and_suffix(path)
+            wholes.setdefault((path.parent, PART.sub("", stem), suffix), []).append(path)
+    for parts in wholes.values():
+        check_parts(split, parts)

@@ -747,6 +747,15 @@ def test_columns_of_any_type_of_arrow(tmp_path, columns):
     assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 
+def test_a_missing_label_is_named_where_arrow_has_its_column_in_several_chunks(tmp_path):
+    rows = arrow_columns(label=pyarrow.array([0, None]))
+    with pyarrow.ipc.new_stream(tmp_path / "train.arrow", rows.schema) as file:
+        file.write_table(rows)
+        file.write_table(rows)
+    with pytest.raises(ValueError, match="train.arrow, row 1: label None is none of"):
+        load_examples(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize("kind", ["int32", "float64"])
 def test_names_of_labels_are_kept_where_their_numbers_are_of_another_type(tmp_path, kind):
     path = tmp_path / "train.parquet"

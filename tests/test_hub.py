@@ -72,10 +72,10 @@ def make_dataset(directory: Path) -> Path:
             rows = rows.remove_columns("label").add_column("label", [-1] * len(rows))
         rows.to_parquet(directory / "mnli" / f"{split}-00000-of-00001.parquet")
     shutil.copytree(directory / "mnli", directory / "rte")  # another dataset, that is not needed
-    files = "".join(f"  - split: {split}\n    path: mnli/{split}-*\n" for split in SPLITS)
-    (directory / "README.md").write_text(
-        f"---\nconfigs:\n- config_name: mnli\n  data_files:\n{files}---\n"
-    )
+    # GLUE's card begins with another dataset.
+    configurations = card("ax", test="ax/test-*.parquet")
+    configurations += card("mnli", **{split: f"mnli/{split}-*.parquet" for split in SPLITS})
+    (directory / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     return directory
 
 
@@ -144,11 +144,24 @@ dataset_info:
           '2': neutral
 ---
 """
+FOUR_NAMES = NAMES.replace("neutral", "neutral\n          '3': hidden")
+OLD_NAMES = json.dumps({
+    "owner--rows": {
+        "features": {
+            "label": {
+                "names": ["contradiction", "entailment", "neutral"],
+                "_type": "ClassLabel",
+            }
+        }
+    }
+})
+A = "a.jsonl"
+B = "b.jsonl"
 
 
 def card(configuration: str, **files: str) -> str:
     """Returns the lines of a card on a configuration, {split: file}. Several are joined."""
-    lines = [f"  - split: {split}\n    path: {name}.jsonl\n" for split, name in files.items()]
+    lines = [f"  - split: {split}\n    path: {name}\n" for split, name in files.items()]
     return f"- config_name: {configuration}\n  data_files:\n{''.join(lines)}"
 
 
@@ -295,6 +308,7 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         env = environment(address, tmp_path / "home")
         done = script(*RUN, flag, "nobody/nothing", "--out", tmp_path / "run", env=env)
     assert_one_line(done, error)
+    assert "a private or gated repo, make sure you are authenticated" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -314,25 +328,47 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
             {"train.jsonl": LINE, "README.md": NAMES},
             "train: 1 rows; 1 taken, none of entailment or neutral",
         ),
-        # It says which file is which split, whatever they are called.
+        # As old versions of `datasets` have written it.
         (
-            {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train="a", dev="b")},
-            "validation: 1 rows",
+            {"train.jsonl": LINE, "dataset_infos.json": OLD_NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
+        ),
+        # It may have a fourth name, which no row has.
+        (
+            {"train.jsonl": LINE, "README.md": FOUR_NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
         ),
         (
-            {"a.jsonl": LINE, "README.md": card("one", train="a") + card("two", train="a")},
-            "available configs: ['one', 'two']); pass the folder of the one you mean",
+            {"train.jsonl": LINE, "README.md": NAMES.replace("contradiction", "REFUTES")},
+            "train.jsonl, row 0: label 'REFUTES' is none of",
+        ),
+        # It says which file is which split, whatever they are called.
+        (
+            {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train_en=A, dev=B)},
+            "train: 1 rows; 1 taken, none of neutral or contradiction\nvalidation: 1 rows",
+        ),
+        (
+            {"a-00001-of-00002.jsonl": LINE, "README.md": card("default", train="a-*")},
+            f"{COMMIT}/a-00001-of-00002.jsonl: not one file, and not all parts of one",
+        ),
+        (
+            {"a.jsonl": LINE, "README.md": card("one", train=A) + card("two", train=A)},
+            "available configs: ['one', 'two']); pass the folder that you mean, ",
         ),
         ({"train.jsonl": LINE, "README.md": "---\n- : [\n---\n"}, "the card of 'owner/rows' does"),
         (
             {"en/train.jsonl": LINE, "fr/train.jsonl": LINE},
             f"{COMMIT}/fr/train.jsonl: not one file, and not all parts of one, for the split train",
         ),
-        ({"notes.txt": "a"}, f"{COMMIT}: No such file or directory"),
+        (
+            {"rows.py": "a", "README.md": NAMES},
+            "error: the dataset 'owner/rows' holds no files of rows on the Hub (.parquet, .arrow",
+        ),
     ],
     ids=[
-        *("quotes", "an open quote", "names", "splits", "two configurations", "no YAML"),
-        *("several datasets", "no rows"),
+        *("quotes", "an open quote", "names", "names in JSON", "four names", "other names"),
+        *("splits", "a missing part", "two configurations", "no YAML", "several datasets"),
+        "no rows",
     ],
 )
 def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
@@ -343,7 +379,9 @@ def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
         path.write_text(f"---\nconfigs:\n{content}---\n" if is_list else content)
     command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
     with serving({"datasets/owner/rows": tmp_path / "data"}) as (address, _):
-        done = script(*command, env=environment(address, tmp_path / "home"))
+        env = environment(address, tmp_path / "home")
+        env["HF_DATASETS_CACHE"] = "/dev/null/none"  # nothing can be written there
+        done = script(*command, env=env)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
