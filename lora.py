@@ -243,11 +243,13 @@ def match_text(paths: list[str], text: str) -> list[str]:
 def linear_paths(model: nn.Module) -> list[str]:
     """Returns the paths of the layers that take an adapter.
 
-    They are those with in_features and out_features, which quantised ones have too.
+    They are those with in_features, out_features and a weight, which quantised ones have too.
     """
     paths = []
     for path, module in model.named_modules():
-        is_linear = hasattr(module, "in_features") and hasattr(module, "out_features")
+        has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
+        # A block of layers may have such sizes too, but has no weight.
+        is_linear = has_sizes and isinstance(getattr(module, "weight", None), Tensor)
         # Left out, because PEFT would save the head's whole weight beside its adapter.
         is_head = path.rpartition(".")[2] == "lm_head"
         # nn.MultiheadAttention's out_proj has this class. It is never called: its

@@ -320,6 +320,24 @@ def without_linear_layers() -> nn.Module:
     )
 
 
+class Block(nn.Module):
+    """Two layers that say their sizes together, as many a model's own blocks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features = 16
+        self.out_features = 4
+        self.layers = mlp()
+
+
+def test_a_block_with_sizes_of_its_own_is_no_layer():
+    paths = ["block.layers.linear1", "block.layers.linear2"]
+    model = nn.ModuleDict({"block": Block()})
+    assert lora.inject(model, lora.LoRAConfig(targets="all-linear")) == paths
+    with pytest.raises(ValueError, match=r"matches \['block'\]; there are linear1, linear2"):
+        lora.match_targets(nn.ModuleDict({"block": Block()}), ("block",))
+
+
 @pytest.mark.parametrize("targets", ["all-linear", ("0",), ".*"], ids=str)
 @pytest.mark.parametrize("build", [without_linear_layers, lambda: nn.Linear(16, 16)])
 def test_a_model_without_a_linear_layer_is_refused_and_stays_as_it_is(build, targets):
