@@ -62,7 +62,9 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
-        has_loss=(directory / "loss.png").is_file(),
+        # The card in the run's own folder shows it in any case. It may be drawn later, by
+        # scripts/report.py, and push is not to take the card for one that was edited.
+        has_loss=repo is None or (directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
     )

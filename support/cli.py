@@ -95,8 +95,18 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", help="show the traceback of an error"
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse makes one line of an @FILE that it cannot open, and of no other one.
+        try:
+            return super().parse_known_args(args, namespace)
+        except UnicodeDecodeError as error:
+            self.error(f"an @FILE is not UTF-8: {error}")
+        except RecursionError:
+            self.error("an @FILE names itself")
+
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words of a line of an @FILE."""
+        line = line.removeprefix("\ufeff")  # with which editors on Windows begin a file
         if line.lstrip().startswith("#"):
             return []
         try:

@@ -315,7 +315,7 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
 
 
 def test_flags_come_from_a_file_as_from_a_shell(tmp_path):
-    text = "# mine\n\n--rank=4\n  --targets fc1 fc2\n --out\nmy\\ run#2\n"
+    text = "\ufeff# mine\n\n--rank=4\n  --targets fc1 fc2\n --out\nmy\\ run#2\n"
     (tmp_path / "flags").write_text(text)
     args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
     assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
@@ -327,6 +327,21 @@ def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
     (tmp_path / "flags").write_text("--seed=1\n--out=it's\n")
     line = mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
     assert """cannot read the flags in "--out=it's" of an @FILE: No closing quotation""" in line
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"--out=\xe9t\xe9\n", "an @FILE is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
+        (b"@flags\n", "an @FILE names itself"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_one_line(
+    capsys, monkeypatch, tmp_path, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flags").write_bytes(content)
+    assert message in mistake(capsys, "train.py", "@flags")
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):

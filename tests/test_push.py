@@ -127,11 +127,21 @@ def test_the_settings_of_the_run_are_on_the_card(run):
         assert f"{card.plain(library)} {card.plain(version)}" in text
 
 
-def test_the_card_shows_the_loss_where_it_was_drawn(copy):
+def test_the_card_on_the_hub_shows_the_loss_where_it_was_drawn(copy):
     picture = "](loss.png)"
-    assert picture in card.card(copy, data.PROMPT)
+    assert picture in card.card(copy, data.PROMPT, "me/adapter")
     (copy / "loss.png").unlink()
-    assert picture not in card.card(copy, data.PROMPT)
+    assert picture not in card.card(copy, data.PROMPT, "me/adapter")
+
+
+def test_a_picture_that_is_drawn_later_does_not_make_an_edited_card(copy, staged):
+    """As by scripts.report, once matplotlib is installed."""
+    drawn = (copy / "loss.png").read_bytes()
+    (copy / "loss.png").unlink()
+    card.write_card(copy, data.PROMPT)
+    (copy / "loss.png").write_bytes(drawn)
+    upload.stage(copy, "me/adapter", data.PROMPT, staged)
+    assert (staged / "README.md").read_text() == card.card(copy, data.PROMPT, "me/adapter")
 
 
 def test_the_code_on_the_card_runs(run, tiny, tmp_path):
