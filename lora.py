@@ -223,7 +223,7 @@ def describe_missing(targets: list[str], is_pattern: bool, linears: list[str]) -
     how = "as a whole path " if is_pattern else ""
     names = sorted({path.rpartition(".")[2] for path in linears})
     text = f"no linear layer that takes an adapter {how}matches {targets}"
-    return f"{text}; there are {', '.join(names) or 'none'}"
+    return f"{text}; there are {', '.join(names) or 'none'}, and the text 'all-linear'"
 
 
 def match_name(paths: list[str], name: str) -> list[str]:
@@ -245,13 +245,16 @@ def linear_paths(model: nn.Module) -> list[str]:
 
     They are those with in_features, out_features and a weight, which quantised ones have too.
     """
+    head = None
+    if hasattr(model, "get_output_embeddings"):  # a model of transformers
+        head = model.get_output_embeddings()
     paths = []
     for path, module in model.named_modules():
         has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
         # A block of layers may have such sizes too, but has no weight.
         is_linear = has_sizes and isinstance(getattr(module, "weight", None), Tensor)
         # Left out, because PEFT would save the head's whole weight beside its adapter.
-        is_head = path.rpartition(".")[2] == "lm_head"
+        is_head = module is head or path.rpartition(".")[2] == "lm_head"
         # nn.MultiheadAttention's out_proj has this class. It is never called: its
         # weight is read. There an adapter of PEFT does nothing.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)

@@ -394,10 +394,11 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
     """Raises ValueError where a tensor is missing, or has no place in the model."""
     missing = expected - found
     if missing:
-        raise ValueError(
-            f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them "
-            f"{min(missing)}; files of 2023 have other names: download today's from the Hub"
-        )
+        text = f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them "
+        text += min(missing)
+        if found - expected:  # there are others in their place
+            text += "; files of 2023 have other names: download today's from the Hub"
+        raise ValueError(text)
     for key in found:
         # A weight in NF4 has more tensors beside it, such as q_proj.weight.absmax. Some
         # uploads store the rotary tables, which are computed here.

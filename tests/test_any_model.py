@@ -618,3 +618,26 @@ def test_the_example_of_the_docstring_runs(tmp_path, monkeypatch):
     x = inputs(8)
     assert not torch.equal(model["q_proj"](x), model["q_proj"].base_layer(x))
     assert torch.equal(another.eval()["q_proj"](x), model.eval()["q_proj"](x))
+
+
+def test_all_linear_leaves_out_the_head_whatever_it_is_called_as_in_peft(tmp_path):
+    """In BERT it is cls.predictions.decoder. PEFT would ignore an adapter on it."""
+    from peft import PeftModel
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "vocab_size": 64}
+    config = BertConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return BertForMaskedLM(config).eval()
+
+    config_here = lora.LoRAConfig(rank=3, alpha=5, dropout=0.0, targets="all-linear")
+    mine = adapted(build(), config_here)
+    lora.save_adapter(mine, config_here, tmp_path, "a/base", task_type=None)
+    theirs = PeftModel.from_pretrained(build(), tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        assert distance(build()(ids).logits, expected) > 0.01
+        assert distance(mine(ids).logits, expected) < TOLERANCE
