@@ -15,23 +15,15 @@ four things:
     select_queries(x)  the lines of x (N, ...) whose tokens have a query
     attend(...)        attention: softmax(q k^T / sqrt(D) + mask) v
 
-`OneRow` below is the layout of a row, one tokenised text, by itself. Training and
-evaluation use support/packing.py's, which have the same four things, give the same and
-are fast. There rows stand one behind another after a prefix that all share, here of two
-tokens before rows of two and one:
-
-               P0 P1 a0 a1 b0
-        P0      x                        a token sees the prefix and its own row, up to and
-        P1      x  x                     including itself; the positions of a row start after
-        a0      x  x  x                  the prefix
-        a1      x  x  x  x
-        b0      x  x        x
+`MaskedRows` below is such a layout, plain and complete. Training and evaluation use those of
+support/packing.py, which give the same and are fast.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
     logits = model.eval()(torch.tensor(ids, device="cuda"))         # one row: (N, vocabulary)
 """
 
+import copy
 import functools
 import json
 import math
@@ -45,7 +37,6 @@ import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 from tqdm import tqdm
 
@@ -123,37 +114,66 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-class OneRow:
-    """The layout of one row: each token sees those before it, and itself.
+class MaskedRows:
+    """The layout of rows, one behind another, after a prefix that they share or none.
 
-    Every token gives a key and a value, for those after it to see. It has a query only
-    where its own output is wanted: in the last block these are the tokens whose logits
-    are wanted (`only_last`), in all others it is every token.
+    A row is one tokenised text. Here is the mask for a prefix of two tokens and rows of two
+    and of one, with an x where a token, on the left, sees another:
+
+               P0 P1 a0 a1 b0
+        P0      x                        a token sees the prefix and its own row, up to and
+        P1      x  x                     including itself; the positions of a row start after
+        a0      x  x  x                  the prefix
+        a1      x  x  x  x
+        b0      x  x        x
+
+    So the prefix runs through the model once for all rows. Most of the mask is empty where
+    rows are many: support/packing.py computes the same without the empty part.
+
+    Every token gives a key and a value, for others to see. It has a query only where its own
+    output is wanted: in the last block these are the tokens whose logits are wanted
+    (`only_last`), in all others it is every token.
     """
 
-    def __init__(self, length: int, device: torch.device, num_queries: int | None = None):
-        self.positions = torch.arange(length, device=device)
-        # How many tokens have a query: the last of the row.
-        self.num_queries = length if num_queries is None else num_queries
+    def __init__(
+        self, lengths: list[int], prefix_length: int = 0, device: str | torch.device = "cpu"
+    ):
+        """`lengths` are the numbers of tokens of the rows, without the prefix."""
+        row_of = [torch.full((prefix_length,), -1)]  # for each token its row; -1 in the prefix
+        positions = [torch.arange(prefix_length)]
+        for row, length in enumerate(lengths):
+            row_of.append(torch.full((length,), row))
+            positions.append(prefix_length + torch.arange(length))
+        row_of = torch.cat(row_of)
+        positions = torch.cat(positions)
 
-    def only_last(self, count: int) -> "OneRow":
-        """Returns the same row, of which only the last `count` tokens have a query."""
-        return OneRow(len(self.positions), self.positions.device, count)
+        is_visible = (row_of == row_of[:, None]) | (row_of == -1)  # (N that see, N seen)
+        is_not_later = positions <= positions[:, None]
+        self.mask = (is_visible & is_not_later).to(device)
+        self.positions = positions.to(device)
+        self.ends = prefix_length + torch.tensor(lengths).cumsum(0)  # of the rows
+        self.queries = slice(None)  # which tokens have a query
+
+    def only_last(self, count: int) -> "MaskedRows":
+        """Returns the same rows, of which only the last `count` tokens each have a query."""
+        narrowed = copy.copy(self)
+        narrowed.queries = (self.ends[:, None] + torch.arange(-count, 0)).flatten()
+        return narrowed
 
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns those lines of x (N, ...) whose tokens have a query."""
-        return x[-self.num_queries :]
+        return x[self.queries]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D) + mask) v, (queries, H, D), for k and v (N, H, D).
 
-        The mask lets a query see the keys before it and its own. `layer` is the number
-        of the block: a layout that keeps keys and values keeps them under it.
+        `layer` is the number of the block: a layout that keeps keys and values keeps them
+        under it.
         """
         q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
-        mask = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees all keys
+        mask = self.select_queries(self.mask)  # (queries, N), True where a key is seen
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
@@ -173,7 +193,7 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: MaskedRows) -> Tensor:
         # Only tokens whose output is wanted have a query: all of them, except in the
         # last block.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
@@ -218,7 +238,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: MaskedRows) -> Tensor:
         h = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(h, cos, sin, layout))
         x = layout.select_queries(x)
@@ -242,7 +262,7 @@ class PhiModel(nn.Module):
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, layout: OneRow, last: int | None = None) -> Tensor:
+    def forward(self, ids: Tensor, layout: MaskedRows, last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
         With `last` only those of the last tokens of each row, `last` for each:
@@ -273,7 +293,7 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, layout: OneRow | None = None, last: int | None = None
+        self, ids: Tensor, layout: MaskedRows | None = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
@@ -281,7 +301,7 @@ class Phi2(nn.Module):
         have logits, `last` for each: (B * last, vocabulary).
         """
         if layout is None:
-            layout = OneRow(len(ids), ids.device)
+            layout = MaskedRows([len(ids)], device=ids.device)
         return self.lm_head(self.model(ids, layout, last))
 
 
