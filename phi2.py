@@ -3,20 +3,13 @@
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
 (models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key.
 phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scaling,
-grouped-query attention (no phi has it), and the checkpoint layouts of 2023.
+grouped-query attention (no phi has it), and checkpoints of 2023, whose keys have other names.
 
 A transformer treats each token by itself; only attention lets tokens look at one
 another. So the model runs on flat tokens: N of them, of C = hidden_size numbers each.
-Where they stand and what each of them sees is asked of one object, the layout. It has
-four things:
-
-    positions          (N,) the place of each token in its text
-    only_last(count)   the same layout, where only the last tokens of each row have a query
-    select_queries(x)  the lines of x (N, ...) whose tokens have a query
-    attend(...)        attention: softmax(q k^T / sqrt(D) + mask) v
-
-`MaskedRows` below is such a layout, plain and complete. Training and evaluation use those of
-support/packing.py, which give the same and are fast.
+Where they stand and what each of them sees is asked of one object, a `Layout`. `MaskedRows`
+is one, plain and complete. Training and evaluation use those of support/packing.py, which
+give the same and are fast.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -31,6 +24,7 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -114,10 +108,34 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
+class Layout(Protocol):
+    """Where N tokens stand, and what each of them sees. A row is one tokenised text.
+
+    Every token gives a key and a value, for others to see. It has a query only where its own
+    output is wanted: in the last block these are the tokens whose logits are wanted, in all
+    others it is every token.
+    """
+
+    positions: Tensor  # (N,) the place of each token in its text
+
+    def only_last(self, count: int) -> "Layout":
+        """Returns the same rows, of which only the last `count` tokens each have a query."""
+
+    def select_queries(self, x: Tensor) -> Tensor:
+        """Returns x (N, ...) of the tokens that have a query, (queries, ...)."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Returns attention, softmax(q k^T / sqrt(D)) v over the keys that each query sees.
+
+        q and the result are (queries, H, D), k and v are (N, H, D). `layer` is the number of
+        the block: a layout that keeps keys and values, for generation, keeps them under it.
+        """
+
+
 class MaskedRows:
     """The layout of rows, one behind another, after a prefix that they share or none.
 
-    A row is one tokenised text. Here is the mask for a prefix of two tokens and rows of two
+    Here is the mask for a prefix of two tokens and rows of two
     and of one, with an x where a token, on the left, sees another:
 
                P0 P1 a0 a1 b0
@@ -127,12 +145,9 @@ class MaskedRows:
         a1      x  x  x  x
         b0      x  x        x
 
-    So the prefix runs through the model once for all rows. Most of the mask is empty where
-    rows are many: support/packing.py computes the same without the empty part.
-
-    Every token gives a key and a value, for others to see. It has a query only where its own
-    output is wanted: in the last block these are the tokens whose logits are wanted
-    (`only_last`), in all others it is every token.
+    So the prefix, the instruction that all prompts begin with, runs through the model once.
+    Most of the mask is empty where rows are many: support/packing.py's PackedRows computes the
+    same without the empty part.
     """
 
     def __init__(
@@ -155,21 +170,14 @@ class MaskedRows:
         self.queries = slice(None)  # which tokens have a query
 
     def only_last(self, count: int) -> "MaskedRows":
-        """Returns the same rows, of which only the last `count` tokens each have a query."""
         narrowed = copy.copy(self)
         narrowed.queries = (self.ends[:, None] + torch.arange(-count, 0)).flatten()
         return narrowed
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns those lines of x (N, ...) whose tokens have a query."""
         return x[self.queries]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns softmax(q k^T / sqrt(D) + mask) v, (queries, H, D), for k and v (N, H, D).
-
-        `layer` is the number of the block: a layout that keeps keys and values keeps them
-        under it.
-        """
         q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
@@ -193,7 +201,7 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: MaskedRows) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         # Only tokens whose output is wanted have a query: all of them, except in the
         # last block.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
@@ -238,7 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: MaskedRows) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         h = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(h, cos, sin, layout))
         x = layout.select_queries(x)
@@ -262,7 +270,7 @@ class PhiModel(nn.Module):
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, layout: MaskedRows, last: int | None = None) -> Tensor:
+    def forward(self, ids: Tensor, layout: Layout, last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
         With `last` only those of the last tokens of each row, `last` for each:
@@ -293,7 +301,7 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, layout: MaskedRows | None = None, last: int | None = None
+        self, ids: Tensor, layout: Layout | None = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
@@ -303,6 +311,21 @@ class Phi2(nn.Module):
         if layout is None:
             layout = MaskedRows([len(ids)], device=ids.device)
         return self.lm_head(self.model(ids, layout, last))
+
+
+@torch.no_grad()
+def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
+    """Returns the `count` ids that follow ids, each the likeliest: greedy generation.
+
+    The plain way, in which each step runs the whole row again. eval.generate gives the same
+    for many rows, and keeps keys and values instead (support/packing.py).
+    """
+    device = model.lm_head.weight.device
+    row = list(ids)
+    for _ in range(count):
+        logits = model(torch.tensor(row, device=device), last=1)
+        row.append(int(logits.argmax()))
+    return row[len(ids) :]
 
 
 # -----------------------------------------------------------------------------

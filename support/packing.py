@@ -114,7 +114,6 @@ class PackedRows:
             self.masks.append(None if device.type == "cuda" else causal_mask(in_grid, seen))
 
     def only_last(self, count: int) -> "PackedRows":
-        """Returns the same rows, of which only the last `count` tokens each have a query."""
         shortest = min(map(len, self.rows))
         if shortest < count:
             raise ValueError(f"a row of {shortest} tokens has no last {count}")

@@ -47,6 +47,14 @@ def with_random_adapters(model: phi2.Phi2) -> phi2.Phi2:
     return model
 
 
+def test_generation_of_many_rows_gives_what_the_plain_loop_gives(tiny):
+    model = with_random_adapters(ours(tiny, torch.float32)).eval()
+    prompts = drawn_ids([12, 3, 8, 12])
+    prompts[3][:6] = prompts[0][:6]  # they begin alike
+    found, _ = evaluation.generate(model, prompts, [], 9, 1024, is_finished=lambda ids: False)
+    assert found == [phi2.generate(model, prompt, 9) for prompt in prompts]
+
+
 # -----------------------------------------------------------------------------
 # Packed rows
 
