@@ -70,6 +70,9 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
+    It gives what phi2.generate gives, without running a row again for each token: the decoder
+    keeps the keys and values of all rows (support/packing.py).
+
     A prompt's completion is finished as soon as is_finished(its ids), or at
     max_new_tokens. The hidden states are those of the prompts' last tokens, from which
     the head chooses the first new one. All prompts begin with `prefix`. The head has

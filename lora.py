@@ -63,7 +63,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 class LoRALinear(nn.Module):
     """Computes base_layer(x) + scale B A dropout(x) for x (..., in), scale = alpha / rank.
 
-    The base layer is W x and its bias, both frozen. Backward, for one token's input x,
+    The base layer is W x and its bias, which `inject` freezes. Backward, for one token's input x,
     the gradient g of its output (both as columns), and without dropout:
 
         B's gradient  g (scale A x)^T       (out, rank)
@@ -74,9 +74,9 @@ class LoRALinear(nn.Module):
     A's gradient is zero in the first step; if A were zero too, neither would ever move.
 
     A and B are stored and trained in fp32 even over a base in 16 or 4 bits, as in PEFT:
-    a bf16 number has 8 significant bits, so small steps would be rounded away. Only a
-    copy is cast to the dtype of x, for the product. (Over a base in fp64 they are in
-    fp64.)
+    a bf16 number has 8 significant bits, so small steps would be rounded away. For the
+    product a copy is cast to the dtype of x, as PEFT does under autocast. (Over a base in
+    fp64 they are in fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -92,8 +92,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has drawn A already. PEFT draws it once more: the same seed gives
-        # the same A.
+        # nn.Linear has drawn A already. PEFT draws it again: the same seed gives its A.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
         nn.init.zeros_(self.lora_B.weight)
 
@@ -106,7 +105,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        # Two thin products, through `rank` numbers a token. B A would be as large as W.
+        # Two thin products, through `rank` numbers a token, which are scaled because they are
+        # few. B A itself would be as large as W.
         down = self.lora_dropout(x) @ a.T  # (..., rank)
         return self.base_layer(x) + (self.scale * down) @ b.T
 
@@ -142,12 +142,13 @@ class LoRAConfig:
     rank: the width of the bottleneck, and the rank of the learned correction. The
         number of parameters grows in proportion to it. The paper's section 7.2 finds
         that 1 to 8 is enough on q and v, for its models and tasks.
-    alpha: the correction is multiplied by alpha / rank (section 4.1). At the same alpha a
-        higher rank has a smaller factor, and so two things change at once. To compare
+    alpha: the correction is multiplied by alpha / rank (section 4.1), so that a higher rank,
+        whose B A sums more terms, needs no other learning rate. But at the same alpha it
+        also has a smaller factor: two things change at once. To compare
         ranks at one factor, set alpha in proportion, such as 2 * rank; the best learning
         rate may differ all the same.
-    dropout: the share of the adapter's inputs that is set to zero in training. The base
-        always sees all of its input.
+    dropout: the probability with which each of the adapter's inputs is set to zero in
+        training. The base always sees all of its input.
     targets: which linear layers get an adapter. A tuple of names, ("q_proj", "v_proj");
         or the text "all-linear": all but the head, lm_head; or any other text as a
         regular expression for a whole path, ".*mlp.fc[12]". The paper adapts q and v
@@ -178,7 +179,7 @@ def inject(
 ) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    To be called when the weights are loaded. Returns the paths of the wrapped layers.
+    To be called after the weights are loaded. Returns the paths of the wrapped layers.
     Raises ValueError when a target matches no layer, and when the model has adapters
     already. With every_target_must_match=False one match among all targets is enough,
     as in PEFT; load_adapter uses it.

@@ -3,35 +3,20 @@
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
 (models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key.
 phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scaling,
-grouped-query attention (no phi has it), and the checkpoint layouts of 2023.
+grouped-query attention (no phi has it), and checkpoints of 2023, whose keys have other names.
 
 A transformer treats each token by itself; only attention lets tokens look at one
 another. So the model runs on flat tokens: N of them, of C = hidden_size numbers each.
-Where they stand and what each of them sees is asked of one object, the layout. It has
-four things:
-
-    positions          (N,) the place of each token in its text
-    only_last(count)   the same layout, where only the last tokens of each row have a query
-    select_queries(x)  the lines of x (N, ...) whose tokens have a query
-    attend(...)        attention: softmax(q k^T / sqrt(D) + mask) v
-
-`OneRow` below is the layout of a row, one tokenised text, by itself. Training and
-evaluation use support/packing.py's, which have the same four things, give the same and
-are fast. There rows stand one behind another after a prefix that all share, here of two
-tokens before rows of two and one:
-
-               P0 P1 a0 a1 b0
-        P0      x                        a token sees the prefix and its own row, up to and
-        P1      x  x                     including itself; the positions of a row start after
-        a0      x  x  x                  the prefix
-        a1      x  x  x  x
-        b0      x  x        x
+Where they stand and what each of them sees is asked of one object, a `Layout`. `MaskedRows`
+is one, plain and complete. Training and evaluation use those of support/packing.py, which
+give the same and are fast.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
     logits = model.eval()(torch.tensor(ids, device="cuda"))         # one row: (N, vocabulary)
 """
 
+import copy
 import functools
 import json
 import math
@@ -39,13 +24,13 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 from tqdm import tqdm
 
@@ -123,37 +108,80 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
-class OneRow:
-    """The layout of one row: each token sees those before it, and itself.
+class Layout(Protocol):
+    """Where N tokens stand, and what each of them sees. A row is one tokenised text.
 
-    Every token gives a key and a value, for those after it to see. It has a query only
-    where its own output is wanted: in the last block these are the tokens whose logits
-    are wanted (`only_last`), in all others it is every token.
+    Every token gives a key and a value, for others to see. It has a query only where its own
+    output is wanted: in the last block these are the tokens whose logits are wanted, in all
+    others it is every token.
     """
 
-    def __init__(self, length: int, device: torch.device, num_queries: int | None = None):
-        self.positions = torch.arange(length, device=device)
-        # How many tokens have a query: the last of the row.
-        self.num_queries = length if num_queries is None else num_queries
+    positions: Tensor  # (N,) the place of each token in its text
 
-    def only_last(self, count: int) -> "OneRow":
-        """Returns the same row, of which only the last `count` tokens have a query."""
-        return OneRow(len(self.positions), self.positions.device, count)
+    def only_last(self, count: int) -> "Layout":
+        """Returns the same rows, of which only the last `count` tokens each have a query."""
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns those lines of x (N, ...) whose tokens have a query."""
-        return x[-self.num_queries :]
+        """Returns x (N, ...) of the tokens that have a query, (queries, ...)."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns softmax(q k^T / sqrt(D) + mask) v, (queries, H, D), for k and v (N, H, D).
+        """Returns attention, softmax(q k^T / sqrt(D)) v over the keys that each query sees.
 
-        The mask lets a query see the keys before it and its own. `layer` is the number
-        of the block: a layout that keeps keys and values keeps them under it.
+        q and the result are (queries, H, D), k and v are (N, H, D). `layer` is the number of
+        the block: a layout that keeps keys and values, for generation, keeps them under it.
         """
+
+
+class MaskedRows:
+    """The layout of rows, one behind another, after a prefix that they share or none.
+
+    Here is the mask for a prefix of two tokens and rows of two
+    and of one, with an x where a token, on the left, sees another:
+
+               P0 P1 a0 a1 b0
+        P0      x                        a token sees the prefix and its own row, up to and
+        P1      x  x                     including itself; the positions of a row start after
+        a0      x  x  x                  the prefix
+        a1      x  x  x  x
+        b0      x  x        x
+
+    So the prefix, the instruction that all prompts begin with, runs through the model once.
+    Most of the mask is empty where rows are many: support/packing.py's PackedRows computes the
+    same without the empty part.
+    """
+
+    def __init__(
+        self, lengths: list[int], prefix_length: int = 0, device: str | torch.device = "cpu"
+    ):
+        """`lengths` are the numbers of tokens of the rows, without the prefix."""
+        row_of = [torch.full((prefix_length,), -1)]  # for each token its row; -1 in the prefix
+        positions = [torch.arange(prefix_length)]
+        for row, length in enumerate(lengths):
+            row_of.append(torch.full((length,), row))
+            positions.append(prefix_length + torch.arange(length))
+        row_of = torch.cat(row_of)
+        positions = torch.cat(positions)
+
+        is_visible = (row_of == row_of[:, None]) | (row_of == -1)  # (N that see, N seen)
+        is_not_later = positions <= positions[:, None]
+        self.mask = (is_visible & is_not_later).to(device)
+        self.positions = positions.to(device)
+        self.ends = prefix_length + torch.tensor(lengths).cumsum(0)  # of the rows
+        self.queries = slice(None)  # which tokens have a query
+
+    def only_last(self, count: int) -> "MaskedRows":
+        narrowed = copy.copy(self)
+        narrowed.queries = (self.ends[:, None] + torch.arange(-count, 0)).flatten()
+        return narrowed
+
+    def select_queries(self, x: Tensor) -> Tensor:
+        return x[self.queries]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
-        mask = causal_lower_right(q.shape[2], k.shape[2])  # the last query sees all keys
+        mask = self.select_queries(self.mask)  # (queries, N), True where a key is seen
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1)
 
 
@@ -173,7 +201,7 @@ class Attention(nn.Module):
     def split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
-    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         # Only tokens whose output is wanted have a query: all of them, except in the
         # last block.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
@@ -218,7 +246,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: OneRow) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
         h = self.input_layernorm(x)
         attended = self.resid_dropout(self.self_attn(h, cos, sin, layout))
         x = layout.select_queries(x)
@@ -242,7 +270,7 @@ class PhiModel(nn.Module):
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, ids: Tensor, layout: OneRow, last: int | None = None) -> Tensor:
+    def forward(self, ids: Tensor, layout: Layout, last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
         With `last` only those of the last tokens of each row, `last` for each:
@@ -273,7 +301,7 @@ class Phi2(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
     def forward(
-        self, ids: Tensor, layout: OneRow | None = None, last: int | None = None
+        self, ids: Tensor, layout: Layout | None = None, last: int | None = None
     ) -> Tensor:
         """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
 
@@ -281,8 +309,23 @@ class Phi2(nn.Module):
         have logits, `last` for each: (B * last, vocabulary).
         """
         if layout is None:
-            layout = OneRow(len(ids), ids.device)
+            layout = MaskedRows([len(ids)], device=ids.device)
         return self.lm_head(self.model(ids, layout, last))
+
+
+@torch.no_grad()
+def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
+    """Returns the `count` ids that follow ids, each the likeliest: greedy generation.
+
+    The plain way, in which each step runs the whole row again. eval.generate gives the same
+    for many rows, and keeps keys and values instead (support/packing.py).
+    """
+    device = model.lm_head.weight.device
+    row = list(ids)
+    for _ in range(count):
+        logits = model(torch.tensor(row, device=device), last=1)
+        row.append(int(logits.argmax()))
+    return row[len(ids) :]
 
 
 # -----------------------------------------------------------------------------

@@ -39,12 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Appendix E of the paper. Q(u) is the quantile of the normal distribution: the number
-# below which the share u of all numbers lies. Q(1) is infinite, so the outermost share
-# is p = 1 - (1/30 + 1/32) / 2 = 0.9677, the mean of 1 less half a step of 15 and of 16
-# steps. Of the 16 levels one is an exact zero, for weights that were pruned or padded.
-# The others, scaled to [-1, 1], are   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)
-# for i = 7 to 1,   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
+# Appendix E of the paper. Q(u) is the quantile of the normal distribution: the number below
+# which the share u of all numbers lies. Of the 16 levels one is an exact zero, for weights
+# that were pruned or padded. The others, scaled to [-1, 1], are
+#   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
+#   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
+# The outermost share p cannot be 1, because Q(1) is infinite. It is the mean of 1 - 1/30 and
+# 1 - 1/32, which stop half a step short of 1 for 15 steps and for 16: p = 0.9677.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -111,9 +112,8 @@ class NF4Linear(nn.Module):
         offset: () fp32.
 
     dtype: of the dequantised weight, and so of inputs. Loading sets it to that of the
-    bias,
-        or without a bias to that of a floating-point weight. After loading indices into a
-        layer without a bias set it by hand.
+        bias, or without a bias to that of a floating-point weight. After loading
+        indices into a layer without a bias set it by hand.
 
     Do not call `layer.to(dtype)`, which rounds absmax.
     """

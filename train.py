@@ -72,6 +72,8 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Takes one step of the optimiser, with the batches that this process has of it.
 
+    Gradients are accumulated over the batches: --accumulate of them, of --batch-size rows.
+
     Returns this process's part of the loss, and the norm of the gradient before it is
     clipped: scalars on the model's device, where a GPU may still be computing them.
     `num_predicted` is how many ids the step predicts, on all processes. The loss of
@@ -85,7 +87,7 @@ def training_step(
         part = batch_loss(model, batch) / num_predicted
         part.backward()  # adds to the gradients of the batches before
         loss += part.detach()
-    # Summed over all processes. It is a mean already: see num_predicted.
+    # Summed over all processes. The sum is the gradient of the mean: see num_predicted.
     processes.add_gradients(parameters)
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     optimizer.step()
@@ -101,6 +103,7 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     on the tokens that predict something, and on no other.
     """
     device = model.lm_head.weight.device
+    # phi2.MaskedRows(batch.lengths, batch.prefix_length) gives the same loss, more slowly.
     recomputes = model.model.checkpointing == "attention"
     layout = packing.PackedRows(
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
@@ -156,7 +159,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         best.read(args.out)  # raises where best/ is damaged, and not after hours
     log = RunLog(args, state, device)  # prints, and writes metrics.jsonl
 
-    # ---- The frozen base, in 4 bits by default: build, quantize_linears, load_weights ---------
+    # ---- The base, in 4 bits by default: build, quantize_linears, load_weights ---------
     model = load_base(args, inputs, device)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
@@ -331,7 +334,7 @@ def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
 def load_base(
     args: argparse.Namespace, inputs: Inputs, device: torch.device
 ) -> phi2.Phi2:
-    """Returns the base with its weights, frozen and quantised as the flags say.
+    """Returns the base with its weights, quantised as the flags say. lora.inject freezes it.
 
     Its own dropout, which phi-2 has after attention and MLP, is on in training.
     """
@@ -412,9 +415,9 @@ class Feed:
         Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
         GPU              computes step n ...................................| computes n + 1
 
-    So the next rows are tokenised and packed before the numbers are read. In the same
-    message all processes tell how many ids of theirs the next step predicts. That is
-    the one wait.
+    So the next rows are tokenised and packed before the numbers are read. All numbers are
+    summed over the processes in one message, with how many ids the next step predicts. Its
+    arrival is the one wait of a step.
 
     current: the step that is to be taken.
     num_predicted: how many ids it predicts, on all processes.

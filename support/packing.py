@@ -1,14 +1,15 @@
 """Many rows in one forward pass: without padding, behind a prefix, with a cache for generation.
 
 phi2.py's model runs on flat tokens. It asks one object, the layout, where they stand and
-what each of them sees. phi2.OneRow is the layout of a row by itself. This file has two more:
-PackedRows for many rows at once, and NewTokens for the next token of each of them.
+what each of them sees. phi2.MaskedRows says it by one mask. This file has two more: PackedRows,
+which does the same without the empty part of the mask, and NewTokens for the next token of each
+row.
 
     layout = PackedRows([5, 3], prefix_length=51)      # ids: the prefix, then row after row
     logits = model(ids, layout, last=1)                # (2, vocabulary)
 
-A test holds them equal to OneRow, row by row. In the comments N is the number of tokens in a
-forward pass, B that of rows, and H that of heads, of D dimensions each.
+Tests hold them equal to MaskedRows. In the comments N is the number of tokens in a forward
+pass, B that of rows, and H that of heads, of D dimensions each.
 """
 
 import copy
@@ -50,20 +51,10 @@ def fold(rows: list[list[int]]) -> tuple[list[int], list[int]]:
 class PackedRows:
     """The layout of a prefix that all rows share (it may be empty), and of the rows behind it.
 
-    Prefix and rows stand one behind another, without padding. With a prefix of two tokens
-    and rows of two and one:
-
-               P0 P1 a0 a1 b0
-        P0      x                        a token sees the prefix and its own row, up to and
-        P1      x  x                     including itself; the prefix sees no row, and no row
-        a0      x  x  x                  sees another
-        a1      x  x  x  x
-        b0      x  x        x
-
-    So the prefix runs through the model once for all rows. Its keys and values are what
-    each row would have computed for itself, and the gradients that reach them are the sum
-    over the rows: without dropout the result is that of whole prompts. (With dropout all
-    rows share the mask that is drawn on the prefix.)
+    Who sees whom is as in phi2.MaskedRows, whose picture shows it. The prefix's keys and values
+    are what each row would have computed for itself, and the gradients that reach them are the
+    sum over the rows: without dropout the result is that of whole prompts. (With dropout all
+    rows share what is drawn on the prefix.)
 
     In evaluation rows share more, because several hypotheses belong to one premise: then
     `token_of` is what `fold` returns, and a token that rows share is there once.
@@ -123,7 +114,6 @@ class PackedRows:
             self.masks.append(None if device.type == "cuda" else causal_mask(in_grid, seen))
 
     def only_last(self, count: int) -> "PackedRows":
-        """Returns the same rows, of which only the last `count` tokens each have a query."""
         shortest = min(map(len, self.rows))
         if shortest < count:
             raise ValueError(f"a row of {shortest} tokens has no last {count}")

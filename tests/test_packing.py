@@ -1,4 +1,4 @@
-"""support/packing.py: many rows at once, and generation, beside each row alone (phi2.OneRow)."""
+"""support/packing.py: many rows at once, and generation, beside phi2.MaskedRows."""
 
 from contextlib import nullcontext
 from pathlib import Path
@@ -47,6 +47,14 @@ def with_random_adapters(model: phi2.Phi2) -> phi2.Phi2:
     return model
 
 
+def test_generation_of_many_rows_gives_what_the_plain_loop_gives(tiny):
+    model = with_random_adapters(ours(tiny, torch.float32)).eval()
+    prompts = drawn_ids([12, 3, 8, 12])
+    prompts[3][:6] = prompts[0][:6]  # they begin alike
+    found, _ = evaluation.generate(model, prompts, [], 9, 1024, is_finished=lambda ids: False)
+    assert found == [phi2.generate(model, prompt, 9) for prompt in prompts]
+
+
 # -----------------------------------------------------------------------------
 # Packed rows
 
@@ -55,6 +63,26 @@ FEW = [3, 17, 9, 30, 2, 4]
 SEED = torch.Generator().manual_seed(2)
 MANY = torch.randint(2, 40, (2 * packing.ROWS_AT_ONCE + 5,), generator=SEED).tolist()
 LENGTHS = pytest.mark.parametrize("lengths", [FEW, MANY], ids=["few rows", "many rows"])
+
+
+@LENGTHS
+@pytest.mark.parametrize("prefix", [0, 7])
+@pytest.mark.parametrize("last", [None, 2])
+def test_packed_rows_give_what_the_mask_says(tiny, lengths, prefix, last):
+    """Logits, and gradients of the adapters: all rows at once, in either layout."""
+    model = with_random_adapters(ours(tiny, torch.float32))
+    (ids,) = drawn_ids([prefix + sum(lengths)])
+    found = []
+    for layout in (packing.PackedRows(lengths, prefix), phi2.MaskedRows(lengths, prefix)):
+        logits = model(torch.tensor(ids), layout, last)
+        F.cross_entropy(logits, logits.argmin(dim=-1)).backward()
+        gradients = [value.grad for value in lora.lora_parameters(model).values()]
+        found.append([logits.detach(), *(gradient.clone() for gradient in gradients)])
+        model.zero_grad()
+    packed, masked = found
+    assert packed[0].shape == masked[0].shape == (2 * len(lengths) if last else len(ids), 1024)
+    for here, there in zip(packed, masked):
+        assert distance(here, there) < TOLERANCE
 
 
 @LENGTHS
