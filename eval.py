@@ -100,8 +100,7 @@ def generate(
         if not unfinished:
             return completions, hidden
 
-        # 3. Run the new token of each through the model, without the rows that are
-        # finished.
+        # 3. Run the new token of each row that is not finished through the model.
         prompt_of = drop_finished(decoder, prompt_of, unfinished)
         logits = decoder.run([completions[number][-1] for number in prompt_of])
 
@@ -135,8 +134,7 @@ def complete(
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again for each token: a token may end in the middle of a
-        # character.
+        # The text is decoded again each time: a token may end in the middle of a letter.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, hidden = generate(
@@ -156,8 +154,7 @@ def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> l
     """Returns prediction and scores of each prompt: the likeliest answer, and all three."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
     ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    # One forward pass. Only each prompt's last token is needed: what follows it is the
-    # answer.
+    # One forward pass. Of each prompt only the last token, before the answer, is needed.
     hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
@@ -484,8 +481,7 @@ def print_results(
     args: argparse.Namespace, splits: dict, results: dict, statistics_of: dict[str, dict]
 ) -> None:
     """Prints which rows were read, a table of all splits, and the details of each."""
-    # Of several processes the first alone prints: processes.start has silenced the
-    # others.
+    # The first process alone prints: processes.start has silenced the others.
     taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
     print(f"{args.dataset}: {taken}")
     print(metrics.table(results))

@@ -187,8 +187,7 @@ def inject(
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model has adapters already: merge them first, or build it anew")
     paths = match_targets(model, config.targets, every_target_must_match)
-    # Everything is frozen first. The adapters that follow are new, so they alone have
-    # gradients.
+    # Everything is frozen first. The adapters that follow are new: they alone train.
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
@@ -420,8 +419,7 @@ def load_adapter(
         config = read_config(directory)
     file = Path(directory) / "adapter_model.safetensors"
     tensors = load_file(file)
-    # Like PEFT it is content with one target that matches; each tensor must have its
-    # place.
+    # Like PEFT content with one target that matches; each tensor must have a place.
     inject(model, config, every_target_must_match=False)
     parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)
@@ -458,8 +456,7 @@ def read_config(directory: Path) -> LoRAConfig:
 def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
-    # PEFT loads with strict=False: there a wrong prefix leaves every B at zero, in
-    # silence.
+    # PEFT loads with strict=False: a wrong prefix leaves every B at zero, in silence.
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())
     if missing:

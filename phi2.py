@@ -231,8 +231,7 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order, which is transformers'. On a GPU: see
-    # `fused`.
+    # In bf16 the last bit depends on the order, transformers'. On a GPU: see `fused`.
     return attended + transformed + x
 
 
@@ -348,8 +347,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Where it fails, for want of a compiler or on an old GPU, it warns, and the
         # function runs as it is written. (The setting holds for the whole process.)
         torch._dynamo.config.suppress_errors = True
-        # Each step rounds as it does alone: in bf16 the sum of three tensors is rounded
-        # twice.
+        # Each step rounds as it does alone: in bf16 a sum of three is rounded twice.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, dynamic=True, options=options)
 

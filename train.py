@@ -111,8 +111,7 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
     next_ids = batch.next_ids.to(device, non_blocking=True)
     logits = model(ids, layout, batch.last)
-    # The softmax is in fp32: a sum of 51,200 exponentials needs more than the 8 bits of
-    # bf16.
+    # The softmax is in fp32: bf16's 8 bits are too few for a sum of 51,200 exponentials.
     return F.cross_entropy(logits.float(), next_ids, reduction="sum")
 
 
@@ -150,8 +149,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- What is read: the tokenizer, the rows, and what a resume starts from ----------------
     inputs = read_inputs(args)
     state = new_state(args, inputs)
-    # None of a new run. Of one that was begun, `state` also gets its step and its
-    # baseline.
+    # None of a new run. Of one that was begun `state` also gets step and baseline.
     saved = resume.take_up(args.resume, state)
     steps = state.steps
     progress = state.progress
@@ -211,8 +209,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         is_last = progress.step == steps
         if progress.step % LOG_EVERY == 0 or is_last:
             log.write_training(progress, rate, grad_norm)
-        # Saved before an evaluation too: it takes long, and a kill in it is to lose no
-        # step.
+        # Saved before an evaluation too: it takes long, and a kill in it loses no step.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
             save(args, model, inputs, optimizer, log)
@@ -290,8 +287,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     }
     args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
 
-    # Its batch size is not that of training: without a backward pass a row needs little
-    # memory.
+    # Its batch size is not training's: without a backward pass many rows fit.
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
