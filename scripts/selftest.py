@@ -287,7 +287,7 @@ def attempt(stage: str, setting: Setting, dtype: str) -> list[Line]:
         for line in STAGES[stage](setting, dtype):
             lines.append(line)
     except Exception as error:  # of any kind, because a stranger starts this once
-        status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         lines.append(Line(stage, dtype, status=status, trace=traceback.format_exc()))
     gc.collect()
     if setting.device.type == "cuda":
