@@ -1,7 +1,7 @@
 """Checks this project on your machine and measures it there, for figures of hardware that we lack.
 
     python -m scripts.selftest                           # a table, and out/selftest.json
-    python -m scripts.selftest --model ~/phi-2           # with the real weights
+    python -m scripts.selftest --model ~/phi-2           # on a GPU, with the real weights
     python -m scripts.selftest --row out/selftest.json   # its lines of docs/benchmarks.md
 
 Nothing is downloaded. It goes through STAGES in fp32, then in the fastest dtype of the device. On a
@@ -66,8 +66,9 @@ class Line:
     trace: str | None = None  # of what has failed
 
 
-def compared(what: str, dtype: str, figure: float, bound: float) -> Line:
-    return Line(what, dtype, figure, bound, "ok" if figure <= bound else "differs")  # so does NaN
+def checked(what: str, dtype: str, figure: float, bound: float) -> Line:
+    # In this form NaN differs.
+    return Line(what, dtype, figure, bound, "ok" if figure <= bound else "differs")
 
 
 @dataclass
@@ -88,8 +89,17 @@ class Setting:
         adapter = self.folder / f"adapter-{model.name}"
         if not adapter.exists():
             bench.write_random_adapter(str(model), adapter)
-        paths = (str(model), str(self.tokenizer), "", str(adapter))
-        return contenders.Job("", *paths, quantization, dtype, str(self.device), keep=None)
+        return contenders.Job(
+            contender="",
+            model=str(model),
+            tokenizer=str(self.tokenizer),
+            rows="",
+            adapter=str(adapter),
+            quant=quantization,
+            dtype=dtype,
+            device=str(self.device),
+            keep=None,
+        )
 
     def timed_contender(self, dtype: str) -> contenders.Ours:
         return self.kind(self.job(self.timed, "nf4", dtype), self.rows)
@@ -133,11 +143,11 @@ def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
     # a weight may get the other one.
     bound = 0 if setting.device.type == "cpu" else 1e-5
     share = (codes != plain_codes).float().mean().item()
-    yield compared("NF4, share of codes off plain torch", dtype, share, bound)
+    yield checked("NF4, share of codes off plain torch", dtype, share, bound)
     share = (absmax != plain_absmax).float().mean().item()
-    yield compared("NF4, share of absmax off plain torch", dtype, share, 0)
+    yield checked("NF4, share of absmax off plain torch", dtype, share, 0)
     share = (values != plain_values).float().mean().item()
-    yield compared("NF4, share of values off plain torch", dtype, share, 0)
+    yield checked("NF4, share of values off plain torch", dtype, share, 0)
 
 
 def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
@@ -160,7 +170,7 @@ def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
             for a, b in zip(found, exact):
                 apart[name].append(((a.cpu().double() - b).norm() / b.norm()).item())
     for name, errors in apart.items():
-        yield compared(f"attention, {name}, off fp64", dtype, max(errors), ATTENTION_BOUNDS[dtype])
+        yield checked(f"attention, {name}, off fp64", dtype, max(errors), ATTENTION_BOUNDS[dtype])
 
 
 def attend(
@@ -189,7 +199,7 @@ def check_beside_transformers(setting: Setting, dtype: str) -> Iterator[Line]:
             apart, bounds = distances(setting, model, quantization, dtype)
             for what, bound in bounds.items():
                 title = f"{name}, {quantization}, {what} off transformers"
-                yield compared(title, dtype, apart[what], bound)
+                yield checked(title, dtype, apart[what], bound)
 
 
 def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> tuple[dict, dict]:
@@ -199,8 +209,12 @@ def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> t
     def results_of(kind: type[contenders.Contender], dtype: str) -> dict:
         contender = kind(setting.job(model, quantization, dtype), rows)
         results = contenders.save_results(contender, str(setting.folder / "gradients.safetensors"))
-        gradients = {name: gradient.cpu() for name, gradient in contender.gradients().items()}
-        return results | {"gradients": gradients}
+        results["gradients"] = {
+            name: gradient.cpu() for name, gradient in contender.gradients().items()
+        }
+        del contender
+        free_memory(setting.device)
+        return results
 
     exact = results_of(contenders.Reference, "fp32")
     apart = bench.distances(results_of(contenders.Ours, dtype), exact)
@@ -222,11 +236,11 @@ def check_graphs(setting: Setting, dtype: str) -> Iterator[Line]:
     recorded = contender.write(prompts, 32)
     # Where a step cannot be recorded, generation goes on and sets this to False.
     failed = float(not contender.model.uses_graphs)
-    yield compared("CUDA graphs that could not be recorded", dtype, failed, 0)
+    yield checked("CUDA graphs that could not be recorded", dtype, failed, 0)
     contender.model.uses_graphs = False
     others = [a != b for a, b in zip(recorded, contender.write(prompts, 32))]
     share = sum(others) / len(others)
-    yield compared("CUDA graphs, share of rows with other tokens", dtype, share, 0)
+    yield checked("CUDA graphs, share of rows with other tokens", dtype, share, 0)
 
 
 def measure(setting: Setting, dtype: str) -> Iterator[Line]:
@@ -242,7 +256,7 @@ def measure(setting: Setting, dtype: str) -> Iterator[Line]:
     planned = planned_memory(setting, contender) / 2**30
     if setting.device.type == "cuda":
         # cuBLAS takes up to 64 MiB of work space beside the tensors that are counted.
-        yield compared(PEAK, dtype, peak / 2**30, 1.1 * planned + 1 / 16)
+        yield checked(PEAK, dtype, peak / 2**30, 1.1 * planned + 1 / 16)
     else:  # elsewhere a process keeps what the stages before have freed
         yield Line(PEAK, dtype, status="skipped: only a GPU's allocator tells it")
     yield Line(PLANNED, dtype, planned)
@@ -289,10 +303,14 @@ def attempt(stage: str, setting: Setting, dtype: str) -> list[Line]:
     except Exception as error:  # of any kind, because a stranger starts this once
         status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         lines.append(Line(stage, dtype, status=status, trace=traceback.format_exc()))
-    gc.collect()
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
+    free_memory(setting.device)
     return lines
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()  # a model is a circle
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 # -----------------------------------------------------------------------------
@@ -338,7 +356,6 @@ def parse_arguments() -> argparse.Namespace:
     # fmt: off (a flag is one filled paragraph)
     add("--device", type=flags.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
-        default=list(dict.fromkeys(["fp32", machine.fast_dtype()])),
         help="one after another (default: fp32, and the fastest of the device)")
     add("--model", type=flags.path,
         help="directory of a phi to compare and to time (default: tiny/model)")
@@ -352,6 +369,8 @@ def parse_arguments() -> argparse.Namespace:
         help="print a file's lines of docs/benchmarks.md, and do nothing else")
     # fmt: on
     args = parser.parse_args()
+    if args.dtype is None:
+        args.dtype = list(dict.fromkeys(["fp32", machine.fast_dtype()]))
     if args.random_phi_2 is None and args.model is None and args.device.startswith("cuda"):
         args.random_phi_2 = 32
     return args
@@ -407,7 +426,8 @@ def main() -> None:
     device = processes.own_device(args.device)
     files.make_folder(args.out.parent)
     lines = []
-    with tempfile.TemporaryDirectory() as name:
+    # Windows does not remove a file that is mapped still.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         setting = prepare(args, device, Path(name))
         results = {"machine": describe(args, device), "model": next(iter(setting.compared))}
         if args.random_phi_2:

@@ -96,4 +96,4 @@ def test_what_is_beyond_its_bound_differs(tmp_path, monkeypatch):
     monkeypatch.setattr(selftest, "STAGES", {"attention": selftest.check_attention})
     assert run("--out", tmp_path / "report.json") == 1
     assert set(status_of(tmp_path / "report.json").values()) == {"differs"}
-    assert selftest.compared("a number", "fp32", float("nan"), 1.0).status == "differs"
+    assert selftest.checked("a number", "fp32", float("nan"), 1.0).status == "differs"
