@@ -1,10 +1,12 @@
 """scripts/selftest.py: what agrees, what differs and what fails on a machine is each a line."""
 
 import shutil
+import sys
 
 import pytest
 from conftest import ROOT, in_process, read_json
 
+import eval as evaluation
 from scripts import selftest
 
 SMALL = ["--device", "cpu", "--dtype", "fp32", "--rows", 4]
@@ -30,6 +32,16 @@ def report(tmp_path_factory):
         patch.setattr(selftest, "TIMES", 1)  # nobody reads these times
         assert run("--out", path, "--name", "a laptop") == 0
     return path
+
+
+def test_by_default_it_goes_through_fp32_and_the_fastest_dtype(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["selftest.py", "--device", "cpu"])
+    args = selftest.parse_arguments()
+    assert args.dtype[0] == "fp32"
+    assert set(args.dtype) <= evaluation.DTYPES.keys()
+    assert args.random_phi_2 is None
+    monkeypatch.setattr(sys, "argv", ["selftest.py", "--device", "cuda"])
+    assert selftest.parse_arguments().random_phi_2 == 32
 
 
 def test_everything_agrees_here(report):
