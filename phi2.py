@@ -109,17 +109,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout(Protocol):
-    """Where N tokens stand, and what each of them sees. A row is one tokenised text.
+    """Where N tokens stand, and what each of them sees.
 
-    Every token gives a key and a value, for others to see. It has a query only where its own
-    output is wanted: in the last block these are the tokens whose logits are wanted, in all
-    others it is every token.
+    A row is one tokenised text, without the prefix where rows share one. Every token gives
+    a key and a value, for others to see. It has a query only where its own output is wanted:
+    in the last block these are the tokens whose logits are wanted, in all others it is
+    every token.
     """
 
-    positions: Tensor  # (N,) the place of each token in its text
+    positions: Tensor  # (N,) the place of each token in its text, prefix included
 
     def only_last(self, count: int) -> "Layout":
-        """Returns the same rows, of which only the last `count` tokens each have a query."""
+        """Returns the same rows, where only the last `count` tokens of each have a query."""
 
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that have a query, (queries, ...)."""
@@ -166,12 +167,13 @@ class MaskedRows:
         is_not_later = positions <= positions[:, None]
         self.mask = (is_visible & is_not_later).to(device)
         self.positions = positions.to(device)
-        self.ends = prefix_length + torch.tensor(lengths).cumsum(0)  # of the rows
+        self.ends = prefix_length + torch.tensor(lengths, device=device).cumsum(0)  # of the rows
         self.queries = slice(None)  # which tokens have a query
 
     def only_last(self, count: int) -> "MaskedRows":
         narrowed = copy.copy(self)
-        narrowed.queries = (self.ends[:, None] + torch.arange(-count, 0)).flatten()
+        back = torch.arange(-count, 0, device=self.ends.device)
+        narrowed.queries = (self.ends[:, None] + back).flatten()
         return narrowed
 
     def select_queries(self, x: Tensor) -> Tensor:
@@ -231,7 +233,8 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order, transformers'. On a GPU: see `fused`.
+    # In bf16 the last bit depends on the order, which is that of transformers. On a GPU this is
+    # compiled: see `fused`.
     return attended + transformed + x
 
 
@@ -283,6 +286,7 @@ class PhiModel(nn.Module):
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.checkpointing == "blocks" and torch.is_grad_enabled():
+                # True would give no gradients: the first x, of a frozen embedding, has none.
                 x = recompute(block, x, cos, sin, layout, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layout)
@@ -295,7 +299,8 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.uses_graphs = True  # whether generation on a GPU may use CUDA graphs
+        # Whether generation on a GPU may use CUDA graphs: for support/packing.py's Decoder.
+        self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
