@@ -226,8 +226,9 @@ def parse_arguments(
     fill_in(args)
     if check:
         check(parser, args)
-    notice = NOTICE if embedded else unused_gpu(parser, typed)
-    if notice and processes.IS_FIRST:
+    unused = None if embedded else unused_gpu(parser, typed)
+    notice = f"this runs on the CPU: {unused}" if unused else NOTICE
+    if processes.IS_FIRST and (embedded or unused):
         print(notice, file=sys.stderr)
     return args
 

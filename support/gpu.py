@@ -34,7 +34,7 @@ def unusable() -> str | None:
     if name is None:
         return None
     if torch.version.cuda is None:
-        return f"there is a GPU ({name}), and this torch is for CPUs: {INSTALL.format(OLDEST)}"
+        return f"there is a GPU ({name}), and this torch is for CPUs: {INSTALL.format(NEWEST)}"
     return (
         f"there is a GPU ({name}), and torch cannot use it ({reason()}): update its driver for "
         f"CUDA {torch.version.cuda}, or {INSTALL.format(OLDEST)}"
@@ -69,6 +69,6 @@ def cure(error: Exception, device: str) -> str:
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
-    # From 10.0 on they need CUDA 12.8 or later; those that CUDA 13 has dropped are below 7.5.
-    build = NEWEST if major >= 10 else OLDEST
+    # CUDA 13 has dropped what is below 7.5, and the last wheels for CUDA 12.6 lack what is above 8.
+    build = NEWEST if major >= 9 else OLDEST
     return f"it has none for compute capability {major}.{minor}: {INSTALL.format(build)}"

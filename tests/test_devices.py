@@ -99,7 +99,8 @@ def test_who_names_the_cpu_gets_it(unseen, capsys):
 def test_who_names_a_model_is_told_why_it_is_computed_on_the_cpu(unseen, capsys):
     assert cli.train_arguments([*PHI_2]).device == "cpu"
     told = capsys.readouterr().err
-    assert told.startswith("there is a GPU (Tesla T4), and torch cannot use it (")
+    line = "this runs on the CPU: there is a GPU (Tesla T4), and torch cannot use it ("
+    assert told.startswith(line)
     assert told.count("\n") == 1
 
 
@@ -170,9 +171,13 @@ def test_a_gpu_without_kernels_is_one_line_with_the_cure_before_any_download(
     assert not (tmp_path / "run").exists()
 
 
-def test_for_a_gpu_that_is_too_new_the_cure_is_a_newer_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert gpu.cure(torch.AcceleratorError(NO_KERNEL), "cuda").endswith(CUDA_13)
+@pytest.mark.parametrize(
+    "capability, cure",
+    [((6, 1), CUDA_12), ((7, 0), CUDA_12), ((9, 0), CUDA_13), ((12, 0), CUDA_13)],
+)
+def test_for_a_gpu_that_is_too_new_the_cure_is_a_newer_cuda(monkeypatch, capability, cure):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert gpu.cure(torch.AcceleratorError(NO_KERNEL), "cuda").endswith(cure)
 
 
 def test_what_a_gpu_reports_is_not_blamed_on_the_models_file(tiny, monkeypatch):
