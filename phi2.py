@@ -340,7 +340,8 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Each step alone would read and write all of its tensors. torch.compile writes the
     kernel, and that of the backward pass, at the first call, which takes seconds; the
     number of tokens may change later. It needs Triton, which torch brings with it for
-    CUDA on Linux, a C compiler and Python.h.
+    CUDA on Linux, a C compiler and Python.h; without these a line says so, and all runs
+    as it is written.
     """
 
     @functools.cache
