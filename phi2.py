@@ -20,6 +20,7 @@ import copy
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -335,7 +336,7 @@ def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
 # -----------------------------------------------------------------------------
 # On a GPU: one kernel for the rotation, and one for the sum of the branches
 
-HAS_TRITON = find_spec("triton") is not None
+CAN_COMPILE = find_spec("triton") is not None  # until it has failed once
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -344,22 +345,30 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Each step alone would read and write all of its tensors. torch.compile writes the
     kernel, and that of the backward pass, at the first call, which takes seconds; the
     number of tokens may change later. It needs Triton, which torch brings with it for
-    CUDA on Linux, and a C compiler.
+    CUDA on Linux, a C compiler and Python.h; without these a line says so, and all runs
+    as it is written.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        # Where it fails, for want of a compiler or on an old GPU, it warns, and the
-        # function runs as it is written. (The setting holds for the whole process.)
-        torch._dynamo.config.suppress_errors = True
         # Each step rounds as it does alone: in bf16 a sum of three is rounded twice.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, dynamic=True, options=options)
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Tensor:
-        if tensors[0].is_cuda and HAS_TRITON:
-            return compiled()(*tensors)
+        global CAN_COMPILE
+        if tensors[0].is_cuda and CAN_COMPILE:
+            try:
+                return compiled()(*tensors)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                CAN_COMPILE = False  # from now on all of them run as they are written
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    "slower without torch.compile, which needs a C compiler and Python.h: "
+                    + reason,
+                    stacklevel=2,
+                )
         return function(*tensors)
 
     return run
@@ -427,7 +436,8 @@ def load_weights(
             if "weight.absmax" in tensors and type(layer) is nn.Linear:
                 raise ValueError("it is in NF4, which --quant nf4 reads")
             layer.load_state_dict(tensors, assign=True)
-        except torch.OutOfMemoryError:  # a RuntimeError too, and not the checkpoint's fault
+        # RuntimeErrors too, of a GPU, and not the checkpoint's fault.
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         # Such as a shape that is not config.json's, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
