@@ -95,8 +95,8 @@ def picture(model: str = "tiny/model") -> str:
 
     lines = [HEAD]
     for number, height in enumerate(heights.clamp(max=160).round().int().tolist()):
-        x = 20 + number * 600 / BARS
-        lines.append(f'<rect class="bar" x="{x}" y="{190 - height}" width="6.5" height="{height}"/>\n')
+        place = f'x="{20 + number * 600 / BARS}" y="{190 - height}"'
+        lines.append(f'<rect class="bar" {place} width="6.5" height="{height}"/>\n')
     for level in quant.LEVELS.tolist():
         x = round(320 + 300 * level, 1)
         lines.append(f'<path class="level" d="M{x} 194 V214"/>\n')
