@@ -20,6 +20,7 @@ have nn.init.kaiming_uniform_(weight, a=math.sqrt(5)). Dropout is left out.
 
 What you should see (python -m doctest exercises/e1_lora_linear.py is silent when it agrees):
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> base = nn.Linear(512, 512)
     >>> x = torch.randn(4, 512)
@@ -36,7 +37,6 @@ What you should see (python -m doctest exercises/e1_lora_linear.py is silent whe
     [0.0, 214.7]
 """
 
-import torch  # noqa: F401  (for the example above)
 from torch import Tensor, nn
 
 

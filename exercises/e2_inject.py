@@ -17,6 +17,7 @@ solution of exercise 1; if yours is green, import yours.
 
 What you should see, for phi-2's shapes without its numbers (on the meta device):
 
+    >>> import torch
     >>> import phi2
     >>> with torch.device("meta"):
     ...     model = phi2.Phi2(phi2.Phi2Config())
@@ -29,7 +30,6 @@ What you should see, for phi-2's shapes without its numbers (on the meta device)
     2,621,440 of 2,782,305,280, 0.09 %
 """
 
-import torch  # noqa: F401  (for the example above)
 from torch import nn
 
 from exercises.solutions.e1_lora_linear import LoRALinear  # noqa: F401

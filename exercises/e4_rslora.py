@@ -15,6 +15,7 @@ rsLoRA?
 
 What you should see: the size of scale B A x by rank, for alpha 16 and random A and B.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> x = torch.randn(512, 256)    # 256 tokens, as columns
     >>> for rank in (1, 16, 256):
@@ -22,12 +23,12 @@ What you should see: the size of scale B A x by rank, for alpha 16 and random A 
     ...     plain = LoRAConfig(rank, 16, ("q_proj",)).scale()
     ...     stable = LoRAConfig(rank, 16, ("q_proj",), use_rslora=True).scale()
     ...     print(f"{rank:3}  {(plain * bax).std():4.1f}  {(stable * bax).std():4.1f}")
-    0
+      1  17.4  17.4
+     16   4.0  15.9
+    256   1.0  16.0
 """
 
 from dataclasses import dataclass
-
-import torch  # noqa: F401  (for the example above)
 
 
 @dataclass

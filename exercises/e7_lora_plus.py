@@ -14,6 +14,7 @@ them: dicts with "params" and with what is special to them, such as "lr".
 What you should see: how far the numbers of A and B move in each step, on average. B moves by
 16e-3 in the first. A does not: its gradient is zero as long as B is (exercise 1).
 
+    >>> import torch
     >>> from exercises.solutions.e2_inject import inject
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -33,7 +34,6 @@ What you should see: how far the numbers of A and B move in each step, on averag
     A 0.0008  B 0.0138
 """
 
-import torch  # noqa: F401  (for the example above)
 from torch import nn
 
 

@@ -18,6 +18,7 @@ Memory is no aim here: W' may be computed in full, in each pass.
 
 What you should see:
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> base = nn.Linear(512, 512)
     >>> x = torch.randn(4, 512)
@@ -37,7 +38,6 @@ What you should see:
     '0.73'
 """
 
-import torch  # noqa: F401  (for the example above)
 from torch import Tensor, nn
 
 from exercises.solutions.e1_lora_linear import LoRALinear

@@ -37,9 +37,9 @@ What you should see:
     xx..x
     >>> shared.sources.tolist()
     [1, 2, 1]
-    >>> rows = [[7] * 40] * 16    # 16 rows of 40 tokens behind a prefix of 60
-    >>> len(share([1] * 60, rows).ids), 16 * (60 + 40)
-    (700, 1600)
+    >>> rows = [[7] * 50] * 16    # behind phi-2's 51 tokens of this project's instruction
+    >>> len(share([1] * 51, rows).ids), 16 * (51 + 50)
+    (851, 1616)
 """
 
 from typing import NamedTuple

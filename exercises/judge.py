@@ -39,10 +39,7 @@ def check_close(
     for cure, wrong in (cures or {}).items():
         if wrong.shape == found.shape and distance(found, wrong) <= tolerance:
             lines.append(cure)
-    if len(lines) == 1 and found.isnan().any():
-        lines.append("It holds NaN: look for 0 / 0.")
-    lines.append(f"Its first numbers   {numbers(found)}")
-    lines.append(f"what they should be {numbers(expected)}")
+    lines.append(worst(found, expected))
     pytest.fail("\n".join(lines), pytrace=False)
 
 
@@ -52,8 +49,16 @@ def distance(a: Tensor, b: Tensor) -> float:
     return gap.nan_to_num(torch.inf).item()
 
 
-def numbers(tensor: Tensor) -> str:
-    return "  ".join(f"{number:.4g}" for number in tensor.flatten()[:6].tolist())
+def worst(found: Tensor, expected: Tensor) -> str:
+    """Returns a sentence on the element that differs most."""
+    if found.isnan().any():
+        return f"It holds NaN, in {found.isnan().sum()} of {found.numel()} places: look for 0 / 0."
+    place = (found - expected).abs().argmax()
+    index = [int(i) for i in torch.unravel_index(place, found.shape)]
+    here = found.flatten()[place].item()
+    there = expected.flatten()[place].item()
+    gap = f"It differs by {distance(found, expected):.2g} of its norm."
+    return f"{gap} At {index} it is {here:.5g}, and should be {there:.5g}."
 
 
 # -----------------------------------------------------------------------------

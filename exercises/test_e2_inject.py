@@ -28,7 +28,7 @@ def test_only_the_adapters_are_trained(answer):
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     check(
         bool(trained),
-        "Nothing is trained: if the model is frozen after the adapters are in, they are frozen too.",
+        "Nothing is trained: freeze the model before the adapters are put in, not after.",
     )
     expected = {f"{path}.lora_{letter}.weight" for path in PATHS for letter in "AB"}
     left = sorted(trained - expected)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from exercises.e5_normal_float import LEVELS
-from exercises.judge import check, check_close, numbers
+from exercises.judge import check, check_close
 
 
 def drawn_weight() -> Tensor:
@@ -17,7 +17,8 @@ def reference(weight: Tensor) -> tuple:
     """Returns bitsandbytes' packed indices, absmax, and what it dequantises them by."""
     from bitsandbytes.functional import quantize_4bit  # it takes seconds to import
 
-    packed, state = quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    # Flat, because bitsandbytes 0.50 dequantises on a CPU as if each row began a new block.
+    packed, state = quantize_4bit(weight.flatten(), quant_type="nf4", blocksize=64)
     return packed, state.absmax, state
 
 
@@ -109,7 +110,7 @@ def test_dequantised_values_are_bitsandbytes(answer):
     weight = drawn_weight()
     packed, absmax, state = reference(weight)
     restored = answer.dequantize(packed, absmax, weight.shape)
-    expected = dequantize_4bit(packed, state)
+    expected = dequantize_4bit(packed, state).reshape(weight.shape)
     pairs = expected.reshape(-1, 2)
     ones = expected / absmax.repeat_interleave(64).reshape(expected.shape)
     cures = {
@@ -122,11 +123,11 @@ def test_dequantised_values_are_bitsandbytes(answer):
     check(
         torch.equal(restored, expected),
         "The dequantised weight is right but for the last bit: compute LEVELS[index] * absmax "
-        f"in fp32. Yours {numbers(restored)}, bitsandbytes' {numbers(expected)}",
+        "in fp32.",
     )
 
 
-def test_a_weight_in_sixteen_bits_is_quantised_in_fp32(answer):
+def test_a_weight_in_sixteen_bits_is_quantised_in_full_precision(answer):
     weight = drawn_weight().bfloat16()
     packed, absmax = answer.quantize(weight)
     expected, expected_absmax, _ = reference(weight)
