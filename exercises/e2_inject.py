@@ -1,9 +1,10 @@
 """Exercise 2: adapters into a model. 20 minutes.
 
 A model is adapted without a new line in its code: each linear layer that is wanted is replaced,
-in place, by a LoRALinear around it. The paper (arXiv:2106.09685, section 4.2) adapts the query
-and value projections and freezes all else, LayerNorms, biases and embeddings included. That
-saves the gradient and Adam's two moments of each frozen number.
+in place, by a LoRALinear around it. The paper (arXiv:2106.09685, section 4.2) adapts projections
+of attention alone, in most of its experiments the query's and the value's, and freezes all else:
+MLPs, LayerNorms, biases, embeddings. A frozen number needs no gradient and none of Adam's two
+moments.
 
 `targets` names layers by how their paths end. The rule is PEFT's: a name matches the end of a
 path at a dot. In a model with the layers

@@ -6,10 +6,10 @@ and dropped again. For y = x W^T + b, with tokens as rows and g the gradient of 
     x's gradient   g W          needed: the adapters of the layers before are reached through it
     W's gradient   g^T x        not needed: W is frozen
 
-g W needs W once more. F.linear(x, dequantize()) is right too, but autograd keeps its W until
-the backward pass, for each layer of the model: all weights are in memory in 16 bits at once,
-and 4 bits have saved nothing. So write the torch.autograd.Function that keeps the recipe
-instead of the weight, and dequantises a second time. That is memory bought with time.
+g W needs W once more. F.linear(x, dequantize()) gives the right gradient, but autograd keeps W
+for it until the backward pass, in each layer of the model: all weights are in memory in 16 bits
+at once, and 4 bits have saved nothing. So write a torch.autograd.Function that keeps
+`dequantize` instead of W, and calls it a second time. It costs that time, in each layer and step.
 
 `backward` returns one gradient for each input of `forward`, None for what has none.
 https://docs.pytorch.org/docs/stable/notes/extending.html shows the form.

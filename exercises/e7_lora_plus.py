@@ -1,12 +1,13 @@
 """Exercise 7: LoRA+. 15 minutes.
 
 With Adam each number moves by about the learning rate in a step, whatever the size of its
-gradient. A's inputs are as many as the model is wide, B's only `rank`: the same step in each
-number of A and of B is not the same step in B A x. LoRA+ (arXiv:2402.12354, section 4) finds
-that, as the model gets wider, no common rate lets both learn, and takes two:
+gradient. A row of A has as many numbers as the model is wide, a row of B only `rank`: moved by
+the same rate, A changes B A x by more, the wider the model. LoRA+ (arXiv:2402.12354, sections 3
+and 4; the experiments are in section 5) shows that no common rate lets both learn as they should
+in a wide model, and takes two:
 
     A's learning rate   lr
-    B's learning rate   lr * ratio        ratio = 16 or so
+    B's learning rate   lr * ratio        such as ratio = 16
 
 The layer stays as it is. An optimizer of torch takes, in the place of parameters, groups of
 them: dicts with "params" and with what is special to them, such as "lr".

@@ -15,17 +15,19 @@ SHAPES = {
 
 def layer_of(answer) -> nn.Module:
     torch.manual_seed(0)
-    return answer.LoRALinear(nn.Linear(24, 40), rank=4, alpha=12)  # a scale of 3
-
-
-def test_a_and_b_have_their_shapes_and_names(answer):
-    state = {name: tuple(tensor.shape) for name, tensor in layer_of(answer).state_dict().items()}
+    layer = answer.LoRALinear(nn.Linear(24, 40), rank=4, alpha=12)  # a scale of 3
+    state = {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
     check(
         state == SHAPES,
         f"The layer holds {state}\nand should hold {SHAPES}.\n"
         "A and B are nn.Linear(..., bias=False), so that their names are PEFT's; "
         "nn.Linear(a, b) holds a weight (b, a).",
     )
+    return layer
+
+
+def test_a_and_b_have_their_shapes_and_names(answer):
+    layer_of(answer)
 
 
 def test_a_is_random_and_b_is_zero(answer):

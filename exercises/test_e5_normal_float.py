@@ -131,6 +131,9 @@ def test_a_weight_in_sixteen_bits_is_quantised_in_full_precision(answer):
     weight = drawn_weight().bfloat16()
     packed, absmax = answer.quantize(weight)
     expected, expected_absmax, _ = reference(weight)
-    check(absmax.dtype == torch.float32, f"absmax of a weight in bf16 is in {absmax.dtype}.")
+    check(
+        absmax.dtype == torch.float32,
+        f"absmax of a weight in bf16 is in {absmax.dtype}: take weight.float() first.",
+    )
     check_close(absmax, expected_absmax, "absmax of a weight in bf16", tolerance=0)
     check_bytes(packed, expected, {})

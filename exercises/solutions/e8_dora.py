@@ -14,4 +14,4 @@ class DoRALinear(LoRALinear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self.base_layer.weight + self.scale * self.lora_B.weight @ self.lora_A.weight
         norm = weight.norm(dim=1).detach()  # a constant in the backward pass, section 4.3
-        return self.magnitude / norm * F.linear(x, weight) + self.base_layer.bias
+        return F.linear(x, (self.magnitude / norm)[:, None] * weight, self.base_layer.bias)
