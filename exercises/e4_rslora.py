@@ -8,7 +8,7 @@ rsLoRA (arXiv:2312.03732, section 3, theorem 3.2) divides by what the sum grows 
     scale  =  alpha / sqrt(rank)    rsLoRA
 
 That is one line. The exercise is what else has to know of it. An adapter is saved as two files:
-the tensors, and adapter_config.json with rank, alpha and targets. A scale is in neither: who
+the tensors, and adapter_config.json with rank, alpha and targets. A scale is in neither: whoever
 loads the adapter, you or PEFT, computes it anew. So write `scale`, run the tests, and see what
 PEFT makes of your adapter. `to_peft` and `from_peft`, below, are right for LoRA; are they for
 rsLoRA?

@@ -6,12 +6,12 @@ by LoRA. With W' = W + scale B A:
 
     y  =  m / norm(W') * (W' x)  +  bias         m (out,),  norm(W') (out,): of each row of W'
 
-m starts as norm(W), so that the layer starts as W. The paper writes W as (in, out) and speaks
-of columns. W is (out, in) in PyTorch: the same vectors are rows, one for each output.
+m starts as norm(W), so that the layer starts as W. The paper speaks of columns. Its authors'
+code and PEFT take the rows of PyTorch's W (out, in), so that each output has its own length.
 
 norm(W') changes with A and B, and so would have a gradient. Section 4.3 treats it as a constant
-in the backward pass, which saves memory and changes the result little. PEFT does the same,
-as it is to be here.
+in the backward pass, which saves memory and changes the result little. PEFT does so, and your
+gradients are to be PEFT's.
 
 LoRALinear comes from the solution of exercise 1: DoRALinear has its attributes and one more.
 Memory is no aim here: W' may be computed in full, in each pass.

@@ -28,14 +28,15 @@ def check_close(
         has the sentence whose tensor is the one found.
     tolerance: two orders of summation in fp32 differ by some 1e-7 of the norm in each layer.
     """
-    check(isinstance(found, Tensor), f"{name} is {found!r}, and should be a tensor.")
+    check(isinstance(found, Tensor), f"Wrong: {name} is {found!r}, and should be a tensor.")
     check(
         found.shape == expected.shape,
-        f"{name} has shape {tuple(found.shape)}, and should have {tuple(expected.shape)}.",
+        f"Wrong: {name}.\nThe shape is {tuple(found.shape)}, and should be "
+        f"{tuple(expected.shape)}.",
     )
     if distance(found, expected) <= tolerance:
         return
-    lines = [f"{name} is not what it should be."]
+    lines = [f"Wrong: {name}."]
     for cure, wrong in (cures or {}).items():
         if wrong.shape == found.shape and distance(found, wrong) <= tolerance:
             lines.append(cure)
@@ -58,7 +59,8 @@ def worst(found: Tensor, expected: Tensor) -> str:
     here = found.flatten()[place].item()
     there = expected.flatten()[place].item()
     gap = f"It differs by {distance(found, expected):.2g} of its norm."
-    return f"{gap} At {index} it is {here:.5g}, and should be {there:.5g}."
+    where = f"At {index} it" if index else "It"
+    return f"{gap} {where} is {here:.5g}, and should be {there:.5g}."
 
 
 # -----------------------------------------------------------------------------
@@ -109,6 +111,9 @@ def draw(mine: nn.Module, theirs: nn.Module) -> None:
     tensors = peft_tensors(theirs)
     for name, parameter in mine.named_parameters():
         if "lora_" in name:
-            check(name in tensors, f"There is a parameter {name}; PEFT has {', '.join(tensors)}.")
+            check(
+                name in tensors,
+                f"The model has a parameter {name}. PEFT's are {', '.join(tensors)}.",
+            )
             parameter.normal_(std=0.3)
             tensors[name].copy_(parameter)

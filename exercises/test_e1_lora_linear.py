@@ -74,7 +74,7 @@ def test_outputs_and_gradients_are_pefts(answer):
         "It is W x + B A x / 3: the scale is alpha / rank, not rank / alpha.": wx + bax / 3,
         "The scale multiplies W x too: it is for B A x alone.": 3 * (wx + bax),
     }
-    check_close(found, y, "The output", cures)
+    check_close(found, y, "the output", cures)
 
     weights = {"A": layer.lora_A.weight, "B": layer.lora_B.weight, "x": x}
     torch.autograd.backward(y.square().sum())
@@ -93,4 +93,4 @@ def test_outputs_and_gradients_are_pefts(answer):
             f"{name} has no gradient: something between it and the output was detached, "
             "by .data, .detach() or torch.no_grad().",
         )
-        check_close(gradient, expected[name], f"The gradient of {name}")
+        check_close(gradient, expected[name], f"the gradient of {name}")

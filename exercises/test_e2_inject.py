@@ -47,10 +47,10 @@ def test_outputs_are_pefts(answer):
     x = torch.randn(5, 24)
     base = model(x)
     answer.inject(model, TARGETS, rank=4, alpha=12)
-    check_close(model(x), base, "The output at the start, where B = 0,")
+    check_close(model(x), base, "the output at the start, where B = 0")
     draw(model, theirs)
     cure = "It is the base model's: the new layers stand beside the model and are not called."
-    check_close(model(x), theirs(x), "The output with random A and B", {cure: base})
+    check_close(model(x), theirs(x), "the output with random A and B", {cure: base})
 
 
 def test_a_target_that_matches_no_layer_is_an_error(answer):

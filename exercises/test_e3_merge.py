@@ -50,7 +50,7 @@ def test_weights_are_pefts(answer):
             transposed = base[path] + 3 * (b @ a).T
             cures["It is W + s (B A)^T: W is (out, in), as B A is."] = transposed
         weight = model.get_submodule(path).weight
-        check_close(weight, theirs[f"{path}.weight"], f"The weight of {path}", cures)
+        check_close(weight, theirs[f"{path}.weight"], f"the weight of {path}", cures)
         check(
             weight.is_leaf and not weight.requires_grad,
             f"The weight of {path} has a history of gradients: what W + s B A is computed from "

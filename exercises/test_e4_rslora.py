@@ -69,14 +69,14 @@ def test_what_peft_loads_is_what_was_trained(answer, tmp_path):
         cure = (
             "PEFT has loaded your file without a word, and computes with alpha / rank = 3; the "
             "adapter was trained with alpha / sqrt(rank) = 6.\nIts tensors are right. The scale "
-            "is not among them: who loads the file computes it from adapter_config.json, and "
+            "is not among them: whoever loads the file computes it from adapter_config.json, and "
             "there to_peft wrote\n    "
             f"{json.dumps(answer.to_peft(config))}\nPEFT has a key for this: see the fields of "
             "peft.LoraConfig."
         )
         if not use_rslora:
             cure = "PEFT computes with alpha / sqrt(rank), for an adapter with use_rslora=False."
-        name = f"What PEFT computes from the file of an adapter with use_rslora={use_rslora}"
+        name = f"what PEFT computes from the file of an adapter with use_rslora={use_rslora}"
         check_close(theirs(x), model(x), name, {cure: with_other_scale(x)})
 
 

@@ -119,7 +119,7 @@ def test_dequantised_values_are_bitsandbytes(answer):
         ),
         "They are the levels, in [-1, 1]: each block is multiplied by its absmax.": ones,
     }
-    check_close(restored, expected, "The dequantised weight", cures, tolerance=1e-6)
+    check_close(restored, expected, "the dequantised weight", cures, tolerance=1e-6)
     check(
         torch.equal(restored, expected),
         "The dequantised weight is right but for the last bit: compute LEVELS[index] * absmax "

@@ -50,7 +50,7 @@ def test_the_gradient_of_x_is_autograds(answer):
         "gradient of x is g W.": g @ weight.values.T,
         "It is g: W is missing.": g,
     }
-    check_close(found, expected, "The gradient of x", cures)
+    check_close(found, expected, "the gradient of x", cures)
 
 
 def test_no_weight_is_kept_between_the_passes(answer):

@@ -42,9 +42,9 @@ def test_the_start_is_the_base(answer):
         "It is 1: m starts as the norms of W, so that m / norm is 1 at the start.": torch.ones(24),
         "It is the norm of all of W.": weight.norm().expand(24),
     }
-    check_close(layer.magnitude, weight.norm(dim=1), "The magnitude at the start", cures)
+    check_close(layer.magnitude, weight.norm(dim=1), "the magnitude at the start", cures)
     x = torch.randn(2, 3, 24)
-    check_close(layer(x), base(x), "The output at the start, where B = 0,")
+    check_close(layer(x), base(x), "the output at the start, where B = 0")
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     expected = {"lora_A.weight", "lora_B.weight", "magnitude"}
     check(trained == expected, f"Trained are {sorted(trained)}, not {sorted(expected)}.")
@@ -77,7 +77,7 @@ def test_the_output_is_pefts(answer):
         ),
         "The scale is missing in W + s B A.": m_over_norm(layer, x, 1.0),
     }
-    check_close(layer(x), theirs(x), "The output", cures)
+    check_close(layer(x), theirs(x), "the output", cures)
 
 
 def m_over_norm(layer: nn.Module, x: Tensor, scale: float) -> Tensor:
@@ -107,4 +107,4 @@ def test_gradients_are_pefts(answer):
                 "It is the gradient of the whole formula. Section 4.3 has the norm as a "
                 "constant: detach it.": through_norm
             }
-        check_close(gradient, wanted, f"The gradient of {name}", cures)
+        check_close(gradient, wanted, f"the gradient of {name}", cures)

@@ -114,7 +114,7 @@ def test_the_rows_have_the_logits_that_they_have_alone(answer):
     shared = answer.share(PREFIX, ROWS)
     _, _, expected = alone()
     found = logits_of(shared)[len(PREFIX) :]
-    check_close(found, expected, "The rows' logits behind the prefix")
+    check_close(found, expected, "the rows' logits behind the prefix")
 
 
 def test_the_loss_is_the_one_of_rows_alone(answer):
@@ -136,7 +136,7 @@ def test_the_loss_is_the_one_of_rows_alone(answer):
             [part.mean() for part in losses(logits, own).split([len(row) for row in ROWS])]
         ).mean(),
     }
-    check_close(found, expected, "The loss", cures)
+    check_close(found, expected, "the loss", cures)
 
 
 def losses(logits: Tensor, own: Tensor) -> Tensor:
@@ -154,4 +154,4 @@ def test_the_gradients_are_those_of_rows_alone(answer):
         # A key's bias has no gradient but for rounding: the softmax does not change with it.
         if wanted.norm() > 1e-4:
             # Measured: 3e-6. The prefix's is a sum over all rows, in another order than alone.
-            check_close(gradient, wanted, f"The gradient of {name}", tolerance=1e-4)
+            check_close(gradient, wanted, f"the gradient of {name}", tolerance=1e-4)
