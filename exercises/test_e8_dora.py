@@ -22,8 +22,12 @@ def gradients(layer: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> list[T
 
 
 def tensors_of(layer: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    a, b = layer.lora_A.weight, layer.lora_B.weight
-    return {"A": a, "B": b, "the magnitude": layer.magnitude, "x": x}
+    return {
+        "A": layer.lora_A.weight,
+        "B": layer.lora_B.weight,
+        "the magnitude": layer.magnitude,
+        "x": x,
+    }
 
 
 def test_the_start_is_the_base(answer):

@@ -86,10 +86,9 @@ def test_a_solution_has_the_names_and_parameters_that_the_exercise_asks_for(name
     ]
     assert asked
     for key in asked:
-        there, here = getattr(exercise, key), getattr(solution, key)
-        assert list(inspect.signature(here).parameters) == list(
-            inspect.signature(there).parameters
-        ), key
+        wanted = inspect.signature(getattr(exercise, key)).parameters
+        found = inspect.signature(getattr(solution, key)).parameters
+        assert list(found) == list(wanted), key
 
 
 @EXERCISE
