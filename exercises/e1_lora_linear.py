@@ -18,7 +18,7 @@ x @ A.T, which is what nn.Linear computes.
 How A is drawn is your choice: the paper has a normal distribution, microsoft/LoRA and PEFT
 have nn.init.kaiming_uniform_(weight, a=math.sqrt(5)). Dropout is left out.
 
-What you should see (python -m doctest exercises/e1_lora_linear.py is silent when it agrees):
+What you should see (python -m doctest -f exercises/e1_lora_linear.py is silent when it agrees):
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
