@@ -109,3 +109,9 @@ def test_what_is_beyond_its_bound_differs(tmp_path, monkeypatch):
     assert run("--out", tmp_path / "report.json") == 1
     assert set(status_of(tmp_path / "report.json").values()) == {"differs"}
     assert selftest.checked("a number", "fp32", float("nan"), 1.0).status == "differs"
+
+
+def test_without_the_reference_libraries_a_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    (line,) = selftest.check_beside_transformers(None, "fp32")
+    assert line.status == "skipped: pip install peft"
