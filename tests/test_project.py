@@ -332,7 +332,6 @@ LEFT = {
     "baseline_SPLIT.jsonl",
     "bench.json",
     "config.json",
-    "confusion.png",
     "loss.png",
     "metrics.jsonl",
     "predictions_SPLIT.jsonl",
@@ -349,6 +348,7 @@ COMMANDS = [
     "-m scripts.plan",
     "-m scripts.push",
     "-m scripts.report",
+    "-m scripts.runs",
 ]
 
 

@@ -378,8 +378,7 @@ def test_flags_that_cost_memory_or_time_may_change_and_the_bits_stay(whole, tmp_
 def test_lines_of_steps_that_are_taken_again_are_dropped(tmp_path, monkeypatch):
     """The last save is of step 5, the last line of step 7."""
     out = tmp_path / "run"
-    more = ["--steps", 9, "--eval-every", 20]
-    monkeypatch.setattr(train, "LOG_EVERY", 7)
+    more = ["--steps", 9, "--eval-every", 20, "--log-every", 7]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt(
             patch, "training_step", 8, lambda: signal.raise_signal(signal.SIGINT)
