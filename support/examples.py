@@ -24,6 +24,7 @@ from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
+    NUMBERS,
     as_word,
     check_meanings,
     refuse_names_in_card,
@@ -170,9 +171,10 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
 
 
 def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
-    """Returns what the rows of a split call the labels 0, 1 and 2: LABELS where they do not say.
+    """Returns what the rows of a split call the labels 0, 1 and 2.
 
-    Of several words for a label it is the most frequent one.
+    Of several words it is the most frequent one. LABELS has it where the rows have numbers, or
+    words that are read without --labels.
     """
     rows, _ = read_split(dataset, split, reading)
     counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
@@ -181,8 +183,8 @@ def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
         if row["label"] not in words or row["written"][0] not in "'\"":  # which repr gives texts
             continue
         word = ast.literal_eval(row["written"])
-        # A number would be taken for the one that the model answers.
-        if not as_word(word).lstrip("-").isdigit():
+        # Another number would be taken for the one that the model answers.
+        if as_word(word) not in NUMBERS and not as_word(word).isdigit():
             words[row["label"]] = word
     return list(words.values())
 
