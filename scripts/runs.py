@@ -31,7 +31,7 @@ HIDDEN = {
     "versions", "commit", "digests", "label_words", "base_parameters", "total_steps",
     "save_every", "log_every", "device",
 }  # fmt: skip
-SHORT = {"learning_rate": "rate", "batch_size": "batch", "accumulate": "acc", "targets": "on"}
+SHORT = {"learning_rate": "rate", "batch_size": "batch", "targets": "on", "loss": "loss on"}
 LONGEST = 24  # letters of a name in the table
 MISSING = "-"
 
@@ -98,23 +98,36 @@ def summary(run: Record) -> dict:
 
 
 def table(runs: list[Record]) -> str:
-    """Returns the settings that all runs have in common, and a line for each run."""
-    columns = {"run": [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]}
+    """Returns the settings that all runs have in common, and a line for each run.
+
+    What is not among the main settings stands last, where a narrow terminal may break the lines.
+    """
     common = []
+    main = []  # columns: (title, a text for each run)
+    others = []
     for name in dict.fromkeys(SETTINGS + tuple(name for run in runs for name in run.args)):
         values = [as_text(run.args.get(name)) for run in runs]
+        title = name.replace("_", " ")
         if name not in HIDDEN and len(set(values)) > 1:
-            columns[SHORT.get(name, name.replace("_", " "))] = values
+            columns = main if name in FIRST else others
+            columns.append((SHORT.get(name, title), values))
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
-            common.append(f"{name.replace('_', ' ')} {values[0]}")
-    columns |= results(runs)
+            common.append(f"{title} {values[0]}")
+    names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
     lines = [textwrap.fill("all: " + ", ".join(common), 79, subsequent_indent="     "), ""]
-    widths = [max(map(len, (title, *values))) for title, values in columns.items()]
-    for first, *others in (columns, *zip(*columns.values())):
+    return "\n".join(lines + aligned([("run", names), *main, *results(runs), *others]))
+
+
+def aligned(columns: list[tuple[str, list[str]]]) -> list[str]:
+    """Returns the lines of a table: titles and rows, the first column at the left."""
+    columns = [(title, *values) for title, values in columns]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *others in zip(*columns):
         cells = [first.ljust(widths[0])]
         cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
         lines.append(" ".join(cells).rstrip())
-    return "\n".join(lines)
+    return lines
 
 
 def as_text(value) -> str:
@@ -127,18 +140,18 @@ def as_text(value) -> str:
     return printable(text.replace("_proj", ""))[-LONGEST:]
 
 
-def results(runs: list[Record]) -> dict[str, list[str]]:
-    """Returns the columns of what was measured, by their titles."""
-    columns = {
-        "trained": [f"{run.trained:,}" if run.trained else MISSING for run in runs],
-        "loss": [f"{mean(run, 'loss'):.3f}" for run in runs],
-    }
+def results(runs: list[Record]) -> list[tuple[str, list[str]]]:
+    """Returns the columns of what was measured: (title, a text for each run)."""
+    columns = [
+        ("trained", [f"{run.trained:,}" if run.trained else MISSING for run in runs]),
+        ("loss", [f"{mean(run, 'loss'):.3f}" for run in runs]),
+    ]
     for split in dict.fromkeys(split for run in runs for split in run.results["finetuned"]):
-        title = split.removeprefix("validation").strip("_") or "accuracy"
-        columns[title[:LONGEST]] = [shares(run.results["finetuned"].get(split)) for run in runs]
-    columns["min"] = [f"{run.seconds / 60:.1f}" if run.seconds else MISSING for run in runs]
-    columns["GiB"] = [f"{run.memory:.2f}" if run.memory else MISSING for run in runs]
-    return columns
+        title = split.removeprefix("validation").strip("_")[:LONGEST] or "accuracy"
+        columns.append((title, [shares(run.results["finetuned"].get(split)) for run in runs]))
+    minutes = [f"{run.seconds / 60:.1f}" if run.seconds else MISSING for run in runs]
+    memory = [f"{run.memory:.2f}" if run.memory else MISSING for run in runs]
+    return [*columns, ("min", minutes), ("GiB", memory)]
 
 
 def shares(result: dict | None) -> str:

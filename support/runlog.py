@@ -28,7 +28,8 @@ from support.stopping import discard_closed_outputs
 
 # How many steps a line is of, by the last step of which that holds
 LOG_EVERY = {10: 1, 100: 10, math.inf: 50}
-# Of the time of a run, what its page may take while it grows. Drawn anew it takes half a second.
+# Of the time of a run, what its page may take while it grows. Each time it takes 0.3 seconds of a
+# CPU, and 0.8 with the 19,647 validation rows of MNLI.
 PAGE_SHARE = 0.01
 PAGE_AFTER = 10  # seconds: a run that ends before has its page at its end alone
 
