@@ -187,6 +187,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Evaluate what the steps so far have taught, where it is time for it. Here, and
         # not at the end of a turn: a run that was killed in an evaluation repeats it.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
+            log.stop_clock()
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
             log.start_clock()

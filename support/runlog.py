@@ -48,7 +48,8 @@ class RunLog:
         self.peak_memory = None  # of training above that of the empty process, in GiB
         self.memory_before = machine.peak_memory(device, reset=True)  # bytes
         self.started = time.perf_counter()  # of this process, not of a run that it resumes
-        self.clock = self.started  # when the steps since the last report began
+        self.clock = self.started  # when training began, or began again after an evaluation
+        self.seconds = 0.0  # of training since the last line, before the clock was stopped
         self.page_due = self.started + PAGE_AFTER
         self.file = None  # metrics.jsonl
         self.evaluated = set()  # the steps whose evaluation was in it when it was opened
@@ -133,6 +134,10 @@ class RunLog:
             steps, "training", total, initial=steps.start, unit="step", disable=disable
         )
 
+    def stop_clock(self) -> None:
+        """Counts the time until now as training's. What follows is an evaluation."""
+        self.seconds += time.perf_counter() - self.clock
+
     def start_clock(self) -> None:
         """Starts to measure speed and memory again, after an evaluation."""
         self.update_page()
@@ -161,7 +166,8 @@ class RunLog:
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
-        seconds = time.perf_counter() - self.clock
+        self.stop_clock()
+        seconds = self.seconds
         # A mean over steps: the loss of one says more about its rows than about the model.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
@@ -184,6 +190,7 @@ class RunLog:
             f"grad {grad_norm:.3f}  {rows_per_second:.0f} examples/s"
         )
         progress.start_line()
+        self.seconds = 0.0
         self.update_page()
         self.clock = time.perf_counter()
 

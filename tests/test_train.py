@@ -1,11 +1,13 @@
 """train.py: what a run does, what it leaves, and that it trains what it says."""
 
+import io
 import itertools
 import json
 import math
 import re
 import shutil
 import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -346,6 +348,23 @@ def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(t
     steps = data.rows_of_steps(load_examples("tiny/data", "train", 6), size=4, seed=0)
     losses = [loss_by_hand(model, next(steps), "answer") for _ in range(2)]  # of 4 rows, and of 2
     assert reported == [pytest.approx(sum(losses) / 2, rel=1e-5)]
+
+
+def test_an_evaluation_takes_no_part_of_a_lines_time_and_none_of_it_is_lost(tmp_path):
+    log = runlog.RunLog(Namespace(out=tmp_path), None, torch.device("cpu"))
+    log.file = io.StringIO()
+    started = time.perf_counter()
+    log.start_clock()
+    time.sleep(0.05)  # training
+    log.stop_clock()
+    time.sleep(0.2)  # an evaluation
+    log.start_clock()
+    time.sleep(0.05)  # training
+    log.write_training(resume.Progress(step=20, logged=10, rows=40), 1e-3, 1.0)
+    whole = time.perf_counter() - started
+    line = json.loads(log.file.getvalue())
+    assert 0.1 <= line["seconds"] <= whole - 0.2
+    assert line["examples_per_second"] == pytest.approx(40 / line["seconds"])
 
 
 # -----------------------------------------------------------------------------
