@@ -58,10 +58,13 @@ def read_runs(folders: list[Path]) -> list[Record]:
             if not run.is_finished:
                 steps = f" of {run.steps:,}" if run.steps else ""
                 raise ValueError(f"{folder} is not finished: step {run.step:,}{steps}")
-            summary(run)  # raises for statistics of another program
+            summary(run)
             runs.append(run)
-        except (ValueError, OSError, KeyError, TypeError) as error:
+        except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
+        except (KeyError, TypeError, AttributeError):  # statistics of another form
+            reason = "its results.json is not as train.py writes it"
+            print(printable(f"left out: {folder}: {reason}"), file=sys.stderr)
     if not runs:
         raise ValueError("there is no finished run to compare")
     return sorted(runs, key=accuracy, reverse=True)
@@ -114,8 +117,11 @@ def table(runs: list[Record]) -> str:
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
             common.append(f"{title} {values[0]}")
     names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
-    lines = [textwrap.fill("all: " + ", ".join(common), 79, subsequent_indent="     "), ""]
-    return "\n".join(lines + aligned([("run", names), *main, *results(runs), *others]))
+    above = textwrap.fill(
+        "all: " + ", ".join(common), 79, subsequent_indent="     ", break_on_hyphens=False
+    )
+    lines = aligned([("run", names), *main, *results(runs), *others])
+    return "\n".join([above, "", *lines])
 
 
 def aligned(columns: list[tuple[str, list[str]]]) -> list[str]:

@@ -395,7 +395,13 @@ def test_runs_as_json(two, capsys):
 
 
 def test_no_finished_run_is_one_line(copy, capsys):
-    (copy / "results.json").unlink()
-    with pytest.raises(SystemExit, match="error: there is no finished run to compare"):
-        in_process(runs, copy)
-    assert capsys.readouterr().err == f"left out: {copy} is not finished: step 60 of 60\n"
+    reason = ": its results.json is not as train.py writes it"
+    for results in ('{"finetuned": {"validation": {}}}', '{"finetuned": 1}', None):
+        if results is None:
+            (copy / "results.json").unlink()
+            reason = " is not finished: step 60 of 60"
+        else:
+            (copy / "results.json").write_text(results)
+        with pytest.raises(SystemExit, match="error: there is no finished run to compare"):
+            in_process(runs, copy)
+        assert capsys.readouterr().err == f"left out: {copy}{reason}\n"
