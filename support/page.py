@@ -122,7 +122,7 @@ def progress(run: Record) -> str | None:
     text = f"Step {run.step:,}"
     if run.steps:
         text += f" of {run.steps:,}"
-    losses = [entry["loss"] for entry in run.entries if "loss" in entry]
+    losses = [entry["loss"] for entry in run.entries if entry.get("loss") is not None]
     if losses:
         text += f", training loss {losses[-1]:.3g}"
     evaluated = [entry for entry in run.entries if "loss" not in entry and entry["step"] > 0]

@@ -94,8 +94,8 @@ def draw_runs(runs: dict[str, list[dict]], *paths: Path) -> None:
 
 
 def plot(axis, entries: list[dict], key: str, label: str, **style) -> None:
-    """Draws a line through those entries that have the key."""
-    shown = [entry for entry in entries if key in entry]
+    """Draws a line through those entries that have a number for the key."""
+    shown = [entry for entry in entries if entry.get(key) is not None]
     steps = [entry["step"] for entry in shown]
     axis.plot(steps, [entry[key] for entry in shown], label=label[-NAME_LENGTH:], **style)
 

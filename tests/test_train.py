@@ -351,7 +351,7 @@ def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(t
 
 
 def test_an_evaluation_takes_no_part_of_a_lines_time_and_none_of_it_is_lost(tmp_path):
-    log = runlog.RunLog(Namespace(out=tmp_path), None, torch.device("cpu"))
+    log = runlog.RunLog(Namespace(out=tmp_path, dtype="bf16"), None, torch.device("cpu"))
     log.file = io.StringIO()
     started = time.perf_counter()
     log.start_clock()
