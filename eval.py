@@ -394,9 +394,11 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
         print(f"the pair was cut to --max-length {args.max_length}")
     if "completion" in found:
         print(f"completion: {found['completion']!r}")
+    words = words_of(args)
+    width = max(map(len, words)) + 1
     for label, share in enumerate(found["scores"]):
         mark = "  <-" if share == max(found["scores"]) else ""
-        print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
+        print(f"{label} {words[label]:{width}} {share:.4f}{mark}")
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
@@ -405,9 +407,18 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError("--dataset - reads standard input, which is closed")
     # Standard output is for answers alone.
     model, tokenizer = load(args, device, output=sys.stderr)
+    words = dict(enumerate(words_of(args)))
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, args)):
-            print(printable(json.dumps(pair | found, ensure_ascii=False)))
+            # None where the model has written another number than 0, 1 and 2, or none.
+            word = {"answer": words.get(found["prediction"])}
+            print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """Returns what the rows that the adapter was trained on call the labels 0, 1 and 2."""
+    words = args.origin.words if args.origin else LABELS
+    return [printable(word) for word in words]
 
 
 def answer_pairs(

@@ -56,9 +56,6 @@ from support import (
 from support.runlog import RunLog
 from support.stopping import StopRequest
 
-LOG_EVERY = 50  # steps between lines
-
-
 # -----------------------------------------------------------------------------
 # One step
 
@@ -190,6 +187,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Evaluate what the steps so far have taught, where it is time for it. Here, and
         # not at the end of a turn: a run that was killed in an evaluation repeats it.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
+            log.stop_clock()
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
             log.start_clock()
@@ -207,7 +205,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
         # Report, save, stop, where it is time for it.
         is_last = progress.step == steps
-        if progress.step % LOG_EVERY == 0 or is_last:
+        if log.is_due(progress.step) or is_last:
             log.write_training(progress, rate, grad_norm)
         # Saved before an evaluation too: it takes long, and a kill in it loses no step.
         evaluates_next = is_evaluated(progress.step, steps, args)
@@ -255,6 +253,7 @@ class Inputs:
     """What the arguments of a run name, read and checked."""
 
     directory: Path  # of the base model
+    num_parameters: int  # of the base
     tokenizer: Tokenizer
     lora: lora.LoRAConfig
     reading: examples.Reading  # how the dataset's files are read
@@ -275,7 +274,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
-    lora.match_targets(phi2.build(directory), config.targets)  # raises for a wrong target
+    base = phi2.build(directory)  # without its weights: names and shapes
+    lora.match_targets(base, config.targets)  # raises for a wrong target
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     data.check_max_length(tokenizer, args.max_length)
 
@@ -291,7 +291,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
-    return Inputs(directory, tokenizer, config, reading, train_rows, validation, protocol)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    return Inputs(
+        directory, num_parameters, tokenizer, config, reading, train_rows, validation, protocol
+    )
 
 
 def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
@@ -304,8 +307,13 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
         split: examples.digest_split(args.dataset, split, inputs.reading)
         for split in ("train", *inputs.validation)
     }
+    # What report.html and eval.py show beside the arguments
+    shown = {
+        "base_parameters": inputs.num_parameters,
+        "label_words": examples.label_words(args.dataset, "train", inputs.reading),
+    }
     return resume.State(
-        arguments=cli.as_json(args) | {"digests": digests},
+        arguments=cli.as_json(args) | {"digests": digests} | shown,
         steps=steps,
         train_rows=len(inputs.train),
         rows_per_step=rows_per_step,

@@ -53,7 +53,7 @@ FREE = (
     # where the model and the rows are now; digests tell whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "keep_best", "save_every",
+    "steps", "epochs", "eval_every", "log_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",

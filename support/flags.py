@@ -239,6 +239,9 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     add("--eval-limit", type=count,
         help="evaluate on the first so many rows of each validation split (default: all)")
     add("--eval-every", type=count, help="also evaluate every so many steps")
+    add("--log-every", type=count,
+        help="report the loss every so many steps (default: each of the first 10, every tenth to "
+        "100, then every 50)")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter of the best accuracy in RUN/best/")
     add("--max-new-tokens", type=new_tokens, default=32,
