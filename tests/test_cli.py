@@ -86,7 +86,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
         ("train.py", "--validation", "1", "must be a number below 1, not 1"),
         ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
-        ("train.py", "--dtype", "fp16", "fp16 ends at 65,504, and the attention of phi-2 goes"),
+        ("train.py", "--dtype", "half", "invalid choice: 'half' (choose from bf16, fp16, fp32)"),
         ("train.py", "--steps", "1" + 20 * "0", "must be a whole number of at most 2,147"),
         ("train.py", "--batch-size", "1" + 18 * "0", "must be a whole number of at most 2,147"),
         ("train.py", "--rank", "100000000", "must be a whole number of at most 10,240, not 1"),
