@@ -52,7 +52,7 @@ from support import (
 from support.labels import LABELS
 from support.letters import printable
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[
     if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
             "the model's logits are not finite: its numbers or the adapter's are too large, "
-            "as after a training with too high a --learning-rate"
+            "as after a training with too high a --learning-rate, or for --dtype fp16"
         )
     # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
     return [[float(f"{score:.9g}") for score in row] for row in scores]
@@ -303,8 +303,8 @@ def load_model(
     """Loads the base: three of the four lines that are this project.
 
     The fourth, lora.inject(model, config), comes after it: adapters are put around
-    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16"
-    or "fp32". With `keep` the dequantised weights are stored beside the indices too.
+    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is one of
+    DTYPES. With `keep` the dequantised weights are stored beside the indices too.
     None does so where a GPU has free memory of four times their size, because training
     needs memory as well.
     """

@@ -48,6 +48,7 @@ from support import (
     examples,
     files,
     fingerprint,
+    loss_scale,
     metrics,
     packing,
     processes,
@@ -63,6 +64,7 @@ from support.stopping import StopRequest
 def training_step(
     model: phi2.Phi2,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     batches: list[data.Batch],
     num_predicted: float,
     max_grad_norm: float,
@@ -77,17 +79,22 @@ def training_step(
     each batch is divided by it, so the sum is the mean over all of them, however rows
     fall into batches. (A mean of the batches' means would give an id in a short batch
     more weight.)
+
+    In fp16 `scaler` keeps small gradients from becoming 0, and leaves out a step whose
+    gradients overflow (support/loss_scale.py). Otherwise it does nothing.
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
     for batch in batches:
         part = batch_loss(model, batch) / num_predicted
-        part.backward()  # adds to the gradients of the batches before
+        scaler.scale(part).backward()  # adds to the gradients of the batches before
         loss += part.detach()
     # Summed over all processes. The sum is the gradient of the mean: see num_predicted.
     processes.add_gradients(parameters)
+    scaler.unscale_(optimizer)  # after the sum: if it overflows, all processes see it
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     return loss, grad_norm
 
@@ -170,16 +177,18 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     # ---- The adapters, all that is trained: inject -------------------------------------------
     adapter, optimizer = add_adapters(args, model, inputs.lora, log)
+    scaler = loss_scale.new_scaler(args.dtype, device)
     if saved is None:
-        save(args, model, inputs, optimizer, log)  # whatever stops the run, it can be resumed
+        # Whatever stops the run, it can be resumed.
+        save(args, model, inputs, optimizer, scaler, log)
     else:
-        saved.restore(adapter, optimizer, processes.NUMBER, device)
+        saved.restore(adapter, optimizer, scaler, processes.NUMBER, device)
         log.open()  # only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
 
     # ---- Training ----------------------------------------------------------------------------
     model.train()
-    feed = Feed(args, inputs, state, device)
+    feed = Feed(args, inputs, state, scaler, device)
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
@@ -195,8 +204,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Loss, gradients and AdamW. A GPU may still compute when this returns.
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
+        batches = feed.current.batches
         loss, grad_norm = training_step(
-            model, optimizer, feed.current.batches, feed.num_predicted, args.max_grad_norm
+            model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
         )
         # Meanwhile the next rows are prepared. Then the numbers of this step are read:
         # its loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was
@@ -210,7 +220,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Saved before an evaluation too: it takes long, and a kill in it loses no step.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
-            save(args, model, inputs, optimizer, log)
+            save(args, model, inputs, optimizer, scaler, log)
         if stops:
             bar.close()
             log.say(
@@ -268,6 +278,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     What they leave open is filled in: the commits on the Hub, and the base's own dropout.
     Raises ValueError for what does not fit together, before the model is loaded.
     """
+    loss_scale.check_same(args.dtype)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
@@ -383,6 +394,7 @@ def save(
     model: phi2.Phi2,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     log: RunLog,
 ) -> None:
     """Writes the adapter, and all that a resume needs."""
@@ -390,6 +402,7 @@ def save(
     if not processes.IS_FIRST:
         return
     log.forget_results()
+    log.state.scaler = scaler.state_dict()
     # All files of a save are written first, and then put in their places.
     with files.replacing_files(args.out) as folder:
         lora.save_adapter(model, inputs.lora, folder, args.model)
@@ -428,11 +441,17 @@ class Feed:
     """
 
     def __init__(
-        self, args: argparse.Namespace, inputs: Inputs, state: resume.State, device: torch.device
+        self,
+        args: argparse.Namespace,
+        inputs: Inputs,
+        state: resume.State,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
     ):
         self.args = args
         self.tokenizer = inputs.tokenizer
         self.progress = state.progress
+        self.scaler = scaler
         self.device = device
         # The order of rows is a function of seed and step: a resumed run sees those it
         # would have.
@@ -456,8 +475,8 @@ class Feed:
         """Counts the step that was taken, and goes on to the next one.
 
         Returns its gradient's norm, and whether a process was asked to stop. Raises
-        ValueError where the norm is not finite: the step has spoiled every weight of
-        the adapter.
+        ValueError where loss or norm are not finite: the step has spoiled every weight of
+        the adapter. (In fp16 the norm may be: then the step was skipped, and counts.)
         """
         taken = self.current
         self.current = self.next_step()
@@ -470,14 +489,15 @@ class Feed:
             bool(stop),
             count_predicted(self.current.batches),
         )
-        if not math.isfinite(grad_norm):
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not is_finite and not loss_scale.is_overflow(self.scaler, loss):
             numbers = sorted(row["row"] for row in taken.rows)
             raise ValueError(
                 f"step {self.progress.step + 1}: the loss is {loss:.4g}, the norm of its "
                 f"gradient {grad_norm:.4g}, with the rows {numbers} of train; "
-                f"{self.args.out} keeps the last save"
+                f"{self.args.out} keeps the last save{loss_scale.hint(self.scaler)}"
             )
-        self.progress.add(loss, len(taken.rows), int(tokens), int(cut))
+        self.progress.add(loss, len(taken.rows), int(tokens), int(cut), not is_finite)
         return grad_norm, bool(stops)
 
 

@@ -1,9 +1,9 @@
 """What a run reports: on the console, in metrics.jsonl, and to Weights & Biases.
 
 A line of metrics.jsonl is a JSON object with "step". A line of training also has loss,
-learning_rate, grad_norm, seconds, examples_per_second, tokens_per_second and peak_memory_gib; a
-line of an evaluation has SPLIT_accuracy and SPLIT_loss for each split. What a line of training
-says is of the steps since the one before.
+learning_rate, grad_norm, seconds, examples_per_second, tokens_per_second and peak_memory_gib, in
+fp16 skipped_steps too; a line of an evaluation has SPLIT_accuracy and SPLIT_loss for each split.
+What a line of training says is of the steps since the one before.
 """
 
 import argparse
@@ -175,20 +175,26 @@ class RunLog:
         if self.memory_before is not None:
             peak = (machine.peak_memory(self.device) - self.memory_before) / 2**30
             self.peak_memory = max(peak, self.peak_memory or 0)
-        self.write(
-            progress.step,
-            loss=loss,
-            learning_rate=rate,
-            grad_norm=grad_norm,
-            seconds=seconds,
-            examples_per_second=rows_per_second,
-            tokens_per_second=progress.tokens / seconds,
-            peak_memory_gib=self.peak_memory,
-        )
-        self.say(
+        values = {
+            "loss": loss,
+            "learning_rate": rate,
+            # JSON has no number for that of a step which was skipped.
+            "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
+            "seconds": seconds,
+            "examples_per_second": rows_per_second,
+            "tokens_per_second": progress.tokens / seconds,
+            "peak_memory_gib": self.peak_memory,
+        }
+        text = (
             f"step {progress.step:6,}  loss {loss:.4f}  lr {rate:.2e}  "
             f"grad {grad_norm:.3f}  {rows_per_second:.0f} examples/s"
         )
+        if self.args.dtype == "fp16":
+            values["skipped_steps"] = progress.skipped
+        if progress.skipped:
+            text += f"  ({progress.skipped} skipped: a gradient overflowed in fp16)"
+        self.write(progress.step, **values)
+        self.say(text)
         progress.start_line()
         self.seconds = 0.0
         self.update_page()

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import files, resume, runlog
+from support import files, loss_scale, resume, runlog
 from support.examples import load_examples
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
@@ -320,7 +320,8 @@ def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
     inputs = Namespace(train=rows, tokenizer=tokenizer)
     progress = resume.Progress(step=2)
     state = Namespace(rows_per_step=4, steps=5, progress=progress)
-    feed = train.Feed(args, inputs, state, torch.device("cpu"))
+    device = torch.device("cpu")
+    feed = train.Feed(args, inputs, state, loss_scale.new_scaler("fp32", device), device)
     expected = itertools.islice(data.rows_of_steps(rows, size=4, seed=0), 2, 5)
     taken = 0
     for number, step in enumerate(expected, 1):

@@ -369,6 +369,7 @@ def install(gpu: FakeGpu) -> None:
         "get_rng_state": lambda device=None: random_state.clone(),
         "set_rng_state": lambda state, device=None: None,
         "manual_seed_all": lambda seed: None,
+        "get_device_capability": lambda device=None: (9, 0),
         "get_device_name": lambda device=None: "no GPU",
         "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
         "max_memory_allocated": lambda device=None: gpu.bytes.most,
