@@ -48,6 +48,7 @@ from support import (
     examples,
     files,
     fingerprint,
+    full_memory,
     loss_scale,
     metrics,
     packing,
@@ -205,9 +206,10 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
         batches = feed.current.batches
-        loss, grad_norm = training_step(
-            model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
-        )
+        with full_memory.explained(full_memory.about_a_step, args, model):
+            loss, grad_norm = training_step(
+                model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
+            )
         # Meanwhile the next rows are prepared. Then the numbers of this step are read:
         # its loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was
         # pressed. progress.step is step + 1 from here on.
@@ -546,7 +548,7 @@ def evaluate(
     """
     results = {}
     predictions = {}
-    with log.resumable():
+    with log.resumable(), full_memory.explained(full_memory.about_a_step, args, model):
         for split, pairs in inputs.validation.items():
             results[split], predictions[split] = evaluation.evaluate(
                 model, inputs.tokenizer, pairs, inputs.protocol, f"{title}, {split}"

@@ -267,7 +267,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
         "probabilities of the three answers")
     add("--max-new-tokens", type=new_tokens, default=32,
         help="tokens written to each prompt in mode generate, at most")
-    add("--batch-size", type=count, default=64, help="prompts in memory at once")
+    add("--batch-size", type=count, default=64,
+        help="prompts in memory at once; half as many where so many do not fit")
     # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.
     add("--force", action="store_true",
         help="use an adapter of another prompt, tokenizer, base or quantisation too")
