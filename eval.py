@@ -345,7 +345,7 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
     if keep:
         quant.keep_dequantized(model)
     elif torch.device(device).type != "cpu":
-        model.model.checkpointing = "attention"
+        model.model.recomputes_attention = True
 
 
 def fingerprint_of(

@@ -109,7 +109,8 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """
     device = model.lm_head.weight.device
     # phi2.MaskedRows(batch.lengths, batch.prefix_length) gives the same loss, more slowly.
-    recomputes = model.model.checkpointing == "attention"
+    # Where a whole block is computed again, its attention is too.
+    recomputes = model.model.recomputes_attention and not model.model.recomputes_blocks
     layout = packing.PackedRows(
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
     )
@@ -358,8 +359,7 @@ def load_base(
     model = evaluation.load_model(
         inputs.directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
+    model.model.recomputes_blocks = args.checkpointing
     model.uses_graphs = args.graphs
     set_residual_dropout(model, args.residual_dropout)
     return model

@@ -341,6 +341,15 @@ def test_what_is_off_already_is_not_named(tiny):
     assert f"--resume {Path('out/x')} --checkpointing, or a new run with --batch-size 1 " in text
     assert "--accumulate 21 or" in text
 
+    # On a GPU, without NF4: attention is stored until --no-keep-dequantized.
+    args = Namespace(**vars(args) | {"device": "cuda"})
+    plain = phi2.build(tiny)
+    resumed, _ = full_memory.flags_of_a_step(args, plain)
+    assert resumed == ["--no-keep-dequantized", "--checkpointing"]
+    plain.model.recomputes_attention = True
+    resumed, _ = full_memory.flags_of_a_step(args, plain)
+    assert resumed == ["--checkpointing"]
+
 
 def test_an_adapter_keeps_its_quantisation(tiny):
     model = phi2.build(tiny)
