@@ -29,7 +29,8 @@ PROMPT = (
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-# "You are given ... ### Premise:", which all prompts share, and what follows a premise.
+# "You are given ... ### Premise:", which all prompts share, and what follows a premise. The
+# space between belongs to the premise: in this tokenizer a word's token begins with its space.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
 EOS = "<|endoftext|>"
 # The form of a number in what a model writes: 1 or 1.5 or 1,000.
@@ -152,9 +153,9 @@ def parse(completion: str) -> int:
 def is_settled(completion: str) -> bool:
     """Returns True when nothing that could follow would change what `parse` reads.
 
-    That is so once a character after the first number has ended it. A comma may still
-    be part of "1,000", and U+FFFD stands for a character whose bytes are not complete.
-    In doubt it is False: then a token too many is written.
+    That is so once a character after the first number has ended it: "1 " and "1." are
+    settled. "1", "1," and "1,00" are not, which may go on to "1,000"; nor is a number
+    before U+FFFD, which stands for a character whose bytes are not complete.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -173,7 +174,7 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
     It never ends. Within a step the shortest come first. Each epoch is a permutation
     that is drawn from (seed, epoch) alone. So step n depends on nothing that came
     before, and a run can resume at any n. An epoch takes each row once; its last step
-    has what is left. Each example has its number in `row`.
+    has what is left. Each example has its index among `examples` in `row`.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -185,7 +186,7 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
             order = torch.randperm(len(examples), generator=generator)
             order_epoch = epoch
         chosen = order[place * size : (place + 1) * size].tolist()
-        rows = [examples[row] | {"row": row} for row in chosen]
+        rows = [examples[index] | {"row": index} for index in chosen]
         # By length, so that the batches of one step hold rows of similar length.
         rows.sort(key=lambda example: len(example["premise"]) + len(example["hypothesis"]))
         yield rows
@@ -252,7 +253,7 @@ def collate(
     ids = whole[0][:prefix_length] + flat(rows)
     if loss == "answer":
         next_ids = [answer for _, answer in encoded]
-        last = 2  # the prompt's last token predicts the label, and that the end of text
+        last = 2  # the prompt's last token predicts the label, and the label the end of text
     else:
         next_ids = [sequence[1:] for sequence in whole]  # each token predicts the next one
         last = None

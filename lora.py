@@ -4,7 +4,7 @@ The first of six files, to be read in the order lora, quant, phi2, data, eval, t
 six together are QLoRA, of which four lines are the heart:
 
     model = phi2.build(name)                  # shapes without numbers
-    quant.quantize_linears(model)             # W becomes W in 4 bits, still without numbers
+    quant.quantize_linears(model)             # each nn.Linear becomes an empty 4-bit layer
     phi2.load_weights(model, name, device)    # weights arrive, and are quantised
     lora.inject(model, config)                # W x becomes W x + (alpha / rank) B A x
 
@@ -40,7 +40,7 @@ loads it. Left out: DoRA (which also learns the norm of each of W's rows), rsLoR
 / sqrt(rank)), trained biases, adapters on embeddings or on the head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
-    lora.inject(model, config)  # W x becomes W x + (alpha / rank) B A x
+    lora.inject(model, config)
     optimizer = torch.optim.AdamW(lora.lora_parameters(model).values(), lr=2e-4)
     model.train()  # dropout is on
     ...
@@ -92,8 +92,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has drawn A already. PEFT draws it again: the same seed gives its A.
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))  # +- 1 / sqrt(in)
+        # nn.Linear has drawn A already. PEFT too draws it twice, so a seed gives A as in PEFT:
+        # uniform within +- 1 / sqrt(in), where the paper's is normal.
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
         weight = base_layer.weight
@@ -105,8 +106,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        # Two thin products, through `rank` numbers a token, which are scaled because they are
-        # few. B A itself would be as large as W.
+        # Two thin products, through `rank` numbers a token; there are fewest numbers to scale
+        # between the two. B A itself is never formed: it would be as large as W.
         down = self.lora_dropout(x) @ a.T  # (..., rank)
         return self.base_layer(x) + (self.scale * down) @ b.T
 
@@ -142,13 +143,12 @@ class LoRAConfig:
     rank: the width of the bottleneck, and the rank of the learned correction. The
         number of parameters grows in proportion to it. The paper's section 7.2 finds
         that 1 to 8 is enough on q and v, for its models and tasks.
-    alpha: the correction is multiplied by alpha / rank (section 4.1), so that a higher rank,
-        whose B A sums more terms, needs no other learning rate. But at the same alpha it
-        also has a smaller factor: two things change at once. To compare
-        ranks at one factor, set alpha in proportion, such as 2 * rank; the best learning
-        rate may differ all the same.
+    alpha: the correction is multiplied by alpha / rank (section 4.1). The division is
+        meant to spare a new learning rate for each rank, since B A of a higher rank sums
+        more terms. It also means that a higher rank alone has a smaller factor. To change
+        the rank and not the factor, set alpha in proportion, such as 2 * rank.
     dropout: the probability with which each of the adapter's inputs is set to zero in
-        training. The base always sees all of its input.
+        training. W's own input is whole.
     targets: which linear layers get an adapter. A tuple of names, ("q_proj", "v_proj");
         or the text "all-linear": all but the head, lm_head; or any other text as a
         regular expression for a whole path, ".*mlp.fc[12]". The paper adapts q and v
@@ -419,7 +419,7 @@ def load_adapter(
         config = read_config(directory)
     file = Path(directory) / "adapter_model.safetensors"
     tensors = load_file(file)
-    # Like PEFT content with one target that matches; each tensor must have a place.
+    # As in PEFT, a target may match nothing. check_tensors is stricter: every tensor must fit.
     inject(model, config, every_target_must_match=False)
     parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)

@@ -20,6 +20,7 @@ import copy
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Set
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
@@ -109,17 +110,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout(Protocol):
-    """Where N tokens stand, and what each of them sees. A row is one tokenised text.
+    """Where N tokens stand, and what each of them sees.
 
-    Every token gives a key and a value, for others to see. It has a query only where its own
-    output is wanted: in the last block these are the tokens whose logits are wanted, in all
-    others it is every token.
+    A row is one tokenised text, without the prefix where rows share one. Every token gives
+    a key and a value, for others to see. It has a query only where its own output is wanted:
+    in the last block these are the tokens whose logits are wanted, in all others it is
+    every token.
     """
 
-    positions: Tensor  # (N,) the place of each token in its text
+    positions: Tensor  # (N,) the place of each token in its text, prefix included
 
     def only_last(self, count: int) -> "Layout":
-        """Returns the same rows, of which only the last `count` tokens each have a query."""
+        """Returns the same rows, where only the last `count` tokens of each have a query."""
 
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns x (N, ...) of the tokens that have a query, (queries, ...)."""
@@ -166,12 +168,13 @@ class MaskedRows:
         is_not_later = positions <= positions[:, None]
         self.mask = (is_visible & is_not_later).to(device)
         self.positions = positions.to(device)
-        self.ends = prefix_length + torch.tensor(lengths).cumsum(0)  # of the rows
+        self.ends = prefix_length + torch.tensor(lengths, device=device).cumsum(0)  # of the rows
         self.queries = slice(None)  # which tokens have a query
 
     def only_last(self, count: int) -> "MaskedRows":
         narrowed = copy.copy(self)
-        narrowed.queries = (self.ends[:, None] + torch.arange(-count, 0)).flatten()
+        back = torch.arange(-count, 0, device=self.ends.device)
+        narrowed.queries = (self.ends[:, None] + back).flatten()
         return narrowed
 
     def select_queries(self, x: Tensor) -> Tensor:
@@ -231,7 +234,8 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order, transformers'. On a GPU: see `fused`.
+    # In bf16 the last bit depends on the order, which is that of transformers. On a GPU this is
+    # compiled: see `fused`.
     return attended + transformed + x
 
 
@@ -283,6 +287,7 @@ class PhiModel(nn.Module):
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.checkpointing == "blocks" and torch.is_grad_enabled():
+                # True would give no gradients: the first x, of a frozen embedding, has none.
                 x = recompute(block, x, cos, sin, layout, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layout)
@@ -295,7 +300,8 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        self.uses_graphs = True  # whether generation on a GPU may use CUDA graphs
+        # Whether generation on a GPU may use CUDA graphs: for support/packing.py's Decoder.
+        self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
 
@@ -330,7 +336,7 @@ def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
 # -----------------------------------------------------------------------------
 # On a GPU: one kernel for the rotation, and one for the sum of the branches
 
-HAS_TRITON = find_spec("triton") is not None
+CAN_COMPILE = find_spec("triton") is not None  # until it has failed once
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -339,22 +345,30 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     Each step alone would read and write all of its tensors. torch.compile writes the
     kernel, and that of the backward pass, at the first call, which takes seconds; the
     number of tokens may change later. It needs Triton, which torch brings with it for
-    CUDA on Linux, and a C compiler.
+    CUDA on Linux, a C compiler and Python.h; without these a line says so, and all runs
+    as it is written.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        # Where it fails, for want of a compiler or on an old GPU, it warns, and the
-        # function runs as it is written. (The setting holds for the whole process.)
-        torch._dynamo.config.suppress_errors = True
         # Each step rounds as it does alone: in bf16 a sum of three is rounded twice.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, dynamic=True, options=options)
 
     @functools.wraps(function)
     def run(*tensors: Tensor) -> Tensor:
-        if tensors[0].is_cuda and HAS_TRITON:
-            return compiled()(*tensors)
+        global CAN_COMPILE
+        if tensors[0].is_cuda and CAN_COMPILE:
+            try:
+                return compiled()(*tensors)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                CAN_COMPILE = False  # from now on all of them run as they are written
+                reason = str(error).partition("\n")[0]
+                warnings.warn(
+                    "slower without torch.compile, which needs a C compiler and Python.h: "
+                    + reason,
+                    stacklevel=2,
+                )
         return function(*tensors)
 
     return run
@@ -422,7 +436,8 @@ def load_weights(
             if "weight.absmax" in tensors and type(layer) is nn.Linear:
                 raise ValueError("it is in NF4, which --quant nf4 reads")
             layer.load_state_dict(tensors, assign=True)
-        except torch.OutOfMemoryError:  # a RuntimeError too, and not the checkpoint's fault
+        # RuntimeErrors too, of a GPU, and not the checkpoint's fault.
+        except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         # Such as a shape that is not config.json's, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:

@@ -44,14 +44,15 @@ from torch import Tensor, nn
 # that were pruned or padded. The others, scaled to [-1, 1], are
 #   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
 #   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
-# The outermost share p cannot be 1, because Q(1) is infinite. It is the mean of 1 - 1/30 and
-# 1 - 1/32, which stop half a step short of 1 for 15 steps and for 16: p = 0.9677.
+# The outermost share p cannot be 1, because Q(1) is infinite. The paper stops half a step short
+# of it: a step is 1/15 of the way from 0 to 1 for one sign and 1/16 for the other, so p is the
+# mean of 1 - 1/30 and 1 - 1/32, which is 0.9677.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 )
 BLOCK = 64  # weights that share one absmax
-NESTED_BLOCK = 256  # absmax values that share one scale, under double quantisation
+NESTED_BLOCK = 256  # absmax values that share one nested_absmax, under double quantisation
 
 
 # -----------------------------------------------------------------------------
@@ -81,10 +82,10 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """Returns the weight of this shape that the packed indices stand for."""
-    pairs = packed.flatten()
-    indices = torch.stack((pairs >> 4, pairs & 15), dim=1)  # the first in the high half
-    levels = LEVELS.to(packed.device)[indices.long()]
-    values = levels.reshape(-1, BLOCK) * absmax[:, None]
+    two = packed.flatten()  # two indices in each byte
+    indices = torch.stack((two >> 4, two & 15), dim=1)  # the first is in the high half
+    scaled = LEVELS.to(packed.device)[indices.long()]  # within [-1, 1]
+    values = scaled.reshape(-1, BLOCK) * absmax[:, None]
     return values.reshape(shape).to(dtype)
 
 
@@ -105,15 +106,15 @@ class NF4Linear(nn.Module):
         weight: (numel / 2, 1) uint8, two indices to a byte.
         absmax: (numel / 64,) fp32.
     With `double_quant` absmax is quantised too, as a weight is, but to 256 levels in
-    blocks of 256. Its value is levels[absmax] * nested_absmax[block] + offset, for the
-    fp32 levels that `nested_levels` returns.
-        absmax: (numel / 64,) uint8.
+    blocks of 256, and the buffer holds its indices. The value of absmax is
+    levels[index] * nested_absmax[block] + offset, for the levels of `nested_levels`.
+        absmax: (numel / 64,) uint8, indices.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    dtype: of the dequantised weight, and so of inputs. Loading sets it to that of the
-        bias, or without a bias to that of a floating-point weight. After loading
-        indices into a layer without a bias set it by hand.
+    dtype: of the dequantised weight, and so of inputs. Loading sets it to the dtype of
+        the bias. Without a bias it is that of the floating-point weight; set it by hand
+        where indices were loaded.
 
     Do not call `layer.to(dtype)`, which rounds absmax.
     """
@@ -155,12 +156,17 @@ class NF4Linear(nn.Module):
         absmax = self.absmax
         if self.double_quant:
             levels = nested_levels(absmax.device)
+            # levels[index] * nested_absmax[block], as from_bitsandbytes writes it out
             absmax = kernels().dequantize_blockwise(
                 absmax, self.nested_absmax, levels, NESTED_BLOCK, torch.float32
             )
             absmax = absmax + self.offset
         shape = (self.out_features, self.in_features)
-        return kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", shape, self.dtype)
+        # On a CPU bitsandbytes begins a block with each row, which is right for whole blocks
+        # alone. Flat, the weight is one row.
+        flat = shape if self.in_features % BLOCK == 0 else (self.out_features * self.in_features,)
+        weight = kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", flat, self.dtype)
+        return weight.reshape(shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Puts the buffers in the place of the weight. load_state_dict calls it for each module.
@@ -176,16 +182,17 @@ class NF4Linear(nn.Module):
             if name.startswith(f"{key}."):
                 parts[name.removeprefix(f"{key}.")] = state_dict.pop(name)
         buffers = {}
-        if parts:
+        if parts:  # quantised by bitsandbytes
             if self.double_quant:
                 raise ValueError("it is in NF4 already: load it without double quantisation")
             buffers["weight"], buffers["absmax"] = from_bitsandbytes(weight, parts)
-        elif weight is not None and weight.is_floating_point():
+        elif weight is not None and weight.is_floating_point():  # not quantised yet
             buffers = self.buffers_of(weight)
             self.dtype = weight.dtype
         state_dict.update({prefix + name: tensor for name, tensor in buffers.items()})
         if weight is not None:
-            self.kept = None  # it was dequantised from the weight before
+            self.kept = None  # it was dequantised from the previous weight
+        # Puts the buffers in place, also those of this layer's own state_dict, and the bias.
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.bias is not None:
             self.dtype = self.bias.dtype
@@ -203,8 +210,15 @@ class NF4Linear(nn.Module):
         # are quantised.
         offset = absmax.mean()
         levels = nested_levels(absmax.device)
-        indices, scales = kernels().quantize_blockwise(absmax - offset, levels, NESTED_BLOCK)
-        return {"weight": packed, "absmax": indices, "nested_absmax": scales, "offset": offset}
+        indices, nested_absmax = kernels().quantize_blockwise(
+            absmax - offset, levels, NESTED_BLOCK
+        )
+        return {
+            "weight": packed,
+            "absmax": indices,
+            "nested_absmax": nested_absmax,
+            "offset": offset,
+        }
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, double_quant={self.double_quant}"
@@ -216,7 +230,7 @@ class DequantizedLinear(torch.autograd.Function):
     Backward: the gradient of x is g W, for the gradient g (..., out) of the output. It
     needs W, which autograd would store for each layer: in bf16 three and a half times
     what NF4 takes. So W is dequantised a second time instead. W and b are frozen and
-    have no gradient.
+    have no gradient; that of W would need x, which is not stored either.
     """
 
     @staticmethod
@@ -297,8 +311,8 @@ def replace(
 ) -> list[str]:
     """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
 
-    Modules that `skip` names, by a path or by a part of one, stay, with all that is in
-    them.
+    Modules that `skip` names stay, with all that is in them. A name may be a path or any
+    part of one between dots (where a target of lora.py is the end of one).
     """
     paths = []
     for path, module in model.named_modules():
@@ -350,8 +364,9 @@ def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor,
     absmax = parts["absmax"]
     if "nested_offset" in state:  # double quantisation: absmax is in 8 bits
         levels = parts["nested_quant_map"][absmax.long()]
-        scales = parts["nested_absmax"].float().repeat_interleave(state["nested_blocksize"])
-        absmax = levels * scales[: len(levels)] + state["nested_offset"]
+        nested_absmax = parts["nested_absmax"].float()
+        of_each = nested_absmax.repeat_interleave(state["nested_blocksize"])[: len(levels)]
+        absmax = levels * of_each + state["nested_offset"]
     if not absmax.isfinite().all():
         raise ValueError("its absmax holds numbers that are not finite")
     # Some uploads store the packed indices under another dtype, with the same bits.

@@ -13,6 +13,7 @@ import copy
 import importlib
 import itertools
 import json
+import math
 import re
 import sys
 import time
@@ -276,7 +277,7 @@ class LitGPT(Contender):
         from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
         from litgpt.scripts.convert_hf_checkpoint import copy_weights_phi
 
-        known = json.loads((Path(self.job.model) / "config.json").read_text())
+        known = json.loads((Path(self.job.model) / "config.json").read_bytes())
         sizes = {
             "n_layer": known["num_hidden_layers"],
             "n_embd": known["hidden_size"],
@@ -421,12 +422,18 @@ def save_results(contender: Contender, path: str) -> dict:
 # The process
 
 
-def memory(device: str) -> int:
-    """Returns the largest number of bytes so far: allocated on a GPU, resident on a CPU."""
+def memory(device: str) -> float:
+    """Returns the most bytes so far: allocated on a GPU, resident on a CPU; NaN on Windows."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    if sys.platform == "darwin":
+        import resource  # which Windows lacks
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return math.nan
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
 
 
 def main() -> None:
@@ -439,7 +446,7 @@ def main() -> None:
     for library in kind.libraries:
         importlib.import_module(library)
     imported = memory(job.device)
-    contender = kind(job, json.loads(Path(job.rows).read_text()))
+    contender = kind(job, json.loads(Path(job.rows).read_bytes()))
     answer = {"imported": imported, "ways": {task: contender.ways(task) for task in TASKS}}
     while True:
         print(json.dumps(answer), file=answers, flush=True)

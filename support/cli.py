@@ -23,6 +23,7 @@ from support import (
     files,
     fingerprint,
     flags,
+    gpu,
     hub,
     machine,
     origin,
@@ -225,8 +226,10 @@ def parse_arguments(
     fill_in(args)
     if check:
         check(parser, args)
-    if embedded and processes.IS_FIRST:
-        print(NOTICE, file=sys.stderr)
+    unused = None if embedded else unused_gpu(parser, typed)
+    notice = f"this runs on the CPU: {unused}" if unused else NOTICE
+    if processes.IS_FIRST and (embedded or unused):
+        print(notice, file=sys.stderr)
     return args
 
 
@@ -234,6 +237,7 @@ def embedded_defaults(parser: Parser, typed: dict) -> dict:
     """Returns what tiny/args says where nothing names a model and no GPU could run phi-2.
 
     Its paths are right from the current directory. Anywhere else there are no such defaults.
+    Raises ValueError where there is a GPU, and torch cannot use it.
     """
     if "model" in typed or parser.get_default("model") is not None:
         return {}
@@ -241,12 +245,23 @@ def embedded_defaults(parser: Parser, typed: dict) -> dict:
 
     if torch.cuda.is_available():
         return {}
+    reason = unused_gpu(parser, typed)
+    if reason:
+        raise ValueError(f"{reason}; or --device cpu, which takes the small model in tiny/")
     # It is written for train.py; other scripts have not all of its flags.
     known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
     values = not_none(known)
     for name in ("model", "dataset"):
         values[name] = commands.from_here(ROOT / values[name])
     return values
+
+
+def unused_gpu(parser: Parser, typed: dict) -> str | None:
+    """Returns a line on a GPU that torch cannot use, unless --device says what to use."""
+    has_device = "device" in parser.nothing()  # describe.py computes nothing
+    if not has_device or "device" in typed or parser.get_default("device") is not None:
+        return None
+    return gpu.unusable()
 
 
 def fill_in(args: argparse.Namespace) -> None:

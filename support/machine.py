@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -95,8 +96,8 @@ def device_name(device: torch.device) -> str:
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Returns the most bytes so far: allocated on a GPU, resident on a CPU.
 
-    With `reset` it starts again from what is in use now. Returns None where the system does
-    not say.
+    With `reset` it starts again from what is in use now, but on macOS, where it is always that
+    of the whole process. Returns None where the system does not say, as on Windows.
     """
     if device.type == "cuda":
         import torch
@@ -105,6 +106,10 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
             torch.cuda.reset_peak_memory_stats(device)
         # By tensors. nvidia-smi shows more: the CUDA context, and what torch reserves.
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "darwin":
+        import resource  # which Windows lacks
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     try:
         # First, so that the number returned is what is in use now: a level to compare with.
         if reset:

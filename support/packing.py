@@ -422,12 +422,15 @@ class Decoder:
 
     def record(self) -> None:
         """Records a step, without running it. Where that fails, steps are run one by one."""
+        stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
             # In here kernels are recorded, and none runs. Other threads may go on meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self.step()
         except RuntimeError as error:
+            # torch leaves the stream of a recording that has failed as the current one.
+            torch.cuda.set_stream(stream)
             warnings.warn(f"no CUDA graph, so generation is slower: {error}", stacklevel=2)
             self.records = False
             self.model.uses_graphs = False

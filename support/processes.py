@@ -22,6 +22,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from support import gpu
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -66,7 +68,8 @@ TORCHRUN = os.environ.get("TORCHELASTIC_RUN_ID") if IN_TORCHRUN else None
 def start(device: str) -> torch.device:
     """Returns this process's device, once all processes have met. Then only the first one prints.
 
-    Raises ValueError for a device that does not exist, or that several processes would share.
+    Raises ValueError for a device that does not exist or that torch cannot use, and for one that
+    several processes would share.
     """
     own = own_device(device)
     if COUNT == 1:
@@ -93,26 +96,28 @@ def own_device(name: str) -> torch.device:
         )
     if COUNT > 1 and name == "cuda":
         name = f"cuda:{LOCAL_NUMBER}"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    if not name.startswith(("cpu", "cuda")):
         raise ValueError(
-            f"--device {name}: torch finds no CUDA device here; pass --device cpu"
+            f"--device {name}: only cpu and cuda are supported, not Apple's GPUs (mps) and others; "
+            "pass --device cpu"
         )
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        reason = gpu.unusable() or "torch finds no CUDA device here; pass --device cpu"
+        raise ValueError(f"--device {name}: {reason}")
     try:
         device = torch.device(name)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)
         # cuDNN's attention makes a plan for each shape, and nearly every batch has another.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # A device that is not there shows here, and not after the model is read.
-        torch.empty(0, device=device)
-    # torch's errors for a device that it does not know, find, or have support for.
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0][:100]
+        # The first kernel. A device that is not there, or that this torch has no kernels for,
+        # shows here, and not after the model was downloaded.
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        words = str(error).splitlines()[0][:100]
         raise ValueError(
-            f"--device {name}: torch has no such device here ({reason}); pass --device cpu"
+            f"--device {name}: torch cannot use it ({words}); {gpu.cure(error, name)}"
         ) from None
-    if device.type == "meta":
-        raise ValueError("--device meta holds no numbers; scripts/plan.py counts on it")
     return device
 
 

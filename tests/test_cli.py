@@ -31,6 +31,7 @@ ARGUMENTS = {"train.py": cli.train_arguments, "eval.py": cli.eval_arguments}
 def no_gpu(monkeypatch):
     """These tests say what happens on a machine without a GPU; one of them says otherwise."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # nor for nvidia-smi, where there is one
 
 
 @pytest.fixture(autouse=True)

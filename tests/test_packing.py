@@ -264,9 +264,42 @@ def test_a_recorded_step_of_generation_gives_what_a_new_step_gives(tiny, quantiz
         assert torch.equal(recorded(), anew.run(ids))
 
 
+class RecordingThatFails:
+    """A torch.cuda.CUDAGraph. (On a CPU it has to fail before the step, which would run.)"""
+
+    def capture_begin(self, *_, **options) -> None:
+        raise torch.AcceleratorError("CUDA error: operation not permitted")
+
+
+@pytest.fixture
+def streams(monkeypatch) -> list[str]:
+    """The current stream is the last of these. torch.cuda.graph is torch's own."""
+    current = ["the first"]
+
+    class Stream:
+        def __init__(self, name: str = "of the recording"):
+            self.name = name
+
+        def __enter__(self) -> None:
+            current.append(self.name)
+
+        def __exit__(self, *_) -> None:
+            current.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", RecordingThatFails)
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+    monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+    return current
+
+
 @torch.no_grad()
-def test_where_no_step_can_be_recorded_generation_goes_on(tiny):
-    """A torch without CUDA has no graphs."""
+def test_where_no_step_can_be_recorded_generation_goes_on_as_before(tiny, streams):
     mine = ours(tiny, torch.float32).eval()
     logits = []
     for records in (True, False):
@@ -280,10 +313,12 @@ def test_where_no_step_can_be_recorded_generation_goes_on(tiny):
         logits.append(decoder.run([11]))
     assert torch.equal(*logits)
     assert not mine.uses_graphs
+    # torch has left its own stream as the current one.
+    assert streams == ["the first", "of the recording", "the first"]
 
 
 class Recording(packing.Decoder):
-    """Takes its own step for a recorded one. So finished rows stay until they are half."""
+    """Takes its own step for a recorded one. So finished rows stay until most are finished."""
 
     def keep(self, rows: list[int]) -> None:
         super().keep(rows)
@@ -308,6 +343,23 @@ def test_finished_rows_that_stay_in_the_batch_change_no_completion(tiny, monkeyp
     assert list(map(len, expected)) == [12, 2, 5, 1, 9, 3, 3]
     monkeypatch.setattr(packing, "Decoder", Recording)
     assert completions(lambda ids: tuple(ids) in lengths) == expected
+
+
+@pytest.mark.parametrize("rows, recordings", [(1, 1), (8, 2), (64, 3), (512, 4)])
+def test_few_steps_of_a_batch_are_recorded_however_its_rows_end(rows, recordings):
+    class Counting:
+        records = True
+        kept = 0
+
+        def keep(self, rows: list[int]) -> None:
+            self.kept += 1
+
+    decoder = Counting()
+    prompt_of = list(range(rows))
+    for unfinished in range(rows - 1, 0, -1):  # one row after another ends
+        prompt_of = evaluation.drop_finished(decoder, prompt_of, set(range(unfinished)))
+        assert len(prompt_of) < 8 * unfinished
+    assert 1 + decoder.kept == recordings
 
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):

@@ -4,8 +4,10 @@ import shutil
 
 import pytest
 import torch
+import torch._inductor.config
 from conftest import distance, logits, ours, random_ids
 from torch import Tensor
+from torch._inductor.utils import fresh_inductor_cache
 
 import phi2
 
@@ -109,3 +111,20 @@ def test_what_a_gpu_runs_as_one_kernel_is_what_is_written_here():
     check(7)
     with torch.compiler.set_stance("fail_on_recompile"):
         check(12)
+
+
+def test_without_a_compiler_what_is_written_runs_after_one_line(monkeypatch):
+    """On a CPU: its compiler for Triton's, and tensors that call themselves a GPU's."""
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(phi2, "CAN_COMPILE", True)
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": (None, "/nonexistent")})
+    x = torch.randn(5, 4, 10).bfloat16()
+    cos, sin = torch.randn(2, 5, 1, 3).bfloat16()
+    with no_compiler, fresh_inductor_cache():
+        with pytest.warns(UserWarning, match="slower without torch.compile.*/nonexistent") as told:
+            found = phi2.rotate(x, cos, sin)
+            phi2.rotate(x, cos, sin)
+            phi2.add_branches(x, x, x)
+    assert torch.equal(found, phi2.rotate.__wrapped__(x, cos, sin))
+    own = [warning for warning in told if "torch.jit" not in str(warning.message)]
+    assert len(own) == 1 and "\n" not in str(own[0].message)

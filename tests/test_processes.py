@@ -290,7 +290,8 @@ def test_all_processes_receive_what_each_of_them_gives(tmp_path):
 @pytest.mark.parametrize(
     "device, message",
     [
-        ("gpu", "--device gpu: torch has no such device here (Expected one of cpu, cuda"),
+        ("gpu", "--device gpu: only cpu and cuda are supported, not Apple's GPUs (mps) and others"),
+        ("cudax", "--device cudax: "),
         ("cuda:99", "--device cuda:99: "),  # on a machine with GPUs and on one without
         ("", "--device : "),
     ],
@@ -309,24 +310,13 @@ def test_several_processes_do_not_share_one_gpu(monkeypatch):
         processes.own_device("cuda:1")
 
 
-def test_a_device_that_torch_cannot_import_is_one_line():
-    with pytest.raises(ValueError, match="--device hpu: ") as raised:
-        processes.own_device("hpu")
-    assert len(str(raised.value)) < 200
-
-
-def test_a_device_without_numbers_is_refused():
-    with pytest.raises(ValueError, match="--device meta holds no numbers"):
-        processes.own_device("meta")
-
-
 @pytest.fixture
 def touched(monkeypatch) -> list[str]:
     """What own_device does on a machine with GPUs, in its order."""
     steps = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: steps.append(f"set {device}"))
-    monkeypatch.setattr(torch, "empty", lambda _, device: steps.append(f"touch {device}"))
+    monkeypatch.setattr(torch, "ones", lambda _, device: steps.append(f"touch {device}"))
     return steps
 
 

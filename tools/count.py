@@ -364,6 +364,7 @@ def install(gpu: FakeGpu) -> None:
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "is_current_stream_capturing": lambda: False,
+        "current_stream": lambda device=None: None,
         "_lazy_init": lambda: None,
         "get_rng_state": lambda device=None: random_state.clone(),
         "set_rng_state": lambda state, device=None: None,

@@ -1,0 +1,1 @@
+"""Nine exercises on LoRA and QLoRA. See exercises/README.md."""

@@ -1,0 +1,45 @@
+"""Exercise 2: adapters into a model. 20 minutes.
+
+A model is adapted without a new line in its code: each linear layer that is wanted is replaced,
+in place, by a LoRALinear around it. The paper (arXiv:2106.09685, section 4.2) adapts projections
+of attention alone, in most of its experiments the query's and the value's, and freezes all else:
+MLPs, LayerNorms, biases, embeddings. A frozen number needs no gradient and none of Adam's two
+moments.
+
+`targets` names layers by how their paths end. The rule is PEFT's: a name matches the end of a
+path at a dot. In a model with the layers
+
+    layers.0.self_attn.q_proj    layers.0.self_attn.proj    layers.0.mlp.fc1
+
+"proj" matches layers.0.self_attn.proj alone, and "mlp.fc1" matches layers.0.mlp.fc1.
+
+You need model.named_modules(), get_submodule and set_submodule. LoRALinear comes from the
+solution of exercise 1; if yours is green, import yours.
+
+What you should see, for phi-2's shapes without its numbers (on the meta device):
+
+    >>> import torch
+    >>> import phi2
+    >>> with torch.device("meta"):
+    ...     model = phi2.Phi2(phi2.Phi2Config())
+    >>> paths = inject(model, ("q_proj", "v_proj"), rank=8, alpha=16)
+    >>> len(paths), paths[0]
+    (64, 'model.layers.0.self_attn.q_proj')
+    >>> trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    >>> total = sum(p.numel() for p in model.parameters())
+    >>> print(f"{trained:,} of {total:,}, {100 * trained / total:.2f} %")
+    2,621,440 of 2,782,305,280, 0.09 %
+"""
+
+from torch import nn
+
+from exercises.solutions.e1_lora_linear import LoRALinear  # noqa: F401
+
+
+def inject(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float) -> list[str]:
+    """Freezes `model` and wraps each nn.Linear that `targets` name, in place.
+
+    Returns the paths of the wrapped layers, in the order of named_modules. Raises ValueError
+    where no layer matches, before anything is changed.
+    """
+    raise NotImplementedError("exercise 2: inject")

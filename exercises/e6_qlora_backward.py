@@ -1,0 +1,54 @@
+"""Exercise 6: QLoRA's backward pass. 25 minutes.
+
+A weight in 4 bits is dequantised for each product (arXiv:2305.14314, section 3, equation 5)
+and dropped again. For y = x W^T + b, with tokens as rows and g the gradient of y:
+
+    x's gradient   g W          needed: the adapters of the layers before are reached through it
+    W's gradient   g^T x        not needed: W is frozen
+
+g W needs W once more. F.linear(x, dequantize()) gives the right gradient, but autograd keeps W
+for it until the backward pass, in each layer of the model: all weights are in memory in 16 bits
+at once, and 4 bits have saved nothing. So write a torch.autograd.Function that keeps
+`dequantize` instead of W, and calls it a second time. It costs that time, in each layer and step.
+
+`backward` returns one gradient for each input of `forward`, None for what has none.
+https://docs.pytorch.org/docs/stable/notes/extending.html shows the form.
+
+What you should see, as the bytes that wait for the backward pass in one layer:
+
+    >>> weight = torch.randn(1024, 1024)
+    >>> x = torch.randn(8, 1024, requires_grad=True)
+    >>> def kept(function):
+    ...     stored = []
+    ...     def pack(tensor):
+    ...         stored.append(tensor.nbytes)
+    ...         return tensor
+    ...     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    ...         _ = function()
+    ...     return sum(stored)
+    >>> kept(lambda: torch.nn.functional.linear(x, weight.clone()))
+    4194304
+    >>> kept(lambda: FrozenLinear.apply(x, weight.clone, None))
+    0
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+class FrozenLinear(torch.autograd.Function):
+    """FrozenLinear.apply(x, dequantize, bias) is x W^T + bias, for x (..., in).
+
+    dequantize: returns W (out, in), anew at each call.
+    bias: (out,) or None, frozen.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dequantize: Callable[[], Tensor], bias: Tensor | None) -> Tensor:
+        raise NotImplementedError("exercise 6: FrozenLinear.forward")
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError("exercise 6: FrozenLinear.backward")

@@ -1,0 +1,118 @@
+"""Runs the code of docs/tutorial.md, and writes into it what it prints and where things stand.
+
+    python -m tools.tutorial
+
+A block of ```python is run after those before it, with the same names, from the project's folder.
+Where a ```text block follows, it gets what was printed. A link such as [`inject`](../lora.py#L1)
+gets the line that defines the name. docs/nf4.svg, its picture of a layer's weights, is drawn anew.
+tests/test_docs.py fails where one of the two is out of date.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import torch
+
+import phi2
+import quant
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+PICTURE = ROOT / "docs" / "nf4.svg"
+
+BLOCK = re.compile(r"(```python\n(?P<code>.*?)```\n)(?P<shown>\n```text\n.*?```\n)?", re.DOTALL)
+LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)#L\d+\)")
+
+
+def with_outputs(text: str) -> str:
+    """Returns the text of a page with what each of its blocks prints, run one after another."""
+    names = {"__name__": "tutorial"}
+
+    def run(block: re.Match) -> str:
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(compile(block["code"], "tutorial.md", "exec"), names)
+        if not block["shown"]:
+            return block[0]
+        return f"{block[1]}\n```text\n{output.getvalue()}```\n"
+
+    return BLOCK.sub(run, text)
+
+
+def with_lines(text: str, folder: Path) -> str:
+    """Returns the text of a page in `folder` with the line of each name that it links to.
+
+    Raises ValueError where a file does not define the name.
+    """
+
+    def link(found: re.Match) -> str:
+        path = folder / found["path"]
+        *_, name = found["name"].split(".")  # of a method, such as LoRALinear.forward, the last
+        lines = path.read_text(encoding="utf-8").splitlines()
+        definition = re.compile(rf"\s*(class|def) {name}\b|{name} = ")
+        for number, line in enumerate(lines, start=1):
+            if definition.match(line):
+                return f"[`{found['name']}`]({found['path']}#L{number})"
+        raise ValueError(f"{found['path']} defines no {name}")
+
+    return LINK.sub(link, text)
+
+
+# -----------------------------------------------------------------------------
+# The picture: weights of a layer and the levels of NF4
+
+HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 250" role="img">
+<title>Weights of a layer, each divided by the largest of its block, over the levels of NF4</title>
+<style>
+text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
+text { text-anchor: middle; }
+.paper { fill: #ffffff; stroke: #d0d7de; }
+.bar { fill: #4d7ea8; }
+.level { stroke: #c2701c; stroke-width: 2; }
+@media (prefers-color-scheme: dark) {
+  .paper { fill: #0d1117; stroke: #3d444d; }
+  text { fill: #f0f6fc; }
+  .bar { fill: #6ba4d8; }
+  .level { stroke: #e8964a; }
+}
+</style>
+<rect class="paper" x="1" y="1" width="638" height="248" rx="10"/>
+"""
+BARS = 80
+
+
+def picture(model: str = "tiny/model") -> str:
+    """Returns an SVG: a histogram of a layer's weights, scaled by block, above the 16 levels."""
+    phi = phi2.build(model)
+    phi2.load_weights(phi, model, "cpu", torch.float32)
+    blocks = phi.model.layers[0].mlp.fc1.weight.detach().reshape(-1, quant.BLOCK)
+    scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
+    counts = torch.histc(scaled, BARS, -1, 1)
+    # The first and the last bar hold the largest weight of each block, which is 1 or -1.
+    heights = 150 * counts / counts[1:-1].max()
+
+    lines = [HEAD]
+    for number, height in enumerate(heights.clamp(max=160).round().int().tolist()):
+        place = f'x="{20 + number * 600 / BARS}" y="{190 - height}"'
+        lines.append(f'<rect class="bar" {place} width="6.5" height="{height}"/>\n')
+    for level in quant.LEVELS.tolist():
+        x = round(320 + 300 * level, 1)
+        lines.append(f'<path class="level" d="M{x} 194 V214"/>\n')
+    for level in (-1, 0, 1):
+        lines.append(f'<text x="{320 + 300 * level}" y="234">{level}</text>\n')
+    lines.append('<text x="470" y="40">weights / absmax of their block</text>\n')
+    lines.append('<text x="170" y="234">the 16 levels of NF4</text>\n</svg>\n')
+    return "".join(lines)
+
+
+def main() -> None:
+    text = TUTORIAL.read_text(encoding="utf-8")
+    text = with_lines(with_outputs(text), TUTORIAL.parent)
+    TUTORIAL.write_text(text, encoding="utf-8")
+    PICTURE.write_text(picture(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
