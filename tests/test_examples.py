@@ -762,7 +762,11 @@ def arrow_columns(**columns) -> pyarrow.Table:
     ids=lambda columns: str(next(iter(columns.values())).type),
 )
 def test_columns_of_any_type_of_arrow(tmp_path, columns):
-    pyarrow_parquet.write_table(arrow_columns(**columns), tmp_path / "train.parquet")
+    rows = arrow_columns(**columns)
+    try:
+        pyarrow_parquet.write_table(rows, tmp_path / "train.parquet")
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip("this version of pyarrow cannot write the type into a parquet file")
     assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 

@@ -144,7 +144,7 @@ def test_a_picture_that_is_drawn_later_does_not_make_an_edited_card(copy, staged
     assert (staged / "README.md").read_text() == card.card(copy, data.PROMPT, "me/adapter")
 
 
-def test_the_code_on_the_card_runs(run, tiny, tmp_path):
+def test_the_code_on_the_card_runs_with_peft(run, tiny, tmp_path):
     """It prints what eval.py answers, over a base that is quantised as the run's was."""
     text = (run / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
