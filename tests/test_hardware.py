@@ -4,7 +4,6 @@ The cards are not there. Their memory is scripts.plan's count on phi-2's sizes, 
 fake GPU (tools/count.py); the CPU's memory is a limit of this process.
 """
 
-import inspect
 import json
 import re
 import resource
@@ -129,7 +128,7 @@ def test_the_table_of_readme_is_what_is_planned(count):
     readme = (ROOT / "README.md").read_text()
     lines = [line.strip("| ").split(" | ") for line in readme.splitlines() if "| a GPU of" in line]
     assert [int(card.split()[3]) for card, *_ in lines] == [8, 12, 16, 24, 80]
-    for card, command, _, step, evaluated in lines:
+    for card, command, step, evaluated in lines:
         gigabytes = int(card.split()[3])
         room = plan.for_tensors(gigabytes)
         flags = command.strip("`").removeprefix("python train.py --rank 8").split()
@@ -146,10 +145,6 @@ def test_the_table_of_readme_is_what_is_planned(count):
         assert rows == 64 or count(2 * rows, *flags) > room
 
 
-# To be switched on where fast_dtype knows of cards.
-@pytest.mark.skipif(
-    not inspect.signature(machine.fast_dtype).parameters, reason="fast_dtype takes no device"
-)
 @pytest.mark.parametrize("capability, gigabytes", CARDS)
 def test_the_dtype_is_one_that_the_card_computes(monkeypatch, capability, gigabytes):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
