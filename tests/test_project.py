@@ -180,6 +180,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 
 
 def build():
