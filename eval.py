@@ -53,7 +53,7 @@ from support import (
 from support.labels import LABELS
 from support.letters import printable
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # -----------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[
     if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
             "the model's logits are not finite: its numbers or the adapter's are too large, "
-            "as after a training with too high a --learning-rate"
+            "as after a training with too high a --learning-rate, or for --dtype fp16"
         )
     # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
     return [[float(f"{score:.9g}") for score in row] for row in scores]
@@ -312,8 +312,8 @@ def load_model(
     """Loads the base: three of the four lines that are this project.
 
     The fourth, lora.inject(model, config), comes after it: adapters are put around
-    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16"
-    or "fp32". With `keep` the dequantised weights are stored beside the indices too.
+    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is one of
+    DTYPES. With `keep` the dequantised weights are stored beside the indices too.
     None does so where a GPU has free memory of four times their size, because training
     needs memory as well.
     """
@@ -345,7 +345,7 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
     if keep:
         quant.keep_dequantized(model)
     elif torch.device(device).type != "cpu":
-        model.model.checkpointing = "attention"
+        model.model.recomputes_attention = True
 
 
 def fingerprint_of(
@@ -410,9 +410,11 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
         print(f"the pair was cut to --max-length {args.max_length}")
     if "completion" in found:
         print(f"completion: {found['completion']!r}")
+    words = words_of(args)
+    width = max(map(len, words)) + 1
     for label, share in enumerate(found["scores"]):
         mark = "  <-" if share == max(found["scores"]) else ""
-        print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
+        print(f"{label} {words[label]:{width}} {share:.4f}{mark}")
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
@@ -422,9 +424,18 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     # Standard output is for answers alone.
     model, tokenizer = load(args, device, output=sys.stderr)
     protocol = protocol_of(args)
+    words = dict(enumerate(words_of(args)))
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, protocol)):
-            print(printable(json.dumps(pair | found, ensure_ascii=False)))
+            # None where the model has written another number than 0, 1 and 2, or none.
+            word = {"answer": words.get(found["prediction"])}
+            print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """Returns what the rows that the adapter was trained on call the labels 0, 1 and 2."""
+    words = args.origin.words if args.origin else LABELS
+    return [printable(word) for word in words]
 
 
 def answer_pairs(

@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", type=flags.name, required=True,
         help="the directory of a run, or any PEFT LoRA adapter")
     add("--out", type=flags.path, required=True, help="a new directory for the merged model")
-    add("--into", choices=["bf16", "fp32", "nf4"],
+    add("--into", choices=["bf16", "fp16", "fp32", "nf4"],
         help="what the merged weights are rounded to "
              "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)")
     add("--requantize", action="store_true",

@@ -122,8 +122,7 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     if keep is None:
         keep = args.quant == "none"  # which leaves nothing to keep
     evaluation.choose_what_is_stored(model, keep, args.device)
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
+    model.model.recomputes_blocks = args.checkpointing
     if args.residual_dropout is not None:
         train.set_residual_dropout(model, args.residual_dropout)
     return model

@@ -370,7 +370,7 @@ def parse_arguments() -> argparse.Namespace:
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
-        args.dtype = list(dict.fromkeys(["fp32", machine.fast_dtype()]))
+        args.dtype = list(dict.fromkeys(["fp32", machine.fast_dtype(args.device)]))
     if args.random_phi_2 is None and args.model is None and args.device.startswith("cuda"):
         args.random_phi_2 = 32
     return args

@@ -54,7 +54,7 @@ FREE = (
     # where the model and the rows are now; digests tell whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "keep_best", "save_every",
+    "steps", "epochs", "eval_every", "log_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
@@ -231,7 +231,21 @@ def parse_arguments(
     notice = f"this runs on the CPU: {unused}" if unused else NOTICE
     if processes.IS_FIRST and (embedded or unused):
         print(notice, file=sys.stderr)
+    # It may be that of a run, or of an adapter, from another machine.
+    if processes.IS_FIRST and "dtype" in args:
+        warn_of_emulation(args.dtype, args.device)
     return args
+
+
+def warn_of_emulation(dtype: str, device: str) -> None:
+    """Prints a line where a device has no instructions for --dtype."""
+    if not machine.emulates(dtype, device):
+        return
+    print(
+        f"{device} has no instructions for {dtype}: the results are right, but slower to come "
+        f"than with --dtype {machine.fast_dtype(device)}",
+        file=sys.stderr,
+    )
 
 
 def embedded_defaults(parser: Parser, typed: dict) -> dict:
@@ -272,13 +286,13 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model = MODEL
     if args.dataset is None:
         args.dataset = DATASET
-    # Some scripts have no --dtype or no --device.
-    if "dtype" in args and args.dtype is None:
-        args.dtype = machine.fast_dtype()
+    # Some scripts have no --device and no --dtype.
     if "device" in args and args.device is None:
         import torch
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "dtype" in args and args.dtype is None:
+        args.dtype = machine.fast_dtype(args.device)
 
 
 def adapter_defaults(

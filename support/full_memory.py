@@ -144,9 +144,9 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
     In each list those that cost the least time come first.
     """
     resumed = kept_values(model)
-    if not resumed and model.model.checkpointing is None and args.device != "cpu":
-        resumed.append("--no-keep-dequantized")  # for attention, which is then computed twice
     if not args.checkpointing:
+        if not resumed and not model.model.recomputes_attention and args.device != "cpu":
+            resumed.append("--no-keep-dequantized")  # for attention, which is then computed twice
         resumed.append("--checkpointing")
     anew = []
     if args.batch_size > 1:

@@ -81,7 +81,7 @@ def try_card(gpu: count.FakeGpu, dtype: str, gigabytes: int) -> dict:
             answers = evaluation.answer(model, TOKENIZER, prompts, protocol)
     return {
         "kept": model.model.layers[0].mlp.fc1.kept is not None,
-        "recomputes": model.model.checkpointing == "attention",
+        "recomputes": model.model.recomputes_attention,
         "rows": protocol.batch_size,
         "answers": len(answers),
         "printed": printed.getvalue(),

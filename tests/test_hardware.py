@@ -4,7 +4,6 @@ The cards are not there. Their memory is scripts.plan's count on phi-2's sizes, 
 fake GPU (tools/count.py); the CPU's memory is a limit of this process.
 """
 
-import inspect
 import json
 import re
 import resource
@@ -129,7 +128,7 @@ def test_the_table_of_readme_is_what_is_planned(count):
     readme = (ROOT / "README.md").read_text()
     lines = [line.strip("| ").split(" | ") for line in readme.splitlines() if "| a GPU of" in line]
     assert [int(card.split()[3]) for card, *_ in lines] == [8, 12, 16, 24, 80]
-    for card, command, _, step, evaluated in lines:
+    for card, command, step, evaluated in lines:
         gigabytes = int(card.split()[3])
         room = plan.for_tensors(gigabytes)
         flags = command.strip("`").removeprefix("python train.py --rank 8").split()
@@ -146,10 +145,6 @@ def test_the_table_of_readme_is_what_is_planned(count):
         assert rows == 64 or count(2 * rows, *flags) > room
 
 
-# To be switched on where fast_dtype knows of cards.
-@pytest.mark.skipif(
-    not inspect.signature(machine.fast_dtype).parameters, reason="fast_dtype takes no device"
-)
 @pytest.mark.parametrize("capability, gigabytes", CARDS)
 def test_the_dtype_is_one_that_the_card_computes(monkeypatch, capability, gigabytes):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -340,6 +335,15 @@ def test_what_is_off_already_is_not_named(tiny):
     text = full_memory.about_a_step(args, model)
     assert f"--resume {Path('out/x')} --checkpointing, or a new run with --batch-size 1 " in text
     assert "--accumulate 21 or" in text
+
+    # On a GPU, without NF4: attention is stored until --no-keep-dequantized.
+    args = Namespace(**vars(args) | {"device": "cuda"})
+    plain = phi2.build(tiny)
+    resumed, _ = full_memory.flags_of_a_step(args, plain)
+    assert resumed == ["--no-keep-dequantized", "--checkpointing"]
+    plain.model.recomputes_attention = True
+    resumed, _ = full_memory.flags_of_a_step(args, plain)
+    assert resumed == ["--checkpointing"]
 
 
 def test_an_adapter_keeps_its_quantisation(tiny):

@@ -74,8 +74,7 @@ def test_the_plan_is_what_the_allocator_gives_out(tiny, tokenizer, rows, flags):
     lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
     for block in model.model.layers:
         block.resid_dropout.p = 0.1
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
+    model.model.recomputes_blocks = args.checkpointing
     batch = data.collate(encoded, prefix, args.loss)
     measured = measure(lambda: train.batch_loss(model.train(), batch).backward())
 

@@ -422,8 +422,7 @@ class Subject:
         quant.quantize_linears(self.model)
         fill(self.model)
         evaluation.choose_what_is_stored(self.model, way.keep, "cuda")
-        if way.checkpointing:
-            self.model.model.checkpointing = "blocks"
+        self.model.model.recomputes_blocks = way.checkpointing
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
         self.parameters = lora.lora_parameters(self.model).values()
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
