@@ -222,7 +222,7 @@ def memory(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments of train.py, and `gpu`. `is_dtype_assumed`: --dtype is no one's."""
+    """Returns the arguments of train.py, with `gpu`, and whether --dtype is only assumed."""
     parser = cli.train_parser("the memory that a run with these flags of train.py needs")
     parser.add_argument(
         "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
@@ -237,7 +237,8 @@ def parse_arguments() -> argparse.Namespace:
         # What train.py takes there, and not what it takes on this machine.
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
     args = cli.train_arguments(parser=parser)
-    args.is_dtype_assumed = is_elsewhere and "dtype" not in typed and args.dtype == "bf16"
+    is_said = "dtype" in typed or args.resume  # a run has its own
+    args.is_dtype_assumed = is_elsewhere and not is_said
     return args
 
 
