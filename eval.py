@@ -173,8 +173,8 @@ def pack_prompts(
     `room` is how many tokens may be added to each.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    # Equal beginnings are folded into one: token_of says which tokens a row then
-    # consists of.
+    # Equal beginnings are folded into one. The rows 5 6 7 and 5 6 8 have own_ids 5 6 7 8, and
+    # token_of 0 1 2, 0 1 3: where the tokens of each row stand among them.
     own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
     ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)

@@ -329,7 +329,8 @@ def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
         assert [len(batch.lengths) for batch in feed.current.batches] in ([2], [3, 1])
         assert feed.num_predicted == 2 * len(step)  # the label and the end of text of each row
         taken += len(step)
-        numbers = feed.advance(torch.tensor(0.5), torch.tensor(0.25), number == 2)
+        feed.prepare_next()
+        numbers = feed.finish_step(torch.tensor(0.5), torch.tensor(0.25), number == 2)
         assert numbers == (0.25, number == 2)
         assert (progress.step, progress.rows, progress.loss) == (2 + number, taken, number / 2)
     assert feed.current.rows == feed.current.batches == []
