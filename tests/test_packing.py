@@ -317,6 +317,28 @@ def test_where_no_step_can_be_recorded_generation_goes_on_as_before(tiny, stream
     assert streams == ["the first", "of the recording", "the first"]
 
 
+@torch.no_grad()
+def test_a_full_memory_while_a_step_is_recorded_is_an_error_and_graphs_stay_on(
+    tiny, streams, monkeypatch
+):
+    """eval.answer then takes fewer rows, whose step may be recorded."""
+
+    def capture_begin(self, *_, **options) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RecordingThatFails, "capture_begin", capture_begin)
+    mine = ours(tiny, torch.float32).eval()
+    rows = packing.PackedRows([4], room=4)
+    mine(torch.tensor([5, 6, 7, 8]), rows)
+    decoder = packing.Decoder(mine, rows)
+    decoder.records = True
+    decoder.run([9])
+    with pytest.raises(torch.OutOfMemoryError):
+        decoder.run([10])
+    assert mine.uses_graphs
+    assert streams[-1] == "the first"
+
+
 class Recording(packing.Decoder):
     """Takes its own step for a recorded one. So finished rows stay until most are finished."""
 
