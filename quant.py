@@ -162,7 +162,11 @@ class NF4Linear(nn.Module):
             )
             absmax = absmax + self.offset
         shape = (self.out_features, self.in_features)
-        return kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", shape, self.dtype)
+        # On a CPU bitsandbytes begins a block with each row, which is right for whole blocks
+        # alone. Flat, the weight is one row.
+        flat = shape if self.in_features % BLOCK == 0 else (self.out_features * self.in_features,)
+        weight = kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", flat, self.dtype)
+        return weight.reshape(shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Puts the buffers in the place of the weight. load_state_dict calls it for each module.

@@ -17,6 +17,9 @@ rounds' ratios.
 Speed depends on how much the rows of a batch differ in length. Without --dataset they are drawn
 from tiny/data with the lengths of MNLI (tiny/mnli_lengths.py). With it they are the first rows as
 they are.
+
+Figures of other people's machines come from scripts/selftest.py, and are kept in the form that
+docs/benchmarks.md describes ("By machine").
 """
 
 import argparse

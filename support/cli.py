@@ -23,6 +23,7 @@ from support import (
     files,
     fingerprint,
     flags,
+    full_memory,
     gpu,
     hub,
     machine,
@@ -53,7 +54,7 @@ FREE = (
     # where the model and the rows are now; digests tell whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "keep_best", "save_every",
+    "steps", "epochs", "eval_every", "log_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
@@ -543,19 +544,16 @@ def is_users(error: Exception) -> bool:
     """Returns whether a user can put an error right. Any other one is a bug."""
     if type(error).__name__ == "SafetensorError":  # by its name, to import nothing here
         return True
-    return isinstance(error, (ValueError, OSError, OverflowError)) or is_out_of_memory(error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error is torch.OutOfMemoryError, or what torch raises on a CPU."""
-    # By its name: to ask for the class would import torch.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    kinds = (ValueError, OSError, OverflowError)
+    return isinstance(error, kinds) or full_memory.is_out_of_memory(error)
 
 
 def one_line(error: Exception) -> str:
-    """Returns what `run` prints of an error: one line, with the process if there are more."""
+    """Returns what `run` prints of an error: one line, with the process if there are more.
+
+    Before the error's own text stand its notes, such as those of support/full_memory.py.
+    """
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
+    text = ": ".join([*getattr(error, "__notes__", []), str(error)])
     # Libraries raise errors of several lines, and others quote texts of a dataset.
-    text = printable(" ".join(str(error).split()))
-    hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
-    return f"error: {process}{text}{hint}"
+    return f"error: {process}{printable(' '.join(text.split()))}"

@@ -230,6 +230,9 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     add("--eval-limit", type=count,
         help="evaluate on the first so many rows of each validation split (default: all)")
     add("--eval-every", type=count, help="also evaluate every so many steps")
+    add("--log-every", type=count,
+        help="report the loss every so many steps (default: each of the first 10, every tenth to "
+        "100, then every 50)")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter of the best accuracy in RUN/best/")
     add("--max-new-tokens", type=new_tokens, default=32,
@@ -264,7 +267,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
         "probabilities of the three answers")
     add("--max-new-tokens", type=new_tokens, default=32,
         help="tokens written to each prompt in mode generate, at most")
-    add("--batch-size", type=count, default=64, help="prompts in memory at once")
+    add("--batch-size", type=count, default=64,
+        help="prompts in memory at once; half as many where so many do not fit")
     # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.
     add("--force", action="store_true",
         help="use an adapter of another prompt, tokenizer, base or quantisation too")

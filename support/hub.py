@@ -73,11 +73,13 @@ def errors() -> tuple[type[Exception], ...]:
     """Returns what the Hub's libraries raise where they fail for a reason outside.
 
     Most errors are OSErrors, a full disk too, or ValueErrors. A lost connection, and a proxy
-    that refuses, are httpx2's. An ImportError is a SOCKS proxy without httpx2's package for it.
+    that refuses, are errors of the library below: the Hub's own error is derived from that
+    library's, which is requests, httpx or httpx2, as old as the Hub's is. An ImportError is a
+    SOCKS proxy without the package that it needs.
     """
-    import httpx2
+    from huggingface_hub.errors import HfHubHTTPError
 
-    return (OSError, ValueError, ImportError, httpx2.HTTPError)
+    return (OSError, ValueError, ImportError, *HfHubHTTPError.__bases__)
 
 
 def failure(kind: str, name: str, revision: str | None, error: Exception) -> ValueError:

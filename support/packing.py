@@ -431,6 +431,8 @@ class Decoder:
         except RuntimeError as error:
             # torch leaves the stream of a recording that has failed as the current one.
             torch.cuda.set_stream(stream)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise  # fewer rows may fit, and be recorded
             warnings.warn(f"no CUDA graph, so generation is slower: {error}", stacklevel=2)
             self.records = False
             self.model.uses_graphs = False

@@ -138,7 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(body)
         repo = f"{request.get('organization') or 'me'}/{request['name']}"
         is_new = f"models/{repo}" not in self.server.repositories
-        if is_new and request.get("visibility") == "private":
+        # Older clients say {"private": true}.
+        is_private = request.get("private") or request.get("visibility") == "private"
+        if is_new and is_private:
             self.server.private.add(repo)
         root = self.server.repositories.setdefault(f"models/{repo}", self.server.uploads / repo)
         root.mkdir(parents=True, exist_ok=True)

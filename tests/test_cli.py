@@ -768,9 +768,19 @@ def test_an_error_of_the_user_is_one_line():
     assert run_with(KeyboardInterrupt()) == "interrupted"
 
 
-def test_memory_that_runs_out_names_the_cure():
-    line = run_with(torch.OutOfMemoryError("CUDA out of memory"))
-    assert line == "error: CUDA out of memory; lower --batch-size and raise --accumulate"
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
+    """What helps is in tests/test_hardware.py."""
+    assert run_with(error) == f"error: {error}"
+    error.add_note("a step does not fit")
+    assert run_with(error) == f"error: a step does not fit: {error}"
 
 
 def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):

@@ -22,6 +22,7 @@ from support.examples import (
     Reading,
     count_rows,
     find_splits,
+    label_words,
     load_examples,
     validation_splits,
 )
@@ -571,6 +572,24 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
         load_examples(str(tmp_path), "train", reading=reading)
 
 
+@pytest.mark.parametrize(
+    "labels, given, words",
+    [
+        ([0, "1", 2.0], (), ["entailment", "neutral", "contradiction"]),
+        (["e", "N", "n", "contradictory", "-"], (), ["entailment", "neutral", "contradiction"]),
+        (["yes", "Yes", "Yes", "no"], ("yes=e", "no=n", "x=c"), ["Yes", "no", "contradiction"]),
+        (["no", "yes", "perhaps"], ("no=c", "yes=e", "perhaps=n"), ["yes", "perhaps", "no"]),
+        ([-1, 0, 1], ("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
+        (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
+    ],
+    ids=str,
+)
+def test_labels_are_called_what_most_rows_call_them(write, labels, given, words):
+    folder = write(train=[ROW | {"label": label} for label in labels])
+    forget_what_was_read()
+    assert label_words(folder, "train", Reading(labels=given)) == words
+
+
 # -----------------------------------------------------------------------------
 # Corners of files that others have written
 
@@ -743,7 +762,11 @@ def arrow_columns(**columns) -> pyarrow.Table:
     ids=lambda columns: str(next(iter(columns.values())).type),
 )
 def test_columns_of_any_type_of_arrow(tmp_path, columns):
-    pyarrow_parquet.write_table(arrow_columns(**columns), tmp_path / "train.parquet")
+    rows = arrow_columns(**columns)
+    try:
+        pyarrow_parquet.write_table(rows, tmp_path / "train.parquet")
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip("this version of pyarrow cannot write the type into a parquet file")
     assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 

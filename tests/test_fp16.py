@@ -98,7 +98,6 @@ def test_an_overflow_is_skipped_and_counted_and_a_resume_has_the_same_scale_and_
 ):
     monkeypatch.setattr(loss_scale, "START", START)
     monkeypatch.setattr(loss_scale, "STEPS_TO_GROW", 3)
-    monkeypatch.setattr(train, "LOG_EVERY", 1)
     training_step = train.training_step
     norms = []
     changes = []
@@ -168,12 +167,13 @@ def test_a_step_that_is_not_finite_is_an_error_unless_the_scale_made_it_so(
     state = Namespace(rows_per_step=4, steps=2, progress=progress)
     feed = train.Feed(args, inputs, state, loss_scale.new_scaler(dtype, CPU), CPU)
     numbers = (torch.tensor(loss), torch.tensor(norm), False)
+    feed.prepare_next()
     if dtype == "fp16" and loss == 0.5 and scale == loss_scale.LEAST:
-        feed.advance(*numbers)
+        feed.finish_step(*numbers)
         assert (progress.step, progress.skipped, progress.rows, progress.loss) == (1, 1, 4, loss)
         return
     with pytest.raises(ValueError, match="norm of its .* RUN keeps the last save") as error:
-        feed.advance(*numbers)
+        feed.finish_step(*numbers)
     assert ("--dtype fp32" in str(error.value)) == (dtype == "fp16")
     assert progress.step == 0
 

@@ -4,6 +4,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 from safetensors.torch import save_file
 
 import phi2
@@ -82,7 +87,7 @@ def test_a_file_imports_only_what_comes_before_it_in_the_reading_order(name):
     assert not libraries & {"transformers", "peft", "accelerate", "pickle"}
 
 
-def test_nothing_imports_scripts_or_tools():
+def test_nothing_but_scripts_imports_scripts_and_nothing_imports_tools():
     for path in EVERY_FILE:
         if path.parent.name != "tests":  # the tests look into them
             found = {
@@ -90,6 +95,8 @@ def test_nothing_imports_scripts_or_tools():
             }
             if path.name == "count.py":  # its own first part, which has to precede torch
                 found -= {"tools", "tools.fake_gpu"}
+            if path.parent.name == "scripts":  # one may use another
+                found = {name for name in found if name.split(".")[0] != "scripts"}
             assert not found, relative(path)
 
 
@@ -102,18 +109,57 @@ def test_no_project_import_is_inside_a_function():
                     assert not inside, f"{relative(path)}, {function.name}: {inside}"
 
 
+def required(name: str) -> dict[str, SpecifierSet]:
+    """Returns the versions that a file of requirements allows of each package, by its name."""
+    lines = (ROOT / name).read_text().splitlines()
+    read = [Requirement(line) for line in lines if line[:1] not in ("#", "-")]
+    return {canonicalize_name(one.name): one.specifier for one in read}
+
+
 # What the benchmark compares with, of which requirements-dev.txt has the first two.
 PEERS = {"peft", "transformers", "litgpt"}
 
 
 def test_requirements_txt_names_what_is_imported_and_nothing_else():
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = {re.match(r"[\w-]+", line)[0].replace("-", "_") for line in lines}
+    needed = {name.replace("-", "_") for name in required("requirements.txt")}
     imported = set()
     for path in PROJECT:
         imported |= {name.split(".")[0] for name in imports(path)}
     ours = {path.name for path in ROOT.iterdir() if path.is_dir()} | set(SIX)
-    assert imported - sys.stdlib_module_names - ours - PEERS == required
+    assert imported - sys.stdlib_module_names - ours - PEERS == needed
+
+
+def test_constraints_txt_has_one_version_of_each_package_within_its_range():
+    tested = required("constraints.txt")
+    for package, exact in tested.items():
+        (version,) = exact
+        assert version.operator == "==", package
+        # A Mac and Windows have no torch==2.13.0+cpu.
+        assert not Version(version.version).local, package
+    ranges = required("requirements.txt") | required("requirements-dev.txt")
+    for package, allowed in ranges.items():
+        (version,) = tested[package]
+        assert allowed.contains(version.version), package
+        # What make lowest installs.
+        assert ">=" in {part.operator for part in allowed}, package
+
+
+def test_make_says_which_python_it_needs(tmp_path):
+    """Apple's is 3.9: this one, made to say so."""
+    for name in ("Makefile", "requirements.txt", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    old = tmp_path / "python3"
+    says = "import sys; sys.version_info = (3, 9, 6); sys.version = '3.9.6 (default)'"
+    old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{says}; exec(sys.argv[1])" "$2"\n')
+    old.chmod(0o755)
+    done = subprocess.run(
+        ["make", "demo", f"PYTHON={old}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[0] == (
+        f"{old} is Python 3.9.6, and 3.11 or later is needed: make PYTHON=python3.12"
+    )
+    assert not (tmp_path / ".venv").exists()
 
 
 def test_no_imports_go_in_a_circle():
@@ -134,6 +180,7 @@ from pathlib import Path
 
 import torch
 
+import lora
 
 
 def build():

@@ -144,7 +144,7 @@ def test_a_picture_that_is_drawn_later_does_not_make_an_edited_card(copy, staged
     assert (staged / "README.md").read_text() == card.card(copy, data.PROMPT, "me/adapter")
 
 
-def test_the_code_on_the_card_runs(run, tiny, tmp_path):
+def test_the_code_on_the_card_runs_with_peft(run, tiny, tmp_path):
     """It prints what eval.py answers, over a base that is quantised as the run's was."""
     text = (run / "README.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
@@ -421,7 +421,7 @@ def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_d
     assert "\nfinetuned\n" in done.stdout
     assert f"adapter and results.json are in {out}" in done.stdout
     assert f"python -m scripts.report {out}" in done.stdout
-    for name in ("results.json", "confusion.png", "README.md"):
+    for name in ("results.json", "loss.svg", "README.md"):
         assert (out / name).is_file(), name
 
 

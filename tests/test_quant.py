@@ -111,6 +111,20 @@ def test_nf4_in_plain_torch_is_bit_equal_to_the_kernels(dtype):
     assert not restored[5].any()
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [(32, 96), (16, 64), (3, 10)], ids=str)
+def test_a_layer_of_any_width_has_the_weights_that_are_stored(shape, dtype):
+    """Also where a block of 64 goes on in the next row."""
+    # Rows of different sizes: a block that began with each row would have another absmax.
+    sizes = 10.0 ** torch.arange(-2, 3).repeat(7)[: shape[0], None]
+    layer = quantized(linear_of((torch.randn(shape) * sizes).to(dtype)))
+    missing = -layer.weight.numel() * 2 % quant.BLOCK  # what the last block lacks
+    packed = nn.functional.pad(layer.weight.flatten(), (0, missing // 2))
+    whole = (packed.numel() * 2,)
+    expected = quant.dequantize(packed, layer.absmax, whole, dtype)[: layer.in_features * shape[0]]
+    assert torch.equal(layer.dequantize(), expected.reshape(shape))
+
+
 @pytest.mark.parametrize("double_quant, bits", [(False, 4.5), (True, 4.127)])
 def test_bits_per_weight(double_quant, bits):
     layer = quantized(nn.Linear(2560, 2560, bias=False), double_quant)
