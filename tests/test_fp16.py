@@ -166,8 +166,8 @@ def test_a_step_that_is_not_finite_is_an_error_unless_the_scale_made_it_so(
     progress = resume.Progress()
     state = Namespace(rows_per_step=4, steps=2, progress=progress)
     feed = train.Feed(args, inputs, state, loss_scale.new_scaler(dtype, CPU), CPU)
-    numbers = (torch.tensor(loss), torch.tensor(norm), False)
     feed.prepare_next()
+    numbers = (torch.tensor(loss), torch.tensor(norm), False)
     if dtype == "fp16" and loss == 0.5 and scale == loss_scale.LEAST:
         feed.finish_step(*numbers)
         assert (progress.step, progress.skipped, progress.rows, progress.loss) == (1, 1, 4, loss)
