@@ -41,6 +41,7 @@ from support import (
     examples,
     files,
     fingerprint,
+    full_memory,
     machine,
     metrics,
     origin,
@@ -52,7 +53,7 @@ from support import (
 from support.labels import LABELS
 from support.letters import printable
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 # -----------------------------------------------------------------------------
@@ -197,7 +198,7 @@ def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[
     if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
             "the model's logits are not finite: its numbers or the adapter's are too large, "
-            "as after a training with too high a --learning-rate"
+            "as after a training with too high a --learning-rate, or for --dtype fp16"
         )
     # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
     return [[float(f"{score:.9g}") for score in row] for row in scores]
@@ -252,8 +253,9 @@ def evaluate(
     # To tqdm None means: no bar where the output is not a terminal.
     disable = None if processes.IS_FIRST else True
     with tqdm(total=len(mine), desc=title, unit="row", leave=False, disable=disable) as bar:
-        for start in range(0, len(mine), protocol.batch_size):
-            numbers = mine[start : start + protocol.batch_size]
+        batch_size = protocol.batch_size  # which `answer` may halve
+        for start in range(0, len(mine), batch_size):
+            numbers = mine[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
             answers += zip(numbers, answer(model, tokenizer, batch, protocol))
             bar.update(len(numbers))
@@ -272,10 +274,17 @@ def evaluate(
 def answer(
     model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
 ) -> list[dict]:
-    """Returns the answers to prompts, by the protocol's mode."""
-    if protocol.mode == "score":
-        return score(model, tokenizer, prompts)
-    return complete(model, tokenizer, prompts, protocol.max_new_tokens)
+    """Returns the answers to prompts, by the protocol's mode.
+
+    Where so many do not fit into the memory, `protocol.batch_size` is halved.
+    """
+
+    def answer_part(prompts: list[list[int]]) -> list[dict]:
+        if protocol.mode == "score":
+            return score(model, tokenizer, prompts)
+        return complete(model, tokenizer, prompts, protocol.max_new_tokens)
+
+    return full_memory.run_in_parts(answer_part, prompts, protocol, model)
 
 
 def describe(pair: dict, number: int, tokens: int) -> dict:
@@ -303,8 +312,8 @@ def load_model(
     """Loads the base: three of the four lines that are this project.
 
     The fourth, lora.inject(model, config), comes after it: adapters are put around
-    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is "bf16"
-    or "fp32". With `keep` the dequantised weights are stored beside the indices too.
+    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is one of
+    DTYPES. With `keep` the dequantised weights are stored beside the indices too.
     None does so where a GPU has free memory of four times their size, because training
     needs memory as well.
     """
@@ -312,12 +321,19 @@ def load_model(
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    # Layer by layer: NF4Linear quantises what arrives.
-    phi2.load_weights(model, directory, device, DTYPES[dtype])
-    if keep is None:
-        keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
-    choose_what_is_stored(model, keep, device)
+    with full_memory.explained(full_memory.about_loading, model):
+        # Layer by layer: NF4Linear quantises what arrives.
+        phi2.load_weights(model, directory, device, DTYPES[dtype])
+        if keep is None:
+            keep = has_room_to_keep(model, machine.free_memory(device))
+        choose_what_is_stored(model, keep, device)
     return model.eval()
+
+
+def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
+    """Returns whether the dequantised weights, and training beside them, fit into free bytes."""
+    # With the default flags they take three times their size: README.md's table, 24 GB.
+    return free >= 4 * quant.dequantized_size(model)
 
 
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
@@ -329,7 +345,7 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
     if keep:
         quant.keep_dequantized(model)
     elif torch.device(device).type != "cpu":
-        model.model.checkpointing = "attention"
+        model.model.recomputes_attention = True
 
 
 def fingerprint_of(
@@ -389,14 +405,16 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
-    (found,) = answer_pairs(model, tokenizer, [pair], args)
+    (found,) = answer_pairs(model, tokenizer, [pair], protocol_of(args))
     if "cut" in found:
         print(f"the pair was cut to --max-length {args.max_length}")
     if "completion" in found:
         print(f"completion: {found['completion']!r}")
+    words = words_of(args)
+    width = max(map(len, words)) + 1
     for label, share in enumerate(found["scores"]):
         mark = "  <-" if share == max(found["scores"]) else ""
-        print(f"{label} {LABELS[label]:14} {share:.4f}{mark}")
+        print(f"{label} {words[label]:{width}} {share:.4f}{mark}")
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
@@ -405,13 +423,23 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError("--dataset - reads standard input, which is closed")
     # Standard output is for answers alone.
     model, tokenizer = load(args, device, output=sys.stderr)
+    protocol = protocol_of(args)
+    words = dict(enumerate(words_of(args)))
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
-        for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, args)):
-            print(printable(json.dumps(pair | found, ensure_ascii=False)))
+        for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, protocol)):
+            # None where the model has written another number than 0, 1 and 2, or none.
+            word = {"answer": words.get(found["prediction"])}
+            print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
+
+
+def words_of(args: argparse.Namespace) -> list[str]:
+    """Returns what the rows that the adapter was trained on call the labels 0, 1 and 2."""
+    words = args.origin.words if args.origin else LABELS
+    return [printable(word) for word in words]
 
 
 def answer_pairs(
-    model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], args: argparse.Namespace
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], protocol: Protocol
 ) -> list[dict]:
     """Returns the answers to pairs whose labels nobody knows.
 
@@ -419,10 +447,10 @@ def answer_pairs(
     """
     # The label decides on the answer's ids alone, which are not used here.
     labelled = [pair | {"label": 0} for pair in pairs]
-    encoded = data.encode_batch(labelled, tokenizer, args.max_length)
-    answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol_of(args))
+    encoded = data.encode_batch(labelled, tokenizer, protocol.max_length)
+    answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol)
     for example, ids, found in zip(labelled, encoded, answers):
-        if data.count_cut([example], [ids], tokenizer, args.max_length):
+        if data.count_cut([example], [ids], tokenizer, protocol.max_length):
             found["cut"] = True
     return answers
 

@@ -263,10 +263,10 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What the backward pass computes again instead of reading it: "none", whole
-        # "blocks" (here), or "attention" (within the layout, which train.batch_loss
-        # makes).
-        self.checkpointing = "none"
+        # What the backward pass computes again, rather than read what the forward pass has
+        # stored: whole blocks (here), or their attention (in the layout of train.batch_loss).
+        self.recomputes_blocks = False
+        self.recomputes_attention = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer) for layer in range(config.num_hidden_layers)
@@ -286,7 +286,7 @@ class PhiModel(nn.Module):
             # Of the last block's outputs only some are wanted.
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
-            if self.checkpointing == "blocks" and torch.is_grad_enabled():
+            if self.recomputes_blocks and torch.is_grad_enabled():
                 # True would give no gradients: the first x, of a frozen embedding, has none.
                 x = recompute(block, x, cos, sin, layout, use_reentrant=False)
             else:

@@ -48,6 +48,8 @@ from support import (
     examples,
     files,
     fingerprint,
+    full_memory,
+    loss_scale,
     metrics,
     packing,
     processes,
@@ -56,9 +58,6 @@ from support import (
 from support.runlog import RunLog
 from support.stopping import StopRequest
 
-LOG_EVERY = 50  # steps between lines
-
-
 # -----------------------------------------------------------------------------
 # One step
 
@@ -66,6 +65,7 @@ LOG_EVERY = 50  # steps between lines
 def training_step(
     model: phi2.Phi2,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     batches: list[data.Batch],
     num_predicted: float,
     max_grad_norm: float,
@@ -80,17 +80,22 @@ def training_step(
     each batch is divided by it, so the sum is the mean over all of them, however rows
     fall into batches. (A mean of the batches' means would give an id in a short batch
     more weight.)
+
+    In fp16 `scaler` keeps small gradients from becoming 0, and leaves out a step whose
+    gradients overflow (support/loss_scale.py). Otherwise it does nothing.
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
     for batch in batches:
         part = batch_loss(model, batch) / num_predicted
-        part.backward()  # adds to the gradients of the batches before
+        scaler.scale(part).backward()  # adds to the gradients of the batches before
         loss += part.detach()
     # Summed over all processes. The sum is the gradient of the mean: see num_predicted.
     processes.add_gradients(parameters)
+    scaler.unscale_(optimizer)  # after the sum: if it overflows, all processes see it
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     optimizer.zero_grad()
     return loss, grad_norm
 
@@ -104,7 +109,8 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """
     device = model.lm_head.weight.device
     # phi2.MaskedRows(batch.lengths, batch.prefix_length) gives the same loss, more slowly.
-    recomputes = model.model.checkpointing == "attention"
+    # Where a whole block is computed again, its attention is too.
+    recomputes = model.model.recomputes_attention and not model.model.recomputes_blocks
     layout = packing.PackedRows(
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
     )
@@ -173,16 +179,18 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
     # ---- The adapters, all that is trained: inject -------------------------------------------
     adapter, optimizer = add_adapters(args, model, inputs.lora, log)
+    scaler = loss_scale.new_scaler(args.dtype, device)
     if saved is None:
-        save(args, model, inputs, optimizer, log)  # whatever stops the run, it can be resumed
+        # Whatever stops the run, it can be resumed.
+        save(args, model, inputs, optimizer, scaler, log)
     else:
-        saved.restore(adapter, optimizer, processes.NUMBER, device)
+        saved.restore(adapter, optimizer, scaler, processes.NUMBER, device)
         log.open()  # only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
 
     # ---- Training ----------------------------------------------------------------------------
     model.train()
-    feed = Feed(args, inputs, state, device)
+    feed = Feed(args, inputs, state, scaler, device)
     stop = StopRequest()
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
@@ -190,6 +198,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Evaluate what the steps so far have taught, where it is time for it. Here, and
         # not at the end of a turn: a run that was killed in an evaluation repeats it.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
+            log.stop_clock()
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
             log.start_clock()
@@ -197,9 +206,11 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         # Loss, gradients and AdamW. A GPU may still compute when this returns.
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
-        loss, grad_norm = training_step(
-            model, optimizer, feed.current.batches, feed.num_predicted, args.max_grad_norm
-        )
+        batches = feed.current.batches
+        with full_memory.explained(full_memory.about_a_step, args, model):
+            loss, grad_norm = training_step(
+                model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
+            )
         # Meanwhile the next rows are prepared. Then the numbers of this step are read:
         # its loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was
         # pressed. progress.step is step + 1 from here on.
@@ -207,12 +218,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
 
         # Report, save, stop, where it is time for it.
         is_last = progress.step == steps
-        if progress.step % LOG_EVERY == 0 or is_last:
+        if log.is_due(progress.step) or is_last:
             log.write_training(progress, rate, grad_norm)
         # Saved before an evaluation too: it takes long, and a kill in it loses no step.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
-            save(args, model, inputs, optimizer, log)
+            save(args, model, inputs, optimizer, scaler, log)
         if stops:
             bar.close()
             log.say(
@@ -255,6 +266,7 @@ class Inputs:
     """What the arguments of a run name, read and checked."""
 
     directory: Path  # of the base model
+    num_parameters: int  # of the base
     tokenizer: Tokenizer
     lora: lora.LoRAConfig
     reading: examples.Reading  # how the dataset's files are read
@@ -269,13 +281,15 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     What they leave open is filled in: the commits on the Hub, and the base's own dropout.
     Raises ValueError for what does not fit together, before the model is loaded.
     """
+    loss_scale.check_same(args.dtype)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
-    lora.match_targets(phi2.build(directory), config.targets)  # raises for a wrong target
+    base = phi2.build(directory)  # without its weights: names and shapes
+    lora.match_targets(base, config.targets)  # raises for a wrong target
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     data.check_max_length(tokenizer, args.max_length)
 
@@ -291,7 +305,10 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
-    return Inputs(directory, tokenizer, config, reading, train_rows, validation, protocol)
+    num_parameters = sum(parameter.numel() for parameter in base.parameters())
+    return Inputs(
+        directory, num_parameters, tokenizer, config, reading, train_rows, validation, protocol
+    )
 
 
 def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
@@ -304,8 +321,13 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
         split: examples.digest_split(args.dataset, split, inputs.reading)
         for split in ("train", *inputs.validation)
     }
+    # What report.html and eval.py show beside the arguments
+    shown = {
+        "base_parameters": inputs.num_parameters,
+        "label_words": examples.label_words(args.dataset, "train", inputs.reading),
+    }
     return resume.State(
-        arguments=cli.as_json(args) | {"digests": digests},
+        arguments=cli.as_json(args) | {"digests": digests} | shown,
         steps=steps,
         train_rows=len(inputs.train),
         rows_per_step=rows_per_step,
@@ -337,8 +359,7 @@ def load_base(
     model = evaluation.load_model(
         inputs.directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
     )
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
+    model.model.recomputes_blocks = args.checkpointing
     model.uses_graphs = args.graphs
     set_residual_dropout(model, args.residual_dropout)
     return model
@@ -375,6 +396,7 @@ def save(
     model: phi2.Phi2,
     inputs: Inputs,
     optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
     log: RunLog,
 ) -> None:
     """Writes the adapter, and all that a resume needs."""
@@ -382,6 +404,7 @@ def save(
     if not processes.IS_FIRST:
         return
     log.forget_results()
+    log.state.scaler = scaler.state_dict()
     # All files of a save are written first, and then put in their places.
     with files.replacing_files(args.out) as folder:
         lora.save_adapter(model, inputs.lora, folder, args.model)
@@ -420,11 +443,17 @@ class Feed:
     """
 
     def __init__(
-        self, args: argparse.Namespace, inputs: Inputs, state: resume.State, device: torch.device
+        self,
+        args: argparse.Namespace,
+        inputs: Inputs,
+        state: resume.State,
+        scaler: torch.amp.GradScaler,
+        device: torch.device,
     ):
         self.args = args
         self.tokenizer = inputs.tokenizer
         self.progress = state.progress
+        self.scaler = scaler
         self.device = device
         # The order of rows is a function of seed and step: a resumed run sees those it
         # would have.
@@ -448,8 +477,8 @@ class Feed:
         """Counts the step that was taken, and goes on to the next one.
 
         Returns its gradient's norm, and whether a process was asked to stop. Raises
-        ValueError where the norm is not finite: the step has spoiled every weight of
-        the adapter.
+        ValueError where loss or norm are not finite: the step has spoiled every weight of
+        the adapter. (In fp16 the norm may be: then the step was skipped, and counts.)
         """
         taken = self.current
         self.current = self.next_step()
@@ -462,14 +491,15 @@ class Feed:
             bool(stop),
             count_predicted(self.current.batches),
         )
-        if not math.isfinite(grad_norm):
+        is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if not is_finite and not loss_scale.is_overflow(self.scaler, loss):
             numbers = sorted(row["row"] for row in taken.rows)
             raise ValueError(
                 f"step {self.progress.step + 1}: the loss is {loss:.4g}, the norm of its "
                 f"gradient {grad_norm:.4g}, with the rows {numbers} of train; "
-                f"{self.args.out} keeps the last save"
+                f"{self.args.out} keeps the last save{loss_scale.hint(self.scaler)}"
             )
-        self.progress.add(loss, len(taken.rows), int(tokens), int(cut))
+        self.progress.add(loss, len(taken.rows), int(tokens), int(cut), not is_finite)
         return grad_norm, bool(stops)
 
 
@@ -518,7 +548,7 @@ def evaluate(
     """
     results = {}
     predictions = {}
-    with log.resumable():
+    with log.resumable(), full_memory.explained(full_memory.about_a_step, args, model):
         for split, pairs in inputs.validation.items():
             results[split], predictions[split] = evaluation.evaluate(
                 model, inputs.tokenizer, pairs, inputs.protocol, f"{title}, {split}"

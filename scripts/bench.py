@@ -17,6 +17,9 @@ rounds' ratios.
 Speed depends on how much the rows of a batch differ in length. Without --dataset they are drawn
 from tiny/data with the lengths of MNLI (tiny/mnli_lengths.py). With it they are the first rows as
 they are.
+
+Figures of other people's machines come from scripts/selftest.py, and are kept in the form that
+docs/benchmarks.md describes ("By machine").
 """
 
 import argparse
@@ -196,14 +199,15 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
             apart = distances(results_of(contender, exact_job, folder), exact)
             title = f"{contender.name} from {other.name}, fp32, quantisation {quant}"
             problems += beyond(title, apart, BOUNDS)
-    if job["dtype"] == "bf16":
-        # bf16 has 8 bits, which are rounded at different places in each. Ours may be twice as far
-        # from fp32 as the other is: either's distance varies that much with the adapter.
+    if job["dtype"] != "fp32":
+        # bf16 has 8 bits and fp16 11, which are rounded at different places in each. Ours may be
+        # twice as far from fp32 as the other is: either's distance varies that much with the
+        # adapter.
         mine = distances(results_of(ours, job, folder), exact)
         theirs = distances(results_of(other, job, folder), exact)
-        beyond(f"{other.name} in bf16 from fp32", theirs, {})
+        beyond(f"{other.name} in {job['dtype']} from fp32", theirs, {})
         bounds = {name: 2 * theirs[name] for name in ("gradient", "scores")}
-        problems += beyond("ours in bf16 from fp32", mine, bounds)
+        problems += beyond(f"ours in {job['dtype']} from fp32", mine, bounds)
     if problems:
         raise ValueError("no figures, the contenders do not agree: " + "; ".join(problems))
 
@@ -364,7 +368,6 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    dtypes = ["bf16"] if on_gpu else list(dict.fromkeys(["fp32", machine.fast_dtype()]))
     parser = cli.Parser("speed and memory beside the reference, once the results agree")
     add = parser.add_argument
     # fmt: off (a flag is one filled paragraph)
@@ -379,8 +382,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--rows", type=flags.count, default=256,
         help="of training and of evaluation; with less than 128 no steps of 128")
     add("--rounds", type=flags.count, default=5)
-    add("--dtype", choices=list(evaluation.DTYPES), nargs="+", default=dtypes,
-        help="one after another (default: both; on a GPU bf16, on a CPU without bf16 fp32)")
+    add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
+        help="one after another (default: what the device computes fast, on a CPU fp32 too)")
     add("--quant", choices=["nf4", "none"], default="nf4" if on_gpu else "none",
         help="of what is timed (default: nf4; on a CPU none, where litgpt has no NF4)")
     add("--device", type=flags.device, default="cuda" if on_gpu else "cpu")
@@ -388,7 +391,18 @@ def parse_arguments() -> argparse.Namespace:
         help="compare with another checkout of this project, and with nothing else")
     add("--json", type=flags.path, help="write every figure here")
     # fmt: on
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.dtype is None:
+        args.dtype = default_dtypes(args.device)
+    return args
+
+
+def default_dtypes(device: str) -> list[str]:
+    """Returns the --dtype that a device computes fast, on a CPU after fp32."""
+    fast = machine.fast_dtype(device)
+    if device == "cpu":
+        return list(dict.fromkeys(["fp32", fast]))
+    return [fast]
 
 
 def main() -> None:

@@ -147,14 +147,17 @@ class Ours(Contender):
     """This project: all rows of a step at once, and 64 in evaluation."""
 
     def load(self) -> None:
-        job = self.job
-        self.model = evaluation.load_model(
-            Path(job.model), job.quant, job.dtype, job.device, keep=job.keep
-        )
-        if job.adapter:
-            lora.load_adapter(self.model, Path(job.adapter))
+        self.model = self.load_base()
+        if self.job.adapter:
+            lora.load_adapter(self.model, Path(self.job.adapter))
         self.model.eval()  # without dropout, as the others
         self.parameters = lora.lora_parameters(self.model)
+
+    def load_base(self) -> torch.nn.Module:
+        job = self.job
+        return evaluation.load_model(
+            Path(job.model), job.quant, job.dtype, job.device, keep=job.keep
+        )
 
     def loss(self, rows: list) -> Tensor:
         batch = data.collate(rows, len(self.prefix), "answer")

@@ -3,12 +3,15 @@
     python -m scripts.describe                        # tiny/data, or MNLI where there is a GPU
     python -m scripts.describe --dataset nyu-mll/glue --model microsoft/phi-2
     python -m scripts.describe --dataset my-rows --columns text claim verdict
+    python -m scripts.describe --ids 0                # the tokens of the first row
 
 A wrong column or a wrong order of the labels shows in the examples, before a long training. The
 longest prompt and answer say what --max-length has to be so that no premise is cut.
 """
 
 import argparse
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +28,11 @@ from support.letters import printable
 from support.rows import Rows
 
 TEXTS_AT_ONCE = 5000  # that are tokenised
+# Escape sequences for a terminal's colours, and back to normal
+MAGENTA = "\x1b[35m"
+CYAN = "\x1b[36m"
+GREEN = "\x1b[1;32m"
+NORMAL = "\x1b[0m"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -34,6 +42,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--limit", type=flags.count, help="the first so many rows of each split (default: all)"
     )
+    parser.add_argument(
+        "--ids", type=flags.count_from_0, metavar="ROW",
+        help="print the tokens of this row of the first split as the model sees them, and no more",
+    )  # fmt: skip
     return cli.parse_arguments(parser)
 
 
@@ -111,6 +123,57 @@ def describe_rows(rows, lengths) -> None:
             print(printable(f"  {label} {name}: {example}"))
 
 
+# -----------------------------------------------------------------------------
+# The tokens of a row
+
+
+def print_tokens(rows: Rows, number: int, tokenizer, split: str) -> None:
+    """Prints the tokens of a row with their ids: shared prefix, prompt, and what is predicted."""
+    if number >= len(rows):
+        raise ValueError(f"--ids {number}: {split} has the rows 0 to {len(rows) - 1:,}")
+    prefix, _, _ = data.fixed_ids(tokenizer)
+    prompt, answer = data.encode(rows[number], tokenizer)
+    parts = (
+        (MAGENTA, "prefix, which all rows share: it goes through the model once a batch", prefix),
+        (CYAN, "rest of the prompt, this row's own", prompt[len(prefix) :]),
+        (GREEN, "targets of the loss, each predicted from all tokens before it", answer),
+    )
+    print(f"  row {number:,}: {len(prompt) + len(answer)} tokens, with their ids; a dot is a space")
+    for color, title, ids in parts:
+        print(f"\n  {title} ({len(ids)})")
+        print_cells([as_cell(token, tokenizer) for token in ids], ids, color)
+
+
+def as_cell(token: int, tokenizer) -> str:
+    """Returns a token's text with what nobody would see: spaces, line ends, parts of a letter."""
+    text = tokenizer.decode([token], skip_special_tokens=False)
+    if "\ufffd" in text:  # its bytes are a part of a letter: then as the vocabulary writes them
+        text = tokenizer.id_to_token(token)
+    return printable(text).replace(" ", "\u00b7")
+
+
+def print_cells(texts: list[str], ids: list[int], color: str) -> None:
+    """Prints texts in a colour, with their ids below, in lines as wide as the terminal."""
+    width = shutil.get_terminal_size().columns - 4
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
+        color = ""
+    above = ""
+    below = ""
+    for text, token in zip(texts, ids):
+        cell = max(len(text), len(str(token))) + 1
+        if above and len(above) + cell > width:
+            print_line(above, below, color)
+            above = ""
+            below = ""
+        above += text.ljust(cell)
+        below += str(token).ljust(cell)
+    print_line(above, below, color)
+
+
+def print_line(above: str, below: str, color: str) -> None:
+    print(f"    {color}{above.rstrip()}{NORMAL if color else ''}\n    {below.rstrip()}")
+
+
 def main() -> None:
     args = parse_arguments()
     directory = checkpoints.find(
@@ -123,8 +186,10 @@ def main() -> None:
     shown = [name for name in splits if not name.startswith("test")] or splits
     for split in shown:
         print(f"\n{split}")
-        describe_reading(args.dataset, split, reading)
         rows = examples.load_examples(args.dataset, split, args.limit, reading)
+        if args.ids is not None:
+            return print_tokens(rows, args.ids, tokenizer, split)
+        describe_reading(args.dataset, split, reading)
         describe_rows(rows, token_lengths(rows, tokenizer, split))
 
 

@@ -158,7 +158,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", type=flags.name, required=True,
         help="the directory of a run, or any PEFT LoRA adapter")
     add("--out", type=flags.path, required=True, help="a new directory for the merged model")
-    add("--into", choices=["bf16", "fp32", "nf4"],
+    add("--into", choices=["bf16", "fp16", "fp32", "nf4"],
         help="what the merged weights are rounded to "
              "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)")
     add("--requantize", action="store_true",
@@ -189,10 +189,13 @@ def check_merge_folder(out: Path) -> None:
 
 
 def evaluate(
-    model: phi2.Phi2, tokenizer: Tokenizer, splits: dict, max_length: int, stage: str
+    model: phi2.Phi2,
+    tokenizer: Tokenizer,
+    splits: dict,
+    protocol: evaluation.Protocol,
+    stage: str,
 ) -> dict[str, dict]:
     """Returns the statistics of each split."""
-    protocol = evaluation.Protocol(max_length=max_length)
     results = {}
     for split, rows in splits.items():
         title = f"{stage}, {split}"
@@ -233,10 +236,11 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
 
-    before = evaluate(model, tokenizer, splits, args.max_length, "adapter")
+    protocol = evaluation.Protocol(max_length=args.max_length)
+    before = evaluate(model, tokenizer, splits, protocol, "adapter")
     dtype = evaluation.DTYPES[stored_as]
     layers = merge(model, dtype, args.requantize, args.double_quant)
-    after = evaluate(model, tokenizer, splits, args.max_length, "merged")
+    after = evaluate(model, tokenizer, splits, protocol, "merged")
     cost = {
         "into": args.into or args.dtype,
         "requantized": args.requantize,

@@ -1,12 +1,13 @@
-"""Counts the memory of one training step before a weight is loaded, for the flags of train.py.
+"""Counts the memory that a run of train.py needs, for any of its flags, before a weight is loaded.
 
     python -m scripts.plan --model microsoft/phi-2 --dataset nyu-mll/glue --batch-size 64
+    python -m scripts.plan --gpu 8 --checkpointing                  # for a card of 8 GB, anywhere
 
-One step, forward and backward, runs on the longest rows of the data with tensors that have shapes
-and no content. Whatever operation makes a tensor, its bytes are counted until it is freed. So the
-peak is what an allocator has to give out. Not counted are memory outside of the allocator (a CUDA
-context, the libraries), what the allocator loses between tensors, and scratch memory within a
-kernel.
+One step, forward and backward, runs on the longest rows of the data, and one batch of the
+evaluation on the longest prompts, with tensors that have shapes and no content. Whatever operation
+makes a tensor, its bytes are counted until it is freed. So the peak is what an allocator has to
+give out. Not counted are memory outside of the allocator (a CUDA context, the libraries), what the
+allocator loses between tensors, and scratch memory within a kernel.
 
 Attention differs by device. For --device cpu the step runs on fake CPU tensors, through the code
 that a CPU takes. For other devices it runs on the meta device, and scaled_dot_product_attention is
@@ -15,8 +16,11 @@ need not be there.
 """
 
 import argparse
+import itertools
 import sys
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,10 +40,13 @@ import lora
 import phi2
 import quant
 import train
-from support import checkpoints, cli, examples
+from support import checkpoints, cli, examples, flags, full_memory, packing
 from support.live_bytes import LiveBytes
 
 CANDIDATES = 1000  # rows with the most characters; those with the most tokens are among them
+# What a card says of its memory is not all for tensors: CUDA's context, a desktop and what the
+# allocator loses between tensors take some. A T4 of 16 GB gives 14.6 GiB to CUDA.
+FOR_TENSORS = 0.9
 
 
 class Count(TorchDispatchMode):
@@ -115,87 +122,237 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     if keep is None:
         keep = args.quant == "none"  # which leaves nothing to keep
     evaluation.choose_what_is_stored(model, keep, args.device)
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
+    model.model.recomputes_blocks = args.checkpointing
     if args.residual_dropout is not None:
         train.set_residual_dropout(model, args.residual_dropout)
     return model
 
 
+class Plan:
+    """The frozen model and its adapter without content, and what a run takes beside them.
+
+    parts: bytes that are there all the time, by name.
+    """
+
+    def __init__(self, directory: Path, args: argparse.Namespace):
+        self.args = args
+        self.model = build_base(directory, args)
+        base = list(self.model.parameters())
+        kept = []
+        for name, buffer in self.model.named_buffers():
+            (kept if name.endswith(".kept") else base).append(buffer)
+        config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
+        lora.inject(self.model, config)
+        self.adapter = list(lora.lora_parameters(self.model).values())
+        self.known = [*base, *kept, *self.adapter]
+        self.parts = {
+            "base weights": size(base),
+            "base weights, dequantised": size(kept),
+            "adapter": size(self.adapter),
+            "its optimiser": 2 * size(self.adapter),  # AdamW's two averages
+        }
+
+    def size(self) -> int:
+        """Returns how many bytes are there all the time."""
+        return sum(self.parts.values())
+
+    @contextmanager
+    def counted(self) -> Iterator[LiveBytes]:
+        """Counts the bytes of tensors that are made in here, and not those of `parts`."""
+        device_type = self.known[0].device.type
+        count = Count(device_type, self.known)
+        if device_type == "cpu":
+            with count:
+                yield count.bytes
+            return
+        # Not by a mode of torch: it would be off in what the backward pass computes again.
+        with patch.object(F, "scaled_dot_product_attention", fused_attention), count:
+            yield count.bytes
+
+    def step(self, encoded: list, prefix: int) -> dict[str, int]:
+        """Returns bytes by name for a step on encoded rows that share `prefix` ids.
+
+        "sum" is the peak within the step.
+        """
+        bytes_of = dict(self.parts)
+        if self.args.accumulate > 1:
+            bytes_of["its gradient, of earlier batches"] = size(self.adapter)
+            for parameter in self.adapter:
+                parameter.grad = torch.zeros_like(parameter)
+        with self.counted() as count:
+            batch = data.collate(encoded, prefix, self.args.loss)
+            loss = train.batch_loss(self.model.train(), batch)
+            after_forward = count.now
+            loss.backward()
+        # The loss is computed in fp32.
+        logits = 4 * len(batch.next_ids) * self.model.config.vocab_size
+        bytes_of["logits"] = logits
+        bytes_of["activations"] = after_forward - logits
+        bytes_of["passing, at the peak"] = count.most - after_forward
+        return bytes_of | {"sum": sum(bytes_of.values())}
+
+    @torch.no_grad()
+    def evaluation(self, prompts: list[list[int]], prefix: list[int]) -> int:
+        """Returns the bytes at the peak while prompts are answered that begin with `prefix`.
+
+        It does what evaluation.generate does up to the second new token. A later one needs no
+        more, because the cache has room for all of them from the beginning.
+        """
+        device = self.known[0].device
+        with self.counted() as count:
+            room = self.args.max_new_tokens
+            ids, layout = evaluation.pack_prompts(prompts, prefix, device, room)
+            hidden = self.model.eval().model(ids, layout, last=1)
+            decoder = packing.Decoder(self.model, layout)
+            logits = self.model.lm_head(hidden)
+            if room > 1:
+                decoder.run([0] * len(logits))
+        return self.size() + count.most
+
+
 def memory(
     directory: Path, args: argparse.Namespace, encoded: list, prefix: int
 ) -> dict[str, int]:
-    """Returns bytes by name for a step on encoded rows that share `prefix` ids.
+    """Returns bytes by name for a step on encoded rows that share `prefix` ids."""
+    return Plan(directory, args).step(encoded, prefix)
 
-    "sum" is the peak within the step.
+
+# -----------------------------------------------------------------------------
+# The script
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Returns the arguments of train.py, and `gpu`. `is_dtype_assumed`: --dtype is no one's."""
+    parser = cli.train_parser("the memory that a run with these flags of train.py needs")
+    parser.add_argument(
+        "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
+        help="memory of the card: which of its choices train.py takes there, and what fits"
+    )  # fmt: skip
+    typed = parser.typed()
+    device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
+    if "gpu" in typed and not device.startswith("cuda"):
+        parser.error(f"--gpu is a card for CUDA, not for --device {device}")
+    is_elsewhere = "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available()
+    if is_elsewhere:
+        # What train.py takes there, and not what it takes on this machine.
+        parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
+    args = cli.train_arguments(parser=parser)
+    args.is_dtype_assumed = is_elsewhere and "dtype" not in typed and args.dtype == "bf16"
+    return args
+
+
+@dataclass
+class LongestRows:
+    """The rows that need the most memory."""
+
+    training: list[tuple[list[int], list[int]]]  # ids of prompt and answer, of one batch
+    shared: int  # how many ids they begin with alike
+    prompts: list[list[int]]  # of one batch of an evaluation
+    prefix: list[int]  # with which these begin
+
+    @classmethod
+    def read(cls, args: argparse.Namespace, tokenizer: Tokenizer) -> "LongestRows":
+        """Reads them from --dataset."""
+        reading = examples.Reading.of(args)
+        rows = examples.load_examples(args.dataset, "train", args.limit, reading)
+        splits = [
+            examples.load_examples(args.dataset, split, args.eval_limit, reading)
+            for split in examples.validation_splits(args.dataset, reading)
+        ]
+        batches = [first_prompts(split, tokenizer, args.max_length) for split in splits]
+        return cls(
+            training=longest_rows(rows, tokenizer, args.batch_size, args.max_length),
+            shared=train.shared_prefix_length(tokenizer, args),
+            prompts=max(batches, key=lambda prompts: sum(map(len, prompts))),
+            prefix=data.fixed_ids(tokenizer)[0],
+        )
+
+
+def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[list[int]]:
+    """Returns the prompts of the first batch of an evaluation, which has the longest rows."""
+    prompts = [prompt for prompt, _ in data.encode_batch(rows, tokenizer, max_length)]
+    order = itertools.chain.from_iterable(data.by_premise(rows, prompts))
+    first = itertools.islice(order, evaluation.Protocol.batch_size)
+    return [prompts[number] for number in first]
+
+
+def ways_to_keep(directory: Path, args: argparse.Namespace) -> list[bool]:
+    """Returns whether train.py keeps NF4's values: one answer, or both without --gpu.
+
+    It depends on the memory of the GPU, where no flag says it.
     """
-    model = build_base(directory, args)
-    base = list(model.parameters())
-    kept = []
-    for name, buffer in model.named_buffers():
-        (kept if name.endswith(".kept") else base).append(buffer)
-    lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
-    adapter = list(lora.lora_parameters(model).values())
-    bytes_of = {
-        "base weights": size(base),
-        "base weights, dequantised": size(kept),
-        "adapter": size(adapter),
-        "its optimiser": 2 * size(adapter),  # AdamW's two averages
-    }
-    if args.accumulate > 1:
-        bytes_of["its gradient, of earlier batches"] = size(adapter)
-        for parameter in adapter:
-            parameter.grad = torch.zeros_like(parameter)
+    if args.keep_dequantized is not None:
+        return [args.keep_dequantized]
+    if args.quant == "none" or args.device == "cpu":
+        return [args.quant == "none"]  # as eval.load_model, though there is nothing to keep
+    if args.gpu is None:
+        return [False, True]
+    plan = Plan(directory, with_choice(args, keep=False))
+    return [evaluation.has_room_to_keep(plan.model, for_tensors(args.gpu) - plan.size())]
 
-    device_type = base[0].device.type
-    attention = nullcontext()
-    if device_type != "cpu":
-        # Not by a mode of torch: it would be off in what the backward pass computes again.
-        attention = patch.object(F, "scaled_dot_product_attention", fused_attention)
-    with Count(device_type, base + kept + adapter) as count, attention:
-        batch = data.collate(encoded, prefix, args.loss)
-        loss = train.batch_loss(model.train(), batch)
-        after_forward = count.bytes.now
-        loss.backward()
-    # The loss is computed in fp32.
-    logits = 4 * len(batch.next_ids) * model.config.vocab_size
-    bytes_of["logits"] = logits
-    bytes_of["activations"] = after_forward - logits
-    bytes_of["passing, at the peak"] = count.bytes.most - after_forward
-    return bytes_of | {"sum": sum(bytes_of.values())}
+
+def with_choice(args: argparse.Namespace, keep: bool) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {"keep_dequantized": keep})
+
+
+def for_tensors(gigabytes: float) -> int:
+    """Returns how many bytes of a card tensors can have."""
+    return int(FOR_TENSORS * gigabytes * 2**30)
+
+
+def show(plan: Plan, rows: LongestRows) -> None:
+    """Prints what a step and an evaluation take, and with --gpu whether they fit."""
+    count = len(rows.prompts)
+    evaluated = plan.evaluation(rows.prompts, rows.prefix)
+    bytes_of = plan.step(rows.training, rows.shared)
+    for name, number in bytes_of.items():
+        if number:
+            print_line(name, number)
+    print_line(f"evaluation, {count} rows at a time", evaluated)
+    if plan.args.gpu is None:
+        return
+
+    room = for_tensors(plan.args.gpu)
+    if evaluated > room:
+        while evaluated > room and count > 1:
+            count //= 2
+            evaluated = plan.evaluation(rows.prompts[:count], rows.prefix)
+        print_line(f"halved until it fits: {count}", evaluated)
+    print_line(f"for tensors, of {plan.args.gpu:g} GB", room)
+    if bytes_of["sum"] > room:
+        resumed, anew = full_memory.flags_of_a_step(plan.args, plan.model)
+        print(f"a step does not fit{full_memory.either([*resumed, *anew])}")
+    if evaluated > room:
+        print("an evaluation does not fit, not even of one row")
+
+
+def print_line(name: str, count: int) -> None:
+    print(f"{name:32} {count / 2**20:10,.1f} MiB")
 
 
 def main() -> None:
-    parser = cli.train_parser("the memory of a training step with these flags of train.py")
-    args = cli.train_arguments(parser=parser)
+    args = parse_arguments()
     # Without the weights.
     directory = checkpoints.find(
         args.model, phi2.read_config, checkpoints.DESCRIPTION, args.model_revision
     )
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
-    reading = examples.Reading.of(args)
-    rows = examples.load_examples(args.dataset, "train", args.limit, reading)
-    encoded = longest_rows(rows, tokenizer, args.batch_size, args.max_length)
-    prefix = train.shared_prefix_length(tokenizer, args)
-    bytes_of = memory(directory, args, encoded, prefix)
+    rows = LongestRows.read(args, tokenizer)
 
-    tokens = sum(len(prompt) + len(answer) for prompt, answer in encoded)
+    tokens = sum(len(prompt) + len(answer) for prompt, answer in rows.training)
+    dtype = args.dtype
+    if args.is_dtype_assumed:
+        dtype += " (on a T4 fp16, of the same size)"
     print(
-        f"{args.model}, {args.quant}, {args.dtype}, on {args.device}: "
-        f"a batch of the {len(encoded)} longest rows, {tokens:,} tokens"
+        f"{args.model}, {args.quant}, {dtype}, on {args.device}: "
+        f"a batch of the {len(rows.training)} longest rows, {tokens:,} tokens"
     )
-    for name, count in bytes_of.items():
-        if count:
-            print_line(name, count)
-    # On a GPU with much room train.py keeps NF4's values, unless it is told not to.
-    if args.quant == "nf4" and args.device != "cpu" and args.keep_dequantized is None:
-        args.keep_dequantized = True
-        print_line("sum, NF4's values kept", memory(directory, args, encoded, prefix)["sum"])
-
-
-def print_line(name: str, count: int) -> None:
-    print(f"{name:32} {count / 2**20:10,.1f} MiB")
+    ways = ways_to_keep(directory, args)
+    for keep in ways:
+        if keep and len(ways) > 1:
+            print("\nthe same where NF4's values are kept, as on a GPU with much memory left")
+        show(Plan(directory, with_choice(args, keep)), rows)
 
 
 if __name__ == "__main__":

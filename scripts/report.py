@@ -1,8 +1,9 @@
-"""Draws the pictures of a finished run and writes its report.html once more.
+"""Draws the pictures of a run and writes its report.html once more, as far as it has come.
 
     python -m scripts.report out/demo
 
-train.py does this at the end of a run. Repeat it when the template or a picture has changed.
+train.py does this as a run grows and at its end. Repeat it when the template or a picture has
+changed, or for a run that was killed.
 """
 
 import sys
@@ -10,17 +11,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/report.py`
 
-from support import cli, flags, page
+from support import cli, flags, page, records
 from support.extras import Extras
 
 
 def main() -> None:
     parser = cli.Parser("draws the pictures and writes report.html of a run again")
-    parser.add_argument("run", type=flags.path, help="the directory of a finished run")
+    parser.add_argument("run", type=flags.path, help="the folder of a run")
     args = parser.parse_args()
-    for name in ("args.json", "results.json"):
-        if not (args.run / name).is_file():
-            raise ValueError(f"{args.run} is not a finished run of train.py: it has no {name}")
+    records.read(args.run)  # raises for another folder, or a damaged file
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(args.run)

@@ -17,7 +17,7 @@ SETTINGS = (
     "warmup_steps", "max_length", "loss", "limit", "seed", "processes", "dataset_revision",
 )  # fmt: skip
 # --dtype, and the attribute of torch that the example on the card uses
-DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def card(directory: Path, prompt: str, repo: str | None = None) -> str:

@@ -23,6 +23,7 @@ from support import (
     files,
     fingerprint,
     flags,
+    full_memory,
     gpu,
     hub,
     machine,
@@ -53,7 +54,7 @@ FREE = (
     # where the model and the rows are now; digests tell whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
-    "steps", "epochs", "eval_every", "keep_best", "save_every",
+    "steps", "epochs", "eval_every", "log_every", "keep_best", "save_every",
     # memory against speed, with the same results
     "keep_dequantized", "checkpointing", "graphs",
     "wandb", "push", "debug", "resume", "out",
@@ -230,7 +231,21 @@ def parse_arguments(
     notice = f"this runs on the CPU: {unused}" if unused else NOTICE
     if processes.IS_FIRST and (embedded or unused):
         print(notice, file=sys.stderr)
+    # It may be that of a run, or of an adapter, from another machine.
+    if processes.IS_FIRST and "dtype" in args:
+        warn_of_emulation(args.dtype, args.device)
     return args
+
+
+def warn_of_emulation(dtype: str, device: str) -> None:
+    """Prints a line where a device has no instructions for --dtype."""
+    if not machine.emulates(dtype, device):
+        return
+    print(
+        f"{device} has no instructions for {dtype}: the results are right, but slower to come "
+        f"than with --dtype {machine.fast_dtype(device)}",
+        file=sys.stderr,
+    )
 
 
 def embedded_defaults(parser: Parser, typed: dict) -> dict:
@@ -271,13 +286,13 @@ def fill_in(args: argparse.Namespace) -> None:
         args.model = MODEL
     if args.dataset is None:
         args.dataset = DATASET
-    # Some scripts have no --dtype or no --device.
-    if "dtype" in args and args.dtype is None:
-        args.dtype = machine.fast_dtype()
+    # Some scripts have no --device and no --dtype.
     if "device" in args and args.device is None:
         import torch
 
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "dtype" in args and args.dtype is None:
+        args.dtype = machine.fast_dtype(args.device)
 
 
 def adapter_defaults(
@@ -529,19 +544,16 @@ def is_users(error: Exception) -> bool:
     """Returns whether a user can put an error right. Any other one is a bug."""
     if type(error).__name__ == "SafetensorError":  # by its name, to import nothing here
         return True
-    return isinstance(error, (ValueError, OSError, OverflowError)) or is_out_of_memory(error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error is torch.OutOfMemoryError, or what torch raises on a CPU."""
-    # By its name: to ask for the class would import torch.
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    kinds = (ValueError, OSError, OverflowError)
+    return isinstance(error, kinds) or full_memory.is_out_of_memory(error)
 
 
 def one_line(error: Exception) -> str:
-    """Returns what `run` prints of an error: one line, with the process if there are more."""
+    """Returns what `run` prints of an error: one line, with the process if there are more.
+
+    Before the error's own text stand its notes, such as those of support/full_memory.py.
+    """
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
+    text = ": ".join([*getattr(error, "__notes__", []), str(error)])
     # Libraries raise errors of several lines, and others quote texts of a dataset.
-    text = printable(" ".join(str(error).split()))
-    hint = "; lower --batch-size and raise --accumulate" if is_out_of_memory(error) else ""
-    return f"error: {process}{text}{hint}"
+    return f"error: {process}{printable(' '.join(text.split()))}"

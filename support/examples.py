@@ -7,6 +7,7 @@ how a dataset is read.
 A dataset on the Hub is downloaded (hub_datasets.py), and read like any other folder.
 """
 
+import ast
 import functools
 import sys
 from argparse import Namespace
@@ -23,6 +24,7 @@ from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
+    NUMBERS,
     as_word,
     check_meanings,
     refuse_names_in_card,
@@ -166,6 +168,25 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
         unlabelled = every_row["label"].count(NO_LABEL)
         counts[split] = {"read": len(every_row), "without_label": unlabelled, "used": len(rows)}
     return counts
+
+
+def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
+    """Returns what the rows of a split call the labels 0, 1 and 2.
+
+    Of several words it is the most frequent one. LABELS has it where the rows have numbers, or
+    words that are read without --labels.
+    """
+    rows, _ = read_split(dataset, split, reading)
+    counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
+    words = dict(enumerate(LABELS))
+    for row in sorted(Rows(counts), key=lambda row: (row["count_all"], row["written"])):
+        if row["label"] not in words or row["written"][0] not in "'\"":  # which repr gives texts
+            continue
+        word = ast.literal_eval(row["written"])
+        # Another number would be taken for the one that the model answers.
+        if as_word(word) not in NUMBERS and not as_word(word).isdigit():
+            words[row["label"]] = word
+    return list(words.values())
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:

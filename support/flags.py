@@ -71,15 +71,6 @@ def seed(text: str) -> int:
     return any_seed(text) % 2**63
 
 
-def dtype_name(text: str) -> str:
-    """Returns the text as it is; `choices` checks it. fp16 is refused with its reason."""
-    if text in ("fp16", "float16", "half"):
-        raise ArgumentTypeError(
-            "fp16 ends at 65,504, and the attention of phi-2 goes beyond it: take bf16, or fp32"
-        )
-    return text
-
-
 def word(text: str) -> str:
     """Returns the text as it is. Only an empty one is refused, as "$UNSET" leaves it."""
     if not text:
@@ -167,9 +158,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add("--no-graphs", dest="graphs", action="store_false",
         help="launch the kernels of generation one by one on a GPU, not as CUDA graphs")
     # What the arithmetic is done in: fp32 for comparisons to the last digit.
-    add("--dtype", type=dtype_name, choices=["bf16", "fp32"],
-        help="type of weights and activations (default: bf16; on a CPU without instructions for "
-        "it: fp32)")
+    add("--dtype", choices=["bf16", "fp16", "fp32"],
+        help="type of weights and activations (default: an adapter's own; else bf16, on GPUs of "
+        "compute capability 7 (T4, V100) fp16, on what has instructions for neither fp32)")
     # For texts longer than MNLI's, or to bound the memory that the longest row takes.
     add("--max-length", type=count, default=512,
         help="tokens of prompt and answer at most; a longer pair loses the end of its premise, "
@@ -239,6 +230,9 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     add("--eval-limit", type=count,
         help="evaluate on the first so many rows of each validation split (default: all)")
     add("--eval-every", type=count, help="also evaluate every so many steps")
+    add("--log-every", type=count,
+        help="report the loss every so many steps (default: each of the first 10, every tenth to "
+        "100, then every 50)")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter of the best accuracy in RUN/best/")
     add("--max-new-tokens", type=new_tokens, default=32,
@@ -273,7 +267,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
         "probabilities of the three answers")
     add("--max-new-tokens", type=new_tokens, default=32,
         help="tokens written to each prompt in mode generate, at most")
-    add("--batch-size", type=count, default=64, help="prompts in memory at once")
+    add("--batch-size", type=count, default=64,
+        help="prompts in memory at once; half as many where so many do not fit")
     # For an adapter that was trained elsewhere on purpose: its fingerprint is not compared.
     add("--force", action="store_true",
         help="use an adapter of another prompt, tokenizer, base or quantisation too")

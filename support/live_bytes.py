@@ -15,23 +15,36 @@ class LiveBytes:
     """Is told of the storage of each new tensor, and sees for itself when it is freed.
 
     now: bytes that are alive; most: the largest that `now` has been. The storages in `known`
-    are not counted.
+    are not counted. limit: how many bytes there are; for one more `add` raises what a GPU's
+    allocator raises.
     """
 
-    def __init__(self, known: list[torch.UntypedStorage] = ()):
+    def __init__(self, known: list[torch.UntypedStorage] = (), limit: int | None = None):
         self.alive = {storage._cdata for storage in known}
         self.now = 0
         self.most = 0
+        self.limit = limit
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self.alive:  # that of a view, or of a tensor that was changed in place
             return
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
+        if self.limit is not None and self.now + size > self.limit:
+            self.refuse(size)
         self.alive.add(key)
         weakref.finalize(storage, self.free, key, size)
         self.now += size
         self.most = max(self.most, self.now)
+
+    def refuse(self, size: int) -> None:
+        import torch
+
+        raise torch.OutOfMemoryError(
+            f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total "
+            f"capacity of {self.limit / 2**30:.2f} GiB of which "
+            f"{(self.limit - self.now) / 2**20:.2f} MiB is free."
+        )
 
     def free(self, key: int, size: int) -> None:
         self.alive.discard(key)

@@ -28,16 +28,48 @@ RESET = Path("/proc/self/clear_refs")  # a "5" written here resets its peak of m
 # What it runs on
 
 
-def fast_dtype() -> str:
-    """Returns "bf16", or "fp32" on a CPU without instructions for bf16."""
+def fast_dtype(device: str) -> str:
+    """Returns the --dtype of 16 bits that a device has instructions for, bf16 before fp16.
+
+    Returns "fp32" where there is none. A GPU that is not here counts as a recent one.
+    """
+    if device.startswith("cuda"):
+        return dtype_of_gpu(device)
+    return "bf16" if device.startswith("cpu") and cpu_computes("bf16") else "fp32"
+
+
+def dtype_of_gpu(device: str) -> str:
+    """Returns `fast_dtype` of a CUDA device, by its compute capability."""
     import torch
 
-    if torch.cuda.is_available():
+    try:
+        major, _ = torch.cuda.get_device_capability(device)
+    except (RuntimeError, AssertionError):  # no such GPU, which processes.start will say
         return "bf16"
-    # Without the instructions torch emulates bf16, some ten times slower than fp32. Only
-    # this private operator says which it is.
-    mkldnn = torch.backends.mkldnn.is_available()
-    return "bf16" if mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    # 7 is Volta and Turing, with tensor cores for fp16. torch emulates bf16 there.
+    if major == 7:
+        return "fp16"
+    return "bf16" if major > 7 else "fp32"
+
+
+def cpu_computes(dtype: str) -> bool:
+    """Returns whether torch has kernels with this CPU's own instructions for bf16 or fp16.
+
+    Others are ten and more times slower than fp32. Only these private operators say it.
+    """
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported")()
+
+
+def emulates(dtype: str, device: str) -> bool:
+    """Returns whether a device has no instructions for a --dtype, which makes it slow there."""
+    if device.startswith("cpu"):
+        return dtype != "fp32" and not cpu_computes(dtype)
+    # A GPU that is older than fp16's tensor cores still computes with fp16.
+    return device.startswith("cuda") and dtype == "bf16" and dtype_of_gpu(device) != "bf16"
 
 
 def environment(device: torch.device) -> dict:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from support import examples, fingerprint, hub, processes
+from support import examples, fingerprint, hub, processes, records
 from support.commands import quoted
 from support.examples import Reading
 
@@ -28,6 +28,7 @@ class Origin(NamedTuple):
     started_in: Path | None  # PEFT does not say it
     digests: dict[str, str]  # of the rows of each split; none from PEFT and older versions
     settings: dict  # those of SETTINGS that were typed for the training
+    words: list[str]  # what its rows call the labels 0, 1 and 2
 
     def reading(self, revision: str | None) -> Reading:
         """Returns how the run has read its rows."""
@@ -43,6 +44,7 @@ def origin(run: Path, arguments: dict, saved: dict) -> Origin:
         Path(folder) if isinstance(folder, str) else None,
         digests if isinstance(digests, dict) else {},
         {name: saved[name] for name in SETTINGS if saved.get(name) is not None},
+        records.words_of(arguments),
     )
 
 

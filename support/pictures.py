@@ -1,8 +1,9 @@
-"""The pictures of a run: its losses, and its answers by label.
+"""Pictures of losses: of one run, for its page and its card, and of several runs together.
 
-What is drawn together differs in its line or marker and not in its colour alone, so that it can
-be told apart in print and by readers who see colours differently. matplotlib takes about a
-second to import, so only `draw` imports it.
+Lines that are drawn together differ in their dashes or markers and not in their colour alone.
+The colours are of middle lightness and the background is transparent, so that a picture can be
+read on a light page and on a dark one. matplotlib takes about a second to import, so only
+`draw` imports it.
 """
 
 import itertools
@@ -12,21 +13,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support import files
-from support.labels import LABELS
 
-# What page.draw_pictures draws into a run's directory, and the heading of each picture
-PICTURES = {
-    "loss.png": "Training and validation loss, and the learning rate",
-    "confusion.png": "Answers by label",
-}
-# Of validation losses, as matplotlib calls lines (dashed, dotted, both) and markers (square,
-# diamond, triangle). There are rarely more than three splits; then they start again.
-STYLES = (("--", "s"), (":", "d"), ("-.", "^"))
+# What a run's losses are drawn into: for report.html, which is sharp at any width, and for the
+# model card.
+PICTURES = ("loss.svg", "loss.png")
+GREY = "#7a7a7a"  # contrasts with white 4.3 to 1, with black 4.9 to 1
+# matplotlib's names of what is drawn in it
+COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#c44fa0")
+DASHES = ("-", "--", ":", "-.")
+# Of validation losses, which have few points: square, diamond, triangle
+MARKERS = ("s", "D", "^")
+WIDE_RANGE = 5  # the largest loss over the smallest, from which on the axis is logarithmic
+NAME_LENGTH = 32  # letters of a name in the legend
 
 
 @contextmanager
-def draw(path: Path, columns: int, width: float, height: float) -> Iterator:
-    """Yields the axes of a picture, one for each column, of width x height inches; writes it."""
+def draw(*paths: Path) -> Iterator:
+    """Yields the axes of a picture, and writes it into each path in the form of its suffix."""
     # A notebook leaves in MPLBACKEND how it shows pictures, which its scripts cannot import.
     # A figure that is only written needs no backend.
     os.environ.pop("MPLBACKEND", None)
@@ -36,81 +40,77 @@ def draw(path: Path, columns: int, width: float, height: float) -> Iterator:
     # matplotlib's own settings, not those of the user's matplotlibrc, such as TeX for texts.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
+        for part in COLORED:
+            matplotlib.rcParams[part] = GREY
         # Texts as they are: a split may hold $, and what is between two of them would be read
         # as a formula.
         matplotlib.rcParams["text.parse_math"] = False
-        figure = Figure(figsize=(width * columns, height), layout="constrained")
-        # squeeze=False: always rows of axes, even when there is one
-        yield figure.subplots(1, columns, squeeze=False)[0]
-        with files.replacing(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
+        matplotlib.rcParams["svg.hashsalt"] = "flora"  # the same picture gives the same bytes
+        # Small, so that its texts are still read where a telephone shows it at half the size.
+        figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+        axis = figure.subplots()
+        yield axis
+        axis.spines[["top", "right"]].set_visible(False)
+        # Outside the axes: in them no place is free in every run.
+        figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
+        for path in paths:
+            metadata = {"Date": None} if path.suffix == ".svg" else None
+            with files.replacing(path) as temporary:
+                figure.savefig(
+                    temporary,
+                    format=path.suffix[1:],
+                    dpi=160,
+                    transparent=True,
+                    metadata=metadata,
+                )
 
 
-def draw_loss(entries: list[dict], path: Path) -> None:
-    """Draws the losses of metrics.jsonl, and the learning rate on an axis at the right."""
-    training = [entry for entry in entries if "loss" in entry]
-    steps = [entry["step"] for entry in training]
-    with draw(path, columns=1, width=7, height=4) as (left,):
-        losses = [entry["loss"] for entry in training]
+def draw_loss(entries: list[dict], chance: float | None, *paths: Path) -> None:
+    """Draws the losses of metrics.jsonl, with a line at the loss `chance` of guessing."""
+    with draw(*paths) as axis:
         # The dots are for a run so short that it has only one of them.
-        left.plot(steps, losses, "k.-", markersize=3, label="training")
-        draw_validation_losses(left, entries)
-        # From 0, so that a small change does not look like a large one.
-        left.set(xlabel="step", ylabel="loss per target token", ylim=(0, None))
-        # The rate, thin and grey: it explains the loss and is not the subject.
-        right = left.twinx()
-        rates = [entry["learning_rate"] for entry in training]
-        label = "learning rate (right axis)"
-        right.plot(steps, rates, color="0.7", linewidth=1, label=label)
-        right.set(ylim=(0, None))
-        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        # One legend for both axes. Inside them there is no place that is free in every run.
-        left.figure.legend(loc="outside upper center", ncols=4, fontsize="small")
+        plot(axis, entries, "loss", label="training", color=COLORS[0], marker=".", markersize=3)
+        splits = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
+        styles = itertools.cycle(zip(COLORS[1:], DASHES[1:], MARKERS))
+        for key, (color, dashes, marker) in zip(splits, styles):
+            name = key.removesuffix("_loss")
+            plot(
+                axis, entries, key, label=name, color=color, linestyle=dashes, marker=marker,
+                markersize=4,
+            )  # fmt: skip
+        if chance is not None:
+            axis.axhline(chance, color=GREY, linewidth=0.8, label="guessing")
+        set_axes(axis)
 
 
-def draw_validation_losses(axis, entries: list[dict]) -> None:
-    """Draws a line for each key SPLIT_loss of the entries."""
-    keys = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
-    for key, (line, marker) in zip(keys, itertools.cycle(STYLES)):
-        # Step 0 is the base model: its loss is so large that it would flatten all lines.
-        shown = [entry for entry in entries if key in entry and entry["step"] > 0]
-        axis.plot(
-            [entry["step"] for entry in shown],
-            [entry[key] for entry in shown],
-            linestyle=line,
-            marker=marker,
-            color="0.35",
-            label=key.removesuffix("_loss"),
-        )
+def draw_runs(runs: dict[str, list[dict]], *paths: Path) -> None:
+    """Draws the training losses of several runs, from {name: lines of metrics.jsonl}."""
+    with draw(*paths) as axis:
+        # All colours with the first dashes, then all of them with the next.
+        styles = itertools.cycle(itertools.product(DASHES, COLORS))
+        for (name, entries), (dashes, color) in zip(runs.items(), styles):
+            plot(axis, entries, "loss", label=name, color=color, linestyle=dashes, linewidth=1.2)
+        set_axes(axis)
 
 
-def draw_confusion(splits: dict[str, dict], path: Path) -> None:
-    """Draws the confusion matrix of each split, from {split: its statistics}."""
-    with draw(path, columns=len(splits), width=4.6, height=3.4) as axes:
-        for axis, (split, result) in zip(axes, splits.items()):
-            draw_matrix(axis, result["confusion"])
-            # confusion[label][answer]: lines are labels, columns answers.
-            axis.set(
-                title=split,
-                xlabel="answer",
-                xticks=range(4),
-                xticklabels=["0", "1", "2", "other"],
-                yticks=range(3),
-                yticklabels=[f"{label} {name}" for label, name in enumerate(LABELS)],
-            )
+def plot(axis, entries: list[dict], key: str, label: str, **style) -> None:
+    """Draws a line through those entries that have a number for the key."""
+    shown = [entry for entry in entries if entry.get(key) is not None]
+    steps = [entry["step"] for entry in shown]
+    axis.plot(steps, [entry[key] for entry in shown], label=label[-NAME_LENGTH:], **style)
 
 
-def draw_matrix(axis, confusion: list[list[int]]) -> None:
-    """Draws each count with its share of the label's rows, darker for a larger share."""
-    # Shares of the label and not of all rows: a frequent label would be darker throughout.
-    shares = []
-    for counts in confusion:
-        total = max(1, sum(counts))  # a label may have no rows
-        shares.append([count / total for count in counts])
-    # vmin and vmax: a grey means the same share in each split's picture.
-    axis.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-    for y, counts in enumerate(confusion):
-        for x, count in enumerate(counts):
-            color = "white" if shares[y][x] > 0.5 else "black"
-            text = f"{count:,}\n{shares[y][x]:.0%}"
-            axis.text(x, y, text, ha="center", va="center", color=color)
+def set_axes(axis) -> None:
+    """Labels the axes. Losses of a wide range are on a logarithmic axis, others from 0 on."""
+    axis.set(xlabel="step", ylabel="loss per predicted token")
+    losses = [loss for line in axis.get_lines() for loss in line.get_ydata()]
+    if not losses or min(losses) <= 0 or max(losses) < WIDE_RANGE * min(losses):
+        axis.set_ylim(0, None)  # so that a small change does not look like a large one
+        return
+    # The base's loss is so large that it would flatten all that training does after it.
+    from matplotlib import ticker
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())

@@ -49,14 +49,16 @@ class Progress:
     loss: float = 0.0  # sum of the steps' losses since then, each a mean over its targets
     rows: int = 0  # rows since then
     tokens: int = 0  # ids that the model has read since then
+    skipped: int = 0  # steps since then that changed nothing: their gradient overflowed in fp16
 
-    def add(self, loss: float, rows: int, tokens: int, cut: int) -> None:
+    def add(self, loss: float, rows: int, tokens: int, cut: int, is_skipped: bool) -> None:
         """Counts one more step."""
         self.step += 1
         self.loss += loss
         self.rows += rows
         self.tokens += tokens
         self.cut += cut
+        self.skipped += is_skipped
 
     def start_line(self) -> None:
         """Starts the sums of the next line."""
@@ -64,6 +66,7 @@ class Progress:
         self.loss = 0.0
         self.rows = 0
         self.tokens = 0
+        self.skipped = 0
 
 
 # The fields of a state that make two runs one run, and what is said where they differ.
@@ -97,6 +100,7 @@ class State:
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
+    scaler: dict = field(default_factory=dict)  # in fp16 the state of support/loss_scale.py's
 
     def check(self, run: Path, now: State) -> None:
         """Raises ValueError when the state `now` belongs to another run than this one."""
@@ -145,11 +149,11 @@ class Saved:
     path: Path  # for errors
 
     def restore(
-        self, adapter: dict[str, Tensor], optimizer, process: int, device: torch.device
+        self, adapter: dict[str, Tensor], optimizer, scaler, process: int, device: torch.device
     ) -> None:
-        """Puts adapter, optimiser and the random generators of this process back.
+        """Puts adapter, optimiser, scaler and the random generators of this process back.
 
-        Raises ValueError when the tensors are not those of this adapter.
+        Raises ValueError when what was saved does not fit them.
         """
         import torch
 
@@ -170,6 +174,11 @@ class Saved:
         # The groups hold this run's flags, such as the weight decay: they stay.
         # load_state_dict moves the entries to the device of their parameters.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
+
+        try:
+            scaler.load_state_dict(self.state.scaler)  # which does nothing but in fp16
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise ValueError(f"{self.path} holds no scale of the loss ({error!r})") from None
 
         # Last, because nothing here may draw from the generators any more.
         try:

@@ -34,6 +34,7 @@ SERVER.set_forkserver_preload(
         "tokenizers",
         "matplotlib.figure",
         "matplotlib.backends.backend_agg",  # which writes PNGs
+        "matplotlib.backends.backend_svg",
         "jinja2",
         "pandas",
         "pyarrow.parquet",

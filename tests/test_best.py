@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from support import best, cli, files, hub
+from support import best, cli, files, hub, page
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 # At this learning rate an evaluation on the way is better than the last one.
@@ -108,9 +108,10 @@ def test_a_run_prints_and_shows_which_adapter_was_the_best(run, capsys):
     accuracy = f"{kept['accuracy']:.4f}"
     line = f"the best adapter, of step {kept['step']} (accuracy {accuracy}, "
     assert line in capsys.readouterr().out
-    page = (run / "report.html").read_text()
-    assert f"The best adapter is that of step {kept['step']}, kept in best/" in page
-    assert f"validation_matched {kept['splits']['validation_matched']['accuracy']:.4f}" in page
+    content = (run / "report.html").read_text()
+    assert f"The best adapter is that of step {kept['step']}, kept in best/" in content
+    share = page.percent(kept["splits"]["validation_matched"]["accuracy"])
+    assert f"validation_matched {share}" in content
 
 
 def test_a_run_with_a_best_adapter_is_found_as_one_adapter(run):

@@ -87,7 +87,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
         ("train.py", "--validation", "1", "must be a number below 1, not 1"),
         ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
-        ("train.py", "--dtype", "fp16", "fp16 ends at 65,504, and the attention of phi-2 goes"),
+        ("train.py", "--dtype", "half", "invalid choice: 'half' (choose from "),
         ("train.py", "--steps", "1" + 20 * "0", "must be a whole number of at most 2,147"),
         ("train.py", "--batch-size", "1" + 18 * "0", "must be a whole number of at most 2,147"),
         ("train.py", "--rank", "100000000", "must be a whole number of at most 10,240, not 1"),
@@ -595,7 +595,7 @@ def test_what_would_make_another_run_is_refused_with_the_difference(tmp_path, fl
         ("checkpointing", "yes", "--checkpointing must be true or false, not 'yes'"),
         ("share_prefix", 1, "--share-prefix must be true or false, not 1"),
         ("loss", "both", "--loss must be one of answer, full, not both"),
-        ("dtype", "fp64", "--dtype must be one of bf16, fp32, not fp64"),
+        ("dtype", "fp64", "--dtype must be one of bf16, fp16, fp32, not fp64"),
         ("model", {"name": "phi-2"}, "--model must be text, not {'name': 'phi-2'}"),
     ],
 )
@@ -768,9 +768,19 @@ def test_an_error_of_the_user_is_one_line():
     assert run_with(KeyboardInterrupt()) == "interrupted"
 
 
-def test_memory_that_runs_out_names_the_cure():
-    line = run_with(torch.OutOfMemoryError("CUDA out of memory"))
-    assert line == "error: CUDA out of memory; lower --batch-size and raise --accumulate"
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
+    """What helps is in tests/test_hardware.py."""
+    assert run_with(error) == f"error: {error}"
+    error.add_note("a step does not fit")
+    assert run_with(error) == f"error: a step does not fit: {error}"
 
 
 def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):

@@ -1,5 +1,6 @@
 """scripts.describe prints what a dataset holds."""
 
+import io
 import json
 
 import numpy
@@ -130,3 +131,56 @@ def test_labels_of_several_parts_are_counted_together(tmp_path, capsys):
     assert "  label 'neutral': 1 neutral, 1 rows\n" in printed
     assert "  label 1: 1 neutral, 1 rows\n" in printed
     assert "  label 2: 2 contradiction, 3 rows\n" in printed
+
+
+# -----------------------------------------------------------------------------
+# --ids
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_ids_of_a_row_are_those_that_a_training_reads(tiny, capsys):
+    in_process(describe, *TINY, "--ids", 5)
+    lines = capsys.readouterr().out.splitlines()
+    below = [line for line in lines if line.replace(" ", "").isdigit()]
+    found = [int(word) for line in below for word in line.split()]
+    prompt, answer = data.encode(load_examples("tiny/data", "train")[5], data.load_tokenizer(tiny))
+    assert found == prompt + answer
+    titles = [line for line in lines if line.endswith(")")]
+    assert [int(title.rpartition("(")[2][:-1]) for title in titles] == [51, len(prompt) - 51, 2]
+    assert lines[-2].split()[1:] == ["<|endoftext|>"]
+
+
+def test_colours_are_for_a_terminal_alone_and_not_where_they_are_unwanted(monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    printed = {}
+    for color in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stdout", terminal)
+        if not color:
+            monkeypatch.setenv("NO_COLOR", "1")
+        in_process(describe, *TINY, "--ids", 0)
+        printed[color] = terminal.getvalue()
+    colors = (describe.MAGENTA, describe.CYAN, describe.GREEN)
+    assert all(f"    {color}" in printed[True] for color in colors)
+    plain = printed[True]
+    for sequence in (*colors, describe.NORMAL):
+        plain = plain.replace(sequence, "")
+    assert plain == printed[False]
+
+
+def test_tokens_that_a_terminal_would_obey_are_escaped(tmp_path, capsys):
+    row = {"premise": "\x1b[2JA\u202e dog\u00e9\U0001f600", "hypothesis": "B.\n", "label": 0}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row) + "\n")
+    in_process(describe, "--model", "tiny/model", "--dataset", tmp_path, "--ids", 0)
+    printed = capsys.readouterr().out
+    assert r"\u001b" in printed
+    assert printed.replace("\n", "").isprintable()
+
+
+def test_a_row_that_is_not_there_is_one_line():
+    with pytest.raises(SystemExit, match="error: --ids 7: train has the rows 0 to 2"):
+        in_process(describe, *TINY, "--limit", 3, "--ids", 7)

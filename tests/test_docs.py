@@ -142,7 +142,6 @@ LEFT = {
     "baseline_SPLIT.jsonl",
     "bench.json",
     "config.json",
-    "confusion.png",
     "loss.png",
     "metrics.jsonl",
     "predictions_SPLIT.jsonl",

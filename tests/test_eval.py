@@ -25,7 +25,7 @@ import lora
 import phi2
 import quant
 import train
-from support import examples
+from support import examples, files
 from support.examples import load_examples
 from support.fingerprint import digest_weights
 
@@ -300,6 +300,24 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
         assert line.endswith("  <-") == (score == max(answer["scores"]))
 
 
+def test_answers_are_in_the_words_of_the_rows_that_were_trained_on(
+    run, tmp_path, monkeypatch, capsys
+):
+    """As train.py finds them in the data, and escaped where a terminal would obey them."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    words = ["follows", "neither", "is against\x1b"]
+    files.write_json(copy / "args.json", read_json(run / "args.json") | {"label_words": words})
+    in_process(evaluation, "--adapter", copy, "--premise", "A dog.", "--hypothesis", "A dog.")
+    lines = capsys.readouterr().out.splitlines()[-3:]
+    words = [*words[:2], r"is against\u001b"]
+    assert [line[:18] for line in lines] == [f"{n} {word:16}" for n, word in enumerate(words)]
+
+    monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
+    in_process(evaluation, "--adapter", copy, "--dataset", "-")
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["answer"].startswith(words[answer["prediction"]][:10])
+
+
 def test_a_program_may_wait_for_the_answer_to_each_line(monkeypatch):
     """It writes a line, and the next one when it has read the answer."""
     inputs, inputs_end = os.pipe()
@@ -375,7 +393,7 @@ def test_in_mode_score_a_line_is_answered_by_its_scores(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
     in_process(evaluation, *LINES, "--mode", "score")
     answer = json.loads(capsys.readouterr().out)
-    assert answer.keys() == {"premise", "hypothesis", "prediction", "scores"}
+    assert answer.keys() == {"premise", "hypothesis", "prediction", "scores", "answer"}
     assert answer["scores"][answer["prediction"]] == max(answer["scores"])
 
 

@@ -22,6 +22,7 @@ from support.examples import (
     Reading,
     count_rows,
     find_splits,
+    label_words,
     load_examples,
     validation_splits,
 )
@@ -569,6 +570,24 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
     message = "its labels are contradiction, neutral, none of those that --labels says: 0, 1, 2$"
     with pytest.raises(ValueError, match=message):
         load_examples(str(tmp_path), "train", reading=reading)
+
+
+@pytest.mark.parametrize(
+    "labels, given, words",
+    [
+        ([0, "1", 2.0], (), ["entailment", "neutral", "contradiction"]),
+        (["e", "N", "n", "contradictory", "-"], (), ["entailment", "neutral", "contradiction"]),
+        (["yes", "Yes", "Yes", "no"], ("yes=e", "no=n", "x=c"), ["Yes", "no", "contradiction"]),
+        (["no", "yes", "perhaps"], ("no=c", "yes=e", "perhaps=n"), ["yes", "perhaps", "no"]),
+        ([-1, 0, 1], ("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
+        (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
+    ],
+    ids=str,
+)
+def test_labels_are_called_what_most_rows_call_them(write, labels, given, words):
+    folder = write(train=[ROW | {"label": label} for label in labels])
+    forget_what_was_read()
+    assert label_words(folder, "train", Reading(labels=given)) == words
 
 
 # -----------------------------------------------------------------------------

@@ -392,13 +392,14 @@ def adapter_gradients(model: phi2.Phi2, batch: data.Batch) -> tuple[float, list[
     return loss.item(), list(torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "attention", "blocks"])
+@pytest.mark.parametrize("recomputed", [None, "attention", "blocks"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_the_shared_prefix_gives_the_gradients_of_whole_prompts(
-    tiny, encoded, prefix, quantization, checkpointing
+    tiny, encoded, prefix, quantization, recomputed
 ):
     mine = with_random_adapters(ours(tiny, torch.float32, quantization)).train()
-    mine.model.checkpointing = checkpointing
+    mine.model.recomputes_attention = recomputed == "attention"
+    mine.model.recomputes_blocks = recomputed == "blocks"
     whole_loss, whole = adapter_gradients(mine, data.collate(encoded, 0, "answer"))
     shared_loss, shared = adapter_gradients(mine, data.collate(encoded, prefix, "answer"))
     assert shared_loss == pytest.approx(whole_loss, rel=TOLERANCE)
@@ -420,10 +421,10 @@ def test_a_shared_prefix_gives_the_gradients_of_the_base_too(tiny, encoded, pref
         assert distance(gradient, wanted) < TOLERANCE, name
 
 
-@pytest.mark.parametrize("checkpointing, most_kept", [("attention", 0.75), ("blocks", 0.4)])
+@pytest.mark.parametrize("recomputed, most_kept", [("attention", 0.75), ("blocks", 0.4)])
 @pytest.mark.parametrize("loss", ["answer", "full"])
 def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(
-    tiny, encoded, prefix, loss, checkpointing, most_kept
+    tiny, encoded, prefix, loss, recomputed, most_kept
 ):
     mine = with_random_adapters(ours(tiny, torch.float32, "nf4")).train()
     batch = data.collate(encoded, prefix if loss == "answer" else 0, loss)
@@ -434,8 +435,8 @@ def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(
         return tensor
 
     results = []
-    for choice in ("none", checkpointing):
-        mine.model.checkpointing = choice
+    for choice in (False, True):
+        setattr(mine.model, f"recomputes_{recomputed}", choice)
         stored.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             total, gradients = adapter_gradients(mine, batch)

@@ -2,15 +2,21 @@
 
 import html.parser
 import json
+import re
 import shutil
 import sys
+import time
+from argparse import Namespace
+from xml.etree import ElementTree
 
 import pytest
+import torch
 from conftest import in_process, read_json, script
 
 import data
-from scripts import report
-from support import files, metrics, page, pictures
+import train
+from scripts import report, runs
+from support import files, metrics, page, pictures, records, runlog
 
 SPLITS = ("validation_matched", "validation_mismatched")
 
@@ -56,9 +62,8 @@ class Page(html.parser.HTMLParser):
 def assert_harmless(shown: Page) -> None:
     """The page holds no script and loads nothing but the pictures within it."""
     assert "script" not in shown.tags
-    assert shown.tags.count("img") == len(pictures.PICTURES)
-    for link in shown.links:
-        assert link.startswith("data:image/png;base64,")
+    (link,) = shown.links
+    assert link.startswith("data:image/svg+xml;base64,")
 
 
 def test_the_page_of_a_run_shows_all_of_it_and_links_to_nothing(run):
@@ -69,13 +74,48 @@ def test_the_page_of_a_run_shows_all_of_it_and_links_to_nothing(run):
         result = results["finetuned"][split]
         low, high = result["ci95"]
         assert result["n"] == 30
-        assert f"{result['accuracy']:.4f}" in shown.text
-        assert f"{low:.4f} to {high:.4f}" in shown.text
+        assert page.percent(result["accuracy"]) in shown.text
+        assert f"{100 * low:.1f} to {100 * high:.1f}" in shown.text
     for expected in (
-        *("rank 8, alpha 16", "learning rate 0.003", "60 steps of 8"),
-        *("The most confident mistakes", "Rows that did not parse", "negation"),
+        *("rank 8, alpha 16", "learning rate 0.003", "60 steps of 8", "negation"),
+        *("--eval-limit 30", "36,864 parameters, 1.2 % of the base's 3,061,504", " GiB in "),
+        *("The most confident mistakes", "Rows that did not parse", "0 entailment"),
+        *(files.read_lines(run / "baseline_validation_matched.jsonl")[0]["prompt"], "no number"),
     ):
         assert expected in shown.text
+
+
+def test_the_verdict_is_of_all_rows_together(run):
+    """And says of so many rows what an interval allows."""
+    shown = records.read(run)
+    splits = shown.results["finetuned"]
+    correct = sum(result["correct"] for result in splits.values())
+    text = page.verdict(shown).replace("\N{NO-BREAK SPACE}", " ")
+    assert text.startswith("Of 60 validation rows the base answers 0 right (0.0 %), ")
+    assert f"model {correct} ({100 * correct / 60:.1f} %; 95 % interval " in text
+    for right, judgement in ((30, "better than"), (10, "No difference"), (0, "worse than")):
+        for result in splits.values():
+            result |= {"correct": right, "majority": 0.36}
+        assert judgement in page.verdict(shown), right
+
+
+def test_what_the_base_wrote_most_often_is_counted(run):
+    rows = [row for split in SPLITS for row in files.read_lines(run / f"baseline_{split}.jsonl")]
+    written = [row["completion"] for row in rows]
+    found = page.commonest(rows)
+    assert found[0][2] == max(map(written.count, written))
+    for text, read, count in found:
+        assert count == written.count(text)
+        assert read == data.parse(text)
+
+
+def test_no_part_of_the_page_needs_a_wide_screen(run):
+    """Looked at with a browser 420 pixels wide; this keeps what made it fit."""
+    content = (run / "report.html").read_text()
+    assert "min-width" not in content
+    for table in content.split("<table>")[1:]:
+        for line in table.split("</table>")[0].split("<tr>")[1:]:
+            assert line.count("<td") + line.count("<th") <= 5
 
 
 @pytest.mark.parametrize("stage, name", [("baseline", "baseline"), ("finetuned", "predictions")])
@@ -109,10 +149,14 @@ def test_the_most_confident_mistakes_come_first(copy):
 def test_pictures_show_something(run):
     from matplotlib import image
 
-    for name in pictures.PICTURES:
-        pixels = image.imread(run / name)[..., :3]
-        assert min(pixels.shape[:2]) > 300, name
-        assert pixels.std() > 0.05, name
+    pixels = image.imread(run / "loss.png")
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., 3].std() > 0.05, "the background is transparent"
+    picture = ElementTree.parse(run / "loss.svg")
+    comments = [text for text in re.findall("<!-- (.+?) -->", (run / "loss.svg").read_text())]
+    for text in ("training", "guessing", *SPLITS, "step"):
+        assert text in comments
+    assert picture.getroot().get("viewBox")
 
 
 def test_a_notebooks_way_to_show_pictures_does_not_matter(copy):
@@ -139,19 +183,17 @@ def test_a_users_matplotlibrc_does_not_change_the_pictures(copy, setting):
     assert {name: (copy / name).read_bytes() for name in pictures.PICTURES} == before
 
 
-def test_a_name_with_dollars_is_no_formula(run, tmp_path):
+def test_a_name_with_dollars_is_no_formula(tmp_path):
     """matplotlib would refuse the first, and leave the dollars of the second out."""
-    result = read_json(run / "results.json")["finetuned"]["validation_matched"]
     pixels = []
     for name in (r"$\frac$", "$a$", "a"):
-        pictures.draw_confusion({name: result}, tmp_path / "picture.png")
+        entries = [{"step": 1, "loss": 1.0}, {"step": 1, f"{name}_loss": 1.0}]
+        pictures.draw_loss(entries, None, tmp_path / "picture.png")
         pixels.append((tmp_path / "picture.png").read_bytes())
-        entries = [{"step": 1, "loss": 1.0, "learning_rate": 1.0, f"{name}_loss": 1.0}]
-        pictures.draw_loss(entries, tmp_path / "picture.png")
     assert len(set(pixels)) == 3
 
 
-def test_a_picture_that_cannot_be_drawn_is_one_line_and_the_others_are_there(copy, capsys):
+def test_a_picture_that_cannot_be_written_is_one_line_and_the_page_is_there(copy, capsys):
     for name in pictures.PICTURES:
         (copy / name).unlink()
     (copy / "report.html").unlink()
@@ -161,9 +203,8 @@ def test_a_picture_that_cannot_be_drawn_is_one_line_and_the_others_are_there(cop
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: the pictures: cannot write {copy / 'loss.png'}: ")
-    assert (copy / "confusion.png").is_file()
     shown = Page((copy / "report.html").read_text())
-    assert shown.tags.count("img") == 1
+    assert shown.tags.count("img") == 1, "loss.svg is written before"
 
 
 def test_without_matplotlib_a_line_says_what_to_install_and_all_else_is_there(
@@ -216,7 +257,8 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
         ("predictions_validation_matched.jsonl", None, "is not there"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "line 2 is not JSON"),
         ("args.json", "[]", "holds no JSON object"),
-        ("results.json", None, "has no results.json"),
+        ("args.json", None, "has no args.json"),
+        ("metrics.jsonl", "{}\n", "line 1: it has no step"),
     ],
 )
 def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
@@ -231,3 +273,135 @@ def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     (line,) = (printed or raised.value.code).splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+# -----------------------------------------------------------------------------
+# While it grows
+
+
+def test_a_run_can_be_watched_from_its_first_evaluation_on(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr(runlog, "PAGE_AFTER", 0)
+    monkeypatch.setattr(runlog, "PAGE_SHARE", 1e9)  # at each line
+    shown = []
+    write = page.write
+
+    def write_and_read(folder):
+        write(folder)
+        shown.append((folder / "report.html").read_text())
+
+    monkeypatch.setattr(page, "write", write_and_read)
+    flags = ["--model", "tiny/model", "--dataset", "tiny/data", "--steps", 2, "--batch-size", 2]
+    flags += ["--eval-limit", 4, "--max-new-tokens", 2, "--keep-dequantized"]
+    in_process(train, *flags, "--out", out)
+    base, first, *_, last = shown
+    for content, expected in ((base, "Step 0 of 2."), (first, "Step 1 of 2, training loss 1")):
+        assert expected in content
+        assert 'http-equiv="refresh"' in content
+        assert "no number" in content, "what the base wrote"
+    assert "<img" in first
+    assert 'http-equiv="refresh"' not in last
+    assert "the fine-tuned model" in last
+
+
+def test_a_page_takes_a_small_part_of_the_time_and_none_of_trainings_memory(copy):
+    log = runlog.RunLog(Namespace(out=copy), None, torch.device("cpu"))
+    log.file = copy / "metrics.jsonl"
+    before = log.memory_before
+    log.page_due = 0
+    started = time.perf_counter()
+    log.update_page()
+    seconds = time.perf_counter() - started
+    assert log.page_due - time.perf_counter() > 50 * seconds
+    assert before is None or log.memory_before >= before - 2**20
+    page_before = (copy / "report.html").stat().st_mtime_ns
+    log.update_page()
+    assert (copy / "report.html").stat().st_mtime_ns == page_before
+
+
+def test_what_fails_again_and_again_is_said_once_and_forgotten_when_it_succeeds(copy, capsys):
+    log = runlog.RunLog(Namespace(out=copy), None, torch.device("cpu"))
+    (copy / "report.html").unlink()
+    (copy / "report.html").mkdir()
+    for _ in range(2):
+        log.write_page()
+    assert log.extras.failed == ["report.html"]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: report.html: cannot write ")
+    (copy / "report.html").rmdir()
+    log.write_page()
+    assert log.extras.failed == []
+
+
+def test_a_killed_run_has_a_page_as_far_as_it_came(copy):
+    (copy / "results.json").unlink()
+    in_process(report, copy)
+    content = (copy / "report.html").read_text()
+    assert "Step 60 of 60, training loss 0." in content
+    assert "accuracy after step 60: validation_matched " in content
+
+
+def test_a_resumed_run_keeps_its_first_command(copy):
+    command = runlog.start_command(copy, is_resumed=True)
+    assert command == read_json(copy / "args.json")["command"]
+    assert command.startswith("python train.py --model tiny/model --dataset tiny/data --out ")
+
+
+# -----------------------------------------------------------------------------
+# scripts.runs
+
+
+@pytest.fixture
+def two(run, tmp_path):
+    """The run, and one of another rank that is better."""
+    other = shutil.copytree(run, tmp_path / "other")
+    args = read_json(other / "args.json") | {"rank": 4, "alpha": 8.0, "dropout": 0.1}
+    files.write_json(other / "args.json", args)
+    results = read_json(other / "results.json")
+    for result in results["finetuned"].values():
+        result |= {"accuracy": 0.9, "ci95": [0.851, 0.949]}
+    files.write_json(other / "results.json", results)
+    return run, other
+
+
+def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    in_process(runs, *two, tmp_path / "empty", "--plot", tmp_path / "losses.svg")
+    printed = capsys.readouterr()
+    common, table = printed.out.split("\n\n")
+    assert "learning rate 0.003" in common
+    assert "rank" not in common
+    titles, best, other = table.splitlines()
+    assert titles.split()[:4] == ["run", "rank", "alpha", "trained"]
+    assert titles.split()[-3:] == ["min", "GiB", "dropout"]
+    assert best.split()[:4] == ["other", "4", "8", "36,864"]
+    assert "90.0 (85-95)" in best
+    assert other.split()[:3] == ["run", "8", "16"]
+    assert other.endswith(" 0.05")
+    matched = read_json(two[0] / "results.json")["finetuned"]["validation_matched"]
+    assert f"{100 * matched['accuracy']:.1f} (" in other
+    assert all(len(line) < 80 for line in printed.out.splitlines())
+    assert f"{tmp_path / 'empty'} is not a run of train.py" in printed.err
+    assert "other -->" in (tmp_path / "losses.svg").read_text()
+
+
+def test_runs_as_json(two, capsys):
+    in_process(runs, *two, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert [run["settings"]["rank"] for run in found] == [4, 8]
+    seconds = sum(line.get("seconds", 0) for line in files.read_lines(two[0] / "metrics.jsonl"))
+    assert found[1]["seconds"] == pytest.approx(seconds)
+    assert found[1]["trained"] == 36_864
+
+
+def test_no_finished_run_is_one_line(copy, capsys):
+    reason = ": its results.json is not as train.py writes it"
+    for results in ('{"finetuned": {"validation": {}}}', '{"finetuned": 1}', None):
+        if results is None:
+            (copy / "results.json").unlink()
+            reason = " is not finished: step 60 of 60"
+        else:
+            (copy / "results.json").write_text(results)
+        with pytest.raises(SystemExit, match="error: there is no finished run to compare"):
+            in_process(runs, copy)
+        assert capsys.readouterr().err == f"left out: {copy}{reason}\n"

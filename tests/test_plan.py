@@ -1,6 +1,8 @@
 """The memory that is planned beforehand is what PyTorch's allocator gives out in a real step."""
 
+import json
 import shutil
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +10,9 @@ from conftest import ROOT, in_process, ours, read_json, script
 from torch.profiler import profile
 
 import data
+import eval as evaluation
 import lora
+import phi2
 import quant
 import train
 from scripts import plan
@@ -31,10 +35,10 @@ def rows():
     return examples.load_examples(str(ROOT / "tiny" / "data"), "train", 2000)
 
 
-def measure(model, batch) -> int:
-    """The most bytes that the CPU's allocator had given out in a forward and backward pass."""
+def measure(run: Callable[[], None]) -> int:
+    """Returns the most bytes that the CPU's allocator had given out while `run` ran."""
     with profile(profile_memory=True) as profiler:
-        train.batch_loss(model.train(), batch).backward()
+        run()
     events = profiler.profiler.kineto_results.events()
     allocations = [event for event in events if event.name() == "[memory]"]
     now = 0
@@ -70,13 +74,43 @@ def test_the_plan_is_what_the_allocator_gives_out(tiny, tokenizer, rows, flags):
     lora.inject(model, lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets))
     for block in model.model.layers:
         block.resid_dropout.p = 0.1
-    if args.checkpointing:
-        model.model.checkpointing = "blocks"
-    measured = measure(model, data.collate(encoded, prefix, args.loss))
+    model.model.recomputes_blocks = args.checkpointing
+    batch = data.collate(encoded, prefix, args.loss)
+    measured = measure(lambda: train.batch_loss(model.train(), batch).backward())
 
     assert planned["base weights"] == weights
     in_a_step = ("logits", "activations", "passing, at the peak")
     assert sum(planned[name] for name in in_a_step) == pytest.approx(measured, rel=0.02)
+
+
+def test_the_plan_of_an_evaluation_is_what_the_allocator_gives_out(tiny, tokenizer, rows):
+    """Within 2 %, as above."""
+    args = arguments("--quant", "none", "--max-new-tokens", "24")
+    prompts = plan.first_prompts(rows, tokenizer, args.max_length)
+    prefix, _, _ = data.fixed_ids(tokenizer)
+    planned = plan.Plan(tiny, args)
+    beside_the_model = planned.evaluation(prompts, prefix) - planned.size()
+
+    model = ours(tiny, torch.float32)
+
+    def generate() -> None:
+        known = data.num_known_ids(tokenizer)
+        evaluation.generate(model, prompts, prefix, 24, known, is_finished=lambda ids: False)
+
+    assert beside_the_model == pytest.approx(measure(generate), rel=0.02)
+
+
+def test_the_prompts_of_an_evaluation_are_those_that_it_begins_with(tokenizer, rows, monkeypatch):
+    batches = []
+
+    def answer(model, tokenizer, prompts, protocol):
+        batches.append(prompts)
+        return [{"prediction": 0, "scores": [1.0, 0.0, 0.0]} for _ in prompts]
+
+    monkeypatch.setattr(evaluation, "answer", answer)
+    evaluation.evaluate(torch.nn.Module(), tokenizer, rows, evaluation.Protocol())
+    assert plan.first_prompts(rows, tokenizer, None) == batches[0]
+    assert len(batches[0]) == 64
 
 
 def test_the_longest_rows_are_those_with_the_most_tokens(tokenizer, rows):
@@ -86,11 +120,13 @@ def test_the_longest_rows_are_those_with_the_most_tokens(tokenizer, rows):
 
 
 def check_sum(printed: str) -> float:
-    """Returns the sum in MiB that was printed, once it has been added up."""
+    """Returns the sum in MiB of the first step that was printed, once it has been added up."""
     lines = printed.splitlines()[1:]
-    lines = [line for line in lines if "values kept" not in line]  # what it would be else
     names = [line[:32].rstrip() for line in lines]
-    assert names[-3:] == ["activations", "passing, at the peak", "sum"]
+    end = names.index("sum") + 1
+    assert names[end - 3 : end] == ["activations", "passing, at the peak", "sum"]
+    assert names[end].startswith("evaluation, ")
+    lines = lines[:end]
     counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]
     assert sum(counts[:-1]) == pytest.approx(counts[-1], abs=0.05 * len(counts))
     return counts[-1]
@@ -103,6 +139,7 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
         shutil.copy(tiny / name, model)
     run = tmp_path / "run"
     command = ("--model", model, "--dataset", "tiny/data", "--limit", 100, "--out", run)
+    command += ("--eval-limit", 4, "--max-new-tokens", 1)
 
     def total(*flags) -> float:
         in_process(plan, *command, "--dtype", "bf16", *flags)
@@ -131,8 +168,55 @@ def test_a_run_takes_about_as_much_as_was_planned(tmp_path, capsys):
     command = ("--model", "tiny/model", "--dataset", "tiny/data", "--batch-size", 64)
     run = ("--steps", 3, "--eval-limit", 1, "--max-new-tokens", 1, "--out", tmp_path / "run")
     in_process(plan, *command)
-    sum_in_gib = float(capsys.readouterr().out.split()[-2].replace(",", "")) / 1024
+    sum_in_gib = check_sum(capsys.readouterr().out) / 1024
     done = script("train.py", *command, *run)
     assert done.returncode == 0, done.stderr
     measured = read_json(tmp_path / "run" / "results.json")["training_memory_gib"]
     assert 0.5 * sum_in_gib < measured < 3 * sum_in_gib
+
+
+@pytest.fixture
+def phi_2_of_4_layers(tiny, tmp_path):
+    """A directory with the sizes of phi-2, and without weights."""
+    config = vars(phi2.Phi2Config(num_hidden_layers=4)) | {"model_type": "phi"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(tiny / "tokenizer.json", tmp_path)
+    return tmp_path
+
+
+def test_a_plan_for_a_card_says_what_is_taken_there(phi_2_of_4_layers, capsys):
+    command = ("--model", phi_2_of_4_layers, "--dataset", "tiny/data", "--limit", 100, "--gpu")
+
+    def printed(*words) -> list[str]:
+        in_process(plan, *command, *words)
+        return capsys.readouterr().out.splitlines()
+
+    first, *lines = printed(24)
+    assert ", nf4, bf16 (on a T4 fp16, of the same size), on cuda: " in first
+    assert lines[1].startswith("base weights, dequantised ")
+    assert lines[-1].split() == ["for", "tensors,", "of", "24", "GB", "22,118.4", "MiB"]
+
+    first, *lines = printed(1.6, "--dtype", "fp32")
+    assert ", nf4, fp32, on cuda: " in first
+    names = [line[:32].rstrip() for line in lines]
+    assert "base weights, dequantised" not in names
+    assert "halved until it fits: 16" in names
+    assert lines[-1].startswith("a step does not fit; what helps: --checkpointing, or --batch-size")
+
+    assert printed(0.5)[-1] == "an evaluation does not fit, not even of one row"
+
+
+def test_a_plan_for_a_gpu_that_is_not_here_is_not_for_this_machine(monkeypatch):
+    """This machine takes tiny/ where nothing is said, and fp32 if its CPU has no bf16."""
+
+    def planned(*words) -> tuple:
+        monkeypatch.setattr("sys.argv", ["plan.py", *words])
+        args = plan.parse_arguments()
+        return args.model, args.device, args.dtype, args.is_dtype_assumed
+
+    assert planned("--device", "cuda") == ("microsoft/phi-2", "cuda", "bf16", True)
+    assert planned("--gpu", "8") == ("microsoft/phi-2", "cuda", "bf16", True)
+    assert planned("--gpu", "8", "--dtype", "fp32")[2:] == ("fp32", False)
+    assert planned("--device", "cpu")[:2] == ("tiny/model", "cpu")
+    with pytest.raises(SystemExit):
+        planned("--gpu", "8", "--device", "cpu")

@@ -12,7 +12,7 @@ import torch
 from conftest import distance, read_json, script, start_script
 from safetensors.torch import load_file
 
-from support import best, claims, processes, resume
+from support import best, claims, loss_scale, processes, resume
 
 RUN = (
     "--model", "tiny/model",
@@ -84,25 +84,45 @@ def pair(tmp_path_factory):
 # Two processes do what one does
 
 
-def test_two_processes_have_the_gradients_of_one(tmp_path):
-    """On both losses, of seven rows and of one.
-
-    fp32 rounds each sum to 6e-8 of it: 1e-6 leaves room for another order.
-    """
-    one = tmp_path / "one.safetensors"
-    two = tmp_path / "two.safetensors"
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> tuple[dict, dict]:
+    """What process_gradients.py saves, with one process and with two."""
+    one = tmp_path_factory.mktemp("gradients") / "one.safetensors"
+    two = one.with_name("two.safetensors")
     alone = script("tests/process_gradients.py", one, env=ONE_THREAD)
     assert alone.returncode == 0, alone.stderr
     done = torchrun("tests/process_gradients.py", two)
     assert done.returncode == 0, done.stderr
+    return load_file(one), load_file(two)
 
-    expected = load_file(one)
-    gradients = load_file(two)
-    assert gradients.keys() == expected.keys()
-    assert len(gradients) == 4 * 24  # two losses, two numbers of rows, A and B of 12 layers
-    for name in expected:
+
+def test_two_processes_have_the_gradients_of_one(gradients):
+    """On both losses, of seven rows and of one.
+
+    fp32 rounds each sum to 6e-8 of it: 1e-6 leaves room for another order.
+    """
+    expected, found = gradients
+    assert found.keys() == expected.keys()
+    names = [name for name in found if "rows" in name]
+    assert len(names) == 4 * 24  # two losses, two numbers of rows, A and B of 12 layers
+    for name in names:
         assert expected[name].norm() > 0
-        assert distance(gradients[name], expected[name]) < 1e-6, name
+        assert distance(found[name], expected[name]) < 1e-6, name
+
+
+def test_two_processes_skip_a_step_that_overflows_in_one_of_them(gradients):
+    """In fp16. Before it they take one of which the second has no row, and so scales nothing."""
+    for found in gradients:
+        assert found["taken norm"].isfinite().all()
+        assert not found["skipped norm"].isfinite().any()
+        assert set(found["taken scale"].tolist()) == {loss_scale.START}
+        assert set(found["skipped scale"].tolist()) == {loss_scale.START / 2}
+        for adapter in (*found["taken adapter"], *found["skipped adapter"]):
+            assert torch.equal(adapter, found["taken adapter"][0])
+    one, two = gradients
+    assert len(two["taken scale"]) == 2
+    # AdamW divides by the gradient's size, which magnifies rounding.
+    assert distance(two["taken adapter"][0], one["taken adapter"][0]) < 1e-6
 
 
 def test_two_processes_train_and_answer_as_one_does(pair):

@@ -1,11 +1,13 @@
 """train.py: what a run does, what it leaves, and that it trains what it says."""
 
+import io
 import itertools
 import json
 import math
 import re
 import shutil
 import signal
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import files, resume, runlog
+from support import files, loss_scale, resume, runlog
 from support.examples import load_examples
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
@@ -64,8 +66,8 @@ def test_a_run_leaves_what_the_readme_lists(run):
         "adapter_config.json",
         "adapter_model.safetensors",
         "args.json",
-        "confusion.png",
         "loss.png",
+        "loss.svg",
         "metrics.jsonl",
         "report.html",
         "results.json",
@@ -77,7 +79,8 @@ def test_a_run_leaves_what_the_readme_lists(run):
 def test_a_run_learns_and_prints_what_it_has_learned(finished):
     out, printed = finished
     lines = [line for line in read_rows(out / "metrics.jsonl") if "loss" in line]
-    assert [line["step"] for line in lines] == [50, 100, 150]
+    # Each step at first, when the loss falls fast
+    assert [line["step"] for line in lines] == [*range(1, 11), *range(20, 101, 10), 150]
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert all(line["examples_per_second"] > 0 for line in lines)
     assert lines[-1]["loss"] < 0.5 * lines[0]["loss"]
@@ -317,7 +320,8 @@ def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
     inputs = Namespace(train=rows, tokenizer=tokenizer)
     progress = resume.Progress(step=2)
     state = Namespace(rows_per_step=4, steps=5, progress=progress)
-    feed = train.Feed(args, inputs, state, torch.device("cpu"))
+    device = torch.device("cpu")
+    feed = train.Feed(args, inputs, state, loss_scale.new_scaler("fp32", device), device)
     expected = itertools.islice(data.rows_of_steps(rows, size=4, seed=0), 2, 5)
     taken = 0
     for number, step in enumerate(expected, 1):
@@ -337,6 +341,7 @@ def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(t
     out = tmp_path / "run"
     flags = ["--dtype", "fp32", "--quant", "none", "--dropout", 0, "--learning-rate", 1e-30]
     flags += ["--limit", 6, "--steps", 2, "--batch-size", 2, "--accumulate", 2, *SHORT]
+    flags += ["--log-every", 2]
     in_process(train, *TINY, *flags, "--out", out)
     reported = [line["loss"] for line in read_rows(out / "metrics.jsonl") if "loss" in line]
 
@@ -344,6 +349,23 @@ def test_the_loss_that_a_run_reports_is_the_mean_over_the_targets_of_its_steps(t
     steps = data.rows_of_steps(load_examples("tiny/data", "train", 6), size=4, seed=0)
     losses = [loss_by_hand(model, next(steps), "answer") for _ in range(2)]  # of 4 rows, and of 2
     assert reported == [pytest.approx(sum(losses) / 2, rel=1e-5)]
+
+
+def test_an_evaluation_takes_no_part_of_a_lines_time_and_none_of_it_is_lost(tmp_path):
+    log = runlog.RunLog(Namespace(out=tmp_path, dtype="bf16"), None, torch.device("cpu"))
+    log.file = io.StringIO()
+    started = time.perf_counter()
+    log.start_clock()
+    time.sleep(0.05)  # training
+    log.stop_clock()
+    time.sleep(0.2)  # an evaluation
+    log.start_clock()
+    time.sleep(0.05)  # training
+    log.write_training(resume.Progress(step=20, logged=10, rows=40), 1e-3, 1.0)
+    whole = time.perf_counter() - started
+    line = json.loads(log.file.getvalue())
+    assert 0.1 <= line["seconds"] <= whole - 0.2
+    assert line["examples_per_second"] == pytest.approx(40 / line["seconds"])
 
 
 # -----------------------------------------------------------------------------

@@ -143,12 +143,15 @@ class FakeGpu(TorchDispatchMode):
     operations: in their order. waits: how often which line waits for the GPU. bytes: those
     that are alive, and the most there have been. What the CPU reads of the GPU is True, 0,
     or a probability of 0.5; in fp64, in which processes.total adds, 0.
+    `capability` and `memory`, in bytes, are the card's. Where no memory is left, an operation
+    raises what it raises on a GPU.
     """
 
-    def __init__(self):
+    def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30):
         super().__init__()
         self.fake = FakeMode(allow_non_fake_inputs=True)
-        self.bytes = LiveBytes()
+        self.capability = capability
+        self.bytes = LiveBytes(limit=memory)
         self.is_recording = False
         self.start()
 
@@ -370,7 +373,8 @@ def install(gpu: FakeGpu) -> None:
         "set_rng_state": lambda state, device=None: None,
         "manual_seed_all": lambda seed: None,
         "get_device_name": lambda device=None: "no GPU",
-        "mem_get_info": lambda device=None: (80 * 2**30, 80 * 2**30),
+        "get_device_capability": lambda device=None: gpu.capability,
+        "mem_get_info": lambda device=None: (gpu.bytes.limit - gpu.bytes.now, gpu.bytes.limit),
         "max_memory_allocated": lambda device=None: gpu.bytes.most,
         "reset_peak_memory_stats": lambda device=None: gpu.restart_peak(),
     }
@@ -417,12 +421,8 @@ class Subject:
             self.model = phi2.Phi2(config)
         quant.quantize_linears(self.model)
         fill(self.model)
-        for module in self.model.modules():
-            if isinstance(module, quant.NF4Linear):
-                module.dtype = torch.bfloat16
         evaluation.choose_what_is_stored(self.model, way.keep, "cuda")
-        if way.checkpointing:
-            self.model.model.checkpointing = "blocks"
+        self.model.model.recomputes_blocks = way.checkpointing
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
         self.parameters = lora.lora_parameters(self.model).values()
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
@@ -453,14 +453,16 @@ class Subject:
         evaluation.answer_scores(model, hidden, answers)
 
 
-def fill(model: nn.Module) -> None:
-    """Puts a model that is on the meta device on the fake GPU, in bf16."""
+def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Puts a model that is on the meta device on the fake GPU."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            new = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda")
+            new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
             setattr(module, name, nn.Parameter(new, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+        if isinstance(module, quant.NF4Linear):
+            module.dtype = dtype
 
 
 def longest_first(rows: list) -> list[list[int]]:

@@ -1,0 +1,185 @@
+"""Compares runs of train.py: what differs in their settings, and what came of it.
+
+    python -m scripts.runs out/*                              # the best accuracy first
+    python -m scripts.runs out/* --plot losses.svg            # and their losses in one picture
+    python -m scripts.runs out/* --json > runs.json
+
+Settings that all runs have in common stand above the table once. Accuracies are in percent, with
+their 95 % interval; the loss is that of validation, a mean over the splits. Differences that are
+smaller than the intervals may be chance: eval.py --compare tests two runs row by row.
+"""
+
+import argparse
+import json
+import sys
+import textwrap
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/runs.py`
+
+from support import card, cli, flags, pictures, records
+from support.letters import printable
+from support.records import Record
+
+# What defines a run, the most telling first.
+FIRST = ("rank", "alpha", "targets", "learning_rate", "model", "dataset")
+SETTINGS = tuple(dict.fromkeys(FIRST + card.SETTINGS + ("eval_limit", "device_name")))
+# What else args.json holds is a column where runs differ in it, but for what does not change what
+# a run computes.
+HIDDEN = {
+    "out", "command", "started_in", "resume", "debug", "push", "wandb", "wandb_run", "torchrun",
+    "versions", "commit", "digests", "label_words", "base_parameters", "total_steps",
+    "save_every", "log_every", "device",
+}  # fmt: skip
+SHORT = {"learning_rate": "rate", "batch_size": "batch", "targets": "on", "loss": "loss on"}
+LONGEST = 24  # letters of a name in the table
+MISSING = "-"
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = cli.Parser("compares runs of train.py")
+    parser.add_argument("runs", nargs="+", type=flags.path, help="folders of runs")
+    parser.add_argument("--json", action="store_true", help="print JSON, with every setting")
+    parser.add_argument(
+        "--plot", type=flags.path, metavar="FILE", help="draw the losses into FILE.svg or FILE.png"
+    )
+    args = parser.parse_args()
+    if args.plot and args.plot.suffix not in (".svg", ".png", ".pdf"):
+        parser.error(f"--plot {args.plot}: the name has to end in .svg, .png or .pdf")
+    return args
+
+
+def read_runs(folders: list[Path]) -> list[Record]:
+    """Returns the finished runs among these folders, and prints a line on each other one."""
+    runs = []
+    for folder in folders:
+        try:
+            run = records.read(folder)
+            if not run.is_finished:
+                steps = f" of {run.steps:,}" if run.steps else ""
+                raise ValueError(f"{folder} is not finished: step {run.step:,}{steps}")
+            summary(run)
+            runs.append(run)
+        except (ValueError, OSError) as error:
+            print(printable(f"left out: {error}"), file=sys.stderr)
+        except (KeyError, TypeError, AttributeError):  # statistics of another form
+            reason = "its results.json is not as train.py writes it"
+            print(printable(f"left out: {folder}: {reason}"), file=sys.stderr)
+    if not runs:
+        raise ValueError("there is no finished run to compare")
+    return sorted(runs, key=accuracy, reverse=True)
+
+
+def accuracy(run: Record) -> float:
+    """Returns the accuracy of a finished run, a mean over its splits."""
+    return mean(run, "accuracy")
+
+
+def mean(run: Record, key: str) -> float:
+    splits = run.results["finetuned"].values()
+    return sum(result[key] for result in splits) / len(splits)
+
+
+def summary(run: Record) -> dict:
+    """Returns what --json prints about a run."""
+    return {
+        "run": str(run.folder),
+        "settings": {name: run.args.get(name) for name in SETTINGS},
+        "trained": run.trained,
+        "loss": mean(run, "loss"),
+        "splits": {
+            split: {key: result[key] for key in ("accuracy", "ci95", "n", "majority", "loss")}
+            for split, result in run.results["finetuned"].items()
+        },
+        "seconds": run.seconds,
+        "memory_gib": run.memory,
+    }
+
+
+# -----------------------------------------------------------------------------
+# The table
+
+
+def table(runs: list[Record]) -> str:
+    """Returns the settings that all runs have in common, and a line for each run.
+
+    What is not among the main settings stands last, where a narrow terminal may break the lines.
+    """
+    common = []
+    main = []  # columns: (title, a text for each run)
+    others = []
+    for name in dict.fromkeys(SETTINGS + tuple(name for run in runs for name in run.args)):
+        values = [as_text(run.args.get(name)) for run in runs]
+        title = name.replace("_", " ")
+        if name not in HIDDEN and len(set(values)) > 1:
+            columns = main if name in FIRST else others
+            columns.append((SHORT.get(name, title), values))
+        elif name in SETTINGS and values[0] not in (MISSING, "False"):
+            common.append(f"{title} {values[0]}")
+    names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
+    above = textwrap.fill(
+        "all: " + ", ".join(common), 79, subsequent_indent="     ", break_on_hyphens=False
+    )
+    lines = aligned([("run", names), *main, *results(runs), *others])
+    return "\n".join([above, "", *lines])
+
+
+def aligned(columns: list[tuple[str, list[str]]]) -> list[str]:
+    """Returns the lines of a table: titles and rows, the first column at the left."""
+    columns = [(title, *values) for title, values in columns]
+    widths = [max(map(len, column)) for column in columns]
+    lines = []
+    for first, *others in zip(*columns):
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append(" ".join(cells).rstrip())
+    return lines
+
+
+def as_text(value) -> str:
+    """Returns a setting as the table shows it."""
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return printable(text.replace("_proj", ""))[-LONGEST:]
+
+
+def results(runs: list[Record]) -> list[tuple[str, list[str]]]:
+    """Returns the columns of what was measured: (title, a text for each run)."""
+    columns = [
+        ("trained", [f"{run.trained:,}" if run.trained else MISSING for run in runs]),
+        ("loss", [f"{mean(run, 'loss'):.3f}" for run in runs]),
+    ]
+    for split in dict.fromkeys(split for run in runs for split in run.results["finetuned"]):
+        title = split.removeprefix("validation").strip("_")[:LONGEST] or "accuracy"
+        columns.append((title, [shares(run.results["finetuned"].get(split)) for run in runs]))
+    minutes = [f"{run.seconds / 60:.1f}" if run.seconds else MISSING for run in runs]
+    memory = [f"{run.memory:.2f}" if run.memory else MISSING for run in runs]
+    return [*columns, ("min", minutes), ("GiB", memory)]
+
+
+def shares(result: dict | None) -> str:
+    """Returns accuracy and interval in percent: "72.3 (68-76)"."""
+    if result is None:
+        return MISSING
+    low, high = result["ci95"]
+    return f"{100 * result['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def main() -> None:
+    args = parse_arguments()
+    runs = read_runs(args.runs)
+    if args.json:
+        print(json.dumps([summary(run) for run in runs], indent=2))
+    else:
+        print(table(runs))
+    if args.plot:
+        names = {printable(str(run.folder)): run.entries for run in runs}
+        pictures.draw_runs(names, args.plot)
+        print(f"losses: {args.plot}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)

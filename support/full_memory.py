@@ -1,0 +1,190 @@
+"""What happens where the memory is full: an evaluation goes on with fewer rows at a time.
+
+Where nothing can go on, the error gets a note, which cli.run prints: what did not fit, and which
+flags help. They are found in the model and in the arguments, so what is off already is not named.
+
+torch is imported where it is used, so that --help need not wait for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING
+
+from support import commands, processes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# In the texts of torch's errors: on a CPU; on a Mac's GPU, or where CUDA itself finds no memory;
+# where cuBLAS finds none.
+TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an error says that there is no memory left for a tensor or a library."""
+    # By its name: to ask for the class would import torch.
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
+
+
+# -----------------------------------------------------------------------------
+# Fewer rows at a time
+
+
+def run_in_parts(
+    run: Callable[[list], list], prompts: list[list[int]], protocol, model: nn.Module
+) -> list:
+    """Returns a result for each prompt, from run(part) for parts of protocol.batch_size prompts.
+
+    Where a part does not fit, protocol.batch_size is halved, which a line on stderr says. It
+    stays so: later calls begin with it. Raises the error of a part of one prompt.
+    """
+    results = []
+    is_halved = False
+    while len(results) < len(prompts):
+        part = prompts[len(results) : len(results) + protocol.batch_size]
+        found = run_if_it_fits(run, part, model)
+        if found is None:
+            protocol.batch_size = len(part) // 2
+            is_halved = True
+            continue
+        results += found
+        if is_halved:  # said once, when it is known how far
+            say_how_many(protocol.batch_size, model)
+            is_halved = False
+    return results
+
+
+def run_if_it_fits(
+    run: Callable[[list], list], prompts: list[list[int]], model: nn.Module
+) -> list | None:
+    """Returns run(prompts), or None where several prompts do not fit."""
+    import torch
+
+    try:
+        return run(prompts)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        if len(prompts) == 1:
+            error.add_note(about_a_prompt(prompts[0], model))
+            raise
+    # Only now: the error held the functions that it went through, and they the tensors.
+    gc.collect()
+    torch.cuda.empty_cache()  # what was cut up for one size is whole again for another
+    return None
+
+
+def say_how_many(rows: int, model: nn.Module) -> None:
+    """Prints how many rows an evaluation takes at a time. Each process settles on its own."""
+    from tqdm import tqdm
+
+    process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
+    number = "1 row" if rows == 1 else f"{rows} rows"
+    with suppress(OSError):  # nobody can read it, and the evaluation is worth more
+        # print would write into the progress bar.
+        tqdm.write(
+            f"{process}{memory_of(model)} is full: evaluation goes on with {number} at a time",
+            file=sys.stderr,
+        )
+
+
+# -----------------------------------------------------------------------------
+# What helps
+
+
+@contextmanager
+def explained(describe: Callable[..., str], *details) -> Iterator[None]:
+    """Adds describe(*details) to an error that says that the memory is full.
+
+    An error that has a note already stays as it is.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error) and not getattr(error, "__notes__", None):
+            error.add_note(describe(*details))
+        raise
+
+
+def about_loading(model: nn.Module) -> str:
+    """Returns what helps where the base does not fit."""
+    cures = [*kept_values(model), *quantization(model), *another_device(model)]
+    return f"the model does not fit into {memory_of(model)}{either(cures)}"
+
+
+def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
+    """Returns what helps where one prompt does not fit beside the model."""
+    cures = kept_values(model)
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        cures += quantization(model)  # an adapter belongs to the one that it was trained over
+    cures += [f"a --max-length below {len(prompt)}", *another_device(model)]
+    row = f"a row of {len(prompt)} tokens"
+    return f"not even {row} fits into {memory_of(model)} beside the model{either(cures)}"
+
+
+def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
+    """Returns what helps where a step of train.py does not fit."""
+    resumed, anew = flags_of_a_step(args, model)
+    cures = [f"a new run with {' or '.join(anew)}"]
+    if resumed:
+        cures.insert(0, f"{commands.resume(args.out)} {' '.join(resumed)}")
+    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
+
+
+def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
+    """Returns the flags with which a step needs less: those that a resume may change, and others.
+
+    In each list those that cost the least time come first.
+    """
+    resumed = kept_values(model)
+    if not args.checkpointing:
+        if not resumed and not model.model.recomputes_attention and args.device != "cpu":
+            resumed.append("--no-keep-dequantized")  # for attention, which is then computed twice
+        resumed.append("--checkpointing")
+    anew = []
+    if args.batch_size > 1:
+        # The steps keep their rows.
+        parts = args.batch_size if args.batch_size % 2 else 2
+        size = args.batch_size // parts
+        anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
+    anew += ["a --max-length that cuts the longest rows", *quantization(model)]
+    return resumed, anew
+
+
+def either(cures: list[str]) -> str:
+    return f"; what helps: {', or '.join(cures)}" if cures else ""
+
+
+def kept_values(model: nn.Module) -> list[str]:
+    """Returns the flag that drops the dequantised weights, where some are stored."""
+    is_kept = any(layer.kept is not None for layer in nf4_layers(model))
+    return ["--no-keep-dequantized"] if is_kept else []
+
+
+def quantization(model: nn.Module) -> list[str]:
+    """Returns the flag that stores the base in fewer bits."""
+    layers = nf4_layers(model)
+    if not layers:
+        return ["--quant nf4"]
+    return [] if layers[0].double_quant else ["--double-quant (0.37 bit a weight)"]
+
+
+def nf4_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "double_quant")]
+
+
+def another_device(model: nn.Module) -> list[str]:
+    return ["--device cpu"] if memory_of(model) == "the GPU" else []
+
+
+def memory_of(model: nn.Module) -> str:
+    """Returns what the memory is called in which a model is, or so far a part of it."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return "the memory" if devices <= {"cpu", "meta"} else "the GPU"

@@ -1,0 +1,96 @@
+"""What a run's folder says about the run, under way or finished: for its page and its card, and
+for the comparison of several."""
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from support import files, metrics
+from support.labels import LABELS
+
+
+@dataclass
+class Record:
+    """The files of a run.
+
+    results: of results.json. A run that is under way has the base's statistics alone.
+    entries: the lines of metrics.jsonl.
+    """
+
+    folder: Path
+    args: dict
+    results: dict
+    entries: list[dict]
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.results.get("finetuned"))
+
+    @property
+    def step(self) -> int:
+        """Returns the last step that metrics.jsonl has a line of."""
+        return self.entries[-1]["step"] if self.entries else 0
+
+    @property
+    def steps(self) -> int | None:
+        """Returns how many steps the run is to take; None where an older version wrote it."""
+        return self.args.get("total_steps") or self.args.get("steps")
+
+    @property
+    def seconds(self) -> float | None:
+        """Returns how long training took, without evaluations; None of an older version."""
+        spans = [entry["seconds"] for entry in self.entries if "seconds" in entry]
+        return sum(spans) if spans else None
+
+    @property
+    def memory(self) -> float | None:
+        """Returns the most memory that training took, in GiB; None where it is not known."""
+        peaks = [entry.get("peak_memory_gib") for entry in self.entries]
+        return max((peak for peak in peaks if peak is not None), default=None)
+
+    @functools.cached_property
+    def trained(self) -> int | None:
+        """Returns how many numbers A and B of all adapters have; None where there is no adapter."""
+        path = self.folder / "adapter_model.safetensors"
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="numpy") as file:
+                shapes = [file.get_slice(name).get_shape() for name in file.keys()]
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or cut short ({error})") from None
+        return sum(rows * columns for rows, columns in shapes)
+
+    @property
+    def words(self) -> list[str]:
+        """Returns what the labels 0, 1 and 2 are called in the rows of the run."""
+        return words_of(self.args)
+
+
+def words_of(arguments: dict) -> list[str]:
+    """Returns the words for 0, 1 and 2 that args.json holds, or the usual ones."""
+    words = arguments.get("label_words")
+    if not isinstance(words, list) or len(words) != len(LABELS):
+        return list(LABELS)
+    return list(map(str, words))
+
+
+def read(folder: Path) -> Record:
+    """Returns what a folder holds of a run. Raises ValueError where it is none, or is damaged."""
+    folder = Path(folder)
+    if not (folder / "args.json").is_file():
+        raise ValueError(f"{folder} is not a run of train.py: it has no args.json")
+    args = files.read_json(folder / "args.json")
+    entries = files.read_lines(folder / "metrics.jsonl")
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry.get("step"), int):
+            raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: it has no step")
+    if (folder / "results.json").is_file():
+        return Record(folder, args, files.read_json(folder / "results.json"), entries)
+    baseline = {
+        path.stem.removeprefix("baseline_"): metrics.statistics(metrics.read_predictions(path))
+        for path in sorted(folder.glob("baseline_*.jsonl"))
+    }
+    return Record(folder, args, {"baseline": baseline}, entries)
