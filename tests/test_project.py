@@ -144,6 +144,7 @@ def test_constraints_txt_has_one_version_of_each_package_within_its_range():
         assert ">=" in {part.operator for part in allowed}, package
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
 def test_make_says_which_python_it_needs(tmp_path):
     """Apple's is 3.9: this one, made to say so."""
     for name in ("Makefile", "requirements.txt", "constraints.txt"):
