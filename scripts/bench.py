@@ -226,7 +226,7 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
         processes = {
             (contender, adapter): Process(contender, job | {"adapter": adapter})
             for contender in names
-            for adapter in (job["adapter"], None)
+            for adapter in {job["adapter"] if line.has_adapter else None for line in lines}
         }
         for process in processes.values():
             stack.enter_context(process)

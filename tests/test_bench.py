@@ -1,14 +1,13 @@
 """The benchmark prints no figure unless the contenders agree, and its rows differ as MNLI's do."""
 
 import copy
-import json
 import re
 from dataclasses import replace
 from statistics import median
 
 import pytest
 import torch
-from conftest import ROOT, read_json, script
+from conftest import ROOT, read_json
 
 import data
 from scripts import bench, contenders
@@ -228,25 +227,28 @@ def test_a_contender_that_fails_is_an_error(job, capfd):
     assert "nowhere" in capfd.readouterr().err
 
 
-def test_a_small_benchmark_beside_another_checkout(tmp_path):
-    """The other checkout is a copy of the six and of support/, so both compute the same."""
+def test_another_checkout_is_measured_by_turns_with_this_one(job, tmp_path, capsys):
+    """It is a copy of the six and of support/."""
+    checkout = tmp_path / "before"
+    checkout.mkdir()
     for name in ("lora", "quant", "phi2", "data", "eval", "train"):
-        (tmp_path / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
-    with (tmp_path / "train.py").open("a") as file:  # tells that it was taken
+        (checkout / f"{name}.py").write_text((ROOT / f"{name}.py").read_text())
+    with (checkout / "train.py").open("a") as file:  # tells that it was taken
         file.write("\nPath(__file__).with_name('taken').touch()\n")
-    (tmp_path / "support").symlink_to(ROOT / "support")
-    report = tmp_path / "bench.json"
-    command = ["--rows", 8, "--rounds", 1, "--dtype", "fp32", "--against", tmp_path]
-    done = script("-m", "scripts.bench", *command, "--json", report)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "taken").is_file()
-    figures = json.loads(report.read_text())["fp32"]
-    assert {line.task for line in bench.LINES} == contenders.TASKS.keys()
-    lines = [line.title for line in bench.LINES if line.task != "train128"]
-    assert list(figures["rates"]) == lines
-    for title in lines:
-        assert {name: len(rates) for name, rates in figures["rates"][title].items()} == {
-            "ours": 1, "before": 1
-        }  # fmt: skip
-        assert re.search(rf"{title} +[\d.]+ +[\d.]+ +[\d.]+x", done.stdout)
+    (checkout / "support").symlink_to(ROOT / "support")
+    names = bench.contenders(checkout)
+    assert [contender.name for contender in names] == ["ours", "before"]
+    lines = [line for line in bench.LINES if line.task == "train16"]
+    figures = bench.measure(names, vars(replace(job, contender="")), lines, rounds=1)
+    assert (checkout / "taken").is_file()
+    (title,) = figures["rates"]
+    assert {name: len(rates) for name, rates in figures["rates"][title].items()} == {
+        "ours": 1, "before": 1
+    }  # fmt: skip
     assert figures["training_peak_mib"].keys() == {"ours", "before"}
+    bench.show(figures)
+    assert re.search(rf"{title} +[\d.]+ +[\d.]+ +[\d.]+x", capsys.readouterr().out)
+
+
+def test_every_task_has_a_line():
+    assert {line.task for line in bench.LINES} == contenders.TASKS.keys()

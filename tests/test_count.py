@@ -3,13 +3,18 @@
 Here device errors show without a GPU: a tensor left on the CPU, a wait in each step, and more.
 """
 
+import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from subprocess import PIPE
 
 import pytest
 import torch
-from conftest import read_json, script
+from conftest import ROOT, read_json
 
 import data
 import phi2
@@ -25,11 +30,27 @@ TINY = ["--model", "tiny/model", "--dataset", "tiny/data", "--device", "cuda", "
 SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 2, "--max-new-tokens", 2]
 
 
-def count(*arguments) -> str:
-    """Returns what tools/count.py prints."""
-    done = script("-m", "tools.count", *arguments, fresh=True)  # it has to precede torch
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def count(tmp_path_factory):
+    """Returns what `python -m tools.count ARGUMENTS` prints. One process imports torch for all."""
+    folder = tmp_path_factory.mktemp("printed")
+    numbers = itertools.count()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests" / "counted.py"]
+    with subprocess.Popen(
+        command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, env=environment
+    ) as server:
+
+        def count(*arguments) -> str:
+            path = folder / f"{next(numbers)}.txt"
+            job = {"arguments": list(map(str, arguments)), "path": str(path)}
+            print(json.dumps(job), file=server.stdin, flush=True)
+            status = server.stdout.readline()
+            assert status == "0\n", path.read_text()
+            return path.read_text()
+
+        yield count
+        server.stdin.close()
 
 
 def waits(output: str, place: str) -> int:
@@ -38,7 +59,7 @@ def waits(output: str, place: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(count, tmp_path_factory):
     """A run of train.py on the fake GPU, and what was counted.
 
     In fp16, where a step does what it does in bf16, and more: the loss is scaled.
@@ -65,13 +86,13 @@ def test_a_step_of_training_waits_for_the_gpu_once(run, tiny):
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_every_way_of_training_runs_on_a_gpu(tmp_path, flags):
+def test_every_way_of_training_runs_on_a_gpu(count, tmp_path, flags):
     output = count("train.py", *TINY, *SHORT, *flags, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert "counted: " in output
 
 
-def test_a_run_resumes_and_is_evaluated_on_a_gpu(run):
+def test_a_run_resumes_and_is_evaluated_on_a_gpu(count, run):
     out, _ = run
     assert "4 steps" in count("train.py", "--resume", out, "--steps", 4)
     evaluate = ["eval.py", *TINY, "--adapter", out, "--limit", 4, "--mode", "score"]
@@ -97,7 +118,7 @@ def prefix_length(tiny):
 
 
 @pytest.fixture(scope="module")
-def costs(tmp_path_factory):
+def costs(count, tmp_path_factory):
     """What each task costs where NF4's values are not kept."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     printed = count("--random-phi-2", 2, "--rows", 64, "--json", path)
