@@ -4,6 +4,7 @@
 # make torture  kills a run at 25 random moments, and tries 2,000 damaged files instead of 200
 # make lowest   installs the lowest versions that requirements.txt allows, and tests with them
 # make bench    measures speed and memory beside them
+# make experiments    answers the questions of experiments/, in some three hours
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -18,7 +19,7 @@ RUNS = $(patsubst %,tests/test_%.py,best claims cli describe page resume train)
 
 # Threads that wait for one another spin before they sleep: fast on an idle machine, and several
 # times slower than sleep on a busy one. This is a short spin, for machines of either kind.
-demo check test lowest torture: export GOMP_SPINCOUNT = 1000
+demo check test lowest torture experiments: export GOMP_SPINCOUNT = 1000
 # glibc keeps up to 256 MiB of freed memory, and takes blocks of up to 32 MiB from it. Otherwise
 # each layer's tensors are new pages, which the system has to clear first.
 export MALLOC_TRIM_THRESHOLD_ = 268435456
@@ -45,6 +46,9 @@ lowest: $(LOWEST)/run
 bench: .venv/dev
 	$(BIN)/python -m scripts.bench
 
+experiments: .venv/run
+	$(BIN)/python -m experiments
+
 .venv/run: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -62,4 +66,4 @@ $(LOWEST)/run: requirements.txt requirements-dev.txt
 	$(LOWEST)/bin/pip install --quiet --disable-pip-version-check -r $(LOWEST)/requirements.txt
 	touch $@
 
-.PHONY: demo check test torture lowest bench
+.PHONY: demo check test torture lowest bench experiments
