@@ -23,6 +23,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import io
 import json
 import math
 import multiprocessing
@@ -30,14 +31,15 @@ import os
 import signal
 import statistics
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 import data
@@ -103,39 +105,48 @@ def run(trial: Trial) -> dict:
     if trial.arm == "full" and (trial.quant, trial.dtype) != ("none", "fp32"):
         raise ValueError("the full arm trains W itself, which has to be in fp32")
     torch.manual_seed(trial.seed)
-    tokenizer, rows, encoded = training_rows(trial.train_rows)
-    args = arguments(trial)
     model = evaluation.load_model(MODEL, trial.quant, trial.dtype, "cpu", keep=trial.keep)
     trained = add_arm(model, trial)
-    optimizer = torch.optim.AdamW(
-        trained, lr=trial.learning_rate, weight_decay=args.weight_decay, fused=True
-    )
     result = {
         "trained": sum(parameter.numel() for parameter in trained),
         "weights": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
     }
-    model.train()
-    losses = []
-    steps = data.rows_of_steps(rows, trial.batch_size, trial.seed)
-    for step, chosen in zip(range(trial.steps), steps):
-        factor = train.schedule(step, trial.steps, args.warmup_steps)
-        optimizer.param_groups[0]["lr"] = trial.learning_rate * factor
-        batches = train.collated([encoded[row["row"]] for row in chosen], tokenizer, args)
-        count = train.count_predicted(batches)
-        loss, norm = train.training_step(model, optimizer, batches, count, args.max_grad_norm)
-        losses.append(loss.item())
-        if not math.isfinite(norm):
-            return result | {"diverged": f"at step {step + 1}"}
+    losses = fit(model, trained, trial)
+    if not math.isfinite(losses[-1]):
+        return result | {"diverged": f"at step {len(losses)}"}
     size = -(-len(losses) // CURVE)
     parts = [losses[start : start + size] for start in range(0, len(losses), size)]
     result["losses"] = [round(statistics.mean(part), 4) for part in parts]
     try:
-        result |= measure(model, tokenizer, trial.eval_rows)
+        result |= measure(model, trial.eval_rows)
     except ValueError as error:  # the logits are not finite
         return result | {"diverged": str(error)}
     if trial.merges:
-        result["merged"] = measure_merged(model, tokenizer, trial.eval_rows)
+        result["merged"] = measure_merged(model, trial.eval_rows)
     return result
+
+
+def fit(model: phi2.Phi2, trained: list[torch.nn.Parameter], trial: Trial) -> list[float]:
+    """Trains. Returns the loss of each step, of which the last may not be finite."""
+    args = arguments(trial)
+    rows, encoded = training_rows(trial.train_rows)
+    optimizer = torch.optim.AdamW(
+        trained, lr=trial.learning_rate, weight_decay=args.weight_decay, fused=True
+    )
+    losses = []
+    model.train()
+    steps = data.rows_of_steps(rows, trial.batch_size, trial.seed)
+    for step, chosen in zip(range(trial.steps), steps):
+        factor = train.schedule(step, trial.steps, args.warmup_steps)
+        optimizer.param_groups[0]["lr"] = trial.learning_rate * factor
+        batches = train.collated([encoded[row["row"]] for row in chosen], tokenizer(), args)
+        count = train.count_predicted(batches)
+        loss, norm = train.training_step(model, optimizer, batches, count, args.max_grad_norm)
+        losses.append(loss.item())
+        if not math.isfinite(norm):  # then every weight is spoiled, whatever the loss was
+            losses[-1] = math.nan
+            break
+    return losses
 
 
 def add_arm(model: phi2.Phi2, trial: Trial) -> list[torch.nn.Parameter]:
@@ -156,36 +167,30 @@ def arguments(trial: Trial) -> argparse.Namespace:
 
 
 @functools.cache
-def training_rows(count: int) -> tuple:
-    """Returns the tokenizer, the first `count` rows, and (prompt ids, answer ids) of each."""
-    tokenizer = data.load_tokenizer(MODEL)
+def tokenizer() -> Tokenizer:
+    return data.load_tokenizer(MODEL)
+
+
+@functools.cache
+def training_rows(count: int) -> tuple[examples.Rows, list]:
+    """Returns the first `count` rows, and (prompt ids, answer ids) of each."""
     rows = load_rows("train", count)
-    return tokenizer, rows, data.encode_batch(rows, tokenizer)
+    return rows, data.encode_batch(rows, tokenizer())
 
 
 @functools.cache
 def load_rows(split: str, count: int) -> examples.Rows:
-    with open(os.devnull, "w") as nowhere, redirected_stderr(nowhere):
+    with redirect_stderr(io.StringIO()):  # where it says how many rows it takes
         return examples.load_examples(str(DATASET), split, count)
 
 
-@contextmanager
-def redirected_stderr(file) -> Iterator[None]:
-    before = sys.stderr
-    sys.stderr = file
-    try:
-        yield
-    finally:
-        sys.stderr = before
-
-
-def measure(model: phi2.Phi2, tokenizer, count: int) -> dict:
+def measure(model: phi2.Phi2, count: int) -> dict:
     """Returns accuracy and nll on the first `count` rows of the two validation splits."""
     protocol = evaluation.Protocol(mode="score")
     found = {}
     for split in ("matched", "mismatched"):
         pairs = load_rows(f"validation_{split}", count)
-        found[split], _ = evaluation.evaluate(model, tokenizer, pairs, protocol)
+        found[split], _ = evaluation.evaluate(model, tokenizer(), pairs, protocol)
     return {
         "accuracy": round(statistics.mean(part["accuracy"] for part in found.values()), 4),
         "nll": round(statistics.mean(part["nll"] for part in found.values()), 4),
@@ -194,7 +199,7 @@ def measure(model: phi2.Phi2, tokenizer, count: int) -> dict:
     }
 
 
-def measure_merged(model: phi2.Phi2, tokenizer, count: int) -> dict:
+def measure_merged(model: phi2.Phi2, count: int) -> dict:
     """Returns what `measure` does of the merged model in 16 bits, and in NF4 again.
 
     `lost` is the mean over the layers of what rounding changes, as a share of B A.
@@ -204,7 +209,7 @@ def measure_merged(model: phi2.Phi2, tokenizer, count: int) -> dict:
         other = copy.deepcopy(model)
         costs = merge.merge(other, torch.bfloat16, requantize)
         lost = round(statistics.mean(costs.values()), 4)
-        merged[name] = measure(other.eval(), tokenizer, count) | {"lost": lost}
+        merged[name] = measure(other.eval(), count) | {"lost": lost}
     return merged
 
 
@@ -215,7 +220,7 @@ def measure_merged(model: phi2.Phi2, tokenizer, count: int) -> dict:
 def inputs_digest() -> str:
     """Returns what the results depend on besides the settings: base, tokenizer and rows."""
     digest = hashlib.sha256()
-    for path in sorted([*MODEL.iterdir(), *DATASET.iterdir()]):
+    for path in sorted([*MODEL.glob("*.*"), *DATASET.glob("*.*")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -223,8 +228,8 @@ def inputs_digest() -> str:
 class Store:
     """Results by their trials, in a file of JSON lines."""
 
-    def __init__(self, path: Path = RESULTS / "trials.jsonl"):
-        self.path = path
+    def __init__(self, path: Path | None = None):
+        self.path = path = path or RESULTS / "trials.jsonl"
         self.inputs = inputs_digest()
         self.results: dict[Trial, dict] = {}
         for line in files.read_lines(path) if path.is_file() else []:
@@ -255,15 +260,15 @@ def run_missing(trials: Iterable[Trial], store: Store, workers: int, bar: tqdm) 
             for future in as_completed(pending):
                 store.add(pending[future], future.result())
                 bar.update()
-        except KeyboardInterrupt:
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
         except BrokenProcessPool:
             raise ValueError(
                 "a worker was killed, perhaps because memory ran out: the same command resumes, "
                 "and with --workers 1 needs less"
             ) from None
+        except BaseException:  # Ctrl-C too: what is running is lost, and what waits is not run
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def start_worker() -> None:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,16 +35,15 @@ class Bar:
 
 
 def test_the_full_arm_trains_every_weight_with_the_gradients_of_transformers(tiny):
-    tokenizer, _, encoded = lab.training_rows(4)
-    args = lab.arguments(SMALL)
-    (batch,) = train.collated(encoded[:4], tokenizer, args)
+    _, encoded = lab.training_rows(4)
+    (batch,) = train.collated(encoded, lab.tokenizer(), lab.arguments(SMALL))
     model = evaluation.load_model(lab.MODEL, "none", "fp32", "cpu")
     trained = lab.add_arm(model, replace(SMALL, arm="full"))
     assert len(trained) == len(list(model.parameters()))
     train.batch_loss(model, batch).backward()
 
     theirs = reference(tiny, torch.float32)
-    for prompt, answer in encoded[:4]:
+    for prompt, answer in encoded:
         ids = torch.tensor([prompt + answer])
         logits = theirs(ids).logits[0, -3:-1]
         F.cross_entropy(logits, ids[0, -2:], reduction="sum").backward()
@@ -152,6 +153,43 @@ def test_the_climb_ends_where_the_best_rate_has_a_worse_one_on_each_side(tmp_pat
 def test_the_climb_ends_at_its_bounds(tmp_path):
     store = lab.Store(tmp_path / "trials.jsonl")
     assert swept(store, SMALL, lab.LEAST_RATE / 8) == [lab.LEAST_RATE, lab.LEAST_RATE * 2]
+
+
+# -----------------------------------------------------------------------------
+# A whole question
+
+
+def test_a_question_is_asked_answered_and_asked_again(tmp_path, monkeypatch, capsys):
+    # No rate but the first three: these are trained, two steps each.
+    monkeypatch.setattr(lab, "LEAST_RATE", lab.START)
+    monkeypatch.setattr(lab, "MOST_RATE", lab.START)
+    monkeypatch.setattr(lab, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(report, "QUESTIONS", ("small",))
+    report.README.write_text(f"Written by hand.\n{report.MARK}old")
+    module = ModuleType("small", "Is it small?")
+    module.__file__ = "small.py"
+    module.ARMS = {"small": SMALL}
+    module.conclude = lambda found: [f"rate {found['small'].rate:g}"]
+    monkeypatch.setitem(sys.modules, "small", module)
+    monkeypatch.setattr(sys, "argv", ["small", "--workers", "1"])
+    report.main("small")
+    printed = capsys.readouterr().out
+    found = read_json(tmp_path / "small.json")
+    assert found["is_complete"]
+    assert len(found["arms"]["small"]["accuracy"]) == 3
+    assert report.table(found) in printed
+    assert f"- {found['conclusion'][0]}." in printed
+    assert report.table(found) in report.README.read_text()
+    assert report.README.read_text().startswith("Written by hand.")
+    assert "old" not in report.README.read_text()
+    assert (tmp_path / "small.svg").is_file()
+
+    # Nothing is left to run.
+    trials = (tmp_path / "trials.jsonl").read_text()
+    report.main("small")
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "trials.jsonl").read_text() == trials
 
 
 # -----------------------------------------------------------------------------
