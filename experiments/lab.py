@@ -31,6 +31,7 @@ import os
 import signal
 import statistics
 import sys
+import threading
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -276,6 +277,13 @@ def start_worker() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent has ended, which may have been killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # -----------------------------------------------------------------------------

@@ -166,6 +166,17 @@ def table(summary: dict) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def failures(summary: dict) -> str:
+    """Returns a sentence on where a training has diverged, "" where none has."""
+    places = [
+        f"{name} at {rate}"
+        for name, arm in summary["arms"].items()
+        for rate, values in arm["nll_by_rate"].items()
+        if "diverged" in values
+    ]
+    return f"Diverged: {', '.join(places)}." if places else ""
+
+
 def spread(values: list[float]) -> str:
     if not values:
         return "diverged"
@@ -250,7 +261,10 @@ def section(name: str, found: dict) -> str:
         lines.append("")
     if found["arms"]:
         picture = f"![{found['question']}](results/{name}.svg)"
-        lines += [table(found), "", picture, ""]
+        lines += [table(found), ""]
+        if failures(found):
+            lines += [failures(found), ""]
+        lines += [picture, ""]
     return "\n".join(lines)
 
 
@@ -282,6 +296,8 @@ def answer(module: ModuleType) -> None:
     print(f"{found['question']}\n\n{table(found)}\n")
     for sentence in found["conclusion"]:
         print(f"- {sentence}.")
+    if failures(found):
+        print(failures(found))
 
 
 def question(name: str) -> ModuleType:

@@ -246,6 +246,18 @@ def test_a_question_that_is_answered_has_a_table_a_picture_and_a_conclusion(name
     assert "0.510 (0.500 to 0.520)" in lines[2]
 
 
+def test_a_training_that_diverged_is_named(tmp_path):
+    module = report.question("full")
+    store = lab.Store(tmp_path / "trials.jsonl")
+    full = module.ARMS["full"]
+    swept(store, full, full.learning_rate / 16)  # twice the guess is far above the best
+    found = report.summary(module, store)
+    assert report.failures(found) == "Diverged: full at 0.00025, full at 0.0005."
+    assert not found["is_complete"]
+    assert not found["conclusion"]
+    assert "Not finished" in report.section("full", found)
+
+
 def test_the_picture_of_a_question_is_the_same_from_the_same_numbers(tmp_path):
     store = lab.Store(tmp_path / "trials.jsonl")
     arms = report.question("full").ARMS
