@@ -348,3 +348,10 @@ def repeats(arm: Trial, store: Store) -> list[Trial]:
     rates, best = seed_0(arm, store)
     near = [rate for rate in rates if best / 2 <= rate <= best * 2]
     return [replace(arm, learning_rate=rate, seed=seed) for seed in SEEDS for rate in near]
+
+
+def is_swept(arm: Trial, store: Store) -> bool:
+    """Returns whether nothing of a sweep is left to run for an arm."""
+    if climb(arm, store):
+        return False
+    return all(trial in store.results for trial in repeats(arm, store))

@@ -32,7 +32,10 @@ STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--")
 
 @dataclass
 class Finding:
-    """An arm at its best learning rate: that of the least mean nll among those with most seeds."""
+    """An arm at its best learning rate: that of the least mean nll, of those with every seed.
+
+    Until all seeds have run it is that of the first seed.
+    """
 
     trained: int  # numbers
     rate: float
@@ -66,9 +69,11 @@ def find(arm: lab.Trial, store: lab.Store) -> Finding | None:
     for trial in trials:
         of_rate.setdefault(trial.learning_rate, []).append(store.results[trial])
     nll = {rate: [lab.nll_of(result) for result in found] for rate, found in of_rate.items()}
-    most = max(map(len, nll.values()))
-    candidates = [rate for rate, values in nll.items() if len(values) == most]
-    best = min(candidates, key=lambda rate: statistics.mean(nll[rate]))
+    if lab.is_swept(arm, store):
+        repeated = [rate for rate, values in nll.items() if len(values) == len(lab.SEEDS)]
+        best = min(repeated, key=lambda rate: statistics.mean(nll[rate]))
+    else:
+        _, best = lab.seed_0(arm, store)
     return Finding(of_rate[best][0]["trained"], best, of_rate[best], nll)
 
 
@@ -122,7 +127,7 @@ def summary(module: ModuleType, store: lab.Store) -> dict:
     """Returns what is known of a question, as its JSON file holds it."""
     found = {name: find(arm, store) for name, arm in module.ARMS.items()}
     found = {name: finding for name, finding in found.items() if finding}
-    is_complete = len(found) == len(module.ARMS) and all(
+    is_complete = all(lab.is_swept(arm, store) for arm in module.ARMS.values()) and all(
         finding.is_complete for finding in found.values()
     )
     columns: dict[str, Callable] = getattr(module, "COLUMNS", {})
