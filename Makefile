@@ -5,6 +5,7 @@
 # make lowest   installs the lowest versions that requirements.txt allows, and tests with them
 # make newest   installs the newest versions there are, and tests with them
 # make bench    measures speed and memory beside them
+# make experiments    answers the questions of experiments/, in some three hours
 
 PYTHON ?= python3
 BIN = .venv/bin
@@ -22,7 +23,7 @@ TESTS = -m pytest -n 2 --dist loadfile
 
 # Threads that wait for one another spin before they sleep: fast on an idle machine, and several
 # times slower than sleep on a busy one. This is a short spin, for machines of either kind.
-demo check test lowest newest torture: export GOMP_SPINCOUNT = 1000
+demo check test lowest newest torture experiments: export GOMP_SPINCOUNT = 1000
 # glibc keeps up to 256 MiB of freed memory, and takes blocks of up to 32 MiB from it. Otherwise
 # each layer's tensors are new pages, which the system has to clear first.
 export MALLOC_TRIM_THRESHOLD_ = 268435456
@@ -56,6 +57,9 @@ newest:
 bench: .venv/dev
 	$(BIN)/python -m scripts.bench
 
+experiments: .venv/run
+	$(BIN)/python -m experiments
+
 # Apple's python3 is 3.9, for which pip would find "no matching distribution".
 TOO_OLD = import sys; sys.exit(sys.version_info < (3, 11) and "$(PYTHON) is Python " + \
 	sys.version.split()[0] + ", and 3.11 or later is needed: make PYTHON=python3.12")
@@ -78,4 +82,4 @@ $(LOWEST)/run: requirements.txt requirements-dev.txt
 	$(LOWEST)/bin/python $(INSTALL) -r $(LOWEST)/requirements.txt
 	touch $@
 
-.PHONY: demo check test torture lowest newest bench
+.PHONY: demo check test torture lowest newest bench experiments

@@ -1,0 +1,47 @@
+"""Does a higher rank help, and should alpha grow with it?
+
+LoRA (arXiv:2106.09685, section 7.2) finds that rank 1 to 8 is enough. It scales B A by
+alpha / rank (section 4.1), so that rank may change and the learning rate stay. rsLoRA
+(arXiv:2312.03732) answers that this factor holds high ranks back. "LoRA Without Regret"
+(Schulman et al., 2025) finds the best rate about the same for every rank at a fixed
+alpha. So each arm is shown at its own best rate, and the rates are compared: alpha that
+lets one rate serve all ranks is the one to keep.
+
+    python -m experiments.rank              # about 20 minutes on two cores
+"""
+
+from experiments import report
+from experiments.lab import Trial
+
+RANKS = (1, 4, 8, 16, 64)
+FIXED = [f"rank {rank}, alpha 16" for rank in RANKS]
+GROWING = [f"rank {rank}, alpha {2 * rank}" for rank in RANKS]  # the same at rank 8
+ARMS = {name: Trial(rank=rank) for rank, name in zip(RANKS, FIXED)} | {
+    name: Trial(rank=rank, alpha=2.0 * rank) for rank, name in zip(RANKS, GROWING)
+}
+
+
+def conclude(found: dict[str, report.Finding]) -> list[str]:
+    fixed = [found[name] for name in FIXED]
+    growing = [found[name] for name in GROWING]
+    return [
+        f"alpha 16: best rates {report.rates(fixed)} for ranks {', '.join(map(str, RANKS))}; "
+        f"the largest is {report.ratio(fixed):g} times the smallest",
+        f"alpha = 2 rank: best rates {report.rates(growing)}; {report.ratio(growing):g} times",
+        report.compare(found, FIXED[-1], FIXED[0], "LoRA", "equal"),
+        report.compare(found, GROWING[-1], GROWING[0], "LoRA", "equal"),
+        report.compare(found, GROWING[-1], FIXED[-1], "rsLoRA", "better"),
+        cost("alpha 16", fixed),
+        cost("alpha = 2 rank", growing),
+    ]
+
+
+def cost(name: str, arms: list[report.Finding]) -> str:
+    """Returns a sentence on what it costs to take rank 8's best rate for every rank."""
+    rate = arms[RANKS.index(8)].rate
+    shown = ", ".join(f"{arm.nll_at(rate)} instead of {arm.nll_at(arm.rate)}" for arm in arms)
+    return f"{name}: with rank 8's rate, {rate:.3g}, nll is {shown}"
+
+
+if __name__ == "__main__":
+    report.main(__name__)

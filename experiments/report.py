@@ -1,0 +1,319 @@
+"""From stored trials to tables, pictures, conclusions, and README.md beside this file.
+
+    python -m experiments.report            # makes all of them again; nothing is trained
+
+A question's file has ARMS, `conclude`, and perhaps COLUMNS; QUESTIONS has their order.
+"""
+
+import functools
+import importlib
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from experiments import lab
+from support import cli, files, flags
+
+QUESTIONS = (
+    "rank", "full", "targets", "quantisation", "batch", "loss", "dropout", "capacity", "merging",
+)  # fmt: skip
+README = lab.ROOT / "experiments" / "README.md"
+MARK = "<!-- python -m experiments.report writes what follows -->\n"
+STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--")
+
+
+# -----------------------------------------------------------------------------
+# What is known of an arm
+
+
+@dataclass
+class Finding:
+    """An arm at its best learning rate: that of the least mean nll, of those with every seed.
+
+    Until all seeds have run it is that of the first seed.
+    """
+
+    trained: int  # numbers
+    rate: float
+    results: list[dict]  # by seed, at this rate
+    nll: dict[float, list[float]]  # by rate and seed; infinite where it diverged
+
+    def mean(self, name: str = "accuracy") -> float:
+        return statistics.mean(self.all(name))
+
+    def all(self, name: str = "accuracy") -> list[float]:
+        return [result[name] for result in self.results if name in result]
+
+    def nll_at(self, rate: float) -> str:
+        """Returns the mean nll at a rate, as text."""
+        if rate not in self.nll:
+            return "(not tried)"
+        mean = statistics.mean(self.nll[rate])
+        return f"{mean:.3f}" if math.isfinite(mean) else "(diverged)"
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.all()) == len(lab.SEEDS)
+
+
+def find(arm: lab.Trial, store: lab.Store) -> Finding | None:
+    """Returns what is stored of an arm, None where it is nothing."""
+    trials = sorted(lab.stored(arm, store), key=lambda trial: (trial.learning_rate, trial.seed))
+    if not trials:
+        return None
+    of_rate: dict[float, list[dict]] = {}
+    for trial in trials:
+        of_rate.setdefault(trial.learning_rate, []).append(store.results[trial])
+    nll = {rate: [lab.nll_of(result) for result in found] for rate, found in of_rate.items()}
+    if lab.is_swept(arm, store):
+        repeated = [rate for rate, values in nll.items() if len(values) == len(lab.SEEDS)]
+        best = min(repeated, key=lambda rate: statistics.mean(nll[rate]))
+    else:
+        _, best = lab.seed_0(arm, store)
+    return Finding(of_rate[best][0]["trained"], best, of_rate[best], nll)
+
+
+def verdict(first: Finding, second: Finding) -> str:
+    """Returns "better" or "worse" where no seed's accuracy is within the other's, else "equal"."""
+    if min(first.all()) > max(second.all()):
+        return "better"
+    if max(first.all()) < min(second.all()):
+        return "worse"
+    return "equal"
+
+
+def compare(
+    found: dict[str, Finding], name: str, other: str, paper: str = "", expected: str = ""
+) -> str:
+    """Returns a sentence on two arms: their verdict, their means, and what a paper expects.
+
+    `expected` is the verdict of `paper`.
+    """
+    seen = verdict(found[name], found[other])
+    means = f"{found[name].mean():.3f} and {found[other].mean():.3f}"
+    if seen == "equal":
+        sentence = f"{name} and {other} do not differ by more than their seeds do ({means})"
+    else:
+        sentence = f"{name} is {seen} than {other} ({means})"
+    if not paper:
+        return sentence
+    if seen == expected:
+        return f"{sentence}, as {paper} has it"
+    return f"{sentence}; in {paper} {AS_TEXT[expected]}"
+
+
+AS_TEXT = {"better": "it is better", "worse": "it is worse", "equal": "they are equal"}
+
+
+def rates(found: list[Finding]) -> str:
+    return ", ".join(f"{finding.rate:.3g}" for finding in found)
+
+
+def ratio(found: list[Finding]) -> float:
+    """Returns the largest of the best rates over the smallest."""
+    found_rates = [finding.rate for finding in found]
+    return max(found_rates) / min(found_rates)
+
+
+# -----------------------------------------------------------------------------
+# A question: its table, its picture, its file
+
+
+def summary(module: ModuleType, store: lab.Store) -> dict:
+    """Returns what is known of a question, as its JSON file holds it."""
+    found = {name: find(arm, store) for name, arm in module.ARMS.items()}
+    found = {name: finding for name, finding in found.items() if finding}
+    is_complete = all(lab.is_swept(arm, store) for arm in module.ARMS.values()) and all(
+        finding.is_complete for finding in found.values()
+    )
+    columns: dict[str, Callable] = getattr(module, "COLUMNS", {})
+    arms = {}
+    for name, finding in found.items():
+        arms[name] = {
+            "trained": finding.trained,
+            "learning_rate": finding.rate,
+            "accuracy": finding.all(),
+            "nll": finding.all("nll"),
+            **{title: read(finding) for title, read in columns.items()},
+            "nll_by_rate": {
+                f"{rate:.3g}": [value if math.isfinite(value) else "diverged" for value in values]
+                for rate, values in finding.nll.items()
+            },
+        }
+    return {
+        "question": question_of(module),
+        "is_complete": is_complete,
+        "columns": list(columns),
+        "arms": arms,
+        "conclusion": module.conclude(found) if is_complete else [],
+    }
+
+
+def question_of(module: ModuleType) -> str:
+    return module.__doc__.splitlines()[0]
+
+
+def table(summary: dict) -> str:
+    """Returns the arms as a table in markdown. In brackets: the least and the most of the seeds."""
+    titles = ["arm", "trained", "best rate", "accuracy", "nll", *summary["columns"], "seeds"]
+    lines = [titles, ["---"] * len(titles)]
+    for name, arm in summary["arms"].items():
+        extra = [str(arm[title]) for title in summary["columns"]]
+        rate = f"{arm['learning_rate']:.3g}"
+        accuracy = spread(arm["accuracy"])
+        seeds = str(len(arm["accuracy"]))
+        cells = [f"{arm['trained']:,}", rate, accuracy, spread(arm["nll"]), *extra, seeds]
+        lines.append([name, *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def failures(summary: dict) -> str:
+    """Returns a sentence on where a training has diverged, "" where none has."""
+    places = [
+        f"{name} at {rate}"
+        for name, arm in summary["arms"].items()
+        for rate, values in arm["nll_by_rate"].items()
+        if "diverged" in values
+    ]
+    return f"Diverged: {', '.join(places)}." if places else ""
+
+
+def spread(values: list[float]) -> str:
+    if not values:
+        return "diverged"
+    mean = f"{statistics.mean(values):.3f}"
+    if len(values) == 1:
+        return mean
+    return f"{mean} ({min(values):.3f} to {max(values):.3f})"
+
+
+def draw(summary: dict, path: Path) -> None:
+    """Draws nll against the learning rate, and the accuracy at the best, as an SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    arms = summary["arms"]
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        # Text as text, and the same file from the same numbers.
+        matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem})
+        matplotlib.rcParams["font.family"] = "sans-serif"
+        height = max(3.4, 1.2 + 0.3 * len(arms))
+        figure = Figure(figsize=(10, height), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        for number, arm in enumerate(arms.values()):
+            style = STYLES[number % len(STYLES)]
+            color = f"C{number % 10}"
+            points = sorted(
+                (float(rate), statistics.mean(values))
+                for rate, values in arm["nll_by_rate"].items()
+                if "diverged" not in values
+            )
+            if points:  # else every rate has diverged
+                left.plot(*zip(*points), style, color=color, markersize=4, linewidth=1)
+            accuracy = arm["accuracy"]
+            right.plot(accuracy, [number] * len(accuracy), style[0] + "-", color=color)
+        tried = sorted({float(rate) for arm in arms.values() for rate in arm["nll_by_rate"]})
+        left.set_xscale("log", base=2)
+        left.set_xticks(tried, [f"{1000 * rate:.3g}" for rate in tried])
+        left.set(xlabel="learning rate, thousandths", ylabel="nll of the right answer")
+        left.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
+        right.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
+        right.set_yticklabels(list(arms))
+        right.invert_yaxis()
+        right.grid(axis="x", color="0.9")
+        with files.replacing(path) as temporary:
+            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+
+def write(module: ModuleType, store: lab.Store) -> dict:
+    """Writes the question's JSON, its picture, and README.md. Returns the summary."""
+    name = Path(module.__file__).stem
+    found = summary(module, store)
+    files.write_json(lab.RESULTS / f"{name}.json", found)
+    if found["arms"]:
+        draw(found, lab.RESULTS / f"{name}.svg")
+    with files.replacing(README) as temporary:
+        temporary.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+    return found
+
+
+# -----------------------------------------------------------------------------
+# README.md
+
+
+def readme(text: str) -> str:
+    """Returns README.md with what is made of the questions' JSON files behind MARK."""
+    written, mark, _ = text.partition(MARK)
+    parts = []
+    for name in QUESTIONS:
+        path = lab.RESULTS / f"{name}.json"
+        if path.is_file():
+            parts.append(section(name, files.read_json(path)))
+    return written + mark + "\n" + "\n".join(parts)
+
+
+def section(name: str, found: dict) -> str:
+    lines = [f"## {found['question']}", "", f"`python -m experiments.{name}`", ""]
+    if not found["is_complete"]:
+        lines += ["Not finished: the same command continues.", ""]
+    lines += [f"- {sentence}." for sentence in found["conclusion"]]
+    if found["conclusion"]:
+        lines.append("")
+    if found["arms"]:
+        picture = f"![{found['question']}](results/{name}.svg)"
+        lines += [table(found), ""]
+        if failures(found):
+            lines += [failures(found), ""]
+        lines += [picture, ""]
+    return "\n".join(lines)
+
+
+# -----------------------------------------------------------------------------
+# The script of every question
+
+
+def main(name: str) -> None:
+    """Answers the question of a file: runs what is missing, prints, and writes."""
+    cli.run(functools.partial(answer, sys.modules[name]))
+
+
+def answer(module: ModuleType) -> None:
+    parser = cli.Parser(question_of(module))
+    parser.add_argument(
+        "--workers", type=flags.count, default=2, help="processes of one thread each"
+    )
+    parser.add_argument("--stored", action="store_true", help="run nothing: show what is stored")
+    args = parser.parse_args()
+    store = lab.Store()
+    if not args.stored:
+        try:
+            lab.sweep(module.ARMS, store, args.workers)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"stopped; what was finished is in {store.path}, and the same command resumes"
+            ) from None
+    found = write(module, store)
+    print(f"{found['question']}\n\n{table(found)}\n")
+    for sentence in found["conclusion"]:
+        print(f"- {sentence}.")
+    if failures(found):
+        print(failures(found))
+
+
+def question(name: str) -> ModuleType:
+    return importlib.import_module(f"experiments.{name}")
+
+
+def write_all() -> None:
+    store = lab.Store()
+    for name in QUESTIONS:
+        write(question(name), store)
+
+
+if __name__ == "__main__":
+    cli.run(write_all)
