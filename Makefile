@@ -47,7 +47,7 @@ torture: .venv/dev
 lowest: $(LOWEST)/run
 	$(LOWEST)/bin/python $(TESTS) $(ALONE) $(CHECKED) $(RUNS)
 
-# torch>=2.7,<3 becomes torch>=2.7. What is newest changes, so each call upgrades.
+# torch>=2.9,<3 becomes torch>=2.9. What is newest changes, so each call upgrades.
 newest:
 	@$(VENV) $(NEWEST)
 	cat requirements.txt requirements-dev.txt | sed '/^-r/d; s/,<.*//' > $(NEWEST)/requirements.txt
@@ -74,7 +74,7 @@ VENV = $(PYTHON) -c '$(TOO_OLD)' && $(PYTHON) -m venv
 	$(BIN)/python $(INSTALL) -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# torch>=2.7,<3 becomes torch==2.7. There are wheels of all of them for Python 3.11 and 3.12.
+# torch>=2.9,<3 becomes torch==2.9. There are wheels of all of them for Python 3.11 and 3.12.
 $(LOWEST)/run: requirements.txt requirements-dev.txt
 	@$(VENV) $(LOWEST)
 	sed 's/>=\([^,]*\).*/==\1/' requirements.txt > $(LOWEST)/requirements.txt
