@@ -102,3 +102,33 @@ def test_colabs_notebook_is_stored_without_outputs_and_needs_nothing_of_colab_bu
         assert cell.execution_count is None
     sources = "\n".join(cell.source for cell in code_cells(notebook))
     assert re.findall(r"google.*", sources) == ["google.colab import drive"]
+
+
+# -----------------------------------------------------------------------------
+# notebooks/walkthrough.ipynb
+
+WALKTHROUGH = ROOT / "notebooks" / "walkthrough.ipynb"
+
+
+def test_the_walkthrough_runs_with_fewer_steps_and_rows():
+    notebook = nbformat.read(WALKTHROUGH, as_version=4)
+    first = code_cells(notebook)[0]
+    assert first.metadata.tags == ["parameters"]
+    for name, few in (("ROWS", 6), ("STEPS", 3)):
+        first.source, count = re.subn(rf"^{name} = \d+", f"{name} = {few}", first.source, flags=re.M)
+        assert count == 1
+    resources = {"metadata": {"path": str(WALKTHROUGH.parent)}}
+    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    # Its last cell asserts that the adapter gives the same answers when it is loaded again.
+    assert re.match(r"\{.*\}\nloaded again: [01]\.\d+ as written", printed(code_cells(notebook)[-1]))
+
+
+def test_the_walkthrough_is_stored_with_small_outputs_and_three_pictures():
+    notebook = nbformat.read(WALKTHROUGH, as_version=4)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    pictures = [output.data for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    assert WALKTHROUGH.stat().st_size < 150_000
+    text = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "the base: 0.000 as written" in text
+    assert str(ROOT) not in WALKTHROUGH.read_text()
