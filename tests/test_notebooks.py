@@ -115,12 +115,14 @@ def test_the_walkthrough_runs_with_fewer_steps_and_rows():
     first = code_cells(notebook)[0]
     assert first.metadata.tags == ["parameters"]
     for name, few in (("ROWS", 6), ("STEPS", 3)):
-        first.source, count = re.subn(rf"^{name} = \d+", f"{name} = {few}", first.source, flags=re.M)
+        setting = re.compile(rf"^{name} = \d+", re.MULTILINE)
+        first.source, count = setting.subn(f"{name} = {few}", first.source)
         assert count == 1
     resources = {"metadata": {"path": str(WALKTHROUGH.parent)}}
     NotebookClient(notebook, timeout=300, resources=resources).execute()
     # Its last cell asserts that the adapter gives the same answers when it is loaded again.
-    assert re.match(r"\{.*\}\nloaded again: [01]\.\d+ as written", printed(code_cells(notebook)[-1]))
+    last = printed(code_cells(notebook)[-1])
+    assert re.match(r"\{.*\}\nloaded again: [01]\.\d+ as written", last)
 
 
 def test_the_walkthrough_is_stored_with_small_outputs_and_three_pictures():
