@@ -21,8 +21,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-# The wording of the notebooks that this project follows. Its two double spaces are
-# theirs: without them the tokens would differ.
+# The wording of the original FLoRA, the notebooks that this project follows, with its two
+# double spaces: without them the tokens would differ.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
@@ -141,8 +141,8 @@ def prompt_and_answer(
 def parse(completion: str) -> int:
     """Returns the first number in a completion, without its fraction, or -1 for none.
 
-    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the original
-    notebooks, a number has up to three digits before a comma, so "2019" is read as 201.
+    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the
+    original, a number has up to three digits before a comma, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:

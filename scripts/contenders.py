@@ -49,7 +49,7 @@ class Job:
     quant: str
     dtype: str
     device: str
-    keep: bool = True  # ours keeps NF4's values beside the codes
+    keep: bool = True  # ours keeps NF4's values beside the indices
 
 
 # -----------------------------------------------------------------------------

@@ -135,15 +135,15 @@ def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
     weight = torch.randn(2560, 2560).to(setting.device, evaluation.DTYPES[dtype])
     weight[0, : quant.BLOCK] = 0
     form = (weight.shape, weight.dtype)
-    codes, absmax = quant.quantize_by_kernel(weight)
-    values = quant.kernels().dequantize_4bit(codes, absmax, quant.BLOCK, "nf4", *form)
-    plain_codes, plain_absmax = quant.quantize(weight)
-    plain_values = quant.dequantize(codes, absmax, *form)
+    indices, absmax = quant.quantize_by_kernel(weight)
+    values = quant.kernels().dequantize_4bit(indices, absmax, quant.BLOCK, "nf4", *form)
+    plain_indices, plain_absmax = quant.quantize(weight)
+    plain_values = quant.dequantize(indices, absmax, *form)
     # A GPU's kernel multiplies by 1 / absmax where plain torch divides. Halfway between two levels
     # a weight may get the other one.
     bound = 0 if setting.device.type == "cpu" else 1e-5
-    share = (codes != plain_codes).float().mean().item()
-    yield checked("NF4, share of codes off plain torch", dtype, share, bound)
+    share = (indices != plain_indices).float().mean().item()
+    yield checked("NF4, share of indices off plain torch", dtype, share, bound)
     share = (absmax != plain_absmax).float().mean().item()
     yield checked("NF4, share of absmax off plain torch", dtype, share, 0)
     share = (values != plain_values).float().mean().item()

@@ -122,9 +122,9 @@ def costs(count, tmp_path_factory):
     """What each task costs where NF4's values are not kept."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
     printed = count("--random-phi-2", 2, "--rows", 64, "--json", path)
-    costs = read_json(path)["codes alone"]
+    costs = read_json(path)["indices alone"]
     for task, cost in costs.items():
-        assert re.search(rf"{task} +codes alone +{cost['launches']:,} +{cost['waits']} ", printed)
+        assert re.search(rf"{task} +indices alone +{cost['launches']:,} +{cost['waits']} ", printed)
     return costs
 
 

@@ -103,7 +103,7 @@ def test_logits_with_random_adapters_equal_pefts(both):
     assert distance(last, expected[:, -2:].flatten(0, 1)) < TOLERANCE[both.dtype]
 
 
-def test_codes_and_absmax_are_bit_equal_to_those_transformers_loads(both):
+def test_indices_and_absmax_are_bit_equal_to_those_transformers_loads(both):
     layers = {
         path: module
         for path, module in both.mine.named_modules()

@@ -402,13 +402,13 @@ def install(gpu: FakeGpu) -> None:
 class Way:
     """What a model keeps, at the cost of memory or of time."""
 
-    keep: bool  # NF4's values beside the codes
+    keep: bool  # NF4's values beside the indices
     checkpointing: bool = False
 
 
 WAYS = {
     "ours": Way(keep=True),
-    "codes alone": Way(keep=False),
+    "indices alone": Way(keep=False),
     "checkpointing": Way(keep=False, checkpointing=True),
 }
 
