@@ -141,8 +141,8 @@ def prompt_and_answer(
 def parse(completion: str) -> int:
     """Returns the first number in a completion, without its fraction, or -1 for none.
 
-    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the
-    original, a number has up to three digits before a comma, so "2019" is read as 201.
+    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the original, a number
+    has up to three digits before a comma, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:

@@ -96,7 +96,7 @@ def test_a_stage_that_fails_is_a_line_and_the_others_follow(tiny, tmp_path, caps
     failed = {what for what, status in states.items() if status.startswith("failed")}
     assert failed == {"beside transformers + PEFT", "times and memory"}
     assert "is damaged or cut short" in states["times and memory"]
-    assert states["NF4, share of codes off plain torch"] == "ok"
+    assert states["NF4, share of indices off plain torch"] == "ok"
     printed = capsys.readouterr().out
     for status in states.values():
         assert status in printed
