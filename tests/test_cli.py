@@ -279,7 +279,7 @@ def test_the_dtype_on_a_cpu_is_the_one_that_it_computes_fast(monkeypatch, has_bf
 def test_without_a_gpu_and_a_model_tiny_args_stands_in_front(capsys):
     args = parse("train.py", "--steps", 7)
     assert (args.model, args.dataset) == ("tiny/model", "tiny/data")
-    assert (args.learning_rate, args.batch_size, args.keep_dequantized) == (0.003, 32, True)
+    assert (args.learning_rate, args.batch_size, args.keep_dequantized) == (0.003, 32, None)
     assert args.steps == 7
     notice = capsys.readouterr().err
     assert "no CUDA device and no --model: taking tiny/args" in notice
