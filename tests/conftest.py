@@ -47,15 +47,18 @@ for number in StopRequest.SIGNALS:
         is_ctrl_c = number == signal.SIGINT
         signal.signal(number, signal.default_int_handler if is_ctrl_c else signal.SIG_DFL)
 
-# The files that take longest. They begin first, so that no process waits for the other at the end.
+# The files that take longest, the longest first. They begin in this order, so that no process waits
+# for another at the end.
 SLOWEST = (
-    "test_processes.py", "test_reference.py", "test_train.py", "test_resume.py", "test_eval.py",
-    "test_count.py",
+    "test_resume.py", "test_packing.py", "test_train.py", "test_plan.py", "test_processes.py",
+    "test_push.py", "test_eval.py", "test_hub.py", "test_notebooks.py", "test_reference.py",
+    "test_bench.py", "test_count.py", "test_loading.py", "test_project.py", "test_hardware.py",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in SLOWEST)
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(SLOWEST)))
 
 
 # -----------------------------------------------------------------------------
