@@ -1,5 +1,6 @@
 """What README.md and docs/ say is so: links, commands, sizes, and every number of the tutorial."""
 
+import codeop
 import re
 import shlex
 from pathlib import Path
@@ -95,6 +96,17 @@ def test_the_tutorial_prints_what_it_says(monkeypatch):
             continue
         for number, said in zip(NUMBER.findall(line), NUMBER.findall(expected), strict=True):
             assert float(number) == pytest.approx(float(said), abs=1.01 * unit(said)), line
+
+
+def test_the_tutorials_blocks_can_be_pasted_into_python():
+    """A statement with a body ends at an empty line there, and at no other place."""
+    for block in tutorial.BLOCK.finditer(tutorial.TUTORIAL.read_text()):
+        lines = []
+        for line in [*block["code"].splitlines(), ""]:
+            lines.append(line)
+            if codeop.compile_command("\n".join(lines)):  # raises SyntaxError
+                lines = []
+        assert not lines, block["code"]
 
 
 def test_the_tutorial_links_to_the_lines_that_it_names():
