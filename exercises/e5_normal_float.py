@@ -11,6 +11,8 @@ The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], becau
 roughly normal: they lie close where weights are many. Level 7 is 0 exactly.
 
 Two indices share a byte, the first value's in the high half: indices 1 and 2 become 0x12.
+A value half way between two levels gets the lower one.
+
 bitsandbytes does all this in a kernel. Your bits are to be its bits, also where a block is all
 zeros. What you need: torch.bucketize finds where numbers lie among sorted borders; << and |,
 >> and & work on tensors of torch.uint8.

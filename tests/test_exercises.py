@@ -161,6 +161,7 @@ MISTAKES = [
     ("e5", "first << 4 | second", "second << 4 | first", "the first value goes into the high half"),
     ("e5", "blocks.abs().amax", "blocks.amax", "may be a negative number's"),
     ("e5", "(scaled, borders)", "(scaled, LEVELS)", "the next level above"),
+    ("e5", "(scaled, borders)", "(scaled, borders, right=True)", "it goes to the lower one"),
     ("e5", "torch.bucketize(scaled, borders)", "((scaled + 1) * 7.5).round()", "evenly spaced"),
     ("e5", "nonzero[:, None]", "absmax[:, None]", "bucketize 15. Divide by 1 where absmax is 0"),
     ("e5", "torch.bucketize(scaled, borders)", "((blocks / absmax[:, None])[..., None] - LEVELS)"
