@@ -421,6 +421,7 @@ def test_a_typed_pair_that_is_cut_says_so(monkeypatch, capsys, tokenizer):
         ("{", "line 2 of standard input is not JSON"),
         ("[]", "line 2 of standard input holds no JSON object"),
         ('{"hypothesis": "a"}', "line 2 of standard input has no text as premise"),
+        ('{"text": "a", "b": "c"}', "it needs premise and hypothesis; its keys are text, b"),
         ('{"premise": "a"}', "line 2 of standard input has no text as hypothesis"),
         ('{"premise": "a", "hypothesis": 1}', "has no text as hypothesis"),
         ('{"premise": "\\ud83d", "hypothesis": "b"}', "has a premise that is not Unicode"),
