@@ -368,8 +368,11 @@ def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     in_process(runs, *two, tmp_path / "empty", "--plot", tmp_path / "losses.svg")
     printed = capsys.readouterr()
-    common, table = printed.out.split("\n\n")
+    common, table, below = printed.out.split("\n\n")
     assert "learning rate 0.003" in common
+    assert "scale 2" in common, "alpha / rank of both"
+    assert "95 % interval" in below
+    assert "alpha / rank" in below
     assert "rank" not in common
     titles, best, other = table.splitlines()
     assert titles.split()[:4] == ["run", "rank", "alpha", "trained"]
@@ -383,6 +386,19 @@ def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
     assert all(len(line) < 80 for line in printed.out.splitlines())
     assert f"{tmp_path / 'empty'} is not a run of train.py" in printed.err
     assert "other -->" in (tmp_path / "losses.svg").read_text()
+
+
+def test_another_rank_alone_shows_another_scale_and_names_stay_with_their_values(two, capsys):
+    other = two[1]
+    files.write_json(other / "args.json", read_json(other / "args.json") | {"alpha": 16.0})
+    in_process(runs, *two)
+    common, table, _ = capsys.readouterr().out.split("\n\n")
+    titles, *rows = table.splitlines()
+    assert titles.split()[:3] == ["run", "rank", "scale"]
+    assert [row.split()[:3] for row in rows] == [["other", "4", "4"], ["run", "8", "2"]]
+    lines = common.splitlines()
+    assert len(lines) > 1
+    assert all(line.endswith(",") for line in lines[:-1])
 
 
 def test_runs_as_json(two, capsys):
