@@ -654,6 +654,9 @@ def test_compare_tests_two_runs_on_the_same_rows(run, tmp_path, capsys):
     assert compared["n"] == 40
     assert compared["only_first"] == pairs.count((True, False))
     assert compared["only_second"] == pairs.count((False, True))
+    there = sum(first for first, _ in pairs) / 40
+    assert compared["run"] == str(base)
+    assert f"against {base} ({there:.4f}):\n" in printed
     assert "McNemar p = " in printed
     with pytest.raises(SystemExit, match="not of the same rows: 40 and 39 rows"):
         in_process(evaluation, *with_adapter, "--limit", 39)
