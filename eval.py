@@ -484,7 +484,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
         results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
         if name in others:
             compared = metrics.compare(others[name], predictions)
-            results.setdefault("compared", {})[name] = compared
+            results.setdefault("compared", {})[name] = {"run": str(args.compare)} | compared
         # Split by split: what is done is not lost when a later one fails.
         if args.out and processes.IS_FIRST:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)

@@ -47,7 +47,6 @@ from support import (
     best,
     checkpoints,
     claims,
-    commands,
     examples,
     files,
     fingerprint,
@@ -232,10 +231,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             save(args, model, inputs, optimizer, scaler, log)
         if stops:
             bar.close()
-            log.say(
-                f"stopped and saved after step {progress.step:,} of {steps:,}; "
-                f"to resume: {commands.resume(args.out)}"
-            )
+            log.say_stopped()
             return
     # From here on Ctrl-C ends the run at once, and a line says how to resume it. One that has come
     # since the last step is raised by release.

@@ -22,7 +22,7 @@ from support.letters import printable
 from support.records import Record
 
 # What defines a run, the most telling first.
-FIRST = ("rank", "alpha", "targets", "learning_rate", "model", "dataset")
+FIRST = ("rank", "alpha", "scale", "targets", "learning_rate", "model", "dataset")
 SETTINGS = tuple(dict.fromkeys(FIRST + card.SETTINGS + ("eval_limit", "device_name")))
 # What else args.json holds is a column where runs differ in it, but for what does not change what
 # a run computes.
@@ -108,20 +108,35 @@ def table(runs: list[Record]) -> str:
     common = []
     main = []  # columns: (title, a text for each run)
     others = []
-    for name in dict.fromkeys(SETTINGS + tuple(name for run in runs for name in run.args)):
-        values = [as_text(run.args.get(name)) for run in runs]
+    settings = [settings_of(run, runs) for run in runs]
+    for name in dict.fromkeys(SETTINGS + tuple(name for values in settings for name in values)):
+        values = [as_text(values.get(name)) for values in settings]
         title = name.replace("_", " ")
         if name not in HIDDEN and len(set(values)) > 1:
             columns = main if name in FIRST else others
             columns.append((SHORT.get(name, title), values))
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
-            common.append(f"{title} {values[0]}")
+            # textwrap breaks no line at such a space: a name and its value stay together.
+            common.append(f"{title} {values[0]}".replace(" ", "\N{NO-BREAK SPACE}"))
     names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
     above = textwrap.fill(
         "all: " + ", ".join(common), 79, subsequent_indent="     ", break_on_hyphens=False
     )
+    above = above.replace("\N{NO-BREAK SPACE}", " ")
     lines = aligned([("run", names), *main, *results(runs), *others])
-    return "\n".join([above, "", *lines])
+    below = ["loss: of validation; accuracy in percent, in brackets its 95 % interval"]
+    if any("scale" in values for values in settings):
+        below.append("scale: alpha / rank, by which the update is multiplied")
+    return "\n".join([above, "", *lines, "", *below])
+
+
+def settings_of(run: Record, runs: list[Record]) -> dict:
+    """Returns the arguments of a run, and where the runs differ in rank the scale of its update."""
+    alpha = run.args.get("alpha")
+    rank = run.args.get("rank")
+    if not alpha or not rank or all(other.args.get("rank") == rank for other in runs):
+        return run.args
+    return run.args | {"scale": alpha / rank}
 
 
 def aligned(columns: list[tuple[str, list[str]]]) -> list[str]:

@@ -77,7 +77,11 @@ def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Pat
     directory = Path(dataset)
     try:
         if directory.is_file():
-            raise ValueError(f"{dataset} is a file: pass the folder that it is in")
+            name = f"train{directory.suffix}"
+            raise ValueError(
+                f"{dataset} is a file: put it as {name} into a folder of its own, and pass that "
+                "folder"
+            )
         if not dataset or not directory.is_dir():
             return hub_datasets.find_splits(dataset, revision)
         hub.refuse_revision("dataset", dataset, revision)
@@ -110,7 +114,7 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     if not found:
         cure = "--split names the one to evaluate"
         if "train" in names:
-            cure = "--validation 0.05 takes a part of train for it"
+            cure = "--validation 0.05 (of a few hundred rows 0.2) takes a part of train for it"
         raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
     return found
 
@@ -173,20 +177,21 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
 def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
     """Returns what the rows of a split call the labels 0, 1 and 2.
 
-    Of several words it is the most frequent one. LABELS has it where the rows have numbers, or
-    words that are read without --labels.
+    Of several words it is the most frequent one. LABELS has it where the rows have numbers, and
+    where all words are read without --labels.
     """
     rows, _ = read_split(dataset, split, reading)
     counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
-    words = dict(enumerate(LABELS))
+    words = {}
     for row in sorted(Rows(counts), key=lambda row: (row["count_all"], row["written"])):
-        if row["label"] not in words or row["written"][0] not in "'\"":  # which repr gives texts
+        if row["label"] == NO_LABEL or row["written"][0] not in "'\"":  # which repr gives texts
             continue
         word = ast.literal_eval(row["written"])
         # Another number would be taken for the one that the model answers.
-        if as_word(word) not in NUMBERS and not as_word(word).isdigit():
+        if not as_word(word).removeprefix("-").isdigit():
             words[row["label"]] = word
-    return list(words.values())
+    is_known = all(as_word(word) in NUMBERS for word in words.values())
+    return [name if is_known else words.get(number, name) for number, name in enumerate(LABELS)]
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:

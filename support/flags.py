@@ -173,7 +173,9 @@ def add_model_arguments(parser: ArgumentParser) -> None:
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     """Adds how much the adapter can learn."""
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=rank, default=8, help="rank of the update B A")
+    add("--rank", type=rank, default=8,
+        help="rank of the update B A, which is scaled by alpha / rank: to keep the scale give "
+        "--alpha too")
     add("--alpha", type=number_above_0, default=16.0, help="the update is scaled by alpha / rank")
     add("--dropout", type=dropout_share, default=0.05,
         help="share of the adapter's input that is dropped in training")

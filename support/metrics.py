@@ -192,7 +192,13 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     p = coin_p(only_first, only_second)
     if is_unreadable(first) or is_unreadable(second):
         p = None
-    return {"n": len(pairs), "only_first": only_first, "only_second": only_second, "p": p}
+    return {
+        "n": len(pairs),
+        "first_accuracy": sum(is_right(row) for row in first) / len(pairs),
+        "only_first": only_first,
+        "only_second": only_second,
+        "p": p,
+    }
 
 
 def coin_p(heads: int, tails: int) -> float:
@@ -284,11 +290,13 @@ def table(results: dict) -> str:
             lines.append(stage)
         lines.append(table_line(split, result))
     for split, test in results.get("compared", {}).items():
-        gained = f"{test['only_second']:,} rows gained, {test['only_first']:,} lost"
+        run = printable(test["run"])
+        lines.append(f"{split[:21]} against {run} ({test['first_accuracy']:.4f}):")
+        rows = f"{test['only_second']:,} rows right only here, {test['only_first']:,} only there"
         if test["p"] is None:
-            lines.append(f"{split[:21]:21} {gained}; most of one were unparsed, so no p")
+            lines.append(f"  {rows}; most of one are unparsed: no p")
         else:
-            lines.append(f"{split[:21]:21} McNemar p = {test['p']:.2g}: {gained}")
+            lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ scripts too, so the template escapes every text: none can act on the page.
 
 import base64
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -18,8 +19,11 @@ COMPLETIONS = 6  # how many of what the base wrote most often are shown
 RELOAD = 20  # seconds after which a browser reads the page of an unfinished run again
 
 
-def write(directory: Path) -> None:
-    """Writes report.html from the other files of a run, as far as it has come."""
+def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
+    """Writes report.html from the other files of a run, as far as it has come.
+
+    `stopped` is the last step of a run that has been stopped, and the command that resumes it.
+    """
     directory = Path(directory)
     run = records.read(directory)
 
@@ -41,6 +45,7 @@ def write(directory: Path) -> None:
         words=run.words,
         verdict=verdict(run),
         progress=progress(run),
+        stopped=stopped,
         reload=RELOAD,
         chance=chance(run.args),
         # A page can hold a picture so; as a picture no SVG runs a script.
@@ -94,7 +99,7 @@ def verdict(run: Record) -> str:
         return f"Of {base['n']:,} validation rows {of_base}. {guessing}"
     low, high = metrics.wilson_interval(tuned["correct"], tuned["n"])
     majority = tuned["majority"] / tuned["n"]
-    comparison = "No difference from guessing can be told from so many rows."
+    comparison = "No difference from guessing can be told from so few rows."
     if low > majority:
         comparison = "The fine-tuned model is better than guessing."
     elif high < majority:
@@ -140,6 +145,11 @@ def progress(run: Record) -> str | None:
 def percent(share: float) -> str:
     """Returns a share in percent. A digit more would be within the interval of any test set."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
+
+
+def arguments(command) -> list[str]:
+    """Returns the arguments of a command line, with their quotes."""
+    return re.findall(r"""(?:'[^']*'|"[^"]*"|\S)+""", str(command))
 
 
 def duration(seconds: float) -> str:
@@ -190,5 +200,6 @@ def render(**values) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["percent"] = percent
+    environment.filters["arguments"] = arguments
     environment.filters["duration"] = duration
     return environment.get_template("report.html.jinja").render(values)

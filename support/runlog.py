@@ -95,8 +95,18 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
+            if (self.folder / "report.html").is_file():
+                self.write_stopped_page()
             command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
+
+    def say_stopped(self) -> None:
+        """Prints, and writes into report.html, after which step the run stops."""
+        self.say(
+            f"stopped and saved after step {self.state.progress.step:,} of {self.state.steps:,}; "
+            f"to resume: {commands.resume(self.folder)}"
+        )
+        self.write_stopped_page()
 
     def forget_results(self) -> None:
         """Removes what a finished run says of its adapter, which the next save replaces."""
@@ -222,12 +232,17 @@ class RunLog:
         ended = time.perf_counter()
         self.page_due = ended + (ended - started) / PAGE_SHARE
 
-    def write_page(self) -> None:
+    def write_page(self, stopped: tuple[int, str] | None = None) -> None:
         """Draws the pictures, and writes report.html with those that are there."""
         with self.extras.attempt("the pictures"):
             page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
-            page.write(self.folder)
+            page.write(self.folder, stopped)
+
+    def write_stopped_page(self) -> None:
+        """Writes the page once more, as one that a browser does not read again and again."""
+        if self.file is not None:
+            self.write_page((self.state.progress.step, commands.resume(self.folder)))
 
     def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
         """Writes STAGE_SPLIT.jsonl for each split."""

@@ -6,6 +6,7 @@ from queue import Queue
 from threading import Thread
 
 from support import files
+from support.letters import printable
 
 CHUNK = 2**20  # bytes that are read at once, where as many have come
 AHEAD = 16  # chunks that are read before they are needed
@@ -74,7 +75,11 @@ def check(pair: dict, place: str) -> None:
     """Raises ValueError where a pair holds what no tokenizer can read."""
     for key in ("premise", "hypothesis"):
         if not isinstance(pair.get(key), str):
-            raise ValueError(f"{place} has no text as {key}")
+            there = printable(", ".join(pair))[:60] or "none"
+            raise ValueError(
+                f"{place} has no text as {key}: it needs premise and hypothesis; its keys are "
+                f"{there}"
+            )
         # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
         if any("\ud800" <= letter <= "\udfff" for letter in pair[key]):
             raise ValueError(f"{place} has a {key} that is not Unicode, {pair[key]!r}")

@@ -421,6 +421,7 @@ def test_a_typed_pair_that_is_cut_says_so(monkeypatch, capsys, tokenizer):
         ("{", "line 2 of standard input is not JSON"),
         ("[]", "line 2 of standard input holds no JSON object"),
         ('{"hypothesis": "a"}', "line 2 of standard input has no text as premise"),
+        ('{"text": "a", "b": "c"}', "it needs premise and hypothesis; its keys are text, b"),
         ('{"premise": "a"}', "line 2 of standard input has no text as hypothesis"),
         ('{"premise": "a", "hypothesis": 1}', "has no text as hypothesis"),
         ('{"premise": "\\ud83d", "hypothesis": "b"}', "has a premise that is not Unicode"),
@@ -653,6 +654,9 @@ def test_compare_tests_two_runs_on_the_same_rows(run, tmp_path, capsys):
     assert compared["n"] == 40
     assert compared["only_first"] == pairs.count((True, False))
     assert compared["only_second"] == pairs.count((False, True))
+    there = sum(first for first, _ in pairs) / 40
+    assert compared["run"] == str(base)
+    assert f"against {base} ({there:.4f}):\n" in printed
     assert "McNemar p = " in printed
     with pytest.raises(SystemExit, match="not of the same rows: 40 and 39 rows"):
         in_process(evaluation, *with_adapter, "--limit", 39)

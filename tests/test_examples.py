@@ -580,6 +580,11 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
         (["yes", "Yes", "Yes", "no"], ("yes=e", "no=n", "x=c"), ["Yes", "no", "contradiction"]),
         (["no", "yes", "perhaps"], ("no=c", "yes=e", "perhaps=n"), ["yes", "perhaps", "no"]),
         ([-1, 0, 1], ("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
+        (
+            ["follows", "unclear", "contradicts"],  # the last is known, and theirs too
+            ("follows=e", "unclear=n", "contradicts=c"),
+            ["follows", "unclear", "contradicts"],
+        ),
         (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
     ],
     ids=str,
@@ -1022,7 +1027,7 @@ def test_missing_datasets_and_splits_are_named(write, tmp_path):
     with pytest.raises(ValueError, match=r"holds no train\.\* or validation\*\.\* file"):
         load_examples(str(tmp_path), "train")
     directory = write(train=[ROW])
-    with pytest.raises(ValueError, match="train.jsonl is a file: pass the folder"):
+    with pytest.raises(ValueError, match="train.jsonl is a file: put it as train.jsonl into"):
         find_splits(f"{directory}/train.jsonl")
     with pytest.raises(ValueError, match="no dataset directory ''"):
         find_splits("")

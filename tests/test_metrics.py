@@ -178,6 +178,7 @@ def test_the_comparison_is_the_binomial_test_of_the_rows_that_differ():
     second = predictions([0] * 20, [1] * 2 + [0] * 10 + [0] * 8)
     p = pytest.approx(2 * (1 + 12 + 66) / 2**12)
     expected = {"n": 20, "only_first": 2, "only_second": 10, "p": p}
+    expected["first_accuracy"] = 10 / 20
     assert metrics.compare(first, second) == expected
     assert metrics.compare(first, first)["p"] == 1
 
@@ -187,9 +188,11 @@ def test_answers_that_cannot_be_read_have_no_p_value():
     first = predictions([0] * 20, [-1] * 11 + [0] * 9)
     second = predictions([0] * 20, [0] * 20)
     expected = {"n": 20, "only_first": 0, "only_second": 11, "p": None}
+    expected["first_accuracy"] = 9 / 20
     assert metrics.compare(first, second) == expected
-    table = metrics.table({"compared": {"validation": expected}})
-    assert "11 rows gained, 0 lost; most of one were unparsed, so no p" in table
+    table = metrics.table({"compared": {"validation": expected | {"run": "out/other"}}})
+    assert "validation against out/other (0.4500):\n  11 rows right only here, 0 only" in table
+    assert "; most of one are unparsed: no p" in table
     readable = predictions([0] * 20, [-1] * 10 + [0] * 10)
     assert metrics.compare(readable, second)["p"] < 0.01
 
@@ -246,6 +249,7 @@ def test_tables_fit_a_terminal():
         )
     )
     test = {"only_first": 4000, "only_second": 5000, "n": n, "p": 1e-300}
+    test |= {"run": "out/other", "first_accuracy": 0.5}
     results = {
         "baseline": {"validation_matched": metrics.statistics(predictions([0], [-1]))},
         "finetuned": {"validation_mismatched": result | {"loss": 1.0}},
@@ -254,7 +258,7 @@ def test_tables_fit_a_terminal():
     table = metrics.table(results)
     details = metrics.details(results["finetuned"]["validation_mismatched"])
     assert f"validation_mismatched   {2 / 3:.4f}   {1 / 3:.4f} " in table
-    assert "p = 1e-300: 5,000 rows gained, 4,000 lost" in table
+    assert "5,000 rows right only here, 4,000 only there, McNemar p = 1e-300" in table
     assert "3,277" in details
     assert "face-to-face" in details
     assert metrics.accuracies(results["finetuned"]) == f"validation_mismatched {2 / 3:.4f}"

@@ -77,7 +77,8 @@ def test_the_page_of_a_run_shows_all_of_it_and_links_to_nothing(run):
         assert page.percent(result["accuracy"]) in shown.text
         assert f"{100 * low:.1f} to {100 * high:.1f}" in shown.text
     for expected in (
-        *("rank 8, alpha 16", "learning rate 0.003", "60 steps of 8", "negation"),
+        *("rank 8, alpha 16", "learning rate 0.003", "training\n60 steps of 8", "negation"),
+        *("The right answer is  ", "guesses evenly", "the CPU ("),
         *("--eval-limit 30", "36,864 parameters, 1.2 % of the base's 3,061,504", " GiB in "),
         *("The most confident mistakes", "Rows that did not parse", "0 entailment"),
         *(files.read_lines(run / "baseline_validation_matched.jsonl")[0]["prompt"], "no number"),
@@ -286,8 +287,8 @@ def test_a_run_can_be_watched_from_its_first_evaluation_on(tmp_path, monkeypatch
     shown = []
     write = page.write
 
-    def write_and_read(folder):
-        write(folder)
+    def write_and_read(folder, stopped):
+        write(folder, stopped)
         shown.append((folder / "report.html").read_text())
 
     monkeypatch.setattr(page, "write", write_and_read)
@@ -295,8 +296,12 @@ def test_a_run_can_be_watched_from_its_first_evaluation_on(tmp_path, monkeypatch
     flags += ["--eval-limit", 4, "--max-new-tokens", 2, "--keep-dequantized"]
     in_process(train, *flags, "--out", out)
     base, first, *_, last = shown
-    for content, expected in ((base, "Step 0 of 2."), (first, "Step 1 of 2, training loss 1")):
+    for content, expected, steps in (
+        (base, "Step 0 of 2.", "0 of 2 steps of 2 rows"),
+        (first, "Step 1 of 2, training loss 1", "1 of 2 steps of 2 rows"),
+    ):
         assert expected in content
+        assert steps in content
         assert 'http-equiv="refresh"' in content
         assert "no number" in content, "what the base wrote"
     assert "<img" in first
@@ -341,6 +346,24 @@ def test_a_killed_run_has_a_page_as_far_as_it_came(copy):
     assert "accuracy after step 60: validation_matched " in content
 
 
+def test_a_run_that_is_interrupted_in_an_evaluation_is_not_waited_for(copy):
+    (copy / "results.json").unlink()
+    state = Namespace(progress=Namespace(step=60))
+    log = runlog.RunLog(Namespace(out=copy), state, torch.device("cpu"))
+    log.file = copy / "metrics.jsonl"
+    with pytest.raises(KeyboardInterrupt, match="interrupted; to resume: "), log.resumable():
+        raise KeyboardInterrupt
+    shown = Page((copy / "report.html").read_text())
+    assert f"Stopped after step 60; to resume: python train.py --resume {copy}" in shown.text
+    assert shown.tags.count("meta") == 2, "none that reads it again"
+
+
+def test_a_command_is_broken_between_its_arguments_alone():
+    line = "python train.py --dataset 'my rows' --learning-rate 0.003"
+    parts = ["python", "train.py", "--dataset", "'my rows'", "--learning-rate", "0.003"]
+    assert page.arguments(line) == parts
+
+
 def test_a_resumed_run_keeps_its_first_command(copy):
     command = runlog.start_command(copy, is_resumed=True)
     assert command == read_json(copy / "args.json")["command"]
@@ -368,8 +391,11 @@ def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     in_process(runs, *two, tmp_path / "empty", "--plot", tmp_path / "losses.svg")
     printed = capsys.readouterr()
-    common, table = printed.out.split("\n\n")
+    common, table, below = printed.out.split("\n\n")
     assert "learning rate 0.003" in common
+    assert "scale 2" in common, "alpha / rank of both"
+    assert "95 % interval" in below
+    assert "alpha / rank" in below
     assert "rank" not in common
     titles, best, other = table.splitlines()
     assert titles.split()[:4] == ["run", "rank", "alpha", "trained"]
@@ -383,6 +409,19 @@ def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
     assert all(len(line) < 80 for line in printed.out.splitlines())
     assert f"{tmp_path / 'empty'} is not a run of train.py" in printed.err
     assert "other -->" in (tmp_path / "losses.svg").read_text()
+
+
+def test_another_rank_alone_shows_another_scale_and_names_stay_with_their_values(two, capsys):
+    other = two[1]
+    files.write_json(other / "args.json", read_json(other / "args.json") | {"alpha": 16.0})
+    in_process(runs, *two)
+    common, table, _ = capsys.readouterr().out.split("\n\n")
+    titles, *rows = table.splitlines()
+    assert titles.split()[:3] == ["run", "rank", "scale"]
+    assert [row.split()[:3] for row in rows] == [["other", "4", "4"], ["run", "8", "2"]]
+    lines = common.splitlines()
+    assert len(lines) > 1
+    assert all(line.endswith(",") for line in lines[:-1])
 
 
 def test_runs_as_json(two, capsys):
