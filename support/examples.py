@@ -27,6 +27,7 @@ from support.labels import (
     NUMBERS,
     as_word,
     check_meanings,
+    is_number,
     refuse_names_in_card,
     said_labels,
 )
@@ -184,7 +185,7 @@ def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
             continue
         word = ast.literal_eval(row["written"])
         # Another number would be taken for the one that the model answers.
-        if as_word(word) not in NUMBERS and not as_word(word).isdigit():
+        if as_word(word) not in NUMBERS and not is_number(word):
             words[row["label"]] = word
     return list(words.values())
 

@@ -580,6 +580,7 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
         (["yes", "Yes", "Yes", "no"], ("yes=e", "no=n", "x=c"), ["Yes", "no", "contradiction"]),
         (["no", "yes", "perhaps"], ("no=c", "yes=e", "perhaps=n"), ["yes", "perhaps", "no"]),
         ([-1, 0, 1], ("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
+        (["1.5", "-2"], ("1.5=c", "-2=n", "x=e"), ["entailment", "neutral", "contradiction"]),
         (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
     ],
     ids=str,
