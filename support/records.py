@@ -40,9 +40,12 @@ class Record:
 
     @property
     def seconds(self) -> float | None:
-        """Returns how long training took, without evaluations; None of an older version."""
-        spans = [entry["seconds"] for entry in self.entries if "seconds" in entry]
-        return sum(spans) if spans else None
+        """Returns how long training took, without evaluations.
+
+        Returns None where an older version has written lines, be it of a part of the run.
+        """
+        spans = [entry.get("seconds") for entry in self.entries if "loss" in entry]
+        return sum(spans) if spans and None not in spans else None
 
     @property
     def memory(self) -> float | None:

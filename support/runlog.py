@@ -50,6 +50,7 @@ class RunLog:
         self.started = time.perf_counter()  # of this process, not of a run that it resumes
         self.clock = self.started  # when training began, or began again after an evaluation
         self.seconds = 0.0  # of training since the last line, before the clock was stopped
+        self.untimed = 0  # rows since the last line that an earlier process has taken
         self.page_due = self.started + PAGE_AFTER
         self.file = None  # metrics.jsonl
         self.evaluated = set()  # the steps whose evaluation was in it when it was opened
@@ -68,6 +69,7 @@ class RunLog:
         if self.args.wandb:
             record["wandb_run"] = wandb_identity(self.folder, bool(self.args.resume))
         files.write_json(self.folder / "args.json", record)
+        self.untimed = self.state.progress.rows
 
         # A new run has no baseline yet, and keeps no line of what was there before it.
         path = self.folder / "metrics.jsonl"
@@ -167,7 +169,9 @@ class RunLog:
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
         self.stop_clock()
-        seconds = self.seconds
+        # How long the rows before a resume took is not saved, or two equal runs would save other
+        # bytes: as long as those after it.
+        seconds = self.seconds * progress.rows / (progress.rows - self.untimed)
         # A mean over steps: the loss of one says more about its rows than about the model.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
@@ -197,6 +201,7 @@ class RunLog:
         self.say(text)
         progress.start_line()
         self.seconds = 0.0
+        self.untimed = 0
         self.update_page()
         self.clock = time.perf_counter()
 
