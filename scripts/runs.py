@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/runs.py`
 
 from support import card, cli, flags, pictures, records
-from support.letters import printable
+from support.letters import ends, printable
 from support.records import Record
 
 # What defines a run, the most telling first.
@@ -109,18 +109,20 @@ def table(runs: list[Record]) -> str:
     main = []  # columns: (title, a text for each run)
     others = []
     for name in dict.fromkeys(SETTINGS + tuple(name for run in runs for name in run.args)):
-        values = [as_text(run.args.get(name)) for run in runs]
+        values = ends([as_text(run.args.get(name)) for run in runs], LONGEST)
         title = name.replace("_", " ")
         if name not in HIDDEN and len(set(values)) > 1:
             columns = main if name in FIRST else others
             columns.append((SHORT.get(name, title), values))
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
             common.append(f"{title} {values[0]}")
-    names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
+    names = [printable(run.folder.resolve().name) for run in runs]
+    if len(set(names)) < len(names):
+        names = [printable(str(run.folder)) for run in runs]
     above = textwrap.fill(
         "all: " + ", ".join(common), 79, subsequent_indent="     ", break_on_hyphens=False
     )
-    lines = aligned([("run", names), *main, *results(runs), *others])
+    lines = aligned([("run", ends(names, LONGEST)), *main, *results(runs), *others])
     return "\n".join([above, "", *lines])
 
 
@@ -141,9 +143,9 @@ def as_text(value) -> str:
     if value is None:
         return MISSING
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.12g}"  # 0.3 for 0.1 + 0.2
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return printable(text.replace("_proj", ""))[-LONGEST:]
+    return printable(text.replace("_proj", ""))
 
 
 def results(runs: list[Record]) -> list[tuple[str, list[str]]]:

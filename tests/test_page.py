@@ -385,6 +385,41 @@ def test_runs_are_compared_best_first_by_what_differs(two, tmp_path, capsys):
     assert "other -->" in (tmp_path / "losses.svg").read_text()
 
 
+def test_runs_that_differ_at_the_beginning_of_long_names_are_told_apart(two, tmp_path, capsys):
+    first, second = two
+    folders = []
+    for number, folder in enumerate(two):
+        copied = shutil.copytree(folder, tmp_path / f"{number}_{'x' * 40}")
+        differs = {"dataset": f"{number}/{'y' * 40}", "weight_decay": 0.1 + number * 1e-9}
+        files.write_json(copied / "args.json", read_json(copied / "args.json") | differs)
+        folders.append(copied)
+    in_process(runs, *folders, "--plot", tmp_path / "losses.svg")
+    common, table = capsys.readouterr().out.split("\n\n")
+    assert "dataset" not in common and "decay" not in common
+    for number, line in enumerate(reversed(table.splitlines()[1:])):
+        assert line.startswith(f"{number}_xxx")
+        assert f" {number}/yyy" in line
+        assert f"{folders[number]} -->" in (tmp_path / "losses.svg").read_text()
+    shutil.copytree(first, tmp_path / "a" / "run")
+    in_process(runs, first, tmp_path / "a" / "run")
+    names = [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]]
+    assert len(set(names)) == 2, "two folders of one name"
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    names = {"_a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0}]}
+    pictures.draw_runs(names, tmp_path / "losses.svg")
+    assert "_a -->" in (tmp_path / "losses.svg").read_text()
+
+
+def test_the_time_of_a_run_that_an_older_version_began_is_not_known(copy):
+    assert records.read(copy).seconds > 0
+    lines = files.read_lines(copy / "metrics.jsonl")
+    next(line for line in lines if "seconds" in line).pop("seconds")
+    files.write_lines(copy / "metrics.jsonl", lines)
+    assert records.read(copy).seconds is None
+
+
 def test_runs_as_json(two, capsys):
     in_process(runs, *two, "--json")
     found = json.loads(capsys.readouterr().out)
