@@ -21,7 +21,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, commands, files, machine, metrics, page, pictures, processes, upload
+from support import (
+    best,
+    card,
+    commands,
+    files,
+    machine,
+    metrics,
+    page,
+    pictures,
+    processes,
+    records,
+    upload,
+)
 from support.extras import Extras
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
@@ -321,11 +333,12 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     kept = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = files.parse_line(text, str(path))
+            records.check_entry(line)
             is_repeated = is_evaluation(line) and line["step"] >= steps
             if line["step"] <= step and not is_repeated:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # cut short by a kill, or no line of ours
+        except ValueError:  # cut short by a kill, or no line of ours
             continue
     return kept
 

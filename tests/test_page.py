@@ -259,6 +259,7 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
         ("metrics.jsonl", "{}\n", "line 1: it has no step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: its loss is no number"),
     ],
 )
 def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
@@ -273,6 +274,15 @@ def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     (line,) = (printed or raised.value.code).splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_resume_drops_the_lines_that_no_page_could_show(copy):
+    path = copy / "metrics.jsonl"
+    lines = path.read_bytes()
+    damaged = (b'{"step": 1.5, "loss": 1}', b'{"step": 2, "loss": "x"}', b"[]", b"\xff", b'{"st')
+    path.write_bytes(b"\n".join(damaged) + b"\n" + lines)
+    kept = [json.loads(line) for line in lines.splitlines()]
+    assert runlog.lines_up_to(path, step=60, steps=61) == kept
 
 
 # -----------------------------------------------------------------------------
