@@ -118,6 +118,7 @@ class RunLog:
             return
         predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
         pages = (*pictures.PICTURES, "report.html", "README.md")
+        pages += ("confusion.png",)  # an older version has drawn it
         for name in (*predictions, *pages, "results.json"):
             (self.folder / name).unlink(missing_ok=True)
 

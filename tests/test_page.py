@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import sys
@@ -349,6 +350,13 @@ def test_a_killed_run_has_a_page_as_far_as_it_came(copy):
     content = (copy / "report.html").read_text()
     assert "Step 60 of 60, training loss 0." in content
     assert "accuracy after step 60: validation_matched " in content
+
+
+def test_no_picture_of_an_older_version_outlives_what_it_shows(copy):
+    (copy / "confusion.png").write_bytes(b"")
+    log = runlog.RunLog(Namespace(out=copy), Namespace(baseline={}), torch.device("cpu"))
+    log.forget_results()
+    assert not {"confusion.png", "loss.png", "report.html"} & set(os.listdir(copy))
 
 
 def test_a_resumed_run_keeps_its_first_command(copy):
