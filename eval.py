@@ -410,7 +410,7 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
         print(f"the pair was cut to --max-length {args.max_length}")
     if "completion" in found:
         print(f"completion: {found['completion']!r}")
-    words = words_of(args)
+    words = list(map(printable, words_of(args)))
     width = max(map(len, words)) + 1
     for label, share in enumerate(found["scores"]):
         mark = "  <-" if share == max(found["scores"]) else ""
@@ -434,8 +434,7 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
 
 def words_of(args: argparse.Namespace) -> list[str]:
     """Returns what the rows that the adapter was trained on call the labels 0, 1 and 2."""
-    words = args.origin.words if args.origin else LABELS
-    return [printable(word) for word in words]
+    return list(args.origin.words if args.origin else LABELS)
 
 
 def answer_pairs(

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/runs.py`
 
 from support import card, cli, flags, pictures, records
-from support.letters import printable
+from support.letters import ends, printable
 from support.records import Record
 
 # What defines a run, the most telling first.
@@ -110,7 +110,7 @@ def table(runs: list[Record]) -> str:
     others = []
     settings = [settings_of(run, runs) for run in runs]
     for name in dict.fromkeys(SETTINGS + tuple(name for values in settings for name in values)):
-        values = [as_text(values.get(name)) for values in settings]
+        values = ends([as_text(values.get(name)) for values in settings], LONGEST)
         title = name.replace("_", " ")
         if name not in HIDDEN and len(set(values)) > 1:
             columns = main if name in FIRST else others
@@ -118,12 +118,14 @@ def table(runs: list[Record]) -> str:
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
             # textwrap breaks no line at such a space: a name and its value stay together.
             common.append(f"{title} {values[0]}".replace(" ", "\N{NO-BREAK SPACE}"))
-    names = [printable(run.folder.resolve().name)[-LONGEST:] for run in runs]
+    names = [printable(run.folder.resolve().name) for run in runs]
+    if len(set(names)) < len(names):
+        names = [printable(str(run.folder)) for run in runs]
     above = textwrap.fill(
         "all: " + ", ".join(common), 79, subsequent_indent="     ", break_on_hyphens=False
     )
     above = above.replace("\N{NO-BREAK SPACE}", " ")
-    lines = aligned([("run", names), *main, *results(runs), *others])
+    lines = aligned([("run", ends(names, LONGEST)), *main, *results(runs), *others])
     below = ["loss: of validation; accuracy in percent, in brackets its 95 % interval"]
     if any("scale" in values for values in settings):
         below.append("scale: alpha / rank, by which the update is multiplied")
@@ -156,9 +158,9 @@ def as_text(value) -> str:
     if value is None:
         return MISSING
     if isinstance(value, float):
-        return f"{value:g}"
+        return f"{value:.12g}"  # 0.3 for 0.1 + 0.2
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return printable(text.replace("_proj", ""))[-LONGEST:]
+    return printable(text.replace("_proj", ""))
 
 
 def results(runs: list[Record]) -> list[tuple[str, list[str]]]:

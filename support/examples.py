@@ -27,6 +27,7 @@ from support.labels import (
     NUMBERS,
     as_word,
     check_meanings,
+    is_number,
     refuse_names_in_card,
     said_labels,
 )
@@ -188,7 +189,7 @@ def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
             continue
         word = ast.literal_eval(row["written"])
         # Another number would be taken for the one that the model answers.
-        if not as_word(word).removeprefix("-").isdigit():
+        if not is_number(word):
             words[row["label"]] = word
     is_known = all(as_word(word) in NUMBERS for word in words.values())
     return [name if is_known else words.get(number, name) for number, name in enumerate(LABELS)]

@@ -45,10 +45,12 @@ def listed_by_driver() -> str | None:
     """Returns the name of the first GPU that nvidia-smi lists, None where it lists none."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        done = subprocess.run(command, capture_output=True, timeout=30, check=True)
     except (OSError, subprocess.SubprocessError):  # it finds no driver, or waits for one
         return None
-    return next(iter(done.stdout.splitlines()), None)
+    name = done.stdout.decode(errors="replace").strip().partition("\n")[0]
+    # Some drivers say so instead of a name, without a failure.
+    return None if name in ("", "No devices were found") else name
 
 
 def reason() -> str:

@@ -28,6 +28,15 @@ def as_word(label) -> str:
     return "" if label is None else re.sub(r"\.0+$", "", plain(str(label)))
 
 
+def is_number(word: str) -> bool:
+    """Returns whether people read a word as a number: 3, -1, 1.5, or 1 in another script."""
+    try:
+        float(as_word(word))
+    except ValueError:
+        return as_word(word).isdigit()  # ²
+    return True
+
+
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
     """Returns the different labels of a column as 0, 1, 2, or NO_LABEL.
 

@@ -2,6 +2,7 @@
 
 import json
 import unicodedata
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
@@ -14,6 +15,15 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
+
+
+def ends(texts: Sequence[str], length: int) -> list[str]:
+    """Returns the last letters of each text, or all of them where two would look the same.
+
+    It is the end by which the paths of runs differ most often.
+    """
+    short = [text[-length:] for text in texts]
+    return short if len(set(short)) == len(set(texts)) else list(texts)
 
 
 def plain(word: str) -> str:

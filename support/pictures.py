@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from support import files
+from support.letters import ends
 
 # What a run's losses are drawn into: for report.html, which is sharp at any width, and for the
 # model card.
@@ -71,9 +72,9 @@ def draw_loss(entries: list[dict], chance: float | None, *paths: Path) -> None:
         # The dots are for a run so short that it has only one of them.
         plot(axis, entries, "loss", label="training", color=COLORS[0], marker=".", markersize=3)
         splits = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
+        names = ends([key.removesuffix("_loss") for key in splits], NAME_LENGTH)
         styles = itertools.cycle(zip(COLORS[1:], DASHES[1:], MARKERS))
-        for key, (color, dashes, marker) in zip(splits, styles):
-            name = key.removesuffix("_loss")
+        for key, name, (color, dashes, marker) in zip(splits, names, styles):
             plot(
                 axis, entries, key, label=name, color=color, linestyle=dashes, marker=marker,
                 markersize=4,
@@ -88,7 +89,8 @@ def draw_runs(runs: dict[str, list[dict]], *paths: Path) -> None:
     with draw(*paths) as axis:
         # All colours with the first dashes, then all of them with the next.
         styles = itertools.cycle(itertools.product(DASHES, COLORS))
-        for (name, entries), (dashes, color) in zip(runs.items(), styles):
+        names = ends(list(runs), NAME_LENGTH)
+        for name, entries, (dashes, color) in zip(names, runs.values(), styles):
             plot(axis, entries, "loss", label=name, color=color, linestyle=dashes, linewidth=1.2)
         set_axes(axis)
 
@@ -97,7 +99,9 @@ def plot(axis, entries: list[dict], key: str, label: str, **style) -> None:
     """Draws a line through those entries that have a number for the key."""
     shown = [entry for entry in entries if entry.get(key) is not None]
     steps = [entry["step"] for entry in shown]
-    axis.plot(steps, [entry[key] for entry in shown], label=label[-NAME_LENGTH:], **style)
+    # A label that begins with _ would be left out of the legend.
+    label = f" {label}" if label.startswith("_") else label
+    axis.plot(steps, [entry[key] for entry in shown], label=label, **style)
 
 
 def set_axes(axis) -> None:

@@ -40,9 +40,12 @@ class Record:
 
     @property
     def seconds(self) -> float | None:
-        """Returns how long training took, without evaluations; None of an older version."""
-        spans = [entry["seconds"] for entry in self.entries if "seconds" in entry]
-        return sum(spans) if spans else None
+        """Returns how long training took, without evaluations.
+
+        Returns None where an older version has written lines, be it of a part of the run.
+        """
+        spans = [entry.get("seconds") for entry in self.entries if "loss" in entry]
+        return sum(spans) if spans and None not in spans else None
 
     @property
     def memory(self) -> float | None:
@@ -77,6 +80,18 @@ def words_of(arguments: dict) -> list[str]:
     return list(map(str, words))
 
 
+def check_entry(entry: dict) -> None:
+    """Raises ValueError for a line of metrics.jsonl that train.py has not written.
+
+    In those that it writes all values are numbers, or null where there is none.
+    """
+    if not isinstance(entry.get("step"), int):
+        raise ValueError("it has no step")
+    for name, value in entry.items():
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"its {name} is no number")
+
+
 def read(folder: Path) -> Record:
     """Returns what a folder holds of a run. Raises ValueError where it is none, or is damaged."""
     folder = Path(folder)
@@ -85,8 +100,10 @@ def read(folder: Path) -> Record:
     args = files.read_json(folder / "args.json")
     entries = files.read_lines(folder / "metrics.jsonl")
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry.get("step"), int):
-            raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: it has no step")
+        try:
+            check_entry(entry)
+        except ValueError as error:
+            raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: {error}") from None
     if (folder / "results.json").is_file():
         return Record(folder, args, files.read_json(folder / "results.json"), entries)
     baseline = {

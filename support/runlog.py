@@ -21,7 +21,19 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from support import best, card, commands, files, machine, metrics, page, pictures, processes, upload
+from support import (
+    best,
+    card,
+    commands,
+    files,
+    machine,
+    metrics,
+    page,
+    pictures,
+    processes,
+    records,
+    upload,
+)
 from support.extras import Extras
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
@@ -50,6 +62,7 @@ class RunLog:
         self.started = time.perf_counter()  # of this process, not of a run that it resumes
         self.clock = self.started  # when training began, or began again after an evaluation
         self.seconds = 0.0  # of training since the last line, before the clock was stopped
+        self.untimed = 0  # rows since the last line that an earlier process has taken
         self.page_due = self.started + PAGE_AFTER
         self.file = None  # metrics.jsonl
         self.evaluated = set()  # the steps whose evaluation was in it when it was opened
@@ -68,6 +81,7 @@ class RunLog:
         if self.args.wandb:
             record["wandb_run"] = wandb_identity(self.folder, bool(self.args.resume))
         files.write_json(self.folder / "args.json", record)
+        self.untimed = self.state.progress.rows
 
         # A new run has no baseline yet, and keeps no line of what was there before it.
         path = self.folder / "metrics.jsonl"
@@ -114,6 +128,7 @@ class RunLog:
             return
         predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
         pages = (*pictures.PICTURES, "report.html", "README.md")
+        pages += ("confusion.png",)  # an older version has drawn it
         for name in (*predictions, *pages, "results.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -177,7 +192,9 @@ class RunLog:
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
         self.stop_clock()
-        seconds = self.seconds
+        # How long the rows before a resume took is not saved, or two equal runs would save other
+        # bytes: as long as those after it.
+        seconds = self.seconds * progress.rows / (progress.rows - self.untimed)
         # A mean over steps: the loss of one says more about its rows than about the model.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
@@ -207,6 +224,7 @@ class RunLog:
         self.say(text)
         progress.start_line()
         self.seconds = 0.0
+        self.untimed = 0
         self.update_page()
         self.clock = time.perf_counter()
 
@@ -331,11 +349,12 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     kept = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            line = json.loads(text)
+            line = files.parse_line(text, str(path))
+            records.check_entry(line)
             is_repeated = is_evaluation(line) and line["step"] >= steps
             if line["step"] <= step and not is_repeated:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # cut short by a kill, or no line of ours
+        except ValueError:  # cut short by a kill, or no line of ours
             continue
     return kept
 

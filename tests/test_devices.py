@@ -115,10 +115,15 @@ def test_a_gpu_that_the_user_hides_is_none(unseen, monkeypatch, capsys):
     assert capsys.readouterr().err == cli.NOTICE + "\n"
 
 
-@pytest.mark.parametrize("body", ["exit 9", "true"], ids=["no driver", "no GPU"])
+@pytest.mark.parametrize("body", ["exit 9", "true", "echo", "echo No devices were found"])
 def test_an_nvidia_smi_that_lists_no_gpu_changes_nothing(tmp_path, monkeypatch, body):
     write_nvidia_smi(tmp_path, monkeypatch, body)
     assert cli.train_arguments([]).model == "tiny/model"
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(tmp_path, monkeypatch):
+    write_nvidia_smi(tmp_path, monkeypatch, r"printf 'Tesla \377T4\n'")
+    assert gpu.unusable().startswith("there is a GPU (Tesla \ufffdT4)")
 
 
 def test_a_script_that_computes_nothing_does_not_ask(unseen, monkeypatch):

@@ -309,13 +309,23 @@ def test_answers_are_in_the_words_of_the_rows_that_were_trained_on(
     files.write_json(copy / "args.json", read_json(run / "args.json") | {"label_words": words})
     in_process(evaluation, "--adapter", copy, "--premise", "A dog.", "--hypothesis", "A dog.")
     lines = capsys.readouterr().out.splitlines()[-3:]
-    words = [*words[:2], r"is against\u001b"]
-    assert [line[:18] for line in lines] == [f"{n} {word:16}" for n, word in enumerate(words)]
+    shown = [*words[:2], r"is against\u001b"]
+    assert [line[:18] for line in lines] == [f"{n} {word:16}" for n, word in enumerate(shown)]
 
     monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
     in_process(evaluation, "--adapter", copy, "--dataset", "-")
     answer = json.loads(capsys.readouterr().out)
-    assert answer["answer"].startswith(words[answer["prediction"]][:10])
+    assert answer["answer"] == words[answer["prediction"]]
+
+
+def test_an_answer_in_json_is_the_very_word_of_the_rows(run, tmp_path, monkeypatch, capsys):
+    """JSON has its own escapes: a no-break space, which no terminal shows, is one letter."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    word = "does\u00a0follow\n"
+    files.write_json(copy / "args.json", read_json(run / "args.json") | {"label_words": [word] * 3})
+    monkeypatch.setattr("sys.stdin", standard_input(PAIR % 1))
+    in_process(evaluation, "--adapter", copy, "--dataset", "-", "--mode", "score")
+    assert json.loads(capsys.readouterr().out)["answer"] == word
 
 
 def test_a_program_may_wait_for_the_answer_to_each_line(monkeypatch):

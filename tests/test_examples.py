@@ -585,6 +585,7 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
             ("follows=e", "unclear=n", "contradicts=c"),
             ["follows", "unclear", "contradicts"],
         ),
+        (["1.5", "-2"], ("1.5=c", "-2=n", "x=e"), ["entailment", "neutral", "contradiction"]),
         (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
     ],
     ids=str,

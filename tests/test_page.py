@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import os
 import re
 import shutil
 import sys
@@ -260,6 +261,7 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
         ("metrics.jsonl", "{}\n", "line 1: it has no step"),
+        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: its loss is no number"),
     ],
 )
 def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
@@ -274,6 +276,15 @@ def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     (line,) = (printed or raised.value.code).splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_resume_drops_the_lines_that_no_page_could_show(copy):
+    path = copy / "metrics.jsonl"
+    lines = path.read_bytes()
+    damaged = (b'{"step": 1.5, "loss": 1}', b'{"step": 2, "loss": "x"}', b"[]", b"\xff", b'{"st')
+    path.write_bytes(b"\n".join(damaged) + b"\n" + lines)
+    kept = [json.loads(line) for line in lines.splitlines()]
+    assert runlog.lines_up_to(path, step=60, steps=61) == kept
 
 
 # -----------------------------------------------------------------------------
@@ -364,6 +375,13 @@ def test_a_command_is_broken_between_its_arguments_alone():
     assert page.arguments(line) == parts
 
 
+def test_no_picture_of_an_older_version_outlives_what_it_shows(copy):
+    (copy / "confusion.png").write_bytes(b"")
+    log = runlog.RunLog(Namespace(out=copy), Namespace(baseline={}), torch.device("cpu"))
+    log.forget_results()
+    assert not {"confusion.png", "loss.png", "report.html"} & set(os.listdir(copy))
+
+
 def test_a_resumed_run_keeps_its_first_command(copy):
     command = runlog.start_command(copy, is_resumed=True)
     assert command == read_json(copy / "args.json")["command"]
@@ -422,6 +440,42 @@ def test_another_rank_alone_shows_another_scale_and_names_stay_with_their_values
     lines = common.splitlines()
     assert len(lines) > 1
     assert all(line.endswith(",") for line in lines[:-1])
+
+
+def test_runs_that_differ_at_the_beginning_of_long_names_are_told_apart(two, tmp_path, capsys):
+    first, second = two
+    folders = []
+    for number, folder in enumerate(two):
+        copied = shutil.copytree(folder, tmp_path / f"{number}_{'x' * 40}")
+        differs = {"dataset": f"{number}/{'y' * 40}", "weight_decay": 0.1 + number * 1e-9}
+        files.write_json(copied / "args.json", read_json(copied / "args.json") | differs)
+        folders.append(copied)
+    in_process(runs, *folders, "--plot", tmp_path / "losses.svg")
+    common, table, _ = capsys.readouterr().out.split("\n\n")
+    assert "dataset" not in common and "decay" not in common
+    for number, line in enumerate(reversed(table.splitlines()[1:])):
+        assert line.startswith(f"{number}_xxx")
+        assert f" {number}/yyy" in line
+        assert f"{folders[number]} -->" in (tmp_path / "losses.svg").read_text()
+    shutil.copytree(first, tmp_path / "a" / "run")
+    in_process(runs, first, tmp_path / "a" / "run")
+    _, table, _ = capsys.readouterr().out.split("\n\n")
+    names = [line.split()[0] for line in table.splitlines()[1:]]
+    assert len(set(names)) == 2, "two folders of one name"
+
+
+def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
+    names = {"_a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0}]}
+    pictures.draw_runs(names, tmp_path / "losses.svg")
+    assert "_a -->" in (tmp_path / "losses.svg").read_text()
+
+
+def test_the_time_of_a_run_that_an_older_version_began_is_not_known(copy):
+    assert records.read(copy).seconds > 0
+    lines = files.read_lines(copy / "metrics.jsonl")
+    next(line for line in lines if "seconds" in line).pop("seconds")
+    files.write_lines(copy / "metrics.jsonl", lines)
+    assert records.read(copy).seconds is None
 
 
 def test_runs_as_json(two, capsys):

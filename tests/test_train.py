@@ -369,6 +369,41 @@ def test_an_evaluation_takes_no_part_of_a_lines_time_and_none_of_it_is_lost(tmp_
     assert line["examples_per_second"] == pytest.approx(40 / line["seconds"])
 
 
+def test_the_rows_before_a_resume_make_no_line_faster(tmp_path):
+    """Of 10 steps 8 were taken before a Ctrl-C, in a time that nothing has saved."""
+    rates = []
+    for before in (0, 32):
+        log = runlog.RunLog(Namespace(out=tmp_path, dtype="bf16"), None, torch.device("cpu"))
+        log.file = io.StringIO()
+        log.untimed = before
+        log.start_clock()
+        time.sleep(0.2 * (40 - before) / 40)
+        log.write_training(resume.Progress(step=20, logged=10, rows=40), 1e-3, 1.0)
+        line = json.loads(log.file.getvalue())
+        assert line["seconds"] == pytest.approx(40 / line["examples_per_second"])
+        rates.append(line["examples_per_second"])
+        assert log.untimed == 0
+    assert rates[1] == pytest.approx(rates[0], rel=0.5)
+
+
+def test_a_resumed_run_knows_which_rows_were_taken_before(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    flags = ["--steps", 5, "--batch-size", 2, "--log-every", 4, *SHORT, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(train.StopRequest, "__bool__", lambda stop: True)  # after its first step
+        in_process(train, *TINY, *flags)
+    seen = []
+    write = runlog.RunLog.write_training
+
+    def write_and_see(log, progress, *others):
+        seen.append((log.untimed, progress.rows))
+        write(log, progress, *others)
+
+    monkeypatch.setattr(runlog.RunLog, "write_training", write_and_see)
+    in_process(train, "--resume", out)
+    assert seen == [(2, 8), (0, 2)]
+
+
 # -----------------------------------------------------------------------------
 # The script
 
