@@ -49,7 +49,7 @@ import lora
 import phi2
 import train
 from scripts import merge
-from support import cli, examples, files
+from support import cli, examples, files, loss_scale
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "tiny" / "model"
@@ -134,6 +134,7 @@ def fit(model: phi2.Phi2, trained: list[torch.nn.Parameter], trial: Trial) -> li
     optimizer = torch.optim.AdamW(
         trained, lr=trial.learning_rate, weight_decay=args.weight_decay, fused=True
     )
+    scaler = loss_scale.new_scaler(trial.dtype, torch.device("cpu"))
     losses = []
     model.train()
     steps = data.rows_of_steps(rows, trial.batch_size, trial.seed)
@@ -142,7 +143,9 @@ def fit(model: phi2.Phi2, trained: list[torch.nn.Parameter], trial: Trial) -> li
         optimizer.param_groups[0]["lr"] = trial.learning_rate * factor
         batches = train.collated([encoded[row["row"]] for row in chosen], tokenizer(), args)
         count = train.count_predicted(batches)
-        loss, norm = train.training_step(model, optimizer, batches, count, args.max_grad_norm)
+        loss, norm = train.training_step(
+            model, optimizer, scaler, batches, count, args.max_grad_norm
+        )
         losses.append(loss.item())
         if not math.isfinite(norm):  # then every weight is spoiled, whatever the loss was
             losses[-1] = math.nan
