@@ -148,7 +148,6 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     base = total("--device", "cpu")
     assert total("--device", "cpu", "--batch-size", 64) > 3 * base
     assert total("--device", "cpu", "--checkpointing") < 0.5 * base
-    assert total("--device", "cpu", "--rank", 64) > base
     # A GPU that is not here: its fused attention stores no scores.
     on_gpu = total("--device", "cuda")
     assert on_gpu < base
@@ -156,7 +155,6 @@ def test_a_plan_needs_no_weights_and_leaves_nothing(tiny, tmp_path, capsys):
     # Attention is computed again there; where NF4's values are kept, nothing is.
     kept = total("--device", "cuda", "--keep-dequantized")
     assert total("--device", "cuda", "--keep-dequantized", "--checkpointing") < 0.6 * kept
-    assert total("--device", "cuda", "--loss", "full") > on_gpu
     assert not run.exists()
 
 
