@@ -19,8 +19,8 @@ ALONE = -k "not transformers and not peft and not reference"
 CHECKED = $(patsubst %,tests/test_%.py,data examples files machine packing project rows tiny)
 # With the lowest versions these run too: whole runs of each script, and a Hub.
 RUNS = $(patsubst %,tests/test_%.py,best claims cli describe hub page push resume train)
-# Four on two cores, because many tests wait for a process or for the disk.
-TESTS = -m pytest -n 4 --dist loadfile
+# Three, because many tests wait for a process or for the disk.
+TESTS = -m pytest -n 3 --dist loadfile
 
 # Threads that wait for one another spin before they sleep: fast on an idle machine, and several
 # times slower than sleep on a busy one. This is a short spin, for machines of either kind.
