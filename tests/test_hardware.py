@@ -250,12 +250,12 @@ def memory_left(size: int) -> Iterator[None]:
 
 @pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
 def test_an_evaluation_that_fills_the_memory_gives_the_same_answers(tiny, tokenizer, capsys):
-    """The allocator of the CPU fails really: keys and values of 32 rows take 580 MB."""
+    """The allocator of the CPU fails really: keys and values of 64 rows take 1.2 GB."""
     model = ours(tiny, torch.float32)
     _, _, eos = data.fixed_ids(tokenizer)
     with torch.no_grad():
         model.lm_head.bias[eos] = 1e4  # each completion ends at once, and there is room for more
-    rows = load_examples("tiny/data", "validation_matched", 40)
+    rows = load_examples("tiny/data", "validation_matched", 70)
 
     def evaluate(rows, batch_size: int) -> tuple[list[dict], int]:
         protocol = evaluation.Protocol(max_new_tokens=1900, batch_size=batch_size)
@@ -264,12 +264,12 @@ def test_an_evaluation_that_fills_the_memory_gives_the_same_answers(tiny, tokeni
 
     evaluate(rows.select(range(2)), 2)  # libraries take memory at their first call
     with memory_left(180 * 2**20):
-        found, settled = evaluate(rows, 32)
-    assert settled in (4, 8, 16)  # glibc may hold some that was freed before
+        found, settled = evaluate(rows, 64)
+    assert settled in (4, 8, 16, 32)  # glibc may hold what was freed before, which counts as taken
     line = f"the memory is full: evaluation goes on with {settled} rows at a time\n"
     assert capsys.readouterr().err.endswith(line)
     assert found == evaluate(rows, settled)[0]  # to the bit
-    for row, expected in zip(found, evaluate(rows, 32)[0]):
+    for row, expected in zip(found, evaluate(rows, 64)[0]):
         assert row["scores"] == pytest.approx(expected["scores"], abs=2e-5)  # as in test_eval.py
 
 
