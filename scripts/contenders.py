@@ -14,7 +14,6 @@ import importlib
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import eval as evaluation
 import lora
 import quant
 import train
+from support import machine
 
 STEPS = 4  # training steps of 16 rows in one timing
 
@@ -426,17 +426,9 @@ def save_results(contender: Contender, path: str) -> dict:
 
 
 def memory(device: str) -> float:
-    """Returns the most bytes so far: allocated on a GPU, resident on a CPU; NaN on Windows."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "darwin":
-        import resource  # which Windows lacks
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return math.nan
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text())[1]) * 1024
+    """Returns the most bytes so far: allocated on a GPU, resident on a CPU; else NaN."""
+    peak = machine.peak_memory(torch.device(device))
+    return math.nan if peak is None else peak
 
 
 def main() -> None:
