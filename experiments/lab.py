@@ -9,8 +9,8 @@ A question is a file beside this one. It names its arms, such as one for each ra
 An arm is a `Trial` whose learning rate is a first guess. A comparison at one rate says
 more about the rate than about the arms, so each arm gets its own: `sweep` tries half and
 twice the guess, and climbs until the best rate has a worse one on each side, by nll with
-seed 0. It repeats these three with the other seeds. What is shown of an arm is the best
-of the three by its mean nll. It is chosen on the rows that it is shown on, in all arms.
+seed 0. It repeats the best one with the other seeds. It is chosen on the rows that it is
+shown on, in all arms.
 
 `run` is a trial: the base of tiny/, adapters or all weights, the steps, the accuracy. The
 loop is made of what train.py is made of. Each result is appended to results/trials.jsonl
@@ -295,7 +295,7 @@ def end_with_parent() -> None:
 
 def sweep(arms: dict[str, Trial], store: Store, workers: int) -> None:
     """Runs what is missing of all arms: the climb to the best rate, then the other seeds."""
-    expected = len(arms) * (len(SEEDS) + 1) * 2  # a guess, for the remaining time
+    expected = len(arms) * (len(SEEDS) + 3)  # a guess, for the remaining time
     with tqdm(total=expected, unit="trial", smoothing=0.1, disable=None) as bar:
         bar.update(sum(len(stored(arm, store)) for arm in arms.values()))
         while wanted := [trial for arm in arms.values() for trial in climb(arm, store)]:
@@ -347,10 +347,9 @@ def nll_of(result: dict) -> float:
 
 
 def repeats(arm: Trial, store: Store) -> list[Trial]:
-    """Returns the best rate and its neighbours with every seed."""
-    rates, best = seed_0(arm, store)
-    near = [rate for rate in rates if best / 2 <= rate <= best * 2]
-    return [replace(arm, learning_rate=rate, seed=seed) for seed in SEEDS for rate in near]
+    """Returns an arm at its best rate, with every seed."""
+    _, best = seed_0(arm, store)
+    return [replace(arm, learning_rate=best, seed=seed) for seed in SEEDS]
 
 
 def is_swept(arm: Trial, store: Store) -> bool:

@@ -32,10 +32,7 @@ STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--")
 
 @dataclass
 class Finding:
-    """An arm at its best learning rate: that of the least mean nll, of those with every seed.
-
-    Until all seeds have run it is that of the first seed.
-    """
+    """An arm at its best learning rate, which is that of the first seed."""
 
     trained: int  # numbers
     rate: float
@@ -69,11 +66,7 @@ def find(arm: lab.Trial, store: lab.Store) -> Finding | None:
     for trial in trials:
         of_rate.setdefault(trial.learning_rate, []).append(store.results[trial])
     nll = {rate: [lab.nll_of(result) for result in found] for rate, found in of_rate.items()}
-    if lab.is_swept(arm, store):
-        repeated = [rate for rate, values in nll.items() if len(values) == len(lab.SEEDS)]
-        best = min(repeated, key=lambda rate: statistics.mean(nll[rate]))
-    else:
-        _, best = lab.seed_0(arm, store)
+    _, best = lab.seed_0(arm, store)
     return Finding(of_rate[best][0]["trained"], best, of_rate[best], nll)
 
 
