@@ -46,11 +46,11 @@ class Finding:
         return [result[name] for result in self.results if name in result]
 
     def nll_at(self, rate: float) -> str:
-        """Returns the mean nll at a rate, as text."""
+        """Returns the first seed's nll at a rate, as text: not every rate has the others."""
         if rate not in self.nll:
             return "(not tried)"
-        mean = statistics.mean(self.nll[rate])
-        return f"{mean:.3f}" if math.isfinite(mean) else "(diverged)"
+        first = self.nll[rate][0]
+        return f"{first:.3f}" if math.isfinite(first) else "(diverged)"
 
     @property
     def is_complete(self) -> bool:
@@ -185,7 +185,7 @@ def spread(values: list[float]) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Draws nll against the learning rate, and the accuracy at the best, as an SVG."""
+    """Draws the first seed's nll by learning rate, and each accuracy at the best, as an SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -202,9 +202,9 @@ def draw(summary: dict, path: Path) -> None:
             style = STYLES[number % len(STYLES)]
             color = f"C{number % 10}"
             points = sorted(
-                (float(rate), statistics.mean(values))
+                (float(rate), values[0])
                 for rate, values in arm["nll_by_rate"].items()
-                if "diverged" not in values
+                if values[0] != "diverged"
             )
             if points:  # else every rate has diverged
                 left.plot(*zip(*points), style, color=color, markersize=4, linewidth=1)
@@ -213,7 +213,7 @@ def draw(summary: dict, path: Path) -> None:
         tried = sorted({float(rate) for arm in arms.values() for rate in arm["nll_by_rate"]})
         left.set_xscale("log", base=2)
         left.set_xticks(tried, [f"{1000 * rate:.3g}" for rate in tried])
-        left.set(xlabel="learning rate, thousandths", ylabel="nll of the right answer")
+        left.set(xlabel="learning rate, thousandths", ylabel="nll, first seed")
         left.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
         right.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
         right.set_yticklabels(list(arms))
