@@ -1,11 +1,11 @@
 """Does a higher rank help, and should alpha grow with it?
 
-LoRA (arXiv:2106.09685, section 7.2) finds that rank 1 to 8 is enough. It scales B A by
-alpha / rank (section 4.1), so that rank may change and the learning rate stay. rsLoRA
-(arXiv:2312.03732) answers that this factor holds high ranks back. "LoRA Without Regret"
-(Schulman et al., 2025) finds the best rate about the same for every rank at a fixed
-alpha. So each arm is shown at its own best rate, and the rates are compared: alpha that
-lets one rate serve all ranks is the one to keep.
+LoRA (arXiv:2106.09685, section 7.2) finds that a rank of 1 to 8 is enough. It scales B A by
+alpha / rank (section 4.1), so that the learning rate can stay when the rank changes. rsLoRA
+(arXiv:2312.03732) objects that this factor holds high ranks back. "LoRA Without Regret"
+(Schulman et al., 2025) finds that at a fixed alpha the best rate is about the same for
+every rank. So each arm is shown at its own best rate, and the rates are compared: we
+prefer the choice of alpha with which one rate serves all ranks.
 
     python -m experiments.rank              # about 20 minutes on two cores
 """
@@ -27,20 +27,21 @@ def conclude(found: dict[str, report.Finding]) -> list[str]:
     return [
         f"alpha 16: best rates {report.rates(fixed)} for ranks {', '.join(map(str, RANKS))}; "
         f"the largest is {report.ratio(fixed):g} times the smallest",
-        f"alpha = 2 rank: best rates {report.rates(growing)}; {report.ratio(growing):g} times",
+        f"alpha = 2 * rank: best rates {report.rates(growing)}; the largest is "
+        f"{report.ratio(growing):g} times the smallest",
         report.compare(found, FIXED[-1], FIXED[0], "LoRA", "equal"),
         report.compare(found, GROWING[-1], GROWING[0], "LoRA", "equal"),
         report.compare(found, GROWING[-1], FIXED[-1], "rsLoRA", "better"),
         cost("alpha 16", fixed),
-        cost("alpha = 2 rank", growing),
+        cost("alpha = 2 * rank", growing),
     ]
 
 
 def cost(name: str, arms: list[report.Finding]) -> str:
-    """Returns a sentence on what it costs to take rank 8's best rate for every rank."""
+    """Returns a sentence on what it costs to use rank 8's best rate for every rank."""
     rate = arms[RANKS.index(8)].rate
     shown = ", ".join(f"{arm.nll_at(rate)} instead of {arm.nll_at(arm.rate)}" for arm in arms)
-    return f"{name}: with rank 8's rate, {rate:.3g}, nll is {shown}"
+    return f"{name}: at rank 8's best rate, {rate:.3g}, nll is {shown}"
 
 
 if __name__ == "__main__":
