@@ -1,8 +1,8 @@
 """When does an adapter become too small for its data?
 
-"LoRA Without Regret" (2025): LoRA equals full fine-tuning until what the data has to
-teach exceeds what the adapter can hold; then a higher rank helps. All arms take 320 steps
-of 16: they see 320 rows 16 times, or 5,120 rows once.
+"LoRA Without Regret" (2025) finds that LoRA equals full fine-tuning as long as the adapter
+can hold what the data teaches; beyond that a higher rank helps. All arms take 320 steps of
+16 rows: they see 320 rows 16 times, or 5,120 rows once.
 
     python -m experiments.capacity          # about 25 minutes on two cores
 """
