@@ -21,6 +21,11 @@ def load() -> None:
     if not shutil.which("g++"):
         sys.exit("error: counting needs the compiler g++, for tools/fake_gpu.cpp")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    if (torch_folder / "lib" / "libtorch_cuda.so").exists():
+        sys.exit(
+            "error: counting needs a torch without CUDA, in an environment of its own: "
+            "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+        )
     source = Path(__file__).with_suffix(".cpp")
     known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"flora-{known}.so"

@@ -4,8 +4,9 @@
 
 A block of ```python is run after those before it, with the same names, from the project's folder.
 Where a ```text block follows, it gets what was printed. A link such as [`inject`](../lora.py#L1)
-gets the line that defines the name. docs/nf4.svg, its picture of a layer's weights, is drawn anew.
-tests/test_docs.py fails where one of the two is out of date.
+gets the line that defines the name. A comment such as <!-- experiments.rank --> gets the results of
+that question as a table. docs/nf4.svg, the picture of a layer's weights, is drawn anew.
+tests/test_docs.py fails where the page or the picture is out of date.
 """
 
 import contextlib
@@ -17,12 +18,15 @@ import torch
 
 import phi2
 import quant
+from experiments import report
+from support import files
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 PICTURE = ROOT / "docs" / "nf4.svg"
 
 BLOCK = re.compile(r"(```python\n(?P<code>.*?)```\n)(?P<shown>\n```text\n.*?```\n)?", re.DOTALL)
+TABLE = re.compile(r"(<!-- experiments\.(?P<name>\w+) -->\n)(\|.*\n)*")
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)#L\d+\)")
 
 
@@ -39,6 +43,21 @@ def with_outputs(text: str) -> str:
         return f"{block[1]}\n```text\n{output.getvalue()}```\n"
 
     return BLOCK.sub(run, text)
+
+
+def with_tables(text: str) -> str:
+    """Returns the text of a page with a table of results below each <!-- experiments.NAME -->."""
+
+    def table(found: re.Match) -> str:
+        summary = files.read_json(ROOT / "experiments" / "results" / f"{found['name']}.json")
+        lines = ["| arm | trained | best rate | accuracy, and its range |", "|---|---|---|---|"]
+        for name, arm in summary["arms"].items():
+            accuracy = report.spread(arm["accuracy"])
+            rate = f"{arm['learning_rate']:.3g}"
+            lines.append(f"| {name} | {arm['trained']:,} | {rate} | {accuracy} |")
+        return found[1] + "\n".join(lines) + "\n"
+
+    return TABLE.sub(table, text)
 
 
 def with_lines(text: str, folder: Path) -> str:
@@ -109,7 +128,7 @@ def picture(model: str = "tiny/model") -> str:
 
 def main() -> None:
     text = TUTORIAL.read_text(encoding="utf-8")
-    text = with_lines(with_outputs(text), TUTORIAL.parent)
+    text = with_lines(with_tables(with_outputs(text)), TUTORIAL.parent)
     TUTORIAL.write_text(text, encoding="utf-8")
     PICTURE.write_text(picture(), encoding="utf-8")
 
