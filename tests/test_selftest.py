@@ -80,7 +80,7 @@ def test_the_file_gives_the_rows_of_the_table_by_machine(report, capsys):
 
 
 def test_a_file_of_another_kind_is_one_line():
-    with pytest.raises(SystemExit, match="config.json is not what scripts.selftest has written"):
+    with pytest.raises(SystemExit, match="config.json was not written by scripts.selftest"):
         in_process(selftest, "--row", "tiny/model/config.json")
 
 
