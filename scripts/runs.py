@@ -41,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", type=flags.path, help="folders of runs")
     parser.add_argument("--json", action="store_true", help="print JSON, with every setting")
     parser.add_argument(
-        "--plot", type=flags.path, metavar="FILE", help="draw the losses into FILE.svg, .png or .pdf"
+        "--plot", type=flags.path, metavar="FILE", help="draw the losses into FILE.svg or FILE.png"
     )
     args = parser.parse_args()
     if args.plot and args.plot.suffix not in (".svg", ".png", ".pdf"):
