@@ -48,8 +48,8 @@ def test_everything_agrees_here(report):
     lines = read_json(report)["lines"]
     states = {line["what"]: line["status"] for line in lines if line["status"] != "ok"}
     assert states == {
-        "CUDA graphs": "skipped: no graphs here",
-        selftest.PEAK: "skipped: only a GPU's allocator tells it",
+        "CUDA graphs": "skipped: only CUDA has graphs",
+        selftest.PEAK: "skipped: only a GPU's allocator reports it",
     }
     compared = [line for line in lines if line["bound"] is not None]
     # NF4's three, attention in two ways, and four results of tiny/ with NF4 and without.
