@@ -68,7 +68,7 @@ def worst(found: Tensor, expected: Tensor) -> str:
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Returns two blocks, whose layers have typical names, and a head: (..., 24) -> (..., 10).
+    """Returns two blocks of layers with typical names, and an output head: (..., 24) -> (..., 10).
 
     The layers q_proj and proj are square, so that a transposed product has the right shape.
     """

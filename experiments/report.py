@@ -240,7 +240,7 @@ def write(module: ModuleType, store: lab.Store) -> dict:
 
 
 def readme(text: str) -> str:
-    """Returns README.md, in which all after MARK is made anew from the questions' JSON files."""
+    """Returns README.md, with the part after MARK made again from the questions' JSON files."""
     written, mark, _ = text.partition(MARK)
     parts = []
     for name in QUESTIONS:

@@ -128,7 +128,7 @@ MISTAKES = [
      "the scale is alpha / rank, not rank / alpha"),
     ("e1", "scale = alpha / rank", "scale = alpha", "alpha must be divided by rank"),
     ("e1", "self.base_layer(x) + ", "", r"base_layer\(x\) is missing"),
-    ("e1", "return self.base_layer(x) +", "return self.scale * self.base_layer(x) +", "B A x alone"),
+    ("e1", "return self.base_layer(x) +", "return self.scale * self.base_layer(x) +", "A x alone"),
     ("e1", ".requires_grad_(False)", "", r"base_layer\.requires_grad_\(False\) freezes"),
     ("e1", "kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))", "zeros_(self.lora_A.weight)",
      "A is zero at the start, as B is"),

@@ -1,7 +1,7 @@
-"""Loads fake_gpu.cpp at its import, which has to precede that of torch. It needs g++.
+"""Loads fake_gpu.cpp when it is imported, which must happen before torch is imported. Needs g++.
 
-This is a file of its own so that it can be imported by itself. What the fake GPU is good for stands
-in count.py.
+This is a separate file so that it can be imported alone. count.py explains what the fake GPU is
+for.
 """
 
 import ctypes
@@ -30,7 +30,7 @@ def load() -> None:
     known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"flora-{known}.so"
     if not library.is_file():
-        new = library.with_suffix(f".{os.getpid()}")  # others may compile it too
+        new = library.with_suffix(f".{os.getpid()}")  # other processes may compile it too
         command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include"]
         command += [str(source), "-o", str(new), f"-L{torch_folder}/lib"]
         command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]
