@@ -252,7 +252,7 @@ def embedded_defaults(parser: Parser, typed: dict) -> dict:
     """Returns what tiny/args says where nothing names a model and no GPU could run phi-2.
 
     Its paths are right from the current directory. Anywhere else there are no such defaults.
-    Raises ValueError where there is a GPU, and torch cannot use it.
+    Raises ValueError if there is a GPU, and torch cannot use it.
     """
     if "model" in typed or parser.get_default("model") is not None:
         return {}
@@ -381,7 +381,7 @@ def train_arguments(
     """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
 
     `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None. `out` is
-    None where a new run is to have a folder of its own, below out/ and called `new_name`.
+    None if a new run is to have a folder of its own, below out/ and called `new_name`.
     """
     parser = parser or train_parser()
     typed = parser.typed(argv)
@@ -457,7 +457,7 @@ def check_train(parser: Parser, args: argparse.Namespace) -> None:
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where a new run or evaluation would write over what --out holds."""
+    """Raises ValueError if a new run or evaluation would write over what --out holds."""
     if out.is_file():
         raise ValueError(f"--out {out} is a file: pass a folder")
     if (out / "args.json").exists():

@@ -127,7 +127,7 @@ def in_arrow(values: Column) -> pyarrow.ChunkedArray:
 
 
 def problem_of(value) -> str | None:
-    """Returns why a value, Python's or Arrow's, is no text; None where it is one."""
+    """Returns why a value, Python's or Arrow's, is no text; None if it is one."""
     try:
         text = value.as_py() if isinstance(value, pyarrow.Scalar) else value
         if text is None:

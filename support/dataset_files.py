@@ -143,7 +143,7 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 
 
 def read_file(path: Path) -> dict[str, Column]:
-    """Reads a file by its suffix. Raises ValueError where it cannot, or finds no columns."""
+    """Reads a file by its suffix. Raises ValueError if it cannot, or finds no columns."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))

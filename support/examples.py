@@ -267,7 +267,7 @@ def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...
 
 
 def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:
-    """Returns the columns of each file. Raises ValueError where they are not the same."""
+    """Returns the columns of each file. Raises ValueError if they are not the same."""
     parts = {path: read_file(path) for path in paths}
     first = paths[0]
     # Spark writes parts without a row: a header, or a type for each column.

@@ -63,7 +63,7 @@ def recorded(adapter: Path) -> dict[str, str]:
 
 
 def check(adapter: Path, here: dict[str, str]) -> None:
-    """Raises ValueError where an adapter was trained over something else than `here` says.
+    """Raises ValueError if an adapter was trained over something else than `here` says.
 
     A file of PEFT has no fingerprint: then there is nothing to compare.
     """

@@ -64,7 +64,7 @@ def run_in_parts(
 def run_if_it_fits(
     run: Callable[[list], list], prompts: list[list[int]], model: nn.Module
 ) -> list | None:
-    """Returns run(prompts), or None where several prompts do not fit."""
+    """Returns run(prompts), or None if several prompts do not fit."""
     import torch
 
     try:

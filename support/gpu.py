@@ -22,7 +22,7 @@ NEWEST = "cu130"
 def unusable() -> str | None:
     """Returns a line on a GPU that is there, and why torch finds no CUDA device, with the cure.
 
-    Returns None where torch finds one, where there is none, and where the user hides it.
+    Returns None if torch finds one, where there is none, and where the user hides it.
     """
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
@@ -42,7 +42,7 @@ def unusable() -> str | None:
 
 
 def listed_by_driver() -> str | None:
-    """Returns the name of the first GPU that nvidia-smi lists, None where it lists none."""
+    """Returns the name of the first GPU that nvidia-smi lists, None if it lists none."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, timeout=30, check=True)

@@ -35,7 +35,7 @@ def repository(name: str) -> str:
 
 
 def refuse_revision(kind: str, name: str, revision: str | None) -> None:
-    """Raises ValueError where a revision is typed for what is a directory here."""
+    """Raises ValueError if a revision is typed for what is a directory here."""
     if revision:
         raise ValueError(f"--{kind}-revision is for a {kind} on the Hub, and {name} is a folder")
 
@@ -54,7 +54,7 @@ def download(
 ) -> Path:
     """Returns the local folder of a repository, with those of its files that match `patterns`.
 
-    What is there is not downloaded again. Raises ValueError where the Hub does not give it.
+    What is there is not downloaded again. Raises ValueError if the Hub does not give it.
     """
     require_repository(kind, name)
     from huggingface_hub import snapshot_download

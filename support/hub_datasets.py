@@ -53,7 +53,7 @@ class Card(NamedTuple):
 
 @functools.cache
 def read_card(dataset: str, revision: str | None) -> Card:
-    """Returns what a dataset's card says. Raises ValueError where that is several datasets."""
+    """Returns what a dataset's card says. Raises ValueError if that is several datasets."""
     if dataset in CONFIGURATIONS:
         return Card({}, {})
     import datasets
@@ -104,7 +104,7 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
 
 
 def refuse_missing_parts(split: str, paths: list[Path]) -> None:
-    """Raises ValueError where one of train-00000-of-00002 and train-00001-of-00002 is missing.
+    """Raises ValueError if one of train-00000-of-00002 and train-00001-of-00002 is missing.
 
     Without a network, what another program has left in the cache may be a part of a dataset.
     """

@@ -60,7 +60,7 @@ def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str
 
 
 def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: str) -> None:
-    """Raises ValueError where --labels has no effect on a split's labels, or would be needed."""
+    """Raises ValueError if --labels has no effect on a split's labels, or would be needed."""
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
     said = said_labels(given) if given else {}
     if given and not said.keys() & words:
@@ -95,7 +95,7 @@ NAMED = re.compile(rb'(?s)(?:\xef\xbb\xbf)?---\s(?:(?!\n---).)*\bclass_label\b|\
 
 
 def refuse_names_in_card(directory: Path) -> None:
-    """Raises ValueError where the card of a dataset, there or above, has names for its numbers."""
+    """Raises ValueError if the card of a dataset, there or above, has names for its numbers."""
     directory = directory.resolve()
     for folder, name in itertools.product((directory, *directory.parents[:2]), CARDS):
         card = folder / name

@@ -53,7 +53,7 @@ def hint(scaler: torch.amp.GradScaler) -> str:
 
 
 def check_same(dtype: str) -> None:
-    """Raises ValueError where --dtype, by default the GPU's, is not the same in all processes.
+    """Raises ValueError if --dtype, by default the GPU's, is not the same in all processes.
 
     A gradient in fp16 is scaled before it is summed over the processes, and others are not.
     """

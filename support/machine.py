@@ -129,7 +129,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Returns the most bytes so far: allocated on a GPU, resident on a CPU.
 
     With `reset` it starts again from what is in use now, but on macOS, where it is always that
-    of the whole process. Returns None where the system does not say, as on Windows.
+    of the whole process. Returns None if the system does not say, as on Windows.
     """
     if device.type == "cuda":
         import torch

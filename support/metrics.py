@@ -239,7 +239,7 @@ def row_of(prediction: dict) -> tuple:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """Returns the predictions in a file. Raises ValueError where a line is none."""
+    """Returns the predictions in a file. Raises ValueError if a line is none."""
     predictions = files.read_lines(path)
     for number, row in enumerate(predictions, 1):
         if not is_prediction(row):

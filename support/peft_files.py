@@ -39,7 +39,7 @@ CURE = "merge the adapter with PEFT (merge_and_unload), and use the merged model
 def read_config(directory: Path, make: Callable):
     """Returns make(rank=, alpha=, dropout=, targets=) of the adapter in `directory`.
 
-    `make` is lora.LoRAConfig. Raises ValueError where the files are not an adapter or
+    `make` is lora.LoRAConfig. Raises ValueError if the files are not an adapter or
     damaged, and for an option that changes what the adapter computes.
     """
     path = Path(directory) / "adapter_config.json"

@@ -35,27 +35,27 @@ class Record:
 
     @property
     def steps(self) -> int | None:
-        """Returns how many steps the run is to take; None where an older version wrote it."""
+        """Returns how many steps the run is to take; None if an older version wrote it."""
         return self.args.get("total_steps") or self.args.get("steps")
 
     @property
     def seconds(self) -> float | None:
         """Returns how long training took, without evaluations.
 
-        Returns None where an older version has written lines, be it of a part of the run.
+        Returns None if an older version has written lines, be it of a part of the run.
         """
         spans = [entry.get("seconds") for entry in self.entries if "loss" in entry]
         return sum(spans) if spans and None not in spans else None
 
     @property
     def memory(self) -> float | None:
-        """Returns the most memory that training took, in GiB; None where it is not known."""
+        """Returns the most memory that training took, in GiB; None if it is not known."""
         peaks = [entry.get("peak_memory_gib") for entry in self.entries]
         return max((peak for peak in peaks if peak is not None), default=None)
 
     @functools.cached_property
     def trained(self) -> int | None:
-        """Returns how many numbers A and B of all adapters have; None where there is no adapter."""
+        """Returns how many numbers A and B of all adapters have; None if there is no adapter."""
         path = self.folder / "adapter_model.safetensors"
         if not path.is_file():
             return None
@@ -93,7 +93,7 @@ def check_entry(entry: dict) -> None:
 
 
 def read(folder: Path) -> Record:
-    """Returns what a folder holds of a run. Raises ValueError where it is none, or is damaged."""
+    """Returns what a folder holds of a run. Raises ValueError if it is none, or is damaged."""
     folder = Path(folder)
     if not (folder / "args.json").is_file():
         raise ValueError(f"{folder} is not a run of train.py: it has no args.json")

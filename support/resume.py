@@ -249,7 +249,7 @@ def load(run: Path) -> Saved:
 
 
 def check_types(record: State | Progress) -> None:
-    """Raises TypeError where a field holds a value of another type than it says."""
+    """Raises TypeError if a field holds a value of another type than it says."""
     for part in fields(record):
         kind = type(getattr(record, part.name)).__name__
         if kind != part.type and (kind, part.type) != ("int", "float"):
@@ -264,7 +264,7 @@ def has_begun(run: Path) -> bool:
 def take_up(run: Path | None, state: State) -> Saved | None:
     """Returns what a run has saved, and gives `state` its progress and its baseline.
 
-    Returns None without a run, or before its first save. Raises ValueError where `state` is
+    Returns None without a run, or before its first save. Raises ValueError if `state` is
     that of another run.
     """
     if run is None or not has_begun(run):

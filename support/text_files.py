@@ -1,7 +1,7 @@
 """Rows from files of text, as other tools write them: JSON, and tables with a separator.
 
 The functions take the whole text of a file and return its columns by name, as lists. All
-fields of a table are texts, or None. Raises ValueError where there are no rows to be seen.
+fields of a table are texts, or None. Raises ValueError if there are no rows to be seen.
 """
 
 import csv

@@ -72,7 +72,7 @@ def read(line: bytes, place: str) -> list[dict]:
 
 
 def check(pair: dict, place: str) -> None:
-    """Raises ValueError where a pair holds what no tokenizer can read."""
+    """Raises ValueError if a pair holds what no tokenizer can read."""
     for key in ("premise", "hypothesis"):
         if not isinstance(pair.get(key), str):
             there = printable(", ".join(pair))[:60] or "none"
