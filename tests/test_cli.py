@@ -334,7 +334,7 @@ def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
     "content, message",
     [
         (b"--out=\xe9t\xe9\n", "an @FILE is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
-        (b"@flags\n", "an @FILE names itself"),
+        (b"@flags\n", "an @FILE includes itself"),
     ],
 )
 def test_a_file_of_flags_that_cannot_be_read_is_one_line(
