@@ -94,7 +94,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--alpha", "1e37", "must be a number of at most 1,000,000, not 1e37"),
         ("train.py", "--epochs", "1e308", "must be a number of at most 1,000,000, not 1e308"),
         ("train.py", "--learning-rate", "1e30", "must be a number of at most 1,000,000, not 1e30"),
-        ("train.py", "--targets", "q_proj,v_proj", "must be names with blanks between them, not q"),
+        ("train.py", "--targets", "q_proj,v_proj", "must be names separated by spaces, not q"),
         ("train.py", "--device", "0", "must be cpu, cuda, or one GPU such as cuda:0, not '0'"),
         ("train.py", "--device", "gpu", "must be cpu, cuda, or one GPU such as cuda:0, not 'gpu'"),
         ("train.py", "--push", "phi-2", "'phi-2' is no repository on the Hub: owner/name"),
