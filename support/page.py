@@ -99,7 +99,7 @@ def verdict(run: Record) -> str:
         return f"Of {base['n']:,} validation rows {of_base}. {guessing}"
     low, high = metrics.wilson_interval(tuned["correct"], tuned["n"])
     majority = tuned["majority"] / tuned["n"]
-    comparison = "No difference from guessing can be told from so few rows."
+    comparison = "No difference from guessing can be shown with so few rows."
     if low > majority:
         comparison = "The fine-tuned model is better than guessing."
     elif high < majority:

@@ -622,7 +622,7 @@ def test_other_rows_are_not_read_like_the_runs_and_a_line_says_so(own_way, tmp_p
     assert rows == right_rows(100)
     unused = "--columns text claim verdict --labels contradiction neutral entailment"
     assert note.startswith(f"{other} does not hold the rows that {run} was trained with, so")
-    assert note.endswith(f"is not used: {unused} --validation 0.2")
+    assert note.endswith(f"are not used: {unused} --validation 0.2")
 
     # What is typed holds for these rows, and is not among what is not used.
     rows, note = rows_read(capsys, *adapter, *LABELS, out=tmp_path / "typed")
