@@ -384,7 +384,7 @@ def test_a_private_upload_stays_private(run, tmp_path):
             variables = environment(address, tmp_path / "home")
             done = push(run, "--private", env=variables)
         if is_there:
-            assert_one_line(done, "me/adapter is there already, and is public: nothing was")
+            assert_one_line(done, "me/adapter already exists and is public: nothing was")
             assert list(public.iterdir()) == []
         else:
             assert done.returncode == 0, done.stderr
