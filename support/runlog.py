@@ -170,7 +170,7 @@ class RunLog:
         machine.peak_memory(self.device, reset=True)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether a step ends a line. By default more early steps do: the loss falls fast."""
+        """Returns whether a step ends a line. Early steps do so more often by default."""
         every = self.args.log_every
         if every is None:
             every = next(every for until, every in LOG_EVERY.items() if step <= until)

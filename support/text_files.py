@@ -253,8 +253,8 @@ def split_quoted(
 def has_spaces(text: str, separator: str, header: str) -> bool:
     """Returns whether a space follows each separator, so that a quote after it opens a field.
 
-    This is the case if the header has such spaces, or a row has one before its first quoted field, or
-    before its second field if the first one is quoted.
+    This is the case if the header has such spaces, or if a row has one before its first quoted
+    field, or before its second field if the first one is quoted.
     """
     if all(name[:1] == " " for name in header.split(separator)[1:]):
         return True

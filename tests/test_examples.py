@@ -521,7 +521,7 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
         ("train.tsv.gz", gzip.compress(b"a" * 999, mtime=0)[:-12], "cannot read"),
         ("train.jsonl.gz", b"no gzip", "cannot read"),
         ("train.jsonl", str(ROW).encode(), "line 1 .*texts must be in double quotes"),
-        ("train.jsonl", f"{LINE},\n{LINE},\n".encode(), "line 1 .*there is no comma between objects"),
+        ("train.jsonl", f"{LINE},\n{LINE},\n".encode(), "line 1 .*no comma between objects"),
         ("train.csv", f"# mine\n{COMMAS}a,b,0\n".encode(), "row 0 .* header .its first line. 1$"),
         # The line is that in which the wrong row begins, not the last of the file.
         ("train.csv", f'{COMMAS}a,b,0\n"c,d,1\ne,f,2\n'.encode(), "line 3: .*end of data"),
