@@ -53,7 +53,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
-        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from None
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
     # Settings in the file must not truncate, pad or extend our prompts. transformers'
     # add_eos_token, for example, is stored there.
     tokenizer.no_truncation()

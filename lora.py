@@ -226,7 +226,7 @@ def describe_missing(targets: list[str], is_pattern: bool, linears: list[str]) -
     how = "has a whole path that " if is_pattern else ""
     names = sorted({path.rpartition(".")[2] for path in linears})
     text = f"no linear layer that takes an adapter {how}matches {targets}"
-    return f"{text}; there are {', '.join(names) or 'none'}, and the text 'all-linear'"
+    return f"{text}; there are {', '.join(names) or 'none'}; 'all-linear' means them all"
 
 
 def match_name(paths: list[str], name: str) -> list[str]:

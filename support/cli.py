@@ -242,8 +242,8 @@ def warn_of_emulation(dtype: str, device: str) -> None:
     if not machine.emulates(dtype, device):
         return
     print(
-        f"{device} has no instructions for {dtype}: the results are right, but slower to come "
-        f"than with --dtype {machine.fast_dtype(device)}",
+        f"{device} has no instructions for {dtype}: the results are right, but come more "
+        f"slowly than with --dtype {machine.fast_dtype(device)}",
         file=sys.stderr,
     )
 

@@ -128,7 +128,7 @@ def check_parts(split: str, paths: list[Path]) -> None:
     if not is_one and not (is_whole and len(kinds) == 1 and counts == {total}):
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
-            f"the split {split}; remove what is not meant, or pass the folder that is"
+            f"the split {split}; remove the files that you do not mean, or pass another folder"
         )
 
 
@@ -177,7 +177,7 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
     if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
         return table_columns(ipc.open_file(content).read_all())
     if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
-        raise ValueError("it is no Arrow file of version 2, or its end is missing")
+        raise ValueError("it is not an Arrow file of version 2, or its end is missing")
     return table_columns(ipc.open_stream(content).read_all())
 
 

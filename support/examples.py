@@ -115,7 +115,7 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     if not found:
         cure = "--split names the one to evaluate"
         if "train" in names:
-            cure = "--validation 0.05 (of a few hundred rows 0.2) takes a part of train for it"
+            cure = "--validation 0.05 (0.2 for a few hundred rows) takes a part of train for it"
         raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
     return found
 

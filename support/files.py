@@ -103,7 +103,7 @@ def failure(what: str, error: Exception) -> str:
     """Returns a one-line message about a failed write."""
     # strerror is the reason without the temporary name. safetensors' own errors have none.
     reason = getattr(error, "strerror", None) or error
-    return f"{what}: {reason}; what was saved before is as it was"
+    return f"{what}: {reason}; what was saved before is unchanged"
 
 
 def remove_unfinished(directory: Path) -> None:
@@ -137,7 +137,7 @@ def read_lines(path: Path) -> list[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is not there")
+        raise ValueError(f"{path} does not exist")
     return [
         parse_line(line, f"{path}, line {number}")
         # Bytes, because a str would also be split at U+2028, which a line may contain.

@@ -72,7 +72,7 @@ def check(adapter: Path, here: dict[str, str]) -> None:
         if there.get(name, value) != value:
             raise ValueError(
                 f"{adapter} was trained with another {name.replace('_', ' ')} "
-                f"({there[name]}, here {value}); --force uses it all the same"
+                f"({there[name]}, here {value}); --force uses it anyway"
             )
 
 

@@ -23,7 +23,7 @@ def repository(name: str) -> str:
     """Returns a repository's name, as a type for argparse. Raises ArgumentTypeError otherwise."""
     if not is_repository(name):
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no repository on the Hub: "
+            f"{name!r} is not a repository on the Hub: "
             "owner/name, of letters, digits, - _ and ."
         )
     return name
@@ -87,7 +87,7 @@ def failure(kind: str, name: str, revision: str | None, error: Exception) -> Val
     at_revision = f" at revision {revision!r}" if revision else ""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return ValueError(
-        f"cannot load the {kind} {name!r}{at_revision} from the Hub, and it is no directory "
+        f"cannot load the {kind} {name!r}{at_revision} from the Hub, and it is not a directory "
         f"here ({reason}); without a network, pass a directory: --{kind} path/to/it"
     )
 

@@ -65,7 +65,7 @@ def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: st
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
     said = said_labels(given) if given else {}
     if given and not said.keys() & words:
-        raise ValueError(f"{listed}, none of those that --labels says: {', '.join(said)}")
+        raise ValueError(f"{listed}, none of which --labels mentions: {', '.join(said)}")
     # If no label is 2, then 0 and 1 may be two classes, or -1, 0 and 1 three classes. Signs of
     # that: both 0 and 1 occur, -1 occurs, so many rows without a 2. One sign may be chance.
     numbers = words & {"0", "1", "2"}

@@ -116,7 +116,7 @@ class PackedRows:
     def only_last(self, count: int) -> "PackedRows":
         shortest = min(map(len, self.rows))
         if shortest < count:
-            raise ValueError(f"a row of {shortest} tokens has no last {count}")
+            raise ValueError(f"a row has {shortest} tokens, fewer than the last {count}")
         device = self.positions.device
         last = torch.stack([row[-count:] for row in self.rows])  # (B, count)
         shapes = self.keys.behind_prefix(self.keys.shapes)

@@ -88,7 +88,7 @@ def check_entry(entry: dict) -> None:
         raise ValueError("it has no step")
     for name, value in entry.items():
         if not isinstance(value, int | float | None):
-            raise ValueError(f"its {name} is no number")
+            raise ValueError(f"its {name} is not a number")
 
 
 def read(folder: Path) -> Record:

@@ -178,7 +178,7 @@ class Saved:
         try:
             scaler.load_state_dict(self.state.scaler)  # does nothing except in fp16
         except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} holds no scale of the loss ({error!r})") from None
+            raise ValueError(f"{self.path} holds no loss scale ({error!r})") from None
 
         # Last, because nothing here may draw random numbers after this.
         try:

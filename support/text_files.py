@@ -143,7 +143,7 @@ def columns_of_lists(columns: dict[str, list]) -> dict[str, list]:
     """Returns columns unchanged. Raises ValueError unless all have the same number of values."""
     if len(set(map(len, columns.values()))) > 1:
         lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
-        raise ValueError(f"its columns are not of one length: {lengths}")
+        raise ValueError(f"its columns differ in length: {lengths}")
     return columns
 
 

@@ -97,7 +97,7 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--targets", "q_proj,v_proj", "must be names separated by spaces, not q"),
         ("train.py", "--device", "0", "must be cpu, cuda, or one GPU such as cuda:0, not '0'"),
         ("train.py", "--device", "gpu", "must be cpu, cuda, or one GPU such as cuda:0, not 'gpu'"),
-        ("train.py", "--push", "phi-2", "'phi-2' is no repository on the Hub: owner/name"),
+        ("train.py", "--push", "phi-2", "'phi-2' is not a repository on the Hub: owner/name"),
         ("eval.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
         ("eval.py", "--max-new-tokens", "-3", "must be a whole number of at least 1, not -3"),

@@ -567,7 +567,7 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
     """Here the file has names for its numbers, and they decide."""
     save_with_names(tmp_path / "train.parquet", ["contradiction", "neutral", "entailment"], [0, 1])
     reading = Reading(labels=("0=entailment", "1=neutral", "2=contradiction"))
-    message = "its labels are contradiction, neutral, none of those that --labels says: 0, 1, 2$"
+    message = "its labels are contradiction, neutral, none of which --labels mentions: 0, 1, 2$"
     with pytest.raises(ValueError, match=message):
         load_examples(str(tmp_path), "train", reading=reading)
 
@@ -723,7 +723,7 @@ def test_json_of_pandas(tmp_path, orient, names):
         (json.dumps(ROW), "holds no JSON object for each row: row 0 is"),
         ({"train": ROWS, "dev": ROWS}, "rows in train and in dev: write each into a file of its"),
         ({"train": COLUMNS, "dev": COLUMNS}, "rows in train and in dev: write each into a file"),
-        (COLUMNS | {"label": [0]}, "not of one length: premise 3, hypothesis 3, label 1"),
+        (COLUMNS | {"label": [0]}, "differ in length: premise 3, hypothesis 3, label 1"),
         ({"columns": list(ROW), "data": [["a", "x", 0, 1]]}, "row 0 has 4 fields, the header"),
     ],
     ids=str,

@@ -490,7 +490,7 @@ def test_a_full_disk_is_one_line_and_the_last_save_still_loads(whole, tmp_path):
     with full_disk(300_000):
         line = refusal(*RUN, "--out", out)
     assert line.startswith(f"error: cannot write into {out}: ")
-    assert line.endswith("; what was saved before is as it was")
+    assert line.endswith("; what was saved before is unchanged")
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
     assert saved_step(out) == 0
     # The adapter had room, but both files are of the same step.
