@@ -1,13 +1,13 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
-Fourth in the reading order. A prompt ends in "### Label:". The answer is one token,
-" 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop.
-Prompt and answer are tokenised separately and joined as lists of ids, so that the prompts of
-an evaluation have exactly the ids seen in training. An example is a dict with a premise, a
+Fourth in the reading order. A prompt ends in "### Label:". The answer is one token, " 0",
+" 1" or " 2", followed by the end-of-text token, so that the model learns to stop. Prompt
+and answer are tokenised separately and joined as lists of ids, so that the prompts of an
+evaluation have exactly the ids seen in training. An example is a dict with a premise, a
 hypothesis and a label from 0 to 2; support/examples.py reads examples from files.
 
-For another task, change PROMPT, the functions that use its texts (`after_prefix`, `cut`), the
-answers (`load_tokenizer`, `fixed_ids`), and how completions are read (`parse`).
+For another task, change PROMPT, the functions that use its texts (`after_prefix`, `cut`),
+the answers (`load_tokenizer`, `fixed_ids`), and how completions are read (`parse`).
 """
 
 import functools
@@ -44,8 +44,8 @@ NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """Returns the tokenizer in tokenizer.json of a model directory.
 
-    Raises ValueError unless each answer is one token and every id is below `vocab_size`, the
-    number of rows of the embedding.
+    Raises ValueError unless each answer is one token and every id is below `vocab_size`,
+    the number of rows of the embedding.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
@@ -101,10 +101,10 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids) of an example with premise, hypothesis and label.
 
-    The prompt is all of PROMPT with the two texts filled in. The answer is the label (0 to
-    2) and the end of text. If both together have more than `max_length` ids, the end of the
-    premise is cut off. If that is not enough, the premise is left out and the end of the
-    hypothesis is cut off.
+    The prompt is all of PROMPT with the two texts filled in. The answer is the label (0
+    to 2) and the end of text. If both together have more than `max_length` ids, the end
+    of the premise is cut off. If that is not enough, the premise is left out and the end
+    of the hypothesis is cut off.
     """
     ids = tokenizer.encode(after_prefix(example)).ids
     return prompt_and_answer(example, ids, tokenizer, max_length)
@@ -171,10 +171,10 @@ def is_settled(completion: str) -> bool:
 def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
     """Yields a list of `size` examples for each optimiser step, from step `start` on, forever.
 
-    Each epoch uses every row once, in an order drawn from (seed, epoch) alone. So step n does
-    not depend on earlier steps, and a run can resume at any step. The last step of an epoch
-    has the rows that are left. Within a step the shortest examples come first. Each example
-    gets a key "row", its index in `examples`.
+    Each epoch uses every row once, in an order drawn from (seed, epoch) alone. So step n
+    does not depend on earlier steps, and a run can resume at any step. The last step of
+    an epoch has the rows that are left. Within a step the shortest examples come first.
+    Each example gets a key "row", its index in `examples`.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -195,11 +195,11 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
 def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
     """Returns the numbers of an evaluation's rows, in groups of rows with the same premise.
 
-    A beginning that several prompts of a batch share goes through the model only once, and
-    MNLI has three hypotheses for each premise.
+    A beginning that several prompts of a batch share goes through the model only once,
+    and MNLI has three hypotheses for each premise.
 
-    Groups with long prompts come first. So rows in a batch have similar lengths, and a batch
-    that is too large for the memory fails at once instead of after an hour.
+    Groups with long prompts come first. So rows in a batch have similar lengths, and a
+    batch that is too large for the memory fails at once instead of after an hour.
     """
     groups = {}  # row numbers, by premise
     for number, premise in enumerate(examples["premise"]):
@@ -240,9 +240,9 @@ def collate(
 ) -> Batch:
     """Returns a batch of examples, each given as (prompt ids, answer ids), for a loss.
 
-    Loss "answer" covers two ids per row, the label and the end of text. Loss "full" covers
-    every id but the first of each row. These include the prefix, once for each row, so a
-    shared prefix raises ValueError.
+    Loss "answer" covers two ids per row, the label and the end of text. Loss "full"
+    covers every id but the first of each row. These include the prefix, once for each
+    row, so a shared prefix raises ValueError.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss is on the prefix too, so rows cannot share it")
@@ -277,8 +277,8 @@ def flat(lists: list[list[int]]) -> list[int]:
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
     """Returns the ids of a prompt after its prefix, shortened to `room` ids.
 
-    The end of the premise is cut off first, then that of the hypothesis. The titles stay,
-    because the last one, "### Label:", asks for the answer.
+    The end of the premise is cut off first, then that of the hypothesis. The titles
+    stay, because the last one, "### Label:", asks for the answer.
     """
     premise = tokenizer.encode(" " + example["premise"]).ids
     after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids

@@ -1,9 +1,9 @@
 """Accuracy on a split, and the answer to a single pair.
 
-Fifth in the reading order. Mode "generate" lets the model write a completion, greedily, and
-reads the first number in it; a completion without a number counts as wrong. Mode "score"
-compares the probabilities of the three answers after "### Label:", in one forward pass. It
-shows what a model knows even if it would not write it.
+Fifth in the reading order. Mode "generate" lets the model write a completion, greedily,
+and reads the first number in it; a completion without a number counts as wrong. Mode
+"score" compares the probabilities of the three answers after "### Label:", in one
+forward pass. It shows what a model knows even if it would not write it.
 
     python eval.py --adapter out/demo                                       # every validation split
     python eval.py --model microsoft/phi-2 --split validation_matched --mode score
@@ -71,8 +71,8 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    The completions are those of phi2.generate, but rows are not run again for each token:
-    the decoder stores the keys and values of all rows (support/packing.py).
+    The completions are those of phi2.generate, but rows are not run again for each
+    token: the decoder stores the keys and values of all rows (support/packing.py).
 
     A completion ends as soon as is_finished(its ids) is true, or at `max_new_tokens`. The
     hidden states are those of each prompt's last token, from which the output head computes
@@ -111,11 +111,11 @@ def drop_finished(
 ) -> list[int]:
     """Removes finished rows from the batch. Returns the prompts of the rows that stay.
 
-    On a GPU the decoder records a step of the batch and replays it with a single launch. A
-    changed batch must be recorded again, which waits for the GPU and returns its free memory.
-    So on a GPU finished rows stay until seven of eight rows are finished: for 64 rows at
-    most three steps are recorded. Meanwhile the last token of a finished row is run again,
-    and its output is ignored.
+    On a GPU the decoder records a step of the batch and replays it with a single launch.
+    A changed batch must be recorded again, which waits for the GPU and returns its free
+    memory. So on a GPU finished rows stay until seven of eight rows are finished: for 64
+    rows at most three steps are recorded. Meanwhile the last token of a finished row is
+    run again, and its output is ignored.
     """
     finished = len(prompt_of) - len(unfinished)
     if finished == 0 or (decoder.records and finished < 7 * len(unfinished)):
@@ -234,10 +234,10 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and the prediction for each pair, in order.
 
-    Dropout is off during the evaluation. With several processes each one answers its share,
-    and all of them return all answers. An answer depends only on its prompt, apart from
-    rounding: another batch size changes scores in their last digits, and in bf16 two scores
-    that are nearly equal may swap.
+    Dropout is off during the evaluation. With several processes each one answers its
+    share, and all of them return all answers. An answer depends only on its prompt,
+    apart from rounding: another batch size changes scores in their last digits, and in
+    bf16 two scores that are nearly equal may swap.
     """
     was_training = model.training
     model.eval()
@@ -310,10 +310,10 @@ def load_model(
 ) -> phi2.Phi2:
     """Returns the base with its weights: three of the four lines that are QLoRA's core.
 
-    The fourth, lora.inject(model, config), follows later, once the layers have their weights.
-    `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. If `keep` is true, the
-    dequantised weights are stored beside the indices. None does so only if a GPU has free
-    memory for four times their size, because training needs memory too.
+    The fourth, lora.inject(model, config), follows later, once the layers have their
+    weights. `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. If `keep` is
+    true, the dequantised weights are stored beside the indices. None does so only if a
+    GPU has free memory for four times their size, because training needs memory too.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -337,8 +337,8 @@ def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
     """Stores the dequantised weights beside NF4's indices if `keep`: more memory, less time.
 
-    Otherwise memory matters more, so on a GPU the backward pass recomputes attention instead
-    of storing it.
+    Otherwise memory matters more, so on a GPU the backward pass recomputes attention
+    instead of storing it.
     """
     if keep:
         quant.keep_dequantized(model)

@@ -28,18 +28,18 @@ is that the weight change needed to adapt a trained model to a new task has a lo
                           ^              ^
                           +------ x -----+
 
-Because B starts at zero, training starts exactly from the base model. In phi-2 at rank 8,
-on the query and value projections (q_proj and v_proj) of each transformer block, A and B
-hold 32 blocks * 2 layers * 8 * (2560 + 2560) = 2.6 million numbers, beside 2.8 billion
-frozen ones.
+Because B starts at zero, training starts exactly from the base model. In phi-2 at rank
+8, on the query and value projections (q_proj and v_proj) of each transformer block, A
+and B hold 32 blocks * 2 layers * 8 * (2560 + 2560) = 2.6 million numbers, beside 2.8
+billion frozen ones.
 
 In formulas x is a column vector. In the code each token is a row, so W x is x @ W.T.
 
 The wrapped layer may be a linear layer of any model, including a quantised one. Saved
 adapters use the file names and tensor names of PEFT, Hugging Face's adapter library, so
 PEFT can load them. Left out: DoRA (which also learns the norm of each row of W), rsLoRA
-(which scales by alpha / sqrt(rank)), trained biases, and adapters on embeddings or on the
-output head.
+(which scales by alpha / sqrt(rank)), trained biases, and adapters on embeddings or on
+the output head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
     lora.inject(model, config)
@@ -66,8 +66,8 @@ class LoRALinear(nn.Module):
     """Computes base_layer(x) + scale B A dropout(x) for x (..., in), scale = alpha / rank.
 
     base_layer(x) is W x plus a bias if the layer has one; `inject` freezes both. For a
-    token with input x and output gradient g (both columns), without dropout, the backward
-    pass computes:
+    token with input x and output gradient g (both columns), without dropout, the
+    backward pass computes:
 
         gradient of B    g (scale A x)^T       (out, rank)
         gradient of A    scale (B^T g) x^T     (rank, in)
@@ -76,10 +76,10 @@ class LoRALinear(nn.Module):
     autograd does this, and sums the first two over all tokens. Because B starts at zero, the
     gradient of A is zero in the first step; if A were zero as well, neither would ever change.
 
-    A and B are stored and trained in fp32 even over a 16-bit or 4-bit base, as in PEFT: a
-    bf16 number has 8 significant bits, so small updates would be rounded away. For the
-    product they are cast to the dtype of x, as PEFT does under autocast. (Over an fp64 base
-    they are in fp64.)
+    A and B are stored and trained in fp32 even over a 16-bit or 4-bit base, as in PEFT:
+    a bf16 number has 8 significant bits, so small updates would be rounded away. For the
+    product they are cast to the dtype of x, as PEFT does under autocast. (Over an fp64
+    base they are in fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -184,8 +184,8 @@ def inject(
 
     Call it after the weights are loaded. Returns the paths of the wrapped layers. Raises
     ValueError if a target matches no layer, or if the model already has adapters. With
-    every_target_must_match=False, which load_adapter passes, it is enough that one of the
-    targets matches, as in PEFT.
+    every_target_must_match=False, which load_adapter passes, it is enough that one of
+    the targets matches, as in PEFT.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already has adapters: merge them first, or rebuild it")
@@ -374,10 +374,10 @@ def save_adapter(
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
-    `task_type` selects the class that PEFT wraps the base in; None works with any nn.Module.
-    Other weights that you train, such as a new output head, are not saved. Raises ValueError
-    if an adapter is not finite, or has another rank or alpha than `config`. The targets and
-    the dropout are written without such a check.
+    `task_type` selects the class that PEFT wraps the base in; None works with any
+    nn.Module. Other weights that you train, such as a new output head, are not saved.
+    Raises ValueError if an adapter is not finite, or has another rank or alpha than
+    `config`. The targets and the dropout are written without such a check.
     """
     scale = config.alpha / config.rank
     # PEFT computes the scale from the file, so a wrong alpha there would change the adapter.
@@ -414,8 +414,8 @@ def load_adapter(
     files too.) Tensors are converted to the dtype of A and B. Train or eval mode is kept.
 
     Raises ValueError unless the tensors match the model exactly, are finite, and at least
-    one B is not zero. In these cases PEFT may continue with a model that is not the trained
-    one. Do not use the model after an error: its layers may already be wrapped.
+    one B is not zero. In these cases PEFT may continue with a model that is not the
+    trained one. Do not use the model after an error: its layers may already be wrapped.
     """
     if config is None:
         config = read_config(directory)

@@ -1,16 +1,16 @@
 """phi-2 in one file: the model, and how its weights are loaded.
 
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
-(models/phi/modeling_phi.py), so `state_dict()` has exactly the keys of the checkpoint, the
-weight files on the Hub. For phi-1 and phi-1.5 only config.json differs. Left out: long-context
-rotary scaling, grouped-query attention (none of these models has it), and checkpoints from
-2023, whose keys have other names.
+(models/phi/modeling_phi.py), so `state_dict()` has exactly the keys of the checkpoint,
+the weight files on the Hub. For phi-1 and phi-1.5 only config.json differs. Left out:
+long-context rotary scaling, grouped-query attention (none of these models has it), and
+checkpoints from 2023, whose keys have other names.
 
-A transformer processes each token independently; only in attention do tokens see each other.
-So the model runs on a flat sequence of N tokens, with C = hidden_size numbers each. One
-object, a `Layout`, holds the positions of the tokens and defines what each token sees.
-`MaskedRows` is a simple, complete layout. Training and evaluation use the layouts of
-support/packing.py, which give the same results faster.
+A transformer processes each token independently; only in attention do tokens see each
+other. So the model runs on a flat sequence of N tokens, with C = hidden_size numbers
+each. One object, a `Layout`, holds the positions of the tokens and defines what each
+token sees. `MaskedRows` is a simple, complete layout. Training and evaluation use the
+layouts of support/packing.py, which give the same results faster.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -41,8 +41,8 @@ from tqdm import tqdm
 class Phi2Config:
     """The fields of config.json that matter here, under Hugging Face's names.
 
-    The defaults are phi-2's, for Phi2Config() in tests and exercises. They do not fill gaps
-    in a config.json: ABSENT has transformers' defaults for that.
+    The defaults are phi-2's, for Phi2Config() in tests and exercises. They do not fill
+    gaps in a config.json: ABSENT has transformers' defaults for that.
     """
 
     vocab_size: int = 51200
@@ -113,10 +113,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layout(Protocol):
     """The positions of N tokens, and what each of them sees.
 
-    A row is one tokenised text; if rows share a prefix, a row is what follows it. Every token
-    has a key and a value, which other tokens can see. It has a query only if its own output is
-    needed: in the last transformer block only the tokens whose logits are wanted have one, in
-    the other blocks every token has one.
+    A row is one tokenised text; if rows share a prefix, a row is what follows it. Every
+    token has a key and a value, which other tokens can see. It has a query only if its
+    own output is needed: in the last transformer block only the tokens whose logits are
+    wanted have one, in the other blocks every token has one.
     """
 
     positions: Tensor  # (N,) the position of each token in its text, counting the prefix
@@ -138,8 +138,8 @@ class Layout(Protocol):
 class MaskedRows:
     """The layout of rows that follow one another, after an optional prefix that they share.
 
-    This is the mask for a prefix of two tokens, a row of two and a row of one. An x means
-    that the token on the left sees the token at the top:
+    This is the mask for a prefix of two tokens, a row of two and a row of one. An x
+    means that the token on the left sees the token at the top:
 
                P0 P1 a0 a1 b0
         P0      x                        a token sees the prefix and its own row, up to and
@@ -148,9 +148,9 @@ class MaskedRows:
         a1      x  x  x  x
         b0      x  x        x
 
-    So the prefix, the instruction that all prompts begin with, goes through the model once.
-    With many rows most of the mask is empty; PackedRows in support/packing.py computes the
-    same result without the empty part.
+    So the prefix, the instruction that all prompts begin with, goes through the model
+    once. With many rows most of the mask is empty; PackedRows in support/packing.py
+    computes the same result without the empty part.
     """
 
     def __init__(
@@ -311,8 +311,8 @@ class Phi2(nn.Module):
     ) -> Tensor:
         """Returns the logits (N, vocabulary) of the token that follows each of ids (N,).
 
-        Without a layout, the ids are one row. With `last`, returns logits only for the last
-        `last` tokens of each row: (B * last, vocabulary).
+        Without a layout, the ids are one row. With `last`, returns logits only for the
+        last `last` tokens of each row: (B * last, vocabulary).
         """
         if layout is None:
             layout = MaskedRows([len(ids)], device=ids.device)
@@ -323,8 +323,8 @@ class Phi2(nn.Module):
 def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
     """Returns `count` ids that continue `ids`, always the likeliest next: greedy generation.
 
-    This is the simple way: each step runs the whole row again. eval.generate returns the same
-    for many rows, but stores keys and values instead (support/packing.py).
+    This is the simple way: each step runs the whole row again. eval.generate returns the
+    same for many rows, but stores keys and values instead (support/packing.py).
     """
     device = model.lm_head.weight.device
     row = list(ids)
@@ -343,11 +343,11 @@ CAN_COMPILE = find_spec("triton") is not None  # until it has failed once
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `function` in a form that fuses its element-wise steps into one kernel on a GPU.
 
-    Run separately, each step would read and write its whole tensors. torch.compile generates
-    the kernel, and one for the backward pass, at the first call, which takes seconds. The
-    number of tokens may change between calls. It needs Triton (which torch includes for CUDA
-    on Linux), a C compiler and Python.h. If compiling fails, a warning says so and the function
-    runs uncompiled.
+    Run separately, each step would read and write its whole tensors. torch.compile
+    generates the kernel, and one for the backward pass, at the first call, which takes
+    seconds. The number of tokens may change between calls. It needs Triton (which torch
+    includes for CUDA on Linux), a C compiler and Python.h. If compiling fails, a warning
+    says so and the function runs uncompiled.
     """
 
     @functools.cache
@@ -513,8 +513,8 @@ def read(path: Path, key: str) -> Tensor:
 def not_quantized(directory: Path) -> tuple[str, ...]:
     """Returns the paths of the layers that should not be quantised: the output head.
 
-    If the checkpoint is already in NF4, returns the paths of all modules whose weight is not
-    in NF4 there.
+    If the checkpoint is already in NF4, returns the paths of all modules whose weight is
+    not in NF4 there.
     """
     keys = find_tensors(directory)
     # Decided from the tensors, because the config.json of a dequantised model may still say
@@ -528,8 +528,8 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
 def weight_files(directory: Path) -> list[Path]:
     """Returns the safetensors files of a model directory.
 
-    As in transformers, model.safetensors takes precedence over an index, which may be left
-    from an earlier save. Raises ValueError if a file is damaged or missing.
+    As in transformers, model.safetensors takes precedence over an index, which may be
+    left from an earlier save. Raises ValueError if a file is damaged or missing.
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"

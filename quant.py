@@ -7,8 +7,8 @@ magnitude (absmax, fp32), and each value stores the index of the nearest of 16 l
 
     w  =  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits per value
 
-Each time a layer needs W, it dequantises W, multiplies by it, and discards it: 4 bits save
-memory, not time.
+Each time a layer needs W, it dequantises W, multiplies by it, and discards it: 4 bits
+save memory, not time.
 
 The values of a trained weight are roughly normally distributed: many are small, few are
 large. So the levels are quantiles of the normal distribution, close together near zero:
@@ -16,10 +16,10 @@ large. So the levels are quantiles of the normal distribution, close together ne
     |          |     |    |   |  |   |  |  |  |  |  |   |   |     |         |
    -1                                   0                                   1
 
-One large value makes the levels of its whole block coarse, which favours small blocks; but
-each block stores an absmax, which favours large ones. Double quantisation stores absmax
-itself in 8 bits, in blocks of 256, for a total of 4 + 8/64 + 32/(64 * 256) = 4.13 bits per
-value.
+One large value makes the levels of its whole block coarse, which favours small blocks;
+but each block stores an absmax, which favours large ones. Double quantisation stores
+absmax itself in 8 bits, in blocks of 256, for a total of 4 + 8/64 + 32/(64 * 256) = 4.13
+bits per value.
 
 `quantize` and `dequantize` below are NF4 in plain torch, for reading and testing. The
 layers use bitsandbytes' kernels, which are faster; a test shows that they return the same
@@ -96,9 +96,9 @@ class NF4Linear(nn.Module):
     """A frozen linear layer that stores its weight in NF4. Loading a weight quantises it.
 
     `load_state_dict(..., assign=True)` takes a floating-point `weight` (out_features,
-    in_features), quantises it and discards the original. (Without `assign`, the result would
-    be copied into the existing buffers, which may be on the meta device.) A weight that
-    bitsandbytes or this layer has saved in NF4 is used as it is.
+    in_features), quantises it and discards the original. (Without `assign`, the result
+    would be copied into the existing buffers, which may be on the meta device.) A weight
+    that bitsandbytes or this layer has saved in NF4 is used as it is.
 
     Buffers, with numel = in_features * out_features and all sizes rounded up:
         weight: (numel / 2, 1) uint8, two indices per byte.
@@ -253,9 +253,9 @@ def quantize_linears(
 
     A layer that has weights is quantised; an empty one (on the meta device) stays empty
     until its weight is loaded. The output head, lm_head, is skipped by default, as in
-    transformers, because its errors would go straight into the logits. (For phi-2 this costs
-    0.19 GB: 51,200 * 2,560 values of 16 bits instead of 4.5.) Call this function before
-    lora.inject, whose A and B are linear layers too.
+    transformers, because its errors would go straight into the logits. (For phi-2 this
+    costs 0.19 GB: 51,200 * 2,560 values of 16 bits instead of 4.5.) Call this function
+    before lora.inject, whose A and B are linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:
@@ -340,8 +340,8 @@ def kernels():
 def nested_levels(device: torch.device) -> Tensor:
     """Returns the 256 levels (fp32, from -1 to 1) of double quantisation.
 
-    bitsandbytes calls them its dynamic map. For each sign, 64 levels are between 0.1 and 1,
-    32 between 0.01 and 0.1, and so on, so that small numbers keep some precision too.
+    bitsandbytes calls them its dynamic map. For each sign, 64 levels are between 0.1 and
+    1, 32 between 0.01 and 0.1, and so on, so that small numbers keep some precision too.
     """
     kernels()  # first, because it silences a warning on import
     from bitsandbytes.functional import create_dynamic_map
@@ -352,9 +352,9 @@ def nested_levels(device: torch.device) -> Tensor:
 def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns packed indices and absmax of a weight that bitsandbytes has quantised and saved.
 
-    `parts` are the tensors stored with the weight; the keys are what follows "weight." in
-    their names. Raises ValueError, LookupError, TypeError or RuntimeError if they do not fit
-    together.
+    `parts` are the tensors stored with the weight; the keys are what follows "weight."
+    in their names. Raises ValueError, LookupError, TypeError or RuntimeError if they do
+    not fit together.
     """
     state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
     if state["blocksize"] != BLOCK:

@@ -12,13 +12,13 @@ metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to re
 and with --keep-best the adapter of the best evaluation, in best/. With several processes
 (support/processes.py) each one takes a part of every step, and only the first one writes.
 
-`training_step` is one optimiser step, and `run` is the whole training. The functions that
-`run` calls come after it: the inputs and the state of a run, the base and the adapters, the
-rows and the numbers of each step, and evaluation. The flags and their defaults are in
-support/flags.py. The default recipe is: 40,000 steps of 16 rows; AdamW with a learning rate
-that rises to 2e-4 over 3 % of the steps and falls to 0 along a cosine; weight decay 0.01;
-gradients clipped to norm 1; rank 8 and alpha 16 on q and v; dropout 0.05; the loss on the
-answer only.
+`training_step` is one optimiser step, and `run` is the whole training. The functions
+that `run` calls come after it: the inputs and the state of a run, the base and the
+adapters, the rows and the numbers of each step, and evaluation. The flags and their
+defaults are in support/flags.py. The default recipe is: 40,000 steps of 16 rows; AdamW
+with a learning rate that rises to 2e-4 over 3 % of the steps and falls to 0 along a
+cosine; weight decay 0.01; gradients clipped to norm 1; rank 8 and alpha 16 on q and v;
+dropout 0.05; the loss on the answer only.
 """
 
 import argparse
@@ -77,15 +77,15 @@ def training_step(
 
     Gradients are accumulated over the batches: --accumulate of them, of --batch-size rows.
 
-    Returns this process's part of the loss, and the norm of the gradient before clipping.
-    Both are scalars on the model's device, and a GPU may still be computing them.
-    `num_predicted` is the number of ids that the step predicts, over all processes. The loss
-    of each batch is divided by it, so that the sum is the mean over all these ids, however the
-    rows are divided into batches. (The mean of the batches' means would give the ids in a
-    small batch more weight.)
+    Returns this process's part of the loss, and the norm of the gradient before
+    clipping. Both are scalars on the model's device, and a GPU may still be computing
+    them. `num_predicted` is the number of ids that the step predicts, over all
+    processes. The loss of each batch is divided by it, so that the sum is the mean over
+    all these ids, however the rows are divided into batches. (The mean of the batches'
+    means would give the ids in a small batch more weight.)
 
-    In fp16 `scaler` keeps small gradients from becoming 0, and skips a step whose gradients
-    overflow (support/loss_scale.py). Otherwise it does nothing.
+    In fp16 `scaler` keeps small gradients from becoming 0, and skips a step whose
+    gradients overflow (support/loss_scale.py). Otherwise it does nothing.
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
@@ -438,9 +438,9 @@ class Feed:
         Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
         GPU              computes step n ...................................| computes n + 1
 
-    So the next rows are tokenised and packed before the numbers are read. All numbers, and how
-    many ids the next step predicts, are summed over the processes in one message. Receiving
-    it is the only wait in a step.
+    So the next rows are tokenised and packed before the numbers are read. All numbers,
+    and how many ids the next step predicts, are summed over the processes in one
+    message. Receiving it is the only wait in a step.
 
     current: the step that will be taken next, or was just taken.
     next: the step after it, once it is prepared.
@@ -554,8 +554,8 @@ def evaluate(
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
     """Returns the statistics and the predictions of all validation splits, by split name.
 
-    Also writes accuracies and losses as a line of metrics.jsonl and, with --keep-best, saves
-    the adapter if this evaluation is the best so far.
+    Also writes accuracies and losses as a line of metrics.jsonl and, with --keep-best,
+    saves the adapter if this evaluation is the best so far.
     """
     results = {}
     predictions = {}

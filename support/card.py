@@ -133,7 +133,7 @@ def public_name(name: str, directory: Path) -> str:
 
 
 def is_on_hub(name: str, directory: Path) -> bool:
-    """Returns whether a name is on the Hub: it has the form owner/name, and is no directory here.
+    """Returns whether a name is on the Hub: owner/name, and not a directory here.
 
     "tiny/data" alone could be either.
     """

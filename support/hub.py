@@ -41,7 +41,7 @@ def refuse_revision(kind: str, name: str, revision: str | None) -> None:
 
 
 def require_repository(kind: str, name: str) -> None:
-    """Raises ValueError if a name, which is no folder here, cannot be a repository either."""
+    """Raises ValueError if `name`, which is not a folder, cannot be a repository either."""
     if not is_repository(name):
         raise ValueError(
             f"no {kind} directory {name!r}, and it is not a Hub id (owner/name): "
