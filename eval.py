@@ -112,7 +112,7 @@ def drop_finished(
     """Removes finished rows from the batch. Returns the prompts of the rows that stay.
 
     On a GPU the decoder records a step of the batch and replays it with a single launch.
-    A changed batch must be recorded again, which waits for the GPU and returns its free
+    A changed batch must be recorded again, which waits for the GPU and releases its free
     memory. So on a GPU finished rows stay until seven of eight rows are finished: for 64
     rows at most three steps are recorded. Meanwhile the last token of a finished row is
     run again, and its output is ignored.

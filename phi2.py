@@ -2,9 +2,9 @@
 
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
 (models/phi/modeling_phi.py), so `state_dict()` has exactly the keys of the checkpoint,
-the weight files on the Hub. For phi-1 and phi-1.5 only config.json differs. Left out:
-long-context rotary scaling, grouped-query attention (none of these models has it), and
-checkpoints from 2023, whose keys have other names.
+the weight files on the Hub. phi-1 and phi-1.5 work too: only config.json differs. Left
+out: long-context rotary scaling, grouped-query attention (none of these models has it),
+and checkpoints from 2023, whose keys have other names.
 
 A transformer processes each token independently; only in attention do tokens see each
 other. So the model runs on a flat sequence of N tokens, with C = hidden_size numbers
@@ -301,7 +301,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # Whether generation on a GPU may use CUDA graphs. The Decoder in support/packing.py asks.
+        # Whether generation on a GPU may use CUDA graphs. support/packing.py uses this.
         self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -345,9 +345,9 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Run separately, each step would read and write its whole tensors. torch.compile
     generates the kernel, and one for the backward pass, at the first call, which takes
-    seconds. The number of tokens may change between calls. It needs Triton (which torch
-    includes for CUDA on Linux), a C compiler and Python.h. If compiling fails, a warning
-    says so and the function runs uncompiled.
+    seconds. The number of tokens may change between calls. Compiling needs Triton (which
+    torch includes for CUDA on Linux), a C compiler and Python.h. The function runs
+    uncompiled if there is no Triton, or, with a warning, if compiling fails.
     """
 
     @functools.cache
