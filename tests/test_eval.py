@@ -456,7 +456,7 @@ def test_a_bad_line_is_named_once_those_before_it_are_answered(monkeypatch, caps
     "arguments, message",
     [
         (("--split", "validation"), "has no split 'validation'"),
-        (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl is not there"),
+        (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl does not exist"),
         (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
         (("--premise", "A."), "--premise and --hypothesis go together"),
         (("--out", "README.md"), "--out README.md is a file: pass a folder"),
@@ -622,7 +622,7 @@ def test_other_rows_are_not_read_like_the_runs_and_a_line_says_so(own_way, tmp_p
     assert rows == right_rows(100)
     unused = "--columns text claim verdict --labels contradiction neutral entailment"
     assert note.startswith(f"{other} does not hold the rows that {run} was trained with, so")
-    assert note.endswith(f"is not used: {unused} --validation 0.2")
+    assert note.endswith(f"are not used: {unused} --validation 0.2")
 
     # What is typed holds for these rows, and is not among what is not used.
     rows, note = rows_read(capsys, *adapter, *LABELS, out=tmp_path / "typed")

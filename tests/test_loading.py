@@ -202,7 +202,7 @@ def test_a_layout_of_2023_is_refused_with_its_cure(copy, key):
     tensors = load_file(copy / "model.safetensors")
     tensors[key] = tensors.pop("model.layers.0.self_attn.q_proj.weight")
     save_file(tensors, copy / "model.safetensors")
-    fails(copy, "files of 2023 have other names: download today's from the Hub")
+    fails(copy, "files from 2023 have other names: download the current ones from the Hub")
 
 
 # -----------------------------------------------------------------------------

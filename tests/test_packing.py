@@ -386,7 +386,7 @@ def test_few_steps_of_a_batch_are_recorded_however_its_rows_end(rows, recordings
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
     mine = ours(tiny, torch.float32)
-    with pytest.raises(ValueError, match="a row of 1 tokens has no last 2"):
+    with pytest.raises(ValueError, match="a row has 1 tokens, fewer than the last 2"):
         mine(torch.tensor([5, 6, 7]), packing.PackedRows([2, 1]), last=2)
 
 

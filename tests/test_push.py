@@ -311,7 +311,7 @@ def test_an_adapter_on_the_hub_is_evaluated_by_its_name(run, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1:] == here.stdout.splitlines()[1:]
         unknown = script("eval.py", "--adapter", "me/nothing", *pair, env=variables)
-    line = "error: cannot load the adapter 'me/nothing' from the Hub, and it is no directory here"
+    line = "error: cannot load the adapter 'me/nothing' from the Hub, and it is not a directory"
     assert unknown.stderr.startswith(line)
     # What was downloaded is found again without the Hub.
     done = script(*named, env=variables | {"HF_HUB_OFFLINE": "1"})
@@ -384,7 +384,7 @@ def test_a_private_upload_stays_private(run, tmp_path):
             variables = environment(address, tmp_path / "home")
             done = push(run, "--private", env=variables)
         if is_there:
-            assert_one_line(done, "me/adapter is there already, and is public: nothing was")
+            assert_one_line(done, "me/adapter already exists and is public: nothing was")
             assert list(public.iterdir()) == []
         else:
             assert done.returncode == 0, done.stderr
@@ -429,7 +429,7 @@ def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_d
     "arguments, message",
     [
         (["--adapter", "x"], "required: --repo"),
-        (["--adapter", "x", "--repo", "me"], "is no repository on the Hub"),
+        (["--adapter", "x", "--repo", "me"], "is not a repository on the Hub"),
         (
             ["--adapter", "x", "--repo", "me/adapter"],
             "x is not a run of train.py: it has no adapter",

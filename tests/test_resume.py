@@ -218,7 +218,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_resume_to_the_same_bits(
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
-    assert "stopping after this step; once more ends it at once" in errors
+    assert "stopping after this step; a second Ctrl-C stops at once" in errors
     step = saved_step(out)
     assert 5 <= step < STEPS, "the signal must come while it trains, or this test says little"
     assert output.splitlines()[-1] == (
@@ -348,7 +348,7 @@ def test_ctrl_c_answers_at_once_with_a_line_and_loses_nothing(
     )
     in_process(train, *RUN, "--out", out)
     (answer,) = answers
-    assert answer.err.endswith("\nstopping after this step; once more ends it at once\n")
+    assert answer.err.endswith("\nstopping after this step; a second Ctrl-C stops at once\n")
     assert saved_step(out) == 8
     in_process(train, "--resume", out)
     assert f"resuming after step 8 of {STEPS}" in capsys.readouterr().out
@@ -490,7 +490,7 @@ def test_a_full_disk_is_one_line_and_the_last_save_still_loads(whole, tmp_path):
     with full_disk(300_000):
         line = refusal(*RUN, "--out", out)
     assert line.startswith(f"error: cannot write into {out}: ")
-    assert line.endswith("; what was saved before is as it was")
+    assert line.endswith("; what was saved before is unchanged")
     assert [path.name for path in out.iterdir() if path.name.startswith(".")] == []
     assert saved_step(out) == 0
     # The adapter had room, but both files are of the same step.
@@ -559,7 +559,7 @@ def test_predictions_that_cannot_be_written_do_not_lose_the_results(copy, whole,
     assert stopped.value.code == 1
     output = capsys.readouterr()
     assert f"error: the predictions: cannot write {path}: Is a directory" in output.err
-    assert f"all of them once more: python train.py --resume {copy}" in output.out
+    assert f"to write all of them again: python train.py --resume {copy}" in output.out
     expected = read_json(whole / "results.json")
     assert read_json(copy / "results.json")["finetuned"] == expected["finetuned"]
 
@@ -619,7 +619,7 @@ def change_weights(project: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lose_rows, "was trained on 50 rows, now there are 40"),
+        (lose_rows, "was trained on 50 rows, but now there are 40"),
         (change_labels, "was trained on other rows ("),
         (reverse_validation, " was measured on other validation rows ("),
         (exchange_tokens, "was trained with another tokenizer ("),
