@@ -147,9 +147,11 @@ class LoRAConfig:
         number of parameters is proportional to it. Section 7.2 of the paper finds that
         1 to 8 is enough on q and v, for its models and tasks.
     alpha: B A is multiplied by alpha / rank (section 4.1). The division is meant to keep
-        one learning rate usable at every rank, because B A sums `rank` terms. It also
-        means that raising the rank alone lowers the factor. To keep the factor, change
-        alpha in proportion, for example alpha = 2 * rank.
+        one learning rate usable at every rank, because B A sums `rank` terms. So the
+        default is 16 at every rank: on tiny/ one learning rate is then the best from rank
+        1 to 64, while with alpha = 2 * rank the best one falls eightfold
+        (experiments/README.md). The price is a lower factor at a high rank. There, set
+        alpha = 2 * rank and a lower learning rate to learn more in the same steps.
     dropout: the probability with which each element of the adapter's input is set to
         zero in training. The input of W is not dropped.
     targets: the linear layers that get an adapter. Either a tuple of names, such as
