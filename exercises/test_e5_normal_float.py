@@ -137,7 +137,7 @@ def test_dequantised_values_are_bitsandbytes(answer):
     check_close(restored, expected, "the dequantised weight", cures, tolerance=1e-6)
     check(
         torch.equal(restored, expected),
-        "The dequantised weight is right but for the last bit: compute LEVELS[index] * absmax "
+        "The dequantised weight is right except for the last bit: compute LEVELS[index] * absmax "
         "in fp32.",
     )
 

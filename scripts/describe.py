@@ -40,7 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     flags.add_dataset(parser)
     flags.add_model(parser)  # whose tokenizer is used
     parser.add_argument(
-        "--limit", type=flags.count, help="use only so many rows of each split (default: all)"
+        "--limit", type=flags.count, help="how many rows of each split to use (default: all)"
     )
     parser.add_argument(
         "--ids", type=flags.count_from_0, metavar="ROW",

@@ -163,7 +163,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--requantize", action="store_true",
         help="with --into nf4: round to NF4 again, and show how much that erases")
     add("--limit", type=flags.count,
-        help="with --dataset: evaluate only so many rows of each validation split")
+        help="with --dataset: how many rows of each validation split to evaluate (default: all)")
     add("--force", action="store_true",
         help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
@@ -184,7 +184,7 @@ def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
 def check_merge_folder(out: Path) -> None:
     """Raises ValueError unless --out is a new or an empty directory."""
     if out.is_file() or not claims.is_empty(out):
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
+        raise ValueError(f"{out} exists already: choose another --out, or remove it")
 
 
 def evaluate(

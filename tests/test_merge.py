@@ -325,7 +325,7 @@ def test_merging_into_nf4_is_refused_with_the_reason_unless_asked_for(run, tmp_p
     in_process(merge, *command, "--requantize")
     assert "requantising has erased" in capsys.readouterr().out
     assert read_json(out / "merge.json")["requantized"]
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         in_process(merge, *command, "--requantize")
 
 
