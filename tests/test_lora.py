@@ -488,7 +488,7 @@ def test_a_target_that_matches_nothing_lists_the_names(tiny):
     with pytest.raises(ValueError, match="no linear layer .* matches"):
         lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets=("proj",)))
     # A text alone is an expression for a whole path.
-    with pytest.raises(ValueError, match=r"as a whole path matches \['layers.0'\]"):
+    with pytest.raises(ValueError, match=r"has a whole path that matches \['layers.0'\]"):
         lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets="layers.0"))
 
 
