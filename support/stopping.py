@@ -74,3 +74,5 @@ def discard_closed_outputs() -> None:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except RuntimeError:  # a signal came while a line is printed there, which fails by itself
+            pass

@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,7 @@ def run(tmp_path_factory, uploads):
     out = tmp_path_factory.mktemp("run") / "run"
     command = ["train.py", "--model", ROOT / "tiny/model", "--dataset", ROOT / "tiny/data"]
     command += ["--keep-dequantized"]  # the same bits in less time
-    command += ["--steps", 30, "--batch-size", 16, "--learning-rate", 3e-3, "--dtype", "fp32"]
+    command += ["--steps", 30, "--batch-size", 8, "--learning-rate", 3e-3, "--dtype", "fp32"]
     command += ["--eval-limit", 20, "--max-new-tokens", 2, "--out", out, "--push", "me/trained"]
     with serving({}, uploads) as (address, _):
         done = script(*command, env=environment(address, tmp_path_factory.mktemp("home")))
@@ -156,9 +155,8 @@ def test_the_code_on_the_card_runs_with_peft(run, tiny, tmp_path):
     (base / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     code = code.replace('"path/to/model"', repr(str(base)))
     code = code.replace('"path/to/this/folder"', repr(str(run)))
-    theirs = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False
-    )
+    (tmp_path / "code.py").write_text(code)
+    theirs = script(tmp_path / "code.py")
     assert theirs.returncode == 0, theirs.stderr
 
     pair = ("--premise", "Anna bought a rose.", "--hypothesis", "Anna bought a flower.")
