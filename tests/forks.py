@@ -5,7 +5,8 @@ times. multiprocessing's fork server imports them once. It runs no tensor operat
 would be missing in a fork. A fork of it has the command line, the folder, the environment and the
 outputs that a new Python would have, and imports the project's modules itself.
 
-The tests import `script` and `start_script` from conftest.py.
+The tests import `script` and `start_script` from conftest.py. `python_command` is for what starts
+Pythons itself.
 """
 
 import atexit
@@ -16,9 +17,13 @@ import runpy
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Connection
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection, Listener, wait
+from multiprocessing.reduction import recv_handle
 from pathlib import Path
+from threading import Thread
 from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,14 +56,10 @@ class ForkedScript:
     def __init__(self, arguments: list[str], cwd: Path, environment: dict[str, str]):
         self.stdout, output = make_pipe()
         self.stderr, errors = make_pipe()
+        nothing = Connection(os.open(os.devnull, os.O_RDONLY), writable=False)
         self.args = arguments
-        self.process = SERVER.Process(
-            target=run, args=(arguments, cwd, environment, output, errors)
-        )
-        self.process.start()
+        self.process = start_fork(arguments, cwd, environment, [nothing, output, errors])
         self.pid = self.process.pid
-        output.close()
-        errors.close()
 
     @property
     def returncode(self) -> int | None:
@@ -100,8 +101,20 @@ def make_pipe() -> tuple[TextIO, Connection]:
     return open(reader), Connection(writer, readable=False)
 
 
+def start_fork(
+    arguments: list[str], cwd: Path, environment: dict[str, str], streams: list[Connection]
+) -> multiprocessing.Process:
+    """Starts a fork with these three standard streams, and closes them here."""
+    with ExitStack() as stack:
+        for stream in streams:
+            stack.enter_context(stream)
+        process = SERVER.Process(target=run, args=(arguments, cwd, environment, *streams))
+        process.start()
+    return process
+
+
 def run(
-    arguments: list[str], cwd: Path, environment: dict[str, str], *outputs: Connection
+    arguments: list[str], cwd: Path, environment: dict[str, str], *streams: Connection
 ) -> None:
     """Does in a fork what Python does with such a command line."""
     import torch
@@ -110,11 +123,9 @@ def run(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    with open(os.devnull) as nothing:
-        os.dup2(nothing.fileno(), 0)
-    for number, output in enumerate(outputs, 1):
-        os.dup2(output.fileno(), number)
-        output.close()
+    for number, stream in enumerate(streams):
+        os.dup2(stream.fileno(), number)
+        stream.close()
     # Python's objects for them still describe the server's streams.
     encoding = os.environ.get("PYTHONIOENCODING")
     sys.stdin = open(0, encoding=encoding, closefd=False)
@@ -123,17 +134,21 @@ def run(
     if "OMP_NUM_THREADS" in os.environ:  # OpenMP has read the server's
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+    has_no_folder = arguments[0] == "-P"  # sys.path then begins with PYTHONPATH
+    first, *others = arguments[has_no_folder:]
+    folder = os.getcwd() if first == "-m" else str(Path(first).resolve().parent)
+    named = os.environ.get("PYTHONPATH")
     # Without the folders that pytest and the tests have added for themselves.
     libraries = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
-    first, *others = arguments
+    folders = [] if has_no_folder else [folder]
+    folders += map(os.path.abspath, named.split(os.pathsep) if named else [])
+    sys.path[:] = [*dict.fromkeys([*folders, *libraries])]
     try:
         if first == "-m":
             sys.argv = others
-            sys.path[:] = [os.getcwd(), *libraries]
             runpy.run_module(others[0], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = arguments
-            sys.path[:] = [str(Path(first).resolve().parent), *libraries]
+            sys.argv = [first, *others]
             runpy.run_path(first, run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing ends a process without them
@@ -173,3 +188,56 @@ def script(*arguments, timeout: float = 900, **options) -> subprocess.CompletedP
         process.kill()
         raise
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+# -----------------------------------------------------------------------------
+# For what starts Pythons itself: a notebook's cells, the benchmark
+
+COMMAND = """#!{python} -IS
+import os, sys
+from multiprocessing.connection import Client
+from multiprocessing.reduction import send_handle
+
+with Client({address!r}) as connection:
+    connection.send((sys.argv[1:], os.getcwd(), dict(os.environ)))
+    for number in range(3):
+        send_handle(connection, number, None)
+    sys.exit(connection.recv())
+"""
+
+
+@contextmanager
+def python_command(folder: Path) -> Iterator[Path]:
+    """Yields a command in `folder` that is called as `python` is, and whose scripts are forks.
+
+    They have its streams, its folder and its environment, and it has their exit status. It takes
+    no options but -m and -P.
+    """
+    command = folder / "python"
+    with Listener(family="AF_UNIX") as listener:
+        command.write_text(COMMAND.format(python=sys.executable, address=listener.address))
+        command.chmod(0o755)
+        Thread(target=accept, args=[listener], daemon=True).start()
+        yield command
+
+
+def accept(listener: Listener) -> None:
+    """Serves one command after the other, until the listener is closed."""
+    while True:
+        try:
+            connection = listener.accept()
+        except OSError:
+            return
+        Thread(target=serve, args=[connection], daemon=True).start()
+
+
+def serve(connection: Connection) -> None:
+    """Runs what a command asks for, and sends it the exit status."""
+    with connection:
+        arguments, cwd, environment = connection.recv()
+        streams = [Connection(recv_handle(connection)) for _ in range(3)]
+        process = start_fork(arguments, cwd, environment, streams)
+        if process.sentinel in wait([process.sentinel, connection]):
+            connection.send(process.exitcode)
+        else:
+            process.kill()  # as the command was

@@ -8,6 +8,7 @@ from statistics import median
 import pytest
 import torch
 from conftest import ROOT, read_json
+from forks import python_command
 
 import data
 from scripts import bench, contenders
@@ -15,6 +16,17 @@ from support import examples, files, packing
 from tiny import mnli_lengths
 
 ROWS = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def contenders_are_forks(tmp_path_factory):
+    """Otherwise each imports torch for seconds."""
+    with (
+        python_command(tmp_path_factory.mktemp("command")) as command,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr("sys.executable", str(command))
+        yield
 
 
 @pytest.fixture(scope="module")

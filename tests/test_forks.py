@@ -1,10 +1,13 @@
 """A script that is forked behaves as one that a new Python runs, so the tests may fork."""
 
+import os
 import signal
 import subprocess
+import sys
 
 import pytest
 from conftest import script, start_script
+from forks import python_command
 
 PROGRAM = """
 import atexit, os, random, signal, sys, threading
@@ -58,6 +61,27 @@ def test_a_fork_ends_as_a_new_python_does(program, tmp_path, end, how):
         results.append(outcome(done))
     assert results[0] == results[1]
     assert any(f"__main__ ['{end}', '--more'] {tmp_path}" in line for line in results[0][1])
+
+
+@pytest.mark.parametrize("how", [["program.py"], ["-m", "program"], ["-P", "program.py"]])
+def test_a_command_ends_as_python_does_and_has_its_streams_and_its_path(program, tmp_path, how):
+    (tmp_path / "folder").mkdir()
+    variables = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(["folder", str(tmp_path / "other")])}
+    results = []
+    with python_command(tmp_path / "folder") as command:
+        for python in (command, sys.executable):
+            done = subprocess.run(
+                [python, *how, "number", "--more"],
+                cwd=tmp_path,
+                env=os.environ | variables,
+                input="from the pipe",
+                capture_output=True,
+                text=True,
+            )
+            results.append(outcome(done))
+    assert results[0] == results[1]
+    assert results[0][0] == 3
+    assert "from the pipe" in results[0][1][0]
 
 
 def test_a_fork_can_be_watched_and_ended(program):

@@ -4,17 +4,18 @@ import ast
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 from conftest import ROOT, read_json
+from forks import python_command
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
 COLAB = ROOT / "notebooks" / "colab.ipynb"
 # The demo with few steps and rows. The flags of phi-2's cell are replaced by these too.
-SHORT = "@tiny/args --rank 8 --steps 2 --limit 40 --eval-limit 4 --max-new-tokens 1"
+SHORT = "@tiny/args --rank 8 --steps 2 --batch-size 8 --limit 40 --eval-limit 4 --max-new-tokens 1"
 
 
 def code_cells(notebook) -> list:
@@ -39,13 +40,13 @@ def working_tree(folder: Path) -> Path:
     return repository
 
 
-def environment(folder: Path) -> dict[str, str]:
+def environment(folder: Path, python: Path) -> dict[str, str]:
     """Returns Colab's: `python` is this one, google.colab is there. Nothing is downloaded."""
     colab = folder / "packages" / "google" / "colab"
     colab.mkdir(parents=True)
     (colab / "drive.py").write_text("def mount(folder):\n    print('Mounted at', folder)\n")
     return os.environ | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(python.parent), os.environ["PATH"]]),
         "PYTHONPATH": str(folder / "packages"),
         "PIP_NO_INDEX": "1",
     }
@@ -70,7 +71,8 @@ def colab(tmp_path_factory):
     client = NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
     )
-    client.execute(env=environment(folder))  # an exception in a cell is one here
+    with python_command(folder) as python:
+        client.execute(env=environment(folder, python))  # an exception in a cell is one here
     return notebook, Path(settings["FOLDER"]), Path(settings["RUN"])
 
 
@@ -110,7 +112,7 @@ def test_colabs_notebook_is_stored_without_outputs_and_needs_nothing_of_colab_bu
 WALKTHROUGH = ROOT / "notebooks" / "walkthrough.ipynb"
 
 
-def test_the_walkthrough_runs_with_fewer_steps_and_rows():
+def test_the_walkthrough_runs_with_fewer_steps_and_rows(tmp_path):
     notebook = nbformat.read(WALKTHROUGH, as_version=4)
     first = code_cells(notebook)[0]
     assert first.metadata.tags == ["parameters"]
@@ -119,7 +121,17 @@ def test_the_walkthrough_runs_with_fewer_steps_and_rows():
         first.source, count = setting.subn(f"{name} = {few}", first.source)
         assert count == 1
     resources = {"metadata": {"path": str(WALKTHROUGH.parent)}}
-    NotebookClient(notebook, timeout=300, resources=resources).execute()
+    with python_command(tmp_path) as python:
+
+        class Kernel(AsyncKernelManager):
+            """A fork, which has torch already."""
+
+            def format_kernel_cmd(self, extra_arguments=None) -> list[str]:
+                _, *arguments = super().format_kernel_cmd(extra_arguments)
+                return [str(python), *arguments]
+
+        options = {"timeout": 300, "resources": resources, "kernel_manager_class": Kernel}
+        NotebookClient(notebook, **options).execute()
     # Its last cell asserts that the adapter gives the same answers when it is loaded again.
     last = printed(code_cells(notebook)[-1])
     assert re.match(r"\{.*\}\nloaded again: [01]\.\d+ as written", last)

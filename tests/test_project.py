@@ -268,18 +268,35 @@ def write_small_phi(directory: Path) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    "name, job", [("lora", LORA_ALONE), ("quant", QUANT_ALONE), ("phi2", PHI2_ALONE)]
-)
-def test_lora_quant_and_phi2_each_do_their_job_alone_in_an_empty_folder(tmp_path, name, job):
-    (tmp_path / f"{name}.py").write_text(MODULES[name].read_text())
-    if name == "phi2":
-        write_small_phi(tmp_path)
-    others = [other for other in SIX + ["support", "scripts", "tools"] if other != name]
-    alone = f"import importlib.util\nassert not any(map(importlib.util.find_spec, {others}))\n"
+# Each in a fork of one new Python, which has imported torch and has nothing of the project.
+EACH_ALONE = """
+import os
+import torch
+
+for name in os.listdir():
+    pid = os.fork()
+    if pid == 0:
+        os.chdir(name)
+        exec(open("job").read(), {})
+        break
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, name
+"""
+
+
+def test_lora_quant_and_phi2_each_do_their_job_alone_in_an_empty_folder(tmp_path):
+    jobs = {"lora": LORA_ALONE, "quant": QUANT_ALONE, "phi2": PHI2_ALONE}
+    for name, job in jobs.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.py").write_text(MODULES[name].read_text())
+        others = [other for other in SIX + ["support", "scripts", "tools"] if other != name]
+        alone = f"assert not any(map(importlib.util.find_spec, {others}))"
+        (folder / "job").write_text(f"import importlib.util\n{alone}\n{job}")
+    write_small_phi(tmp_path / "phi2")
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     done = subprocess.run(
-        [sys.executable, "-c", alone + job],
+        [sys.executable, "-c", EACH_ALONE],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
