@@ -7,22 +7,27 @@ scripts too, so the template escapes every text: none can act on the page.
 import base64
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
-from support import files, metrics, pictures, records
+from support import files, letters, metrics, pictures, records
 from support.records import Record
 
 MISTAKES = 20  # how many of the most confident ones are shown
 UNPARSED = 20  # how many completions without a number are shown
 COMPLETIONS = 6  # how many of what the base wrote most often are shown
-RELOAD = 20  # seconds after which a browser reads the page of an unfinished run again
+RELOAD = 20  # seconds after which a browser reads the page of a run under way again
+WATCHED = 3600  # seconds after its last line in which it does: a run that was killed writes none
 
 
-def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
+def write(
+    directory: Path, stopped: tuple[int, str] | None = None, is_under_way: bool = False
+) -> None:
     """Writes report.html from the other files of a run, as far as it has come.
 
     `stopped` is the last step of a run that has been stopped, and the command that resumes it.
+    With `is_under_way` a browser reads the page again by itself.
     """
     directory = Path(directory)
     run = records.read(directory)
@@ -46,7 +51,8 @@ def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
         verdict=verdict(run),
         progress=progress(run),
         stopped=stopped,
-        reload=RELOAD,
+        reload=RELOAD if is_under_way else None,
+        watched_until=time.time() + WATCHED,
         chance=chance(run.args),
         # A page can hold a picture so; as a picture no SVG runs a script.
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None,
@@ -197,6 +203,7 @@ def render(**values) -> str:
         # These two leave no empty lines where a line holds only {% ... %}.
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=letters.harmless,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["percent"] = percent

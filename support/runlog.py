@@ -255,7 +255,7 @@ class RunLog:
         with self.extras.attempt("the pictures"):
             page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
-            page.write(self.folder, stopped)
+            page.write(self.folder, stopped, is_under_way=not stopped)
 
     def write_stopped_page(self) -> None:
         """Writes the page once more, as one that a browser does not read again and again."""
