@@ -13,13 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python s
 
 from support import cli, flags, page, records
 from support.extras import Extras
+from support.letters import printable
 
 
 def main() -> None:
     parser = cli.Parser("draws the pictures and writes report.html of a run again")
     parser.add_argument("run", type=flags.path, help="the folder of a run")
     args = parser.parse_args()
-    records.read(args.run)  # raises for another folder, or a damaged file
+    run = records.read(args.run)  # raises for another folder, or a damaged file
+    if run.damage:
+        print(printable(run.damage), file=sys.stderr)
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(args.run)

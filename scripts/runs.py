@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_runs(folders: list[Path]) -> list[Record]:
-    """Returns the finished runs among these folders, and prints a line on each other one."""
+    """Returns the finished runs among these folders, and prints a line on what cannot be read."""
     runs = []
     for folder in folders:
         try:
@@ -60,6 +60,8 @@ def read_runs(folders: list[Path]) -> list[Record]:
                 raise ValueError(f"{folder} is not finished: step {run.step:,}{steps}")
             summary(run)
             runs.append(run)
+            if run.damage:
+                print(printable(run.damage), file=sys.stderr)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
         except (KeyError, TypeError, AttributeError):  # statistics of another form

@@ -72,7 +72,7 @@ def write(
 def draw_pictures(directory: Path) -> None:
     """Draws the losses of a run, where it has some."""
     directory = Path(directory)
-    entries = files.read_lines(directory / "metrics.jsonl")
+    entries, _ = records.read_entries(directory / "metrics.jsonl")
     # "loss" is the training loss; a line of an evaluation has SPLIT_loss.
     if any("loss" in entry for entry in entries):
         paths = [directory / name for name in pictures.PICTURES]

@@ -346,17 +346,12 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """
     if not path.is_file():
         return []
-    kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = files.parse_line(text, str(path))
-            records.check_entry(line)
-            is_repeated = is_evaluation(line) and line["step"] >= steps
-            if line["step"] <= step and not is_repeated:
-                kept.append(line)
-        except ValueError:  # cut short by a kill, or no line of ours
-            continue
-    return kept
+    lines, _ = records.read_entries(path)
+    return [
+        line
+        for line in lines
+        if line["step"] <= step and not (is_evaluation(line) and line["step"] >= steps)
+    ]
 
 
 def is_evaluation(line: dict) -> bool:

@@ -259,11 +259,9 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     [
         ("predictions_validation_matched.jsonl", '{"idx": 0}\n', "line 1: not a prediction"),
         ("predictions_validation_matched.jsonl", None, "is not there"),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "line 2 is not JSON"),
+        ("metrics.jsonl", None, "No such file"),
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
-        ("metrics.jsonl", "{}\n", "line 1: it has no step"),
-        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: its loss is no number"),
     ],
 )
 def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
@@ -278,6 +276,18 @@ def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):
     (line,) = (printed or raised.value.code).splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+@pytest.mark.parametrize("program", [report, runs], ids=["report", "runs"])
+def test_a_damaged_line_of_a_run_is_said_and_all_else_is_shown(copy, capsys, program):
+    path = copy / "metrics.jsonl"
+    before = records.read(copy).entries
+    path.write_bytes(b'{"step": 1, "loss": "x"}\n\n{}\n' + path.read_bytes() + b'{"st')
+    in_process(program, copy)
+    printed = capsys.readouterr()
+    assert printed.err == f"{path} is read without line 1: its loss is no number, and 2 more\n"
+    assert copy.name in printed.out
+    assert records.read(copy).entries == before
 
 
 def test_a_resume_drops_the_lines_that_no_page_could_show(copy):
