@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from support import (
@@ -42,6 +42,10 @@ NOTICE = """\
 no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
+
+# Of a line of an @FILE, all before a # comment: words, in which quotes hold blanks and #
+WORDS = re.compile(r"""(?:\s*(?!#)(?:'[^']*'|"[^"]*"|\S)+)*""")
+ESCAPE = "" if os.name == "nt" else "\\"  # Windows has backslashes in its paths
 
 # The arguments of a training that its adapter is also evaluated and merged with.
 OF_AN_ADAPTER = (
@@ -77,8 +81,8 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
 
-    @FILE holds words as a shell reads them, and lines of # comments. A mistake is one line on
-    stderr and exit status 2.
+    @FILE holds words and # comments as a shell reads them. A mistake is one line on stderr and
+    exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -98,9 +102,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
+        words = with_home(sys.argv[1:] if args is None else args)
         # argparse makes one line of an @FILE that it cannot open, and of no other one.
         try:
-            return super().parse_known_args(args, namespace)
+            return super().parse_known_args(words, namespace)
         except UnicodeDecodeError as error:
             self.error(f"an @FILE is not UTF-8: {error}")
         except RecursionError:
@@ -109,10 +114,12 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words of a line of an @FILE."""
         line = line.removeprefix("\ufeff")  # with which editors on Windows begin a file
-        if line.lstrip().startswith("#"):
-            return []
+        words = shlex.shlex(WORDS.match(line)[0], posix=True)
+        words.whitespace_split = True
+        words.commenters = ""  # shlex would take the # within a word for one too
+        words.escape = ESCAPE
         try:
-            return shlex.split(line)
+            return with_home(words)
         except ValueError as error:
             self.error(f"cannot read the flags in {line!r} of an @FILE: {error}")
 
@@ -148,6 +155,13 @@ class Parser(argparse.ArgumentParser):
                 flag = action.option_strings[0]
                 raise ValueError(f"the arguments in {source}: {flag} {error}") from None
         return saved
+
+
+def with_home(words: Iterable[str]) -> list[str]:
+    """Returns the words of a command line with the home folder in @~/FILE, which no shell puts."""
+    return [
+        f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words
+    ]
 
 
 def command_name() -> str:

@@ -99,10 +99,13 @@ def target(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Returns the name of a device in torch's form. Whether it is there shows later."""
+    """Returns the name of a device in torch's form. Whether it is there shows later.
+
+    cpu:0 is cpu, by which it is asked elsewhere what runs on a CPU.
+    """
     if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()) or text.lower().startswith("gpu"):
         raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
-    return text.lower()
+    return re.sub(r"^cpu:\d+$", "cpu", text.lower())
 
 
 # -----------------------------------------------------------------------------
