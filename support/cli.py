@@ -512,10 +512,19 @@ def as_json(args: argparse.Namespace) -> dict:
 def answer_help(make_parser: Callable[[], Parser]) -> None:
     """Prints the help of a script and ends it, where --help is typed.
 
-    To be called before torch is imported, which takes seconds.
+    To be called before torch is imported, which takes seconds: a Ctrl-C in them is one line.
     """
+    sys.excepthook = show_uncaught
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def show_uncaught(kind: type, error: BaseException, trace) -> None:
+    """Prints a traceback, but of a Ctrl-C only that it came."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -568,6 +577,6 @@ def one_line(error: Exception) -> str:
     Before the error's own text stand its notes, such as those of support/full_memory.py.
     """
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
-    text = ": ".join([*getattr(error, "__notes__", []), str(error)])
+    text = ": ".join([*getattr(error, "__notes__", []), str(error) or type(error).__name__])
     # Libraries raise errors of several lines, and others quote texts of a dataset.
     return f"error: {process}{printable(' '.join(text.split()))}"

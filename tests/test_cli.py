@@ -790,6 +790,7 @@ def test_an_error_of_the_user_is_one_line():
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
         RuntimeError("CUDA error: out of memory"),
+        MemoryError("Cannot allocate memory (os error 12)"),
     ],
 )
 def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
@@ -797,6 +798,20 @@ def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
     assert run_with(error) == f"error: {error}"
     error.add_note("a step does not fit")
     assert run_with(error) == f"error: a step does not fit: {error}"
+
+
+def test_an_error_without_a_text_has_its_name():
+    assert run_with(MemoryError()) == "error: MemoryError"
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", None)  # to be put back
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli.answer_help(cli.train_parser)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("by 0"), None)
+    assert capsys.readouterr().err == "ZeroDivisionError: by 0\n"
 
 
 def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):
