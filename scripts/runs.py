@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def read_runs(folders: list[Path]) -> list[Record]:
     """Returns the finished runs among these folders, and prints a line on what cannot be read."""
     runs = []
-    for folder in folders:
+    for folder in dict.fromkeys(folders):  # each once
         try:
             run = records.read(folder)
             if not run.is_finished:

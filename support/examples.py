@@ -160,7 +160,7 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     if absent:
         line += f", none of {' or '.join(absent)}"
         # They are the first ones, and of rows that are sorted these are all alike.
-        if len(taken) < len(labelled):
+        if len(present) < len(compute.unique(labelled["label"])):
             line += ": take more, or shuffle the rows"
     return line
 

@@ -498,7 +498,7 @@ def test_the_time_of_a_run_that_an_older_version_began_is_not_known(copy):
 
 
 def test_runs_as_json(two, capsys):
-    in_process(runs, *two, "--json")
+    in_process(runs, *two, two[0], "--json")  # which is named twice
     found = json.loads(capsys.readouterr().out)
     assert [run["settings"]["rank"] for run in found] == [4, 8]
     seconds = sum(line.get("seconds", 0) for line in files.read_lines(two[0] / "metrics.jsonl"))
