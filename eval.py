@@ -319,7 +319,7 @@ def load_model(
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    with full_memory.explained(full_memory.about_loading, model):
+    with full_memory.explained(full_memory.about_loading, model, DTYPES[dtype]):
         # Loads layer by layer; each NF4Linear quantises its weight.
         phi2.load_weights(model, directory, device, DTYPES[dtype])
         if keep is None:
@@ -462,7 +462,8 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
-        name: examples.load_examples(args.dataset, name, args.limit, reading) for name in names
+        name: examples.load_examples(args.dataset, name, args.limit, reading)
+        for name in dict.fromkeys(names)  # each once
     }
     others = read_others(args.compare, splits)
 

@@ -341,18 +341,19 @@ def write_random_adapter(model: str, directory: Path) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
-    """Writes the model if it is random, the adapter and the rows. Returns the job."""
-    tokenizer_folder = args.tokenizer
-    if args.random_phi_2:
-        print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
-        args.model = str(folder / "model")
-        write_random_phi_2(folder / "model", args.random_phi_2)
-        tokenizer_folder = tokenizer_folder or TINY
-    model = checkpoints.find(args.model, phi2.read_config).resolve()
-    tokenizer_folder = tokenizer_folder or model
-    write_random_adapter(str(model), folder / "adapter")
+    """Writes the rows, the adapter, and the model if it is random. Returns the job."""
+    model = folder / "model"
+    if not args.random_phi_2:
+        model = checkpoints.find(args.model, phi2.read_config).resolve()
+    tokenizer_folder = args.tokenizer or (TINY if args.random_phi_2 else model)
+    # The rows come first: they show a mistake in a flag, and writing a model takes minutes.
     rows = encode_rows(args.dataset, data.load_tokenizer(tokenizer_folder), args.rows)
     files.write_json(folder / "rows.json", rows)
+    if args.random_phi_2:
+        print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
+        args.model = str(model)
+        write_random_phi_2(model, args.random_phi_2)
+    write_random_adapter(str(model), folder / "adapter")
     return {
         "model": str(model),
         "tokenizer": str(tokenizer_folder.resolve()),

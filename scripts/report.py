@@ -13,13 +13,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python s
 
 from support import cli, flags, page, records
 from support.extras import Extras
+from support.letters import printable
 
 
 def main() -> None:
     parser = cli.Parser("draws the pictures of a run and writes its report.html again")
     parser.add_argument("run", type=flags.path, help="the folder of a run")
     args = parser.parse_args()
-    records.read(args.run)  # raises if the folder holds no run, or a file is damaged
+    run = records.read(args.run)  # raises if the folder holds no run, or a file is damaged
+    if run.damage:
+        print(printable(run.damage), file=sys.stderr)
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(args.run)

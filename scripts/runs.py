@@ -50,9 +50,9 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_runs(folders: list[Path]) -> list[Record]:
-    """Returns the finished runs among these folders. Prints a line for each other folder."""
+    """Returns the finished runs among these folders. Prints a line on what cannot be read."""
     runs = []
-    for folder in folders:
+    for folder in dict.fromkeys(folders):  # each once
         try:
             run = records.read(folder)
             if not run.is_finished:
@@ -60,6 +60,8 @@ def read_runs(folders: list[Path]) -> list[Record]:
                 raise ValueError(f"{folder} is not finished: step {run.step:,}{steps}")
             summary(run)
             runs.append(run)
+            if run.damage:
+                print(printable(run.damage), file=sys.stderr)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
         except (KeyError, TypeError, AttributeError):  # statistics in another form

@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from support import (
@@ -42,6 +42,10 @@ NOTICE = """\
 no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
+
+# The words in a line of an @FILE, up to a # comment. Quotes hold blanks and # together.
+WORDS = re.compile(r"""(?:\s*(?!#)(?:'[^']*'|"[^"]*"|\S)+)*""")
+ESCAPE = "" if os.name == "nt" else "\\"  # Windows has backslashes in its paths
 
 # Arguments of a training that are also defaults when its adapter is evaluated or merged.
 OF_AN_ADAPTER = (
@@ -77,8 +81,8 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, with @FILE for flags from a file, and --debug.
 
-    An @FILE contains words as in a shell, and comment lines that begin with #. A mistake gives
-    one line on stderr and exit status 2.
+    An @FILE contains words and # comments as in a shell. A mistake gives one line on stderr and
+    exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -98,9 +102,10 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
+        words = with_home(sys.argv[1:] if args is None else args)
         # argparse reports an @FILE that it cannot open in one line, but not these errors.
         try:
-            return super().parse_known_args(args, namespace)
+            return super().parse_known_args(words, namespace)
         except UnicodeDecodeError as error:
             self.error(f"an @FILE is not UTF-8: {error}")
         except RecursionError:
@@ -109,10 +114,12 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words in a line of an @FILE."""
         line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
-        if line.lstrip().startswith("#"):
-            return []
+        words = shlex.shlex(WORDS.match(line)[0], posix=True)
+        words.whitespace_split = True
+        words.commenters = ""  # shlex would also take a # within a word for a comment
+        words.escape = ESCAPE
         try:
-            return shlex.split(line)
+            return with_home(words)
         except ValueError as error:
             self.error(f"cannot read the flags in {line!r} of an @FILE: {error}")
 
@@ -148,6 +155,13 @@ class Parser(argparse.ArgumentParser):
                 flag = action.option_strings[0]
                 raise ValueError(f"the arguments in {source}: {flag} {error}") from None
         return saved
+
+
+def with_home(words: Iterable[str]) -> list[str]:
+    """Returns words with the home folder in @~/FILE: shells expand ~ only where a word begins."""
+    return [
+        f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words
+    ]
 
 
 def command_name() -> str:
@@ -498,10 +512,19 @@ def as_json(args: argparse.Namespace) -> dict:
 def answer_help(make_parser: Callable[[], Parser]) -> None:
     """Prints the help of a script and exits, if --help is typed.
 
-    Call it before torch is imported, which takes seconds.
+    Call it before torch is imported, which takes seconds: a Ctrl-C in them prints one line.
     """
+    sys.excepthook = show_uncaught
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def show_uncaught(kind: type, error: BaseException, trace) -> None:
+    """Prints a traceback, or for a Ctrl-C one word."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -557,6 +580,6 @@ def one_line(error: Exception) -> str:
     Notes on the error, such as those from support/full_memory.py, precede its own message.
     """
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
-    text = ": ".join([*getattr(error, "__notes__", []), str(error)])
+    text = ": ".join([*getattr(error, "__notes__", []), str(error) or type(error).__name__])
     # Some libraries raise errors of several lines, and some errors quote a dataset's texts.
     return f"error: {process}{printable(' '.join(text.split()))}"

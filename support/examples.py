@@ -160,7 +160,7 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     if absent:
         line += f", none of {' or '.join(absent)}"
         # The first rows are taken; in sorted rows the first ones all have the same label.
-        if len(taken) < len(labelled):
+        if len(present) < len(compute.unique(labelled["label"])):
             line += ": take more, or shuffle the rows"
     return line
 

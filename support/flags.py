@@ -99,10 +99,13 @@ def target(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Returns the name of a device in torch's form. Whether it exists is checked later."""
+    """Returns the name of a device in torch's form, and cpu for cpu:0.
+
+    Whether the device exists is checked later.
+    """
     if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()) or text.lower().startswith("gpu"):
         raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
-    return text.lower()
+    return re.sub(r"^cpu:\d+$", "cpu", text.lower())
 
 
 # -----------------------------------------------------------------------------

@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING
 from support import commands, processes
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
-# Parts of torch's error messages: on a CPU; on a Mac's GPU, or if CUDA itself finds no memory;
-# if cuBLAS finds none.
-TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# Parts of torch's error messages: on a CPU; for a file there; on a Mac's GPU, or if CUDA itself
+# finds no memory; if cuBLAS finds none.
+TEXTS = (
+    "DefaultCPUAllocator", "Cannot allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 
 
 def is_out_of_memory(error: Exception) -> bool:
     """Returns whether an error means that there is no memory left for a tensor or a library."""
     # By name, because using the class would import torch.
-    if type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
 
@@ -114,10 +117,15 @@ def explained(describe: Callable[..., str], *details) -> Iterator[None]:
         raise
 
 
-def about_loading(model: nn.Module) -> str:
-    """Returns what helps if the base does not fit."""
+def about_loading(model: nn.Module, dtype: torch.dtype) -> str:
+    """Returns what helps if the base does not fit, and how much memory it takes."""
+    size = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    # A model may hold its dequantised weights already, which are no part of the base.
+    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(".kept")]
+    size += sum(buffer.nbytes for buffer in buffers)
     cures = [*kept_values(model), *quantization(model), *another_device(model)]
-    return f"the model does not fit into {memory_of(model)}{either(cures)}"
+    takes = f"{size / 2**20:,.1f} MiB"
+    return f"the model, {takes}, does not fit into {memory_of(model)}{either(cures)}"
 
 
 def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
@@ -132,11 +140,22 @@ def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
     """Returns what helps if a step of train.py does not fit."""
-    resumed, anew = flags_of_a_step(args, model)
+    cures = with_commands(args, *flags_of_a_step(args, model))
+    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
+
+
+def about_the_loss(args: argparse.Namespace, model: nn.Module) -> str:
+    """Returns what helps if train.py's loss of the validation rows does not fit."""
+    cures = with_commands(args, kept_values(model), smaller_batches(args, model))
+    return f"the validation loss does not fit into {memory_of(model)}{either(cures)}"
+
+
+def with_commands(args: argparse.Namespace, resumed: list[str], anew: list[str]) -> list[str]:
+    """Returns the commands for flags with which a run resumes, and those of a new run."""
     cures = [f"a new run with {' or '.join(anew)}"]
     if resumed:
         cures.insert(0, f"{commands.resume(args.out)} {' '.join(resumed)}")
-    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
+    return cures
 
 
 def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -149,14 +168,18 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
         if not resumed and not model.model.recomputes_attention and args.device != "cpu":
             resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
+    return resumed, smaller_batches(args, model)
+
+
+def smaller_batches(args: argparse.Namespace, model: nn.Module) -> list[str]:
+    """Returns the flags of a new run whose batches need less memory."""
     anew = []
     if args.batch_size > 1:
         # The number of rows in a step stays the same.
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
         anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
-    anew += ["a --max-length that cuts the longest rows", *quantization(model)]
-    return resumed, anew
+    return [*anew, "a --max-length that cuts the longest rows", *quantization(model)]
 
 
 def either(cures: list[str]) -> str:

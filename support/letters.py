@@ -1,8 +1,12 @@
 """Handles characters in people's texts that affect a terminal or the comparison of words."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Sequence
+
+# Control characters but line breaks and tabs, and what turns the direction of writing
+CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
@@ -15,6 +19,17 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
+
+
+def harmless(value):
+    """Returns a text for a browser, with each letter that it would obey escaped as above.
+
+    It shows line breaks and letters of no width, which some languages need. Anything but a plain
+    text stays as it is.
+    """
+    if type(value) is not str:  # jinja's Markup is a text too, of values that were here before
+        return value
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
 def ends(texts: Sequence[str], length: int) -> list[str]:

@@ -7,22 +7,27 @@ the template escapes every text.
 import base64
 import math
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
-from support import files, metrics, pictures, records
+from support import files, letters, metrics, pictures, records
 from support.records import Record
 
 MISTAKES = 20  # how many of the most confident mistakes are shown
 UNPARSED = 20  # how many completions without a number are shown
 COMPLETIONS = 6  # how many of the base's most frequent completions are shown
-RELOAD = 20  # seconds after which a browser reloads the page of an unfinished run
+RELOAD = 20  # seconds after which a browser reloads the page of a running training
+WATCHED = 3600  # seconds after the last write in which it does: a killed run writes no more
 
 
-def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
+def write(
+    directory: Path, stopped: tuple[int, str] | None = None, is_under_way: bool = False
+) -> None:
     """Writes report.html from the other files of a run, finished or not.
 
     For a run that was stopped, `stopped` is its last step and the command that resumes it.
+    With `is_under_way` a browser reloads the page by itself.
     """
     directory = Path(directory)
     run = records.read(directory)
@@ -46,7 +51,8 @@ def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
         verdict=verdict(run),
         progress=progress(run),
         stopped=stopped,
-        reload=RELOAD,
+        reload=RELOAD if is_under_way else None,
+        watched_until=time.time() + WATCHED,
         chance=chance(run.args),
         # Embedded in the page. Scripts in an SVG do not run if it is shown as a picture.
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None,
@@ -66,7 +72,7 @@ def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
 def draw_pictures(directory: Path) -> None:
     """Draws the losses of a run, if it has any."""
     directory = Path(directory)
-    entries = files.read_lines(directory / "metrics.jsonl")
+    entries, _ = records.read_entries(directory / "metrics.jsonl")
     # "loss" is the training loss; a line about an evaluation has SPLIT_loss instead.
     if any("loss" in entry for entry in entries):
         paths = [directory / name for name in pictures.PICTURES]
@@ -197,6 +203,7 @@ def render(**values) -> str:
         # These two prevent empty lines from lines with only {% ... %}.
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=letters.harmless,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["percent"] = percent

@@ -16,12 +16,14 @@ class Record:
 
     results: from results.json. An unfinished run only has the base's statistics.
     entries: the lines of metrics.jsonl.
+    damage: a line on those of its lines that cannot be read; None where all can.
     """
 
     folder: Path
     args: dict
     results: dict
     entries: list[dict]
+    damage: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -91,22 +93,40 @@ def check_entry(entry: dict) -> None:
             raise ValueError(f"its {name} is not a number")
 
 
+def read_entries(path: Path) -> tuple[list[dict], str | None]:
+    """Returns the lines of a metrics.jsonl, and a line on those that train.py has not written so.
+
+    A kill or a full disk has cut them short. Raises OSError where there is no such file.
+    """
+    entries = []
+    errors = []
+    # Bytes: a text would also be split at U+2028.
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = files.parse_line(line, "it")
+            check_entry(entry)
+            entries.append(entry)
+        except ValueError as error:
+            errors.append(f"line {number}: {error}")
+    if not errors:
+        return entries, None
+    others = f", and {len(errors) - 1} more" if len(errors) > 1 else ""
+    return entries, f"{path} is read without {errors[0]}{others}"
+
+
 def read(folder: Path) -> Record:
     """Returns the run in a folder. Raises ValueError if there is none, or if it is damaged."""
     folder = Path(folder)
     if not (folder / "args.json").is_file():
         raise ValueError(f"{folder} is not a run of train.py: it has no args.json")
     args = files.read_json(folder / "args.json")
-    entries = files.read_lines(folder / "metrics.jsonl")
-    for number, entry in enumerate(entries, 1):
-        try:
-            check_entry(entry)
-        except ValueError as error:
-            raise ValueError(f"{folder / 'metrics.jsonl'}, line {number}: {error}") from None
+    entries, damage = read_entries(folder / "metrics.jsonl")
     if (folder / "results.json").is_file():
-        return Record(folder, args, files.read_json(folder / "results.json"), entries)
+        return Record(folder, args, files.read_json(folder / "results.json"), entries, damage)
     baseline = {
         path.stem.removeprefix("baseline_"): metrics.statistics(metrics.read_predictions(path))
         for path in sorted(folder.glob("baseline_*.jsonl"))
     }
-    return Record(folder, args, {"baseline": baseline}, entries)
+    return Record(folder, args, {"baseline": baseline}, entries, damage)

@@ -255,7 +255,7 @@ class RunLog:
         with self.extras.attempt("the pictures"):
             page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
-            page.write(self.folder, stopped)
+            page.write(self.folder, stopped, is_under_way=not stopped)
 
     def write_stopped_page(self) -> None:
         """Writes the page once more, so that browsers no longer reload it."""
@@ -346,17 +346,12 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """
     if not path.is_file():
         return []
-    kept = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = files.parse_line(text, str(path))
-            records.check_entry(line)
-            is_repeated = is_evaluation(line) and line["step"] >= steps
-            if line["step"] <= step and not is_repeated:
-                kept.append(line)
-        except ValueError:  # a line that was cut short by a kill, or is not ours
-            continue
-    return kept
+    lines, _ = records.read_entries(path)
+    return [
+        line
+        for line in lines
+        if line["step"] <= step and not (is_evaluation(line) and line["step"] >= steps)
+    ]
 
 
 def is_evaluation(line: dict) -> bool:

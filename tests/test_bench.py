@@ -2,6 +2,7 @@
 
 import copy
 import re
+from argparse import Namespace
 from dataclasses import replace
 from statistics import median
 
@@ -71,6 +72,13 @@ def reference(job):
 
 # -----------------------------------------------------------------------------
 # The gate
+
+
+def test_what_is_typed_wrong_shows_before_a_model_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(bench, "write_random_phi_2", None)
+    args = Namespace(random_phi_2=32, tokenizer=tmp_path, dataset=None, rows=4)
+    with pytest.raises(ValueError, match="has no tokenizer.json"):
+        bench.prepare(args, tmp_path)
 
 
 def test_ours_and_the_reference_agree(both):

@@ -129,8 +129,9 @@ def test_a_gradient_may_be_clipped_to_a_huge_norm_which_is_never():
     assert parse("train.py", *TINY, "--max-grad-norm", "1e30").max_grad_norm == 1e30
 
 
-def test_a_device_may_be_in_capitals():
-    assert parse("eval.py", *TINY, "--device", "CPU").device == "cpu"
+@pytest.mark.parametrize("name, device", [("CPU", "cpu"), ("cpu:0", "cpu"), ("Cuda:1", "cuda:1")])
+def test_a_device_may_be_in_capitals_and_a_cpu_has_one_name(name, device):
+    assert parse("eval.py", *TINY, "--device", name).device == device
 
 
 @pytest.mark.parametrize(
@@ -316,12 +317,27 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
 
 
 def test_flags_come_from_a_file_as_from_a_shell(tmp_path):
-    text = "\ufeff# mine\n\n--rank=4\n  --targets fc1 fc2\n --out\nmy\\ run#2\n"
-    (tmp_path / "flags").write_text(text)
+    text = "\ufeff# mine\n\n--rank=4  # it's low\n  --targets fc1 fc2#\n --out\nmy\\ run#2\n"
+    (tmp_path / "flags").write_text(text + "--columns 'a #b' c d #\n")
     args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
-    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
-    assert args.out == Path("my run#2")
+    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2#"], 3)
+    assert (args.out, args.columns) == (Path("my run#2"), ["a #b", "c", "d"])
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
+
+
+def test_on_windows_a_file_of_flags_may_hold_backslashes(monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "ESCAPE", "")
+    (tmp_path / "flags").write_text('--model=C:\\phi\n--dataset "D:\\my rows\\"\n')
+    args = parse("train.py", f"@{tmp_path / 'flags'}")
+    assert (args.model, args.dataset) == ("C:\\phi", "D:\\my rows\\")
+
+
+def test_a_file_of_flags_may_be_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "flags").write_text("@~/others\n--seed 3\n")
+    (tmp_path / "others").write_text("--rank 4\n")
+    args = parse("train.py", *TINY, "@~/flags")
+    assert (args.rank, args.seed) == (4, 3)
 
 
 def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
@@ -774,6 +790,7 @@ def test_an_error_of_the_user_is_one_line():
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"),
         RuntimeError("CUDA error: out of memory"),
+        MemoryError("Cannot allocate memory (os error 12)"),
     ],
 )
 def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
@@ -781,6 +798,20 @@ def test_memory_that_runs_out_is_one_line_with_what_helps_before_it(error):
     assert run_with(error) == f"error: {error}"
     error.add_note("a step does not fit")
     assert run_with(error) == f"error: a step does not fit: {error}"
+
+
+def test_an_error_without_a_text_has_its_name():
+    assert run_with(MemoryError()) == "error: MemoryError"
+
+
+def test_ctrl_c_while_libraries_are_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", None)  # to be put back
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli.answer_help(cli.train_parser)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("by 0"), None)
+    assert capsys.readouterr().err == "ZeroDivisionError: by 0\n"
 
 
 def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):

@@ -1,20 +1,23 @@
 """What README.md and docs/ say is so: links, commands, sizes, and every number of the tutorial."""
 
 import codeop
+import csv
+import importlib
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, forget_what_was_read, in_process, script
 
 import data
 import lora
 import phi2
 import quant
 import train
-from support import examples
+from support import examples, files
 from tools import tutorial
 
 README = (ROOT / "README.md").read_text()
@@ -171,17 +174,29 @@ LEFT = {
 
 
 SCRIPT = re.compile(r"(?:python|torchrun) (?:.* )?(-m (?:scripts|tools)\.\w+|train\.py|eval\.py)")
+COMMAND = re.compile(
+    r"(?:echo .* \| |time |\w+=\S+ )?(?:python3?|\.venv/bin/\w+|torchrun|make|pip|pytest) .+"
+)
+
+
+def command_lines() -> list[str]:
+    """Returns every command of the pages once, in the order in which a reader comes to it."""
+    lines = []
+    places = re.finditer(r"^```(\w*)\n(.*?)^```$|`([^`]+)`", WRITTEN, re.MULTILINE | re.DOTALL)
+    for language, block, span in (place.groups() for place in places):
+        if span:
+            lines.append(span.replace("\n", " "))
+        elif not language:
+            lines += block.replace("\\\n", " ").splitlines()
+    lines = [line.removeprefix("$ ").partition("  #")[0].strip() for line in lines]
+    return list(dict.fromkeys(line for line in lines if COMMAND.fullmatch(line)))
 
 
 def commands() -> dict[str, list[list[str]]]:
     """Returns the words of every command of the pages, by script, such as "-m scripts.merge"."""
     found = {}
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", WRITTEN, re.MULTILINE | re.DOTALL)
-    blocks = "\n".join(block for language, block in fenced if not language)
-    spans = re.findall(r"`(python [^`]+)`", WRITTEN)
-    lines = blocks.replace("\\\n", " ").splitlines() + spans
-    for line in lines:
-        line = line.removeprefix("$ ").rpartition(" | ")[2]  # of echo ... | python ...
+    for line in command_lines():
+        line = line.rpartition(" | ")[2]  # of echo ... | python ...
         started = SCRIPT.match(line)
         if started:
             words = shlex.split(line[started.end() :], comments=True)
@@ -211,6 +226,95 @@ def test_every_flag_that_is_written_is_one_of_the_scripts(command):
         flags |= set(re.findall(r"--[a-z][\w-]*", table))
     for flag in flags:
         assert re.search(rf"{flag}\b", help_text), flag
+
+
+# How those commands begin that do not run here, with the reason. They are parsed alone, above.
+NOT_RUN = {
+    "PIP_EXTRA_INDEX_URL=": "gigabytes from the network",
+    "python3 -m venv": "gigabytes from the network",
+    "pip": "gigabytes from the network",
+    ".venv/bin/pip": "gigabytes from the network",
+    "make": "minutes; what it runs is here, or a test",
+    "pytest": "tests/test_exercises.py",
+    "python -m doctest": "tests/test_exercises.py",
+    "python -m experiments": "minutes; tests/test_experiments.py",
+    ".venv/bin/python train.py": "README.md has the same",
+    ".venv/bin/python -m pytest": "a test",
+    ".venv/bin/python tests/side_by_side.py": "seconds of imports; tests/test_reference.py",
+    "python -m tools.tutorial": "it writes the page that is tested above",
+    "python train.py --rank 8": "a GPU, and phi-2 from the Hub",
+    "torchrun": "several GPUs",
+    "python eval.py --model microsoft/phi-2": "phi-2 from the Hub",
+    "python -m scripts.plan --gpu 12": "phi-2's config.json from the Hub",
+    "python -m scripts.plan --model microsoft/phi-2": "phi-2's config.json from the Hub",
+    "python -m scripts.push": "an account on the Hub",
+    "python train.py --resume out/NAME": "NAME stands for a name",
+    "python -m scripts.selftest": "minutes; tests/test_selftest.py",
+    "python -m scripts.bench": "an hour, and MNLI",
+    "python -m tools.count": "MNLI and phi-2's tokenizer",
+    "python - ": "minutes, or MNLI",
+    "time python -m scripts.describe": "MNLI",
+}
+# What makes a command that runs small. What is typed last counts.
+SMALL = {
+    "train.py": "--steps 2 --batch-size 2 --eval-limit 6 --max-new-tokens 2 --keep-dequantized",
+    "eval.py": "--limit 6 --max-new-tokens 2",
+    "scripts.merge": "--limit 2",
+    "scripts.plan": "--limit 40 --batch-size 2 --eval-limit 6 --max-new-tokens 2",
+}
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with the project's files for a reader who runs its commands, and rows of his."""
+    for name in ("train.py", "eval.py", "scripts", "support", "tiny"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    rows = list(examples.load_examples(str(ROOT / "tiny" / "data"), "train", 40))
+    (tmp_path / "my-rows").mkdir()
+    files.write_lines(tmp_path / "my-rows" / "train.jsonl", rows)
+    files.write_lines(tmp_path / "my-rows" / "validation.jsonl", rows)
+    words = ("follows", "unclear", "contradicts")
+    (tmp_path / "my-pairs").mkdir()
+    with open(tmp_path / "my-pairs" / "train.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["text", "claim", "verdict"])
+        for row in rows:
+            table.writerow([row["premise"], row["hypothesis"], words[row["label"]]])
+    yield tmp_path
+    forget_what_was_read()
+
+
+def run_written(line: str, folder: Path, monkeypatch) -> None:
+    """Runs a command of the pages in this process, from a folder, and on few rows."""
+    echo, _, line = line.rpartition(" | ")
+    started = SCRIPT.match(line)
+    name = started[1].removeprefix("-m ")
+    words = []
+    for word in shlex.split(line[started.end() :]):
+        words += [word] if "*" not in word else sorted(folder.glob(word))
+    if not {"--help", "--resume", "--premise", "-"} & set(words):
+        words += SMALL.get(name, "").split()
+    (folder / "typed").write_text(" ".join(shlex.split(echo)[1:]))
+    with open(folder / "typed") as file:
+        monkeypatch.setattr("sys.stdin", file)
+        in_process(importlib.import_module(name.removesuffix(".py")), *words, cwd=folder)
+
+
+def test_every_command_runs_in_its_order_or_is_named(project, monkeypatch, capsys):
+    ran = []
+    for line in command_lines():
+        if line.startswith(tuple(NOT_RUN)):
+            continue
+        if "out/other" in line:  # another run
+            shutil.copytree(project / "out" / "demo", project / "out" / "other")
+        try:
+            run_written(line, project, monkeypatch)
+        except SystemExit as stopped:
+            assert not stopped.code, f"{line}: {stopped.code}\n{capsys.readouterr().err}"
+        ran.append(line)
+    assert len(ran) > 15
+    written = "\n".join(["", *command_lines()])
+    assert not [name for name in NOT_RUN if f"\n{name}" not in written], "of an older page"
 
 
 def test_every_script_that_is_named_is_there():

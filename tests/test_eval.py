@@ -472,8 +472,11 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arg
 
 def test_premises_that_were_cut_are_counted_on_the_screen(capsys):
     limits = ["--limit", 8, "--max-length", 72]
-    in_process(evaluation, *TINY, "--split", "validation_matched", "--mode", "score", *limits)
-    assert re.search(r"\n[1-8] prompts were cut to --max-length 72\n", capsys.readouterr().out)
+    twice = ["validation_matched", "validation_matched"]
+    in_process(evaluation, *TINY, "--split", *twice, "--mode", "score", *limits)
+    printed = capsys.readouterr()
+    assert re.search(r"\n[1-8] prompts were cut to --max-length 72\n", printed.out)
+    assert printed.err.count("validation_matched: ") == 1, "a split that is named twice"
 
 
 def test_logits_that_are_not_finite_are_no_answer(run, tmp_path, capsys):

@@ -103,6 +103,11 @@ def test_a_limit_counts_labelled_rows_from_the_first(write):
     assert list(load_examples(directory, "train", 9)) == [ROW, QUOTED, ROW]
 
 
+def test_nobody_is_told_to_take_more_rows_of_a_label_that_no_row_has(write, capsys):
+    load_examples(write(train=[ROW | {"label": label} for label in (0, 0, 2, 2)]), "train", 3)
+    assert capsys.readouterr().err == "train: 4 rows; 3 taken, none of neutral\n"
+
+
 @pytest.mark.parametrize("limit, left_out", [(3, "neutral or contradiction"), (5, "neutral")])
 def test_a_limit_says_which_labels_the_rows_that_are_taken_lack(write, capsys, limit, left_out):
     """As where the rows of a file are sorted by their labels."""

@@ -215,7 +215,7 @@ def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
 def test_where_nothing_fits_the_line_says_what_does_not_and_what_helps(found):
     errors = found["errors"]
     assert errors["no room for the model"].startswith(
-        "error: the model does not fit into the GPU; what helps: "
+        "error: the model, 2.2 MiB, does not fit into the GPU; what helps: "
         "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or --device cpu: CUDA out "
         "of memory."
     )
@@ -246,6 +246,27 @@ def memory_left(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("quantization, size", [("none", "11.7"), ("nf4", "3.0")])
+def test_a_model_that_fills_the_memory_is_not_taken_for_a_damaged_one(
+    tiny, monkeypatch, quantization, size
+):
+    def load() -> phi2.Phi2:
+        return evaluation.load_model(tiny, quantization, "fp32", "cpu")
+
+    assert size == f"{sum(tensor.nbytes for tensor in load().state_dict().values()) / 2**20:.1f}"
+    line = f"error: the model, {size} MiB, does not fit into the memory; what helps: --"
+    if quantization == "none":  # NF4 has mapped the file before, to see what is quantised in it
+        # The file, of 6.1 MB, is mapped twice.
+        with memory_left(9 * 2**20), pytest.raises(RuntimeError, match="to mmap") as raised:
+            load()
+        assert cli.one_line(raised.value).startswith(line)
+    monkeypatch.setattr(phi2, "read_layer", lambda *others: {"weight": torch.empty(2**50)})
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as raised:
+        load()
+    assert cli.one_line(raised.value).startswith(line)
 
 
 @pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
@@ -335,6 +356,12 @@ def test_what_is_off_already_is_not_named(tiny):
     text = full_memory.about_a_step(args, model)
     assert f"--resume {Path('out/x')} --checkpointing, or a new run with --batch-size 1 " in text
     assert "--accumulate 21 or" in text
+    # A loss needs no backward pass, which alone takes less with --checkpointing.
+    text = full_memory.about_the_loss(args, model)
+    assert text == (
+        "the validation loss does not fit into the memory; what helps: a new run with "
+        "--batch-size 1 --accumulate 21 or a --max-length that cuts the longest rows"
+    )
 
     # On a GPU, without NF4: attention is stored until --no-keep-dequantized.
     args = Namespace(**vars(args) | {"device": "cuda"})
