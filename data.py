@@ -1,13 +1,13 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
-Fourth in the reading order. A prompt ends in "### Label:". The answer is one token,
-" 0", " 1" or " 2", followed by the end-of-text token, so that the model learns to stop.
-Prompt and answer are tokenised separately and joined as lists of ids: at evaluation the
-model is asked, id for id, what it saw in training. An example is a dict with a premise,
-a hypothesis and a label of 0 to 2; support/examples.py reads them from files.
+Fourth in the reading order. A prompt ends in "### Label:". The answer is one token, " 0",
+" 1" or " 2", followed by the end-of-text token, so that the model learns to stop. Prompt
+and answer are tokenised separately and joined as lists of ids, so that the prompts of an
+evaluation have exactly the ids seen in training. An example is a dict with a premise, a
+hypothesis and a label from 0 to 2; support/examples.py reads examples from files.
 
-Another task has another PROMPT, with `after_prefix` and `cut` for its texts, other
-answers (`load_tokenizer`, `fixed_ids`), and another reading of them (`parse`).
+For another task, change PROMPT, the functions that use its texts (`after_prefix`, `cut`),
+the answers (`load_tokenizer`, `fixed_ids`), and how completions are read (`parse`).
 """
 
 import functools
@@ -21,19 +21,19 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-# The wording of the original FLoRA, the notebooks that this project follows, with its two
-# double spaces: without them the tokens would differ.
+# The prompt of the original FLoRA, which this project follows, including its two double
+# spaces: without them the token ids would differ.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-# "You are given ... ### Premise:", which all prompts share, and what follows a premise. The
-# space between belongs to the premise: in this tokenizer a word's token begins with its space.
+# What all prompts begin with, "You are given ... ### Premise:", and what follows the premise.
+# The space between belongs to the premise: in this tokenizer a token includes the space before.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
 EOS = "<|endoftext|>"
-# The form of a number in what a model writes: 1 or 1.5 or 1,000.
+# A number in a completion: 1 or 1.5 or 1,000.
 NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 
 
@@ -42,20 +42,20 @@ NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 
 
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
-    """Reads tokenizer.json of a model directory.
+    """Returns the tokenizer in tokenizer.json of a model directory.
 
-    Raises ValueError unless each answer is one token, and each id is below `vocab_size`,
-    the rows of the embedding.
+    Raises ValueError unless each answer is one token and every id is below `vocab_size`,
+    the number of rows of the embedding.
     """
     path = Path(directory) / "tokenizer.json"
     if not path.is_file():
-        raise ValueError(f"{directory} has no tokenizer.json: copy that of the base model")
+        raise ValueError(f"{directory} has no tokenizer.json: copy the base model's")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # noqa: BLE001 (the library raises nothing more specific)
-        raise ValueError(f"{path} is no tokenizer that can be read: {error}") from None
-    # What another program has stored in the file must not cut, fill or lengthen our
-    # prompts, as transformers' add_eos_token does.
+        raise ValueError(f"{path} cannot be read as a tokenizer: {error}") from None
+    # Settings in the file must not truncate, pad or extend our prompts. transformers'
+    # add_eos_token, for example, is stored there.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.post_processor = None
@@ -65,7 +65,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     if vocab_size and count > vocab_size:
         token = tokenizer.id_to_token(count - 1)
         place = f"{path}: {token!r} has the id {count - 1}"
-        raise ValueError(f"{place}, the model has {vocab_size} ids")
+        raise ValueError(f"{place}, but the model has only {vocab_size} ids")
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
             raise ValueError(
@@ -76,15 +76,15 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
 
 @functools.cache
 def num_known_ids(tokenizer: Tokenizer) -> int:
-    """Returns one more than the largest id. The head has more outputs, which mean nothing."""
+    """Returns the largest id plus one. The output head may have more outputs, all unused."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
 @functools.cache
 def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """Returns the ids that all examples share: those of prefix, answers and end of text.
+    """Returns the ids that are the same for all examples: prefix, the answers, end of text.
 
-    The answers are " 0", " 1" and " 2", one id each (phi-2: 657, 352, 362).
+    The answers are " 0", " 1" and " 2", one id each (in phi-2: 657, 352, 362).
     """
     prefix = tokenizer.encode(PREFIX).ids
     answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
@@ -92,7 +92,7 @@ def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
 
 
 def after_prefix(example: dict) -> str:
-    """Returns the text of a prompt after the prefix."""
+    """Returns the part of an example's prompt that follows the prefix, as text."""
     return " " + example["premise"] + AFTER_PREMISE.format(hypothesis=example["hypothesis"])
 
 
@@ -101,10 +101,10 @@ def encode(
 ) -> tuple[list[int], list[int]]:
     """Returns (prompt ids, answer ids) of an example with premise, hypothesis and label.
 
-    The prompt is the whole of PROMPT with the two texts, the answer the label (0 to 2)
-    and the end of text. Where both together have more than `max_length` ids, the
-    premise loses its end. Where that is not enough, there is no premise, and the
-    hypothesis loses its end.
+    The prompt is all of PROMPT with the two texts filled in. The answer is the label (0
+    to 2) and the end of text. If both together have more than `max_length` ids, the end
+    of the premise is cut off. If that is not enough, the premise is left out and the end
+    of the hypothesis is cut off.
     """
     ids = tokenizer.encode(after_prefix(example)).ids
     return prompt_and_answer(example, ids, tokenizer, max_length)
@@ -113,7 +113,7 @@ def encode(
 def encode_batch(
     examples, tokenizer: Tokenizer, max_length: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns what `encode` does, of many examples: the tokenizer uses all cores for them."""
+    """Returns what `encode` returns, for many examples. The tokenizer runs on all CPU cores."""
     encodings = tokenizer.encode_batch_fast([after_prefix(example) for example in examples])
     return [
         prompt_and_answer(example, encoding.ids, tokenizer, max_length)
@@ -124,10 +124,10 @@ def encode_batch(
 def prompt_and_answer(
     example: dict, ids: list[int], tokenizer: Tokenizer, max_length: int | None
 ) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids), where `ids` are those of after_prefix(example)."""
+    """Returns (prompt ids, answer ids), given the `ids` of after_prefix(example)."""
     prefix, answers, eos = fixed_ids(tokenizer)
-    # Ids are joined, not texts: the tokenizer could merge the end of one with the
-    # other's start.
+    # Ids are joined, not texts: in a joined text the tokenizer could merge the end of one
+    # part with the start of the next.
     answer = [answers[example["label"]], eos]
     if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
         ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
@@ -135,14 +135,14 @@ def prompt_and_answer(
 
 
 # -----------------------------------------------------------------------------
-# Answers, as text
+# Reading completions
 
 
 def parse(completion: str) -> int:
-    """Returns the first number in a completion, without its fraction, or -1 for none.
+    """Returns the first number in a completion without its fraction, or -1 if there is none.
 
-    "1" and "1.5" are 1; "10" is 10, which is a wrong answer. As in the original, a number
-    has up to three digits before a comma, so "2019" is read as 201.
+    "1" and "1.5" are read as 1. "10" is read as 10, which is a wrong answer. As in the
+    original FLoRA, at most three digits stand before a comma, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -151,11 +151,11 @@ def parse(completion: str) -> int:
 
 
 def is_settled(completion: str) -> bool:
-    """Returns True when nothing that could follow would change what `parse` reads.
+    """Returns whether `parse` would read the same number however the completion continues.
 
-    That is so once a character after the first number has ended it: "1 " and "1." are
-    settled. "1", "1," and "1,00" are not, which may go on to "1,000"; nor is a number
-    before U+FFFD, which stands for a character whose bytes are not complete.
+    This is the case once a further character has ended the first number: "1 " and "1." are
+    settled. "1", "1," and "1,00" are not, because they may become "1,000". A number followed
+    by U+FFFD is not settled either: it stands for a character whose bytes are still incomplete.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -169,19 +169,19 @@ def is_settled(completion: str) -> bool:
 
 
 def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
-    """Yields the examples of each optimiser step, a list of `size`, from step `start` on.
+    """Yields a list of `size` examples for each optimiser step, from step `start` on, forever.
 
-    It never ends. Within a step the shortest come first. Each epoch is a permutation
-    that is drawn from (seed, epoch) alone. So step n depends on nothing that came
-    before, and a run can resume at any n. An epoch takes each row once; its last step
-    has what is left. Each example has its index among `examples` in `row`.
+    Each epoch uses every row once, in an order drawn from (seed, epoch) alone. So step n
+    does not depend on earlier steps, and a run can resume at any step. The last step of
+    an epoch has the rows that are left. Within a step the shortest examples come first.
+    Each example gets a key "row", its index in `examples`.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
     for number in itertools.count(start):
         epoch, place = divmod(number, steps_in_epoch)
         if epoch != order_epoch:
-            # Multiplied, so that the next seed has none of this seed's epochs.
+            # Multiplied, so that the next seed does not repeat this seed's epochs.
             generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**64)
             order = torch.randperm(len(examples), generator=generator)
             order_epoch = epoch
@@ -193,15 +193,15 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
 
 
 def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
-    """Returns the numbers of an evaluation's rows, in groups that have the same premise.
+    """Returns the numbers of an evaluation's rows, in groups of rows with the same premise.
 
-    What the prompts of a batch begin with alike goes through the model once, and MNLI has
-    three hypotheses to each premise.
+    A beginning that several prompts of a batch share goes through the model only once,
+    and MNLI has three hypotheses for each premise.
 
-    The groups with long prompts come first. So the rows of a batch are of similar length,
-    and a batch that is too large for the memory shows at once, and not after an hour.
+    Groups with long prompts come first. So rows in a batch have similar lengths, and a
+    batch that is too large for the memory fails at once instead of after an hour.
     """
-    groups = {}  # the numbers of the rows, by their premise
+    groups = {}  # row numbers, by premise
     for number, premise in enumerate(examples["premise"]):
         groups.setdefault(premise, []).append(number)
 
@@ -213,19 +213,19 @@ def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
 
 @dataclass
 class Batch:
-    """Some examples as the model takes them, one behind another, without padding.
+    """Some examples in the form that the model takes: one row after another, without padding.
 
-    With a loss on the answer alone, a prefix of two ids and two rows:
+    For a loss on the answer only, a prefix of two ids, and two rows:
 
         ids       P0 P1 | ... Label:     1 | ... ... Label:     0
         next_ids                  1   <end>             0   <end>
 
     ids: (N,) the shared prefix, then row after row.
-    lengths: tokens of each row, without the prefix.
-    prefix_length: tokens of the prefix; 0 where each row holds its own.
-    last: how many tokens at the end of each row have an id to predict. The head runs on
-        these alone. With a loss on the answer they are two. None: all tokens have one.
-    next_ids: (rows * last,) the ids that these tokens are to predict, row after row.
+    lengths: the number of tokens in each row, without the prefix.
+    prefix_length: the number of tokens in the prefix; 0 if each row contains its own.
+    last: how many tokens at the end of each row predict an id: two for a loss on the answer,
+        None if all tokens do. The output head runs on these tokens only.
+    next_ids: the ids that these tokens should predict, row after row: (rows * last,) or (N,).
     """
 
     ids: Tensor
@@ -238,22 +238,22 @@ class Batch:
 def collate(
     encoded: list[tuple[list[int], list[int]]], prefix_length: int, loss: str
 ) -> Batch:
-    """Returns the batch of several examples, each (prompt ids, answer ids), for a loss.
+    """Returns a batch of examples, each given as (prompt ids, answer ids), for a loss.
 
-    Loss "answer" is on two ids a row, the label and the end of text. Loss "full" is on
-    every id after a row's first. That includes the prefix's, once for each row, so it
-    raises ValueError where the rows would share one.
+    Loss "answer" covers two ids per row, the label and the end of text. Loss "full"
+    covers every id but the first of each row. These include the prefix, once for each
+    row, so a shared prefix raises ValueError.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss is on the prefix too, so rows cannot share it")
     whole = [prompt + answer for prompt, answer in encoded]
-    # The end of text is predicted, but nothing is predicted from it.
+    # The end of text is predicted, but the model predicts nothing from it.
     rows = [sequence[prefix_length:-1] for sequence in whole]
-    # All prompts begin with the same ids, which are taken once, from the first of them.
+    # All prompts begin with the same prefix. It is taken once, from the first prompt.
     ids = whole[0][:prefix_length] + flat(rows)
     if loss == "answer":
         next_ids = [answer for _, answer in encoded]
-        last = 2  # the prompt's last token predicts the label, and the label the end of text
+        last = 2  # the prompt's last token predicts the label, the label the end of text
     else:
         next_ids = [sequence[1:] for sequence in whole]  # each token predicts the next one
         last = None
@@ -275,10 +275,10 @@ def flat(lists: list[list[int]]) -> list[int]:
 
 
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
-    """Returns `room` ids for what stands after the prefix, where the texts have too many.
+    """Returns the ids of a prompt after its prefix, shortened to `room` ids.
 
-    They lose their ends, the premise first. The titles stay: the last asks for the
-    answer.
+    The end of the premise is cut off first, then that of the hypothesis. The titles
+    stay, because the last one, "### Label:", asks for the answer.
     """
     premise = tokenizer.encode(" " + example["premise"]).ids
     after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids
@@ -291,13 +291,13 @@ def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
 
 @functools.cache
 def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Returns the ids of what stands before a hypothesis, and of what stands after it."""
+    """Returns the ids of what precedes a hypothesis, and of what follows it."""
     before, after = AFTER_PREMISE.split(" {hypothesis}")
     return tokenizer.encode(before).ids, tokenizer.encode(after).ids
 
 
 def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
-    """Raises ValueError where --max-length leaves no room for a token of the texts."""
+    """Raises ValueError if --max-length leaves no room for any token of the two texts."""
     prefix, _, _ = fixed_ids(tokenizer)
     title, end = title_ids(tokenizer)
     answer = 2  # the label and the end of text
@@ -312,10 +312,10 @@ def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
 def count_cut(
     examples, encoded: list, tokenizer: Tokenizer, max_length: int | None
 ) -> int:
-    """Returns how many of these examples have lost a part of their texts in `encoded`."""
+    """Returns how many of these examples were shortened to fit `max_length` in `encoded`."""
     count = 0
     for example, (prompt, answer) in zip(examples, encoded):
-        # A row that was cut has just max_length tokens: few rows are tokenised once more.
+        # A row that was cut has exactly max_length tokens, so few rows are tokenised again.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):

@@ -1,9 +1,9 @@
 """Accuracy on a split, and the answer to a single pair.
 
-Fifth in the reading order. Mode "generate" lets the model write, greedily, and reads
-the first number of what it wrote: a model that writes no number is wrong. Mode "score"
-compares the probabilities of the three answers after "### Label:", in one forward pass:
-it shows what a model knows even if it would not say it.
+Fifth in the reading order. Mode "generate" lets the model write a completion, greedily,
+and reads the first number in it; a completion without a number counts as wrong. Mode
+"score" compares the probabilities of the three answers after "### Label:", in one
+forward pass. It shows what a model knows even if it would not write it.
 
     python eval.py --adapter out/demo                                       # every validation split
     python eval.py --model microsoft/phi-2 --split validation_matched --mode score
@@ -71,27 +71,27 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    It gives what phi2.generate gives, without running a row again for each token: the decoder
-    keeps the keys and values of all rows (support/packing.py).
+    The completions are those of phi2.generate, but rows are not run again for each
+    token: the decoder stores the keys and values of all rows (support/packing.py).
 
-    A prompt's completion is finished as soon as is_finished(its ids), or at
-    max_new_tokens. The hidden states are those of the prompts' last tokens, from which
-    the head chooses the first new one. All prompts begin with `prefix`. The head has
-    more ids than the tokenizer knows: those from `num_known_ids` on are never chosen.
+    A completion ends as soon as is_finished(its ids) is true, or at `max_new_tokens`. The
+    hidden states are those of each prompt's last token, from which the output head computes
+    the logits of the first new token. All prompts begin with `prefix`. The head has more
+    outputs than the tokenizer has ids: ids from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
-    # 1. Run all prompts at once. Keys and values are kept, with room for the completions.
-    #    The head runs on each prompt's last token alone.
+    # 1. Run all prompts at once. Their keys and values are stored, with room for completions.
+    #    The output head runs only on each prompt's last token.
     ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
     hidden = model.model(ids, layout, last=1)
 
     decoder = packing.Decoder(model, layout)
     completions = [[] for _ in prompts]
-    prompt_of = list(range(len(prompts)))  # for each row in the batch, its prompt
+    prompt_of = list(range(len(prompts)))  # the prompt of each row in the batch
     unfinished = set(prompt_of)
     logits = model.lm_head(hidden)
     while True:
-        # 2. Choose the likeliest next token of each row. Some may be of finished rows.
+        # 2. Choose the likeliest next token of each row. Finished rows may be among them.
         chosen = logits[:, :num_known_ids].argmax(dim=-1).tolist()
         for number, token in zip(prompt_of, chosen):
             if number in unfinished:
@@ -101,7 +101,7 @@ def generate(
         if not unfinished:
             return completions, hidden
 
-        # 3. Run the new token of each row that is not finished through the model.
+        # 3. Run each row's new token through the model, if possible without finished rows.
         prompt_of = drop_finished(decoder, prompt_of, unfinished)
         logits = decoder.run([completions[number][-1] for number in prompt_of])
 
@@ -109,13 +109,13 @@ def generate(
 def drop_finished(
     decoder: packing.Decoder, prompt_of: list[int], unfinished: set[int]
 ) -> list[int]:
-    """Takes finished rows out of the batch. Returns the prompts of those that stay.
+    """Removes finished rows from the batch. Returns the prompts of the rows that stay.
 
-    On a GPU the decoder records the step of a batch and repeats it at one launch. A batch
-    of other rows has to be recorded anew, for which the GPU is waited for and gives back
-    its free memory. So there finished rows stay until seven of eight are finished: of 64
-    rows three steps are recorded at most. Meanwhile their last token is run again, and
-    what follows it is ignored.
+    On a GPU the decoder records a step of the batch and replays it with a single launch.
+    A changed batch must be recorded again, which waits for the GPU and releases its free
+    memory. So on a GPU finished rows stay until seven of eight rows are finished: for 64
+    rows at most three steps are recorded. Meanwhile the last token of a finished row is
+    run again, and its output is ignored.
     """
     finished = len(prompt_of) - len(unfinished)
     if finished == 0 or (decoder.records and finished < 7 * len(unfinished)):
@@ -128,21 +128,21 @@ def drop_finished(
 def complete(
     model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
 ) -> list[dict]:
-    """Returns completion, prediction and scores of each prompt.
+    """Returns the completion, the prediction and the scores for each prompt.
 
-    A completion ends at the end of text, or as soon as its first number is settled: what
-    follows would not change the prediction. The scores are those of `score`.
+    A completion ends with the end-of-text token, or as soon as its first number is settled,
+    because further text would not change the prediction. The scores are those of `score`.
     """
     prefix, answers, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
-        # The text is decoded again each time: a token may end in the middle of a letter.
+        # All ids are decoded each time, because a token may end within a character.
         return ids[-1] == eos or data.is_settled(tokenizer.decode(ids, skip_special_tokens=False))
 
     completions, hidden = generate(
         model, prompts, prefix, max_new_tokens, data.num_known_ids(tokenizer), is_finished
     )
-    # The end of text is no part of the text.
+    # The end-of-text token is not part of the text.
     ended = [ids[:-1] if ids[-1] == eos else ids for ids in completions]
     texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
     return [
@@ -153,10 +153,10 @@ def complete(
 
 @torch.no_grad()
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
-    """Returns prediction and scores of each prompt: the likeliest answer, and all three."""
+    """Returns for each prompt the likeliest answer, and the probabilities of all three."""
     prefix, answers, _ = data.fixed_ids(tokenizer)
     ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
-    # One forward pass. Of each prompt only the last token, before the answer, is needed.
+    # One forward pass. Only the last token of each prompt, before the answer, is needed.
     hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
@@ -169,12 +169,12 @@ def pack_prompts(
 ) -> tuple[Tensor, packing.PackedRows]:
     """Returns the flat ids (N,) of prompts that begin with `prefix`, and their layout.
 
-    What prompts begin with alike, a premise for example, goes through the model once.
-    `room` is how many tokens may be added to each.
+    A beginning that prompts share, such as a premise, goes through the model only once.
+    `room` is the number of tokens that may be added to each prompt.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    # Equal beginnings are folded into one. The rows 5 6 7 and 5 6 8 have own_ids 5 6 7 8, and
-    # token_of 0 1 2, 0 1 3: where the tokens of each row stand among them.
+    # Equal beginnings are folded into one. For the rows 5 6 7 and 5 6 8, own_ids is 5 6 7 8 and
+    # token_of is 0 1 2 0 1 3, the indices of the rows' tokens in own_ids.
     own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
     ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
@@ -184,41 +184,40 @@ def pack_prompts(
 def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
     """Returns the probabilities of the three answers, from prompts' hidden states (B, C).
 
-    They are those among the three: a softmax over the logits of their ids, `answers`,
-    alone.
+    They add up to one: the softmax is over the logits of the three ids in `answers` only.
     """
     head = model.lm_head
     weight = head.weight
-    if isinstance(head, quant.NF4Linear):  # as in a checkpoint whose head is in NF4
+    if isinstance(head, quant.NF4Linear):  # from a checkpoint whose output head is in NF4
         weight = head.dequantize()
-    # Three rows of the head, in fp32. In bf16 a logit has two to three digits: the best
-    # two would often be equal, and the smaller label would win by its place.
+    # Three rows of the output head, in fp32. In bf16 a logit has two to three digits: the two
+    # best would often be equal, and the smaller label would win because it comes first.
     logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
     scores = logits.softmax(dim=-1).tolist()
     if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
-            "the model's logits are not finite: its numbers or the adapter's are too large, "
-            "as after a training with too high a --learning-rate, or for --dtype fp16"
+            "the model's logits are not finite: its numbers or the adapter's are too large, for "
+            "example after training with too high a --learning-rate, or for --dtype fp16"
         )
-    # Nine digits tell all fp32 numbers apart: two that are equal in a file are a tie.
+    # Nine digits distinguish all fp32 numbers, so equal scores in a file are a true tie.
     return [[float(f"{score:.9g}") for score in row] for row in scores]
 
 
 # -----------------------------------------------------------------------------
-# The accuracy on a split
+# Accuracy on a split
 
 
 @dataclass
 class Protocol:
-    """How answers are obtained."""
+    """How the model's answers are obtained."""
 
     mode: str = "generate"  # or "score"
-    max_new_tokens: int = 32  # that the model may write to each prompt
-    batch_size: int = 64  # prompts at a time: without a backward pass many fit
-    max_length: int | None = None  # of prompt and answer, in tokens
+    max_new_tokens: int = 32  # the most tokens that the model may write for a prompt
+    batch_size: int = 64  # prompts at a time; without a backward pass many fit
+    max_length: int | None = None  # of prompt and answer together, in tokens
 
     def record(self) -> dict:
-        """Returns what results.json says about how accuracy was measured."""
+        """Returns how accuracy was measured, as results.json records it."""
         if self.mode == "score":
             return {"mode": "score", "prompt": data.PROMPT, "answers": [" 0", " 1", " 2"]}
         return {
@@ -233,24 +232,24 @@ class Protocol:
 def evaluate(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs, protocol: Protocol, title: str = "evaluating"
 ) -> tuple[dict, list[dict]]:
-    """Returns the statistics of a split's pairs, and the prediction for each, in their order.
+    """Returns the statistics of a split's pairs, and the prediction for each pair, in order.
 
-    Dropout is off meanwhile. Of several processes each answers its share, and all
-    return all answers. An answer depends on its prompt alone, but for rounding: with
-    another batch size scores differ in their last digits, and in bf16 two that are
-    nearly even may swap.
+    Dropout is off during the evaluation. With several processes each one answers its
+    share, and all of them return all answers. An answer depends only on its prompt,
+    apart from rounding: another batch size changes scores in their last digits, and in
+    bf16 two scores that are nearly equal may swap.
     """
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
-    # The model reads the prompts alone.
+    # The model reads only the prompts.
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
-    # Each process takes every COUNT-th group, so a premise is in one process only.
+    # Each process takes every COUNT-th group, so all rows of a premise are in one process.
     mine = list(itertools.chain.from_iterable(groups[processes.NUMBER :: processes.COUNT]))
 
-    answers = []  # (number of the row, answer), in the order of the batches
-    # To tqdm None means: no bar where the output is not a terminal.
+    answers = []  # (row number, answer), in the order of the batches
+    # For tqdm, None means no bar if the output is not a terminal.
     disable = None if processes.IS_FIRST else True
     with tqdm(total=len(mine), desc=title, unit="row", leave=False, disable=disable) as bar:
         batch_size = protocol.batch_size  # which `answer` may halve
@@ -261,7 +260,7 @@ def evaluate(
             bar.update(len(numbers))
     model.train(was_training)
 
-    # Of all processes, back in the order of the rows.
+    # Collect the answers of all processes, and restore the order of the rows.
     answer_of = dict(itertools.chain.from_iterable(processes.gather(answers)))
     predictions = [
         describe(pair, number, len(prompts[number])) | answer_of[number]
@@ -274,9 +273,9 @@ def evaluate(
 def answer(
     model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
 ) -> list[dict]:
-    """Returns the answers to prompts, by the protocol's mode.
+    """Returns the answers to prompts, in the protocol's mode.
 
-    Where so many do not fit into the memory, `protocol.batch_size` is halved.
+    Halves `protocol.batch_size` as long as a batch does not fit into the memory.
     """
 
     def answer_part(prompts: list[list[int]]) -> list[dict]:
@@ -288,11 +287,11 @@ def answer(
 
 
 def describe(pair: dict, number: int, tokens: int) -> dict:
-    """Returns what predictions_SPLIT.jsonl says about a pair, besides the answer.
+    """Returns what predictions_SPLIT.jsonl records about a pair, apart from the answer.
 
-    `prompt` is the whole text, `tokens` what the model has read of it.
+    "prompt" is the whole text; "tokens" is how many tokens of it the model has read.
     """
-    # Where the dataset has an idx of its own, it takes the place of our number.
+    # If the dataset has an idx, it replaces our row number.
     known = {key: pair[key] for key in ("idx", "genre", "label") if pair.get(key) is not None}
     return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
 
@@ -309,20 +308,19 @@ def load_model(
     double_quant: bool = False,
     keep: bool | None = False,
 ) -> phi2.Phi2:
-    """Loads the base: three of the four lines that are this project.
+    """Returns the base with its weights: three of the four lines that are QLoRA's core.
 
-    The fourth, lora.inject(model, config), comes after it: adapters are put around
-    layers that have their weights. `quantization` is "nf4" or "none", `dtype` is one of
-    DTYPES. With `keep` the dequantised weights are stored beside the indices too.
-    None does so where a GPU has free memory of four times their size, because training
-    needs memory as well.
+    The fourth, lora.inject(model, config), follows later, once the layers have their
+    weights. `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. If `keep` is
+    true, the dequantised weights are stored beside the indices. None does so only if a
+    GPU has free memory for four times their size, because training needs memory too.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
     with full_memory.explained(full_memory.about_loading, model):
-        # Layer by layer: NF4Linear quantises what arrives.
+        # Loads layer by layer; each NF4Linear quantises its weight.
         phi2.load_weights(model, directory, device, DTYPES[dtype])
         if keep is None:
             keep = has_room_to_keep(model, machine.free_memory(device))
@@ -331,16 +329,16 @@ def load_model(
 
 
 def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
-    """Returns whether the dequantised weights, and training beside them, fit into free bytes."""
-    # With the default flags they take three times their size: README.md's table, 24 GB.
+    """Returns whether dequantised weights and training with them fit into `free` bytes."""
+    # With the default flags both take three times the weights' size: README.md's table, 24 GB.
     return free >= 4 * quant.dequantized_size(model)
 
 
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
-    """Stores the dequantised weights beside NF4's indices with `keep`: more memory, less time.
+    """Stores the dequantised weights beside NF4's indices if `keep`: more memory, less time.
 
-    Without it memory is what counts. So on a GPU the backward pass then computes
-    attention again, rather than read what the forward pass has stored.
+    Otherwise memory matters more, so on a GPU the backward pass recomputes attention
+    instead of storing it.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -351,8 +349,8 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
 def fingerprint_of(
     args: argparse.Namespace, directory: Path, tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """Returns what an adapter belongs to: digests of base, tokenizer and prompt, and --quant."""
-    # Double quantisation rounds absmax, so it makes other weights.
+    """Returns what an adapter was trained with: digests of base, tokenizer, prompt; and --quant."""
+    # Double quantisation rounds absmax, so the dequantised weights differ.
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
         quantization = "nf4, double"
@@ -372,7 +370,7 @@ def main() -> None:
         return answer_lines(args, device)
     if args.out is None:
         return evaluate_splits(args, device)
-    # No other process writes there until this one ends.
+    # No other run may write there until this one ends.
     with claims.claimed(args.out, cli.check_out):
         return evaluate_splits(args, device)
 
@@ -380,7 +378,7 @@ def main() -> None:
 def load(
     args: argparse.Namespace, device: torch.device, output=None
 ) -> tuple[phi2.Phi2, Tokenizer]:
-    """Loads the model that the arguments name, with its adapter, and its tokenizer."""
+    """Returns the model that the arguments name, with its adapter, and its tokenizer."""
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
@@ -401,7 +399,7 @@ def load(
 
 
 def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
-    """Prints what the model writes about one pair, and the share of each answer."""
+    """Prints the completion for one pair, in mode "generate", and each answer's probability."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
@@ -418,33 +416,33 @@ def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
-    """Prints the pairs on standard input, a JSON object a line, with their answers."""
+    """Prints the pairs from standard input with their answers, one JSON object per line."""
     if sys.stdin is None:
         raise ValueError("--dataset - reads standard input, which is closed")
-    # Standard output is for answers alone.
+    # Standard output is for answers only.
     model, tokenizer = load(args, device, output=sys.stderr)
     protocol = protocol_of(args)
     words = dict(enumerate(words_of(args)))
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, protocol)):
-            # None where the model has written another number than 0, 1 and 2, or none.
+            # None if the model has written no number, or another one than 0, 1 and 2.
             word = {"answer": words.get(found["prediction"])}
             print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
-    """Returns what the rows that the adapter was trained on call the labels 0, 1 and 2."""
+    """Returns the words for the labels 0, 1 and 2 in the rows that the adapter was trained on."""
     return list(args.origin.words if args.origin else LABELS)
 
 
 def answer_pairs(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], protocol: Protocol
 ) -> list[dict]:
-    """Returns the answers to pairs whose labels nobody knows.
+    """Returns the answers to pairs without labels.
 
-    Where a pair was too long, "cut" is in its answer.
+    If a pair was too long and was cut, its answer has a key "cut".
     """
-    # The label decides on the answer's ids alone, which are not used here.
+    # The label only affects the ids of the correct answer, which are not used here.
     labelled = [pair | {"label": 0} for pair in pairs]
     encoded = data.encode_batch(labelled, tokenizer, protocol.max_length)
     answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol)
@@ -459,8 +457,8 @@ def protocol_of(args: argparse.Namespace) -> Protocol:
 
 
 def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
-    """Evaluates each split, prints the statistics, and writes them into --out."""
-    # What the arguments name is read first: a mistake shows before the model is loaded.
+    """Evaluates each split, prints the statistics, and with --out writes them to files."""
+    # The data is read first, so that a mistake shows before the model is loaded.
     reading = origin.reading_of(args)
     names = args.split or examples.validation_splits(args.dataset, reading)
     splits = {
@@ -470,7 +468,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
 
     model, tokenizer = load(args, device)
     protocol = protocol_of(args)
-    # Under the names that train.py uses, so that the same table shows both.
+    # The names that train.py uses, so that one table can show both.
     stage = "finetuned" if args.adapter else "baseline"
     results = {
         "protocol": protocol.record(),
@@ -484,7 +482,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
         if name in others:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = {"run": str(args.compare)} | compared
-        # Split by split: what is done is not lost when a later one fails.
+        # Written after each split, so that no result is lost if a later split fails.
         if args.out and processes.IS_FIRST:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
@@ -494,7 +492,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def read_others(folder: Path | None, splits: dict) -> dict[str, list[dict]]:
-    """Returns by split what --compare names. Raises ValueError where it is of other rows."""
+    """Returns by split the predictions to --compare with. Raises ValueError if rows differ."""
     others = {}
     if folder is None:
         return others
@@ -508,8 +506,8 @@ def read_others(folder: Path | None, splits: dict) -> dict[str, list[dict]]:
 def print_results(
     args: argparse.Namespace, splits: dict, results: dict, statistics_of: dict[str, dict]
 ) -> None:
-    """Prints which rows were read, a table of all splits, and the details of each."""
-    # The first process alone prints: processes.start has silenced the others.
+    """Prints which rows were read, a table of all splits, and the details of each split."""
+    # Only the first process prints: processes.start has silenced the others.
     taken = ", ".join(f"{len(rows):,} rows of {name}" for name, rows in splits.items())
     print(f"{args.dataset}: {taken}")
     print(metrics.table(results))

@@ -1,17 +1,17 @@
 """LoRA in one file: low-rank adapters beside the linear layers of a frozen model.
 
-The first of six files, to be read in the order lora, quant, phi2, data, eval, train. The
-six together are QLoRA, of which four lines are the heart:
+This is the first of six files; read them in the order lora, quant, phi2, data, eval,
+train. Together they implement QLoRA. Its core is four lines:
 
-    model = phi2.build(name)                  # shapes without numbers
-    quant.quantize_linears(model)             # each nn.Linear becomes an empty 4-bit layer
-    phi2.load_weights(model, name, device)    # weights arrive, and are quantised
+    model = phi2.build(name)                  # shapes, no weights yet
+    quant.quantize_linears(model)             # linear layers become empty 4-bit layers
+    phi2.load_weights(model, name, device)    # weights are quantised as they are loaded
     lora.inject(model, config)                # W x becomes W x + (alpha / rank) B A x
 
-LoRA's paper is arXiv:2106.09685. Full fine-tuning with Adam stores three more numbers
-for each number of a weight W (out, in): its gradient and two moments. LoRA freezes W
-and learns a correction B A of low rank beside it. Its hypothesis, which its results
-support: what a new task changes in a trained model has a low rank.
+The LoRA paper is arXiv:2106.09685. Full fine-tuning with Adam stores three extra numbers
+for each entry of a weight W (out, in): its gradient and two moments. LoRA freezes W and
+learns a low-rank update B A beside it. Its hypothesis, supported by the paper's results,
+is that the weight change needed to adapt a trained model to a new task has a low rank.
 
                          W x  +  (alpha / rank) B A x
 
@@ -28,16 +28,18 @@ support: what a new task changes in a trained model has a low rank.
                           ^              ^
                           +------ x -----+
 
-B = 0 makes the first step start from the base model exactly. In phi-2 at rank 8, on the
-query and value projections of each block (q_proj and v_proj), A and B are 32 blocks * 2
-layers * 8 * (2560 + 2560) = 2.6 million numbers beside 2.8 billion frozen ones.
+Because B starts at zero, training starts exactly from the base model. In phi-2 at rank
+8, on the query and value projections (q_proj and v_proj) of each transformer block, A
+and B hold 32 blocks * 2 layers * 8 * (2560 + 2560) = 2.6 million numbers, beside 2.8
+billion frozen ones.
 
-In formulas x is a column. In the code tokens are rows, so W x is x @ W.T.
+In formulas x is a column vector. In the code each token is a row, so W x is x @ W.T.
 
-The layer that is wrapped may be a linear layer of any model, a quantised one too. What
-is saved has the names that it has in PEFT, Hugging Face's library of adapters, which
-loads it. Left out: DoRA (which also learns the norm of each of W's rows), rsLoRA (alpha
-/ sqrt(rank)), trained biases, adapters on embeddings or on the head.
+The wrapped layer may be a linear layer of any model, including a quantised one. Saved
+adapters use the file names and tensor names of PEFT, Hugging Face's adapter library, so
+PEFT can load them. Left out: DoRA (which also learns the norm of each row of W), rsLoRA
+(which scales by alpha / sqrt(rank)), trained biases, and adapters on embeddings or on
+the output head.
 
     config = lora.LoRAConfig(rank=8, targets=("q_proj", "v_proj"))
     lora.inject(model, config)
@@ -63,20 +65,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 class LoRALinear(nn.Module):
     """Computes base_layer(x) + scale B A dropout(x) for x (..., in), scale = alpha / rank.
 
-    The base layer is W x and its bias, which `inject` freezes. Backward, for one token's input x,
-    the gradient g of its output (both as columns), and without dropout:
+    base_layer(x) is W x plus a bias if the layer has one; `inject` freezes both. For a
+    token with input x and output gradient g (both columns), without dropout, the
+    backward pass computes:
 
-        B's gradient  g (scale A x)^T       (out, rank)
-        A's           scale (B^T g) x^T     (rank, in)
-        x's           W^T g + scale A^T B^T g
+        gradient of B    g (scale A x)^T       (out, rank)
+        gradient of A    scale (B^T g) x^T     (rank, in)
+        gradient of x    W^T g + scale A^T B^T g
 
-    autograd computes them, and sums the first two over the tokens. As B starts at zero,
-    A's gradient is zero in the first step; if A were zero too, neither would ever move.
+    autograd does this, and sums the first two over all tokens. Because B starts at zero, the
+    gradient of A is zero in the first step; if A were zero as well, neither would ever change.
 
-    A and B are stored and trained in fp32 even over a base in 16 or 4 bits, as in PEFT:
-    a bf16 number has 8 significant bits, so small steps would be rounded away. For the
-    product a copy is cast to the dtype of x, as PEFT does under autocast. (Over a base in
-    fp64 they are in fp64.)
+    A and B are stored and trained in fp32 even over a 16-bit or 4-bit base, as in PEFT:
+    a bf16 number has 8 significant bits, so small updates would be rounded away. For the
+    product they are cast to the dtype of x, as PEFT does under autocast. (Over an fp64
+    base they are in fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -85,15 +88,15 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        # Made on the CPU in fp32, wherever the base is: one seed gives one A everywhere.
+        # Created on the CPU in fp32, wherever the base is, so a seed gives the same A everywhere.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has drawn A already. PEFT too draws it twice, so a seed gives A as in PEFT:
-        # uniform within +- 1 / sqrt(in), where the paper's is normal.
+        # nn.Linear has already drawn A once. PEFT also draws it twice, so a seed gives PEFT's A:
+        # uniform within +- 1 / sqrt(in), where the paper draws from a normal distribution.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -106,8 +109,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        # Two thin products, through `rank` numbers a token; there are fewest numbers to scale
-        # between the two. B A itself is never formed: it would be as large as W.
+        # Two thin products, with only `rank` numbers per token between them, where scaling is
+        # cheapest. B A itself is never formed: it would be as large as W.
         down = self.lora_dropout(x) @ a.T  # (..., rank)
         return self.base_layer(x) + (self.scale * down) @ b.T
 
@@ -115,8 +118,8 @@ class LoRALinear(nn.Module):
     def weight(self) -> Tensor:
         """W + scale B A, (out, in), rounded once to the dtype of W.
 
-        For merging. And, like `bias`, for models that read a layer's weight instead of
-        calling the layer, as torch's own nn.TransformerEncoderLayer does in eval mode.
+        `merge` uses it. Like `bias`, it also serves models that read a layer's weight instead
+        of calling the layer, as torch's nn.TransformerEncoderLayer does in eval mode.
         """
         base = self.base_layer.weight
         if not is_plain(self.base_layer):  # packed indices, as in quant.NF4Linear
@@ -133,27 +136,29 @@ class LoRALinear(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# Putting adapters into a model
+# Adding adapters to a model
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """The four choices of LoRA.
+    """The four hyperparameters of LoRA.
 
-    rank: the width of the bottleneck, and the rank of the learned correction. The
-        number of parameters grows in proportion to it. The paper's section 7.2 finds
-        that 1 to 8 is enough on q and v, for its models and tasks.
-    alpha: the correction is multiplied by alpha / rank (section 4.1). The division is
-        meant to spare a new learning rate for each rank, since B A of a higher rank sums
-        more terms. It also means that a higher rank alone has a smaller factor. To change
-        the rank and not the factor, set alpha in proportion, such as 2 * rank.
-    dropout: the probability with which each of the adapter's inputs is set to zero in
-        training. W's own input is whole.
-    targets: which linear layers get an adapter. A tuple of names, ("q_proj", "v_proj");
-        or the text "all-linear": all but the head, lm_head; or any other text as a
-        regular expression for a whole path, ".*mlp.fc[12]". The paper adapts q and v
-        (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that to adapt all layers
-        matters more than rank.
+    rank: the width of the bottleneck, and so the highest possible rank of B A. The
+        number of parameters is proportional to it. Section 7.2 of the paper finds that
+        1 to 8 is enough on q and v, for its models and tasks.
+    alpha: B A is multiplied by alpha / rank (section 4.1). The division is meant to keep
+        one learning rate usable at every rank, because B A sums `rank` terms. So the
+        default is 16 at every rank: on tiny/ one learning rate is then the best from rank
+        1 to 64, while with alpha = 2 * rank the best one falls eightfold
+        (experiments/README.md). The price is a lower factor at a high rank. There, set
+        alpha = 2 * rank and a lower learning rate to learn more in the same steps.
+    dropout: the probability with which each element of the adapter's input is set to
+        zero in training. The input of W is not dropped.
+    targets: the linear layers that get an adapter. Either a tuple of names, such as
+        ("q_proj", "v_proj"); or the string "all-linear", all but the output head; or any
+        other string, a regular expression for a whole path, such as ".*mlp.fc[12]". The
+        paper adapts q and v (section 7.1); QLoRA (arXiv:2305.14314, section 4) finds that
+        adapting all linear layers matters more than the rank.
     """
 
     rank: int = 8
@@ -162,7 +167,7 @@ class LoRAConfig:
     targets: tuple[str, ...] | str = ("q_proj", "v_proj")
 
     def __post_init__(self):
-        if type(self.rank) is not int or self.rank < 1:  # isinstance would take True for an int
+        if type(self.rank) is not int or self.rank < 1:  # isinstance would accept True
             raise ValueError(f"rank must be a whole number of at least 1, not {self.rank!r}")
         if type(self.alpha) not in (int, float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be a number above 0, not {self.alpha!r}")
@@ -179,15 +184,15 @@ def inject(
 ) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    To be called after the weights are loaded. Returns the paths of the wrapped layers.
-    Raises ValueError when a target matches no layer, and when the model has adapters
-    already. With every_target_must_match=False one match among all targets is enough,
-    as in PEFT; load_adapter uses it.
+    Call it after the weights are loaded. Returns the paths of the wrapped layers. Raises
+    ValueError if a target matches no layer, or if the model already has adapters. With
+    every_target_must_match=False, which load_adapter passes, it is enough that one of
+    the targets matches, as in PEFT.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ValueError("the model has adapters already: merge them first, or build it anew")
+        raise ValueError("the model already has adapters: merge them first, or rebuild it")
     paths = match_targets(model, config.targets, every_target_must_match)
-    # Everything is frozen first. The adapters that follow are new: they alone train.
+    # Freeze everything first. Only the adapters, which are added after this, are trained.
     model.requires_grad_(False)
     for path in paths:
         layer = model.get_submodule(path)
@@ -201,9 +206,9 @@ def match_targets(
 ) -> list[str]:
     """Returns the paths of the linear layers that `targets` names, in module order.
 
-    The rules are PEFT's: a name matches the end of a path at a dot, a text must match a
-    whole path as a regular expression. Raises ValueError when a target matches no layer
-    (with every_target_must_match=False, when none does).
+    The rules are PEFT's. A name in a tuple matches paths that equal it or end in a dot and
+    the name. A string is a regular expression that must match a whole path. Raises ValueError
+    if a target matches no layer (with every_target_must_match=False, if none of them does).
     """
     linears = linear_paths(model)
     if isinstance(targets, str):
@@ -214,20 +219,20 @@ def match_targets(
     missing = [target for target, paths in matched.items() if not paths]
     if not chosen or (missing and every_target_must_match):
         raise ValueError(describe_missing(missing, isinstance(targets, str), linears))
-    # In module order, as in PEFT: the adapters are drawn one after another, so that the
-    # same seed gives the same.
+    # In module order, as in PEFT. Adapters are initialised one after another, so the order
+    # decides which random numbers each of them gets from a seed.
     return [path for path in linears if path in chosen]
 
 
 def describe_missing(targets: list[str], is_pattern: bool, linears: list[str]) -> str:
-    how = "as a whole path " if is_pattern else ""
+    how = "has a whole path that " if is_pattern else ""
     names = sorted({path.rpartition(".")[2] for path in linears})
     text = f"no linear layer that takes an adapter {how}matches {targets}"
-    return f"{text}; there are {', '.join(names) or 'none'}, and the text 'all-linear'"
+    return f"{text}; there are {', '.join(names) or 'none'}; 'all-linear' means them all"
 
 
 def match_name(paths: list[str], name: str) -> list[str]:
-    # With a dot before both, "proj" does not match q_proj.
+    # The dot before both keeps "proj" from matching q_proj.
     return [path for path in paths if f".{path}".endswith(f".{name}")]
 
 
@@ -236,27 +241,27 @@ def match_text(paths: list[str], text: str) -> list[str]:
         return paths
     try:
         return [path for path in paths if re.fullmatch(text, path)]
-    except (re.error, OverflowError, RecursionError) as error:  # such as for a{99999999999}
+    except (re.error, OverflowError, RecursionError) as error:  # for example a{99999999999}
         raise ValueError(f"target {text!r} is not a regular expression: {error}") from None
 
 
 def linear_paths(model: nn.Module) -> list[str]:
-    """Returns the paths of the layers that take an adapter.
+    """Returns the paths of the layers that can take an adapter.
 
-    They are those with in_features, out_features and a weight, which quantised ones have too.
+    These are the layers with in_features, out_features and a weight, quantised or not.
     """
     head = None
-    if hasattr(model, "get_output_embeddings"):  # a model of transformers
+    if hasattr(model, "get_output_embeddings"):  # a transformers model
         head = model.get_output_embeddings()
     paths = []
     for path, module in model.named_modules():
         has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
-        # A block of layers may have such sizes too, but has no weight.
+        # A container of layers may have these sizes too, but it has no weight.
         is_linear = has_sizes and isinstance(getattr(module, "weight", None), Tensor)
-        # Left out, because PEFT would save the head's whole weight beside its adapter.
+        # The output head is left out: PEFT would save its whole weight beside the adapter.
         is_head = module is head or path.rpartition(".")[2] == "lm_head"
-        # nn.MultiheadAttention's out_proj has this class. It is never called: its
-        # weight is read. There an adapter of PEFT does nothing.
+        # The out_proj of nn.MultiheadAttention has this class. It is never called; only its
+        # weight is read. A PEFT adapter on it has no effect.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -264,7 +269,7 @@ def linear_paths(model: nn.Module) -> list[str]:
 
 
 def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns A and B of every adapter, by the parameter's name: all that is trained.
+    """Returns A and B of every adapter, by parameter name. Nothing else is trained.
 
     `...q_proj.lora_A.weight` is (rank, in), `...q_proj.lora_B.weight` is (out, rank).
     """
@@ -276,23 +281,22 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 # -----------------------------------------------------------------------------
-# Taking them out again
+# Merging adapters into the base
 
 
 @torch.no_grad()
 def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
-    W stays frozen. Raises ValueError, before any layer is changed, where the result
-    would be another model than the adapted one by more than a rounding to the dtype of
-    W: over a quantised base, where rounding to 4 bits again erases most of a small
-    update; where a sum is not finite; and where W is computed anew in each pass, or
-    shared by two layers.
+    W stays frozen. Raises ValueError, before any layer is changed, if the merged model
+    would differ from the adapted one by more than rounding to the dtype of W. This happens
+    over a quantised base, where rounding to 4 bits again erases most of a small update; if
+    a sum is not finite; and if W is recomputed in each forward pass or shared by two layers.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
     }
-    # All are checked first: a refusal leaves the model as it was.
+    # Check all layers first, so that an error leaves the model as it was.
     for path, layer in adapted.items():
         check_merge(model, path, layer)
     for path, layer in adapted.items():
@@ -301,23 +305,23 @@ def merge(model: nn.Module) -> None:
 
 
 def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
-    """Raises ValueError where merging this layer would give another model."""
+    """Raises ValueError if the model would compute something else once this layer is merged."""
     base = layer.base_layer
     if not is_plain(base):
         kind = type(base).__name__
         raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
-    # weight_norm and prune compute W in each forward pass, over what was written there.
+    # weight_norm and prune recompute W in each forward pass, and overwrite what is there.
     if "weight" not in base.state_dict():
         raise ValueError(
             f"{path}: cannot merge, W is computed from other tensors, as by weight_norm or "
-            "prune; remove that first"
+            "prune; remove these first"
         )
     if not layer.weight.isfinite().all():
         raise ValueError(
             f"{path}: cannot merge, W + scale B A is not finite in {base.weight.dtype}"
         )
-    # Another layer with this W would change too. (A block that the model holds under two
-    # names gives this layer two names: that is no other.)
+    # Another layer that shares this W would change too. (If the model holds a module under
+    # two names, its layers have two names each; that is still one layer.)
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = name.removesuffix(".base_layer.weight")
         is_this = owner != name and model.get_submodule(owner) is layer
@@ -326,7 +330,7 @@ def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
 
 
 def is_plain(layer: nn.Module) -> bool:
-    """Returns whether the weight of a linear layer is W itself, and not packed indices."""
+    """Returns whether the weight of a linear layer is W itself rather than packed indices."""
     weight = layer.weight
     shape = (layer.out_features, layer.in_features)
     return weight.is_floating_point() and weight.shape == shape
@@ -335,7 +339,7 @@ def is_plain(layer: nn.Module) -> bool:
 # -----------------------------------------------------------------------------
 # Files: adapter_config.json and adapter_model.safetensors, as PEFT writes and loads them
 
-# PEFT puts this before each parameter's name:
+# PEFT puts this prefix before each parameter name:
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
 PREFIX = "base_model.model."
 
@@ -343,8 +347,8 @@ PREFIX = "base_model.model."
 def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> dict:
     """Returns the content of adapter_config.json.
 
-    It has only keys that PEFT has had from its beginning, because an old version refuses
-    keys that it does not know.
+    It contains only keys that PEFT has had from its beginning, because older versions
+    reject keys that they do not know.
     """
     targets = config.targets if isinstance(config.targets, str) else sorted(config.targets)
     return {
@@ -355,7 +359,7 @@ def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> d
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "target_modules": targets,
-        # No bias is trained, W is not stored transposed, and PEFT is to freeze A and B.
+        # No bias is trained, W is not stored transposed, and PEFT should freeze A and B.
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -372,13 +376,13 @@ def save_adapter(
 ) -> None:
     """Writes adapter_model.safetensors and adapter_config.json, which PEFT loads.
 
-    `task_type` says which of its classes PEFT wraps the base in; with None it takes any
-    nn.Module. Other weights that you train, such as a new head, are not in these files.
-    Raises ValueError for adapters that are not finite, or have another rank or alpha.
-    `config.targets` and dropout are written as they are.
+    `task_type` selects the class that PEFT wraps the base in; None works with any
+    nn.Module. Other weights that you train, such as a new output head, are not saved.
+    Raises ValueError if an adapter is not finite, or has another rank or alpha than
+    `config`. The targets and the dropout are written without such a check.
     """
     scale = config.alpha / config.rank
-    # PEFT multiplies by what the file says: another alpha there would be another adapter.
+    # PEFT computes the scale from the file, so a wrong alpha there would change the adapter.
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) and (layer.rank, layer.scale) != (config.rank, scale):
             raise ValueError(
@@ -391,7 +395,7 @@ def save_adapter(
     }
     if not tensors:
         raise ValueError("the model has no adapters to save")
-    # Checked before a good file is replaced.
+    # Check before replacing a good file.
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{key} holds numbers that are not finite, and is not saved")
@@ -405,50 +409,50 @@ def save_adapter(
 def load_adapter(
     model: nn.Module, directory: Path, config: LoRAConfig | None = None
 ) -> LoRAConfig:
-    """Wraps `model` as the adapter in `directory` asks for, and loads its tensors.
+    """Adds the adapter in `directory` to `model`, with its tensors. Returns its config.
 
-    Without `config` it is read from adapter_config.json, which `save_adapter` must have
-    written. (eval.py passes one: support/peft_files.py reads other programs' files.)
+    Without `config`, the function reads adapter_config.json, which `save_adapter` must have
+    written. (eval.py passes a config, because support/peft_files.py reads other programs'
+    files too.) Tensors are converted to the dtype of A and B. Train or eval mode is kept.
 
-    Raises ValueError unless the tensors fit exactly, are finite, and some B is not zero;
-    with any of that PEFT may continue with a model that is not the trained one. After an
-    error the model must not be used: it may be wrapped already. Tensors are converted to
-    the dtype of A and B. The mode stays, train or eval.
+    Raises ValueError unless the tensors match the model exactly, are finite, and at least
+    one B is not zero. In these cases PEFT may continue with a model that is not the
+    trained one. Do not use the model after an error: its layers may already be wrapped.
     """
     if config is None:
         config = read_config(directory)
     file = Path(directory) / "adapter_model.safetensors"
     tensors = load_file(file)
-    # As in PEFT, a target may match nothing. check_tensors is stricter: every tensor must fit.
+    # As in PEFT, some targets may match nothing. But check_tensors needs every tensor to fit.
     inject(model, config, every_target_must_match=False)
     parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():
-            # Copied, so that the file itself is no longer in use and can be written anew.
+            # Copied, so that the file is no longer in use and can be overwritten.
             parameter.copy_(tensors[key])
     return config
 
 
 def read_config(directory: Path) -> LoRAConfig:
-    """Reads an adapter_config.json that `save_adapter` has written.
+    """Returns the config in an adapter_config.json that `save_adapter` has written.
 
-    PEFT has many more options. Raises ValueError for a file that has any of them.
+    PEFT has many more options. Raises ValueError if the file contains any of them.
     """
     path = Path(directory) / "adapter_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))
     targets = raw.get("target_modules", ())
     if isinstance(targets, list):
         targets = tuple(targets)
-    # What is missing is None, which LoRAConfig refuses.
+    # A missing value becomes None, which LoRAConfig rejects.
     config = LoRAConfig(raw.get("r"), raw.get("lora_alpha"), raw.get("lora_dropout"), targets)
-    # The rest has to be what would be written for this config.
+    # Everything else must be what save_adapter would write for this config.
     expected = peft_config(config, raw.get("base_model_name_or_path"), raw.get("task_type"))
     for key in sorted(raw.keys() | expected.keys()):
         if raw.get(key) != expected.get(key):
             raise ValueError(
                 f"{path}: {key} = {raw.get(key)!r}, where save_adapter writes "
-                f"{expected.get(key)!r}; support/peft_files.py reads files of other programs"
+                f"{expected.get(key)!r}; support/peft_files.py reads other programs' files"
             )
     return config
 
@@ -456,7 +460,7 @@ def read_config(directory: Path) -> LoRAConfig:
 def check_tensors(
     tensors: dict[str, Tensor], parameters: dict[str, nn.Parameter], file: Path
 ) -> None:
-    # PEFT loads with strict=False: a wrong prefix leaves every B at zero, in silence.
+    # PEFT loads with strict=False, so a wrong prefix silently leaves every B at zero.
     missing = sorted(parameters.keys() - tensors.keys())
     unknown = sorted(tensors.keys() - parameters.keys())
     if missing:

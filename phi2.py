@@ -1,15 +1,16 @@
-"""phi-2 in one file: the model, and loading.
+"""phi-2 in one file: the model, and how its weights are loaded.
 
 Third in the reading order. The module names are those of transformers' `PhiForCausalLM`
-(models/phi/modeling_phi.py), so `state_dict()` is the checkpoint on the Hub, key for key.
-phi-1 and phi-1.5 differ only in config.json. Left out: long-context rotary scaling,
-grouped-query attention (no phi has it), and checkpoints of 2023, whose keys have other names.
+(models/phi/modeling_phi.py), so `state_dict()` has exactly the keys of the checkpoint,
+the weight files on the Hub. phi-1 and phi-1.5 work too: only config.json differs. Left
+out: long-context rotary scaling, grouped-query attention (none of these models has it),
+and checkpoints from 2023, whose keys have other names.
 
-A transformer treats each token by itself; only attention lets tokens look at one
-another. So the model runs on flat tokens: N of them, of C = hidden_size numbers each.
-Where they stand and what each of them sees is asked of one object, a `Layout`. `MaskedRows`
-is one, plain and complete. Training and evaluation use those of support/packing.py, which
-give the same and are fast.
+A transformer processes each token independently; only in attention do tokens see each
+other. So the model runs on a flat sequence of N tokens, with C = hidden_size numbers
+each. One object, a `Layout`, holds the positions of the tokens and defines what each
+token sees. `MaskedRows` is a simple, complete layout. Training and evaluation use the
+layouts of support/packing.py, which give the same results faster.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -38,10 +39,10 @@ from tqdm import tqdm
 
 @dataclass
 class Phi2Config:
-    """The fields of config.json that matter, under Hugging Face's names.
+    """The fields of config.json that matter here, under Hugging Face's names.
 
-    The defaults are phi-2's, for Phi2Config() in tests and exercises. What a config.json
-    leaves out is not taken from here: ABSENT has transformers' values.
+    The defaults are phi-2's, for Phi2Config() in tests and exercises. They do not fill
+    gaps in a config.json: ABSENT has transformers' defaults for that.
     """
 
     vocab_size: int = 51200
@@ -52,10 +53,10 @@ class Phi2Config:
     partial_rotary_factor: float = 0.4  # 32 of each head's 80 dimensions carry the position
     rope_theta: float = 10000.0
     layer_norm_eps: float = 1e-5
-    resid_pdrop: float = 0.1  # dropout on both branches of a block, in train mode
+    resid_pdrop: float = 0.1  # dropout after attention and MLP, in train mode
 
     def __post_init__(self):
-        """Raises ValueError for sizes that are no numbers, or do not fit together."""
+        """Raises ValueError if a value is not a valid number, or if sizes do not fit together."""
         for field in fields(self):
             value = getattr(self, field.name)
             kinds = (int,) if field.type is int else (int, float)
@@ -69,7 +70,7 @@ class Phi2Config:
                 f"num_attention_heads {self.num_attention_heads}"
             )
         rotary_dim = self.rotary_dim()
-        if rotary_dim % 2 or rotary_dim > head_dim:  # they turn in pairs
+        if rotary_dim % 2 or rotary_dim > head_dim:  # they are rotated in pairs
             raise ValueError(
                 f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
                 "it must be an even number of them"
@@ -81,7 +82,7 @@ class Phi2Config:
 
 
 # -----------------------------------------------------------------------------
-# The model: N tokens, of one row or of B rows, in H heads of D = C / H dimensions
+# The model: N tokens, from B rows, and H attention heads of D = C / H dimensions
 
 
 def rotary_tables(
@@ -89,10 +90,10 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Returns cos and sin (N, 1, R / 2) of RoPE (arXiv:2104.09864) for tokens at `positions` (N,).
 
-    R is the number of rotated dimensions of a head. The angles are computed in fp32.
+    R is the number of rotated dimensions in each head. The angles are computed in fp32.
     """
     rotary_dim = config.rotary_dim()
-    # The first pair of dimensions turns by one radian a token, the last of phi-2's 16
+    # The first pair of dimensions rotates by one radian per position, the last of phi-2's 16
     # pairs by 10000^(-30/32), which is 1/5623.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
@@ -100,9 +101,9 @@ def rotary_tables(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns each pair of dimensions (i, i + R / 2) of x (N, H, D) by its token's angle.
+    """Rotates each pair of dimensions (i, i + R / 2) of x (N, H, D) by its angle for the token.
 
-    The dimensions after the first R pass through. On a GPU this is compiled: see `fused`.
+    The dimensions after the first R are unchanged. On a GPU this is compiled: see `fused`.
     """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -110,53 +111,53 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Layout(Protocol):
-    """Where N tokens stand, and what each of them sees.
+    """The positions of N tokens, and what each of them sees.
 
-    A row is one tokenised text, without the prefix where rows share one. Every token gives
-    a key and a value, for others to see. It has a query only where its own output is wanted:
-    in the last block these are the tokens whose logits are wanted, in all others it is
-    every token.
+    A row is one tokenised text; if rows share a prefix, a row is what follows it. Every
+    token has a key and a value, which other tokens can see. It has a query only if its
+    own output is needed: in the last transformer block only the tokens whose logits are
+    wanted have one, in the other blocks every token has one.
     """
 
-    positions: Tensor  # (N,) the place of each token in its text, prefix included
+    positions: Tensor  # (N,) the position of each token in its text, counting the prefix
 
     def only_last(self, count: int) -> "Layout":
-        """Returns the same rows, where only the last `count` tokens of each have a query."""
+        """Returns a layout of the same rows; only the last `count` tokens of each have a query."""
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns x (N, ...) of the tokens that have a query, (queries, ...)."""
+        """Returns the part (queries, ...) of x (N, ...) whose tokens have a query."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns attention, softmax(q k^T / sqrt(D)) v over the keys that each query sees.
 
-        q and the result are (queries, H, D), k and v are (N, H, D). `layer` is the number of
-        the block: a layout that keeps keys and values, for generation, keeps them under it.
+        q and the result are (queries, H, D), k and v are (N, H, D). `layer` is the index of
+        the transformer block. A layout for generation stores keys and values under this index.
         """
 
 
 class MaskedRows:
-    """The layout of rows, one behind another, after a prefix that they share or none.
+    """The layout of rows that follow one another, after an optional prefix that they share.
 
-    Here is the mask for a prefix of two tokens and rows of two
-    and of one, with an x where a token, on the left, sees another:
+    This is the mask for a prefix of two tokens, a row of two and a row of one. An x
+    means that the token on the left sees the token at the top:
 
                P0 P1 a0 a1 b0
         P0      x                        a token sees the prefix and its own row, up to and
-        P1      x  x                     including itself; the positions of a row start after
-        a0      x  x  x                  the prefix
+        P1      x  x                     including itself; positions in each row continue
+        a0      x  x  x                  from the end of the prefix
         a1      x  x  x  x
         b0      x  x        x
 
-    So the prefix, the instruction that all prompts begin with, runs through the model once.
-    Most of the mask is empty where rows are many: support/packing.py's PackedRows computes the
-    same without the empty part.
+    So the prefix, the instruction that all prompts begin with, goes through the model
+    once. With many rows most of the mask is empty; PackedRows in support/packing.py
+    computes the same result without the empty part.
     """
 
     def __init__(
         self, lengths: list[int], prefix_length: int = 0, device: str | torch.device = "cpu"
     ):
-        """`lengths` are the numbers of tokens of the rows, without the prefix."""
-        row_of = [torch.full((prefix_length,), -1)]  # for each token its row; -1 in the prefix
+        """`lengths` are the numbers of tokens in each row, without the prefix."""
+        row_of = [torch.full((prefix_length,), -1)]  # each token's row; -1 in the prefix
         positions = [torch.arange(prefix_length)]
         for row, length in enumerate(lengths):
             row_of.append(torch.full((length,), row))
@@ -181,7 +182,7 @@ class MaskedRows:
         return x[self.queries]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch has it
+        q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch expects
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
         mask = self.select_queries(self.mask)  # (queries, N), True where a key is seen
@@ -189,12 +190,12 @@ class MaskedRows:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with biases everywhere and rotary positions on a part of each head."""
+    """Causal self-attention: all projections have a bias, and RoPE rotates part of each head."""
 
     def __init__(self, config: Phi2Config, layer: int):
         super().__init__()
         size = config.hidden_size
-        self.layer = layer  # the block's number
+        self.layer = layer  # the index of the transformer block
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(size, size)
         self.k_proj = nn.Linear(size, size)
@@ -205,24 +206,24 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        # Only tokens whose output is wanted have a query: all of them, except in the
-        # last block.
+        # Only tokens whose output is needed have a query. Outside the last block these are
+        # all tokens.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # q and k are each turned by their position: their product depends on it only
-        # through the distance of the two.
+        # q and k are rotated according to their positions. Their dot product then depends only
+        # on the distance between the two positions.
         q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
         k = rotate(k, cos, sin)
 
-        # The one place where tokens see one another.
+        # The only place where tokens see each other.
         attended = layout.attend(self.layer, q, k, v)
         return self.dense(attended.flatten(1))  # (queries, H, D) -> (queries, C)
 
 
 class MLP(nn.Module):
-    """Two linear layers with GELU (the tanh form) between them."""
+    """Two linear layers with a GELU (tanh approximation) between them."""
 
     def __init__(self, config: Phi2Config):
         super().__init__()
@@ -234,13 +235,13 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the last bit depends on the order, which is that of transformers. On a GPU this is
-    # compiled: see `fused`.
+    # In bf16 the order of the sum affects the last bit; this is transformers' order. On a GPU
+    # this function is compiled: see `fused`.
     return attended + transformed + x
 
 
 class Block(nn.Module):
-    """phi's parallel block, x + attention(h) + mlp(h): both branches read the same LayerNorm."""
+    """phi's parallel transformer block: x + attention(h) + mlp(h), with h = LayerNorm(x)."""
 
     def __init__(self, config: Phi2Config, layer: int):
         super().__init__()
@@ -258,13 +259,13 @@ class Block(nn.Module):
 
 
 class PhiModel(nn.Module):
-    """Everything but the head; `model.` in the checkpoint's keys."""
+    """Everything but the output head; `model.` in the checkpoint's keys."""
 
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What the backward pass computes again, rather than read what the forward pass has
-        # stored: whole blocks (here), or their attention (in the layout of train.batch_loss).
+        # What the backward pass recomputes instead of storing it in the forward pass: whole
+        # blocks (done here), or only attention (done in the layout of train.batch_loss).
         self.recomputes_blocks = False
         self.recomputes_attention = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -276,18 +277,18 @@ class PhiModel(nn.Module):
     def forward(self, ids: Tensor, layout: Layout, last: int | None = None) -> Tensor:
         """Returns the hidden states (N, C) of ids (N,).
 
-        With `last` only those of the last tokens of each row, `last` for each:
+        With `last`, returns only those of the last `last` tokens of each row:
         (B * last, C).
         """
-        # No position is added to x. Attention turns q and k instead.
+        # No position embedding is added to x: attention rotates q and k instead.
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, layout.positions, x.dtype)
         for block in self.layers:
-            # Of the last block's outputs only some are wanted.
+            # Only some of the last block's outputs are needed.
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.recomputes_blocks and torch.is_grad_enabled():
-                # True would give no gradients: the first x, of a frozen embedding, has none.
+                # use_reentrant=True would lose gradients: the first x is from a frozen embedding.
                 x = recompute(block, x, cos, sin, layout, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layout)
@@ -295,12 +296,12 @@ class PhiModel(nn.Module):
 
 
 class Phi2(nn.Module):
-    """phi-2 with its head."""
+    """phi-2 with its output head."""
 
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # Whether generation on a GPU may use CUDA graphs: for support/packing.py's Decoder.
+        # Whether generation on a GPU may use CUDA graphs. support/packing.py uses this.
         self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -308,10 +309,10 @@ class Phi2(nn.Module):
     def forward(
         self, ids: Tensor, layout: Layout | None = None, last: int | None = None
     ) -> Tensor:
-        """Returns the logits of the next token, (N, vocabulary), for each of ids (N,).
+        """Returns the logits (N, vocabulary) of the token that follows each of ids (N,).
 
-        Without a layout the ids are one row. With `last` only the last tokens of each row
-        have logits, `last` for each: (B * last, vocabulary).
+        Without a layout, the ids are one row. With `last`, returns logits only for the
+        last `last` tokens of each row: (B * last, vocabulary).
         """
         if layout is None:
             layout = MaskedRows([len(ids)], device=ids.device)
@@ -320,10 +321,10 @@ class Phi2(nn.Module):
 
 @torch.no_grad()
 def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
-    """Returns the `count` ids that follow ids, each the likeliest: greedy generation.
+    """Returns `count` ids that continue `ids`, always the likeliest next: greedy generation.
 
-    The plain way, in which each step runs the whole row again. eval.generate gives the same
-    for many rows, and keeps keys and values instead (support/packing.py).
+    This is the simple way: each step runs the whole row again. eval.generate returns the
+    same for many rows, but stores keys and values instead (support/packing.py).
     """
     device = model.lm_head.weight.device
     row = list(ids)
@@ -334,24 +335,24 @@ def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
 
 
 # -----------------------------------------------------------------------------
-# On a GPU: one kernel for the rotation, and one for the sum of the branches
+# On a GPU: one kernel for the rotation, and one for the sum of the two branches
 
 CAN_COMPILE = find_spec("triton") is not None  # until it has failed once
 
 
 def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns `function`, whose element-wise steps become one kernel where it runs on a GPU.
+    """Returns `function` in a form that fuses its element-wise steps into one kernel on a GPU.
 
-    Each step alone would read and write all of its tensors. torch.compile writes the
-    kernel, and that of the backward pass, at the first call, which takes seconds; the
-    number of tokens may change later. It needs Triton, which torch brings with it for
-    CUDA on Linux, a C compiler and Python.h; without these a line says so, and all runs
-    as it is written.
+    Run separately, each step would read and write its whole tensors. torch.compile
+    generates the kernel, and one for the backward pass, at the first call, which takes
+    seconds. The number of tokens may change between calls. Compiling needs Triton (which
+    torch includes for CUDA on Linux), a C compiler and Python.h. The function runs
+    uncompiled if there is no Triton, or, with a warning, if compiling fails.
     """
 
     @functools.cache
     def compiled() -> Callable[..., Tensor]:
-        # Each step rounds as it does alone: in bf16 a sum of three is rounded twice.
+        # Each step rounds as it would on its own: in bf16 a sum of three is rounded twice.
         options = {"emulate_precision_casts": True}
         return torch.compile(function, dynamic=True, options=options)
 
@@ -362,7 +363,7 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
             try:
                 return compiled()(*tensors)
             except torch._dynamo.exc.TorchDynamoException as error:
-                CAN_COMPILE = False  # from now on all of them run as they are written
+                CAN_COMPILE = False  # from now on every fused function runs uncompiled
                 reason = str(error).partition("\n")[0]
                 warnings.warn(
                     "slower without torch.compile, which needs a C compiler and Python.h: "
@@ -379,12 +380,12 @@ add_branches = fused(add_branches)
 
 
 # -----------------------------------------------------------------------------
-# Loading: a model directory, or a model on the Hub
+# Loading from a model directory or from the Hub
 
 FILES = ["config.json", "tokenizer.json", "*.safetensors", "*.safetensors.index.json"]
 
-# Options of config.json that change the result and are not implemented, with the one
-# value that is accepted, beside null.
+# Options of config.json that change the result but are not implemented. Only this value,
+# or null, is accepted.
 FIXED = {
     "attention_dropout": 0.0,
     "embd_pdrop": 0.0,
@@ -393,7 +394,7 @@ FIXED = {
     "rope_scaling": None,
     "tie_word_embeddings": False,
 }
-# What transformers' PhiConfig takes where config.json is silent.
+# The defaults of transformers' PhiConfig for options that config.json leaves out.
 ABSENT = {
     "partial_rotary_factor": 0.5,
     "rope_theta": 10000.0,
@@ -403,7 +404,7 @@ ABSENT = {
 
 
 def build(name: str | Path) -> Phi2:
-    """Returns the model of a directory or a Hub id without its weights, on the meta device."""
+    """Returns the model in a directory or of a Hub id, without weights, on the meta device."""
     config = read_config(locate(name))
     with torch.device("meta"):
         return Phi2(config)
@@ -415,17 +416,16 @@ def load_weights(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> Phi2:
-    """Streams a checkpoint into `model`, layer by layer, as `dtype` on `device`.
+    """Loads a checkpoint into `model`, layer by layer, as `dtype` on `device`. Returns `model`.
 
-    The tensors of a layer go to its own `load_state_dict`, where a quantised layer
-    quantises its weight, or takes over what is in NF4 already. At the peak the memory
-    holds the model and one layer's tensors, as they are stored and as `dtype`. Raises
-    ValueError for missing, unknown, misshapen or damaged tensors; the model is then
-    unusable.
+    The tensors of each layer are passed to its own `load_state_dict`. There a quantised layer
+    quantises its weight, or uses it as it is if it is in NF4 already. At its peak the memory
+    holds the model and one layer's tensors, both as stored and as `dtype`. Raises ValueError
+    for missing, unknown, misshapen or damaged tensors; the model is then unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
-    with torch.device("meta"):  # a plain model: this one may hold NF4's buffers
+    with torch.device("meta"):  # a fresh model, because `model` may already have NF4 buffers
         expected = Phi2(model.config).state_dict().keys()
     check_keys(directory, file_of.keys(), expected)
     paths = dict.fromkeys(key.rpartition(".")[0] for key in expected)
@@ -436,10 +436,10 @@ def load_weights(
             if "weight.absmax" in tensors and type(layer) is nn.Linear:
                 raise ValueError("it is in NF4, which --quant nf4 reads")
             layer.load_state_dict(tensors, assign=True)
-        # RuntimeErrors too, of a GPU, and not the checkpoint's fault.
+        # These are RuntimeErrors too, but not the fault of the checkpoint.
         except (torch.OutOfMemoryError, torch.AcceleratorError):
             raise
-        # Such as a shape that is not config.json's, or damaged bytes.
+        # For example a shape that does not match config.json, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{directory}: {path} cannot be loaded: {reason}") from None
@@ -447,17 +447,17 @@ def load_weights(
 
 
 def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
-    """Raises ValueError where a tensor is missing, or has no place in the model."""
+    """Raises ValueError if a tensor is missing, or has no place in the model."""
     missing = expected - found
     if missing:
         text = f"{directory} lacks {len(missing)} of {len(expected)} tensors, among them "
         text += min(missing)
-        if found - expected:  # there are others in their place
-            text += "; files of 2023 have other names: download today's from the Hub"
+        if found - expected:  # others are there instead
+            text += "; files from 2023 have other names: download the current ones from the Hub"
         raise ValueError(text)
     for key in found:
-        # A weight in NF4 has more tensors beside it, such as q_proj.weight.absmax. Some
-        # uploads store the rotary tables, which are computed here.
+        # An NF4 weight comes with more tensors, such as q_proj.weight.absmax. Some uploads
+        # also store rotary tables, which this file computes itself.
         path, separator, _ = key.partition(".weight.")
         is_of_nf4 = separator and f"{path}.weight" in expected
         if key not in expected and not is_of_nf4 and not key.endswith("inv_freq"):
@@ -467,10 +467,10 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
 def read_layer(
     file_of: dict[str, Path], path: str, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Returns the tensors of a layer as `dtype`, by their names in it: weight and bias.
+    """Returns the tensors of a layer as `dtype`, by their names in the layer: weight and bias.
 
-    A weight that the checkpoint holds in NF4 has more of them: weight.absmax and others.
-    They and it are returned as they are stored, which is as quant.NF4Linear takes them.
+    A weight that the checkpoint stores in NF4 comes with more tensors, such as weight.absmax.
+    The weight and these tensors are returned as stored, in the form that quant.NF4Linear loads.
     """
     tensors = {}
     for key, file in file_of.items():
@@ -482,21 +482,21 @@ def read_layer(
             continue
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
-        tensors[name] = tensor.to(dtype)  # only now, so that a GPU converts
+        tensors[name] = tensor.to(dtype)  # after the move, so that a GPU converts
         if not is_finite(tensors[name]):
             raise ValueError(f"{name} holds numbers that are not finite in {dtype}")
     return tensors
 
 
 def is_finite(tensor: Tensor) -> bool:
-    # Where a number is NaN, both are; where one is infinite, one of them is. Unlike
-    # tensor.isfinite() this makes no tensor of the same size.
+    # If any number is NaN, low and high are both NaN; if one is infinite, so is low or high.
+    # Unlike tensor.isfinite(), this allocates no tensor of the same size.
     low, high = tensor.aminmax()
     return bool(low.isfinite() & high.isfinite())
 
 
 def find_tensors(directory: Path) -> dict[str, Path]:
-    """Returns the file of each tensor of a checkpoint, by its key."""
+    """Returns the file that holds each tensor of a checkpoint, by key."""
     file_of = {}
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
@@ -505,20 +505,20 @@ def find_tensors(directory: Path) -> dict[str, Path]:
 
 
 def read(path: Path, key: str) -> Tensor:
-    # Opened for each tensor, so that what was read leaves the memory.
+    # The file is opened again for each tensor, so that memory is freed after each.
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)
 
 
 def not_quantized(directory: Path) -> tuple[str, ...]:
-    """Returns the paths of what is not to be quantised: the head.
+    """Returns the paths of the layers that should not be quantised: the output head.
 
-    Of a checkpoint that is in NF4 already it is whatever has a weight of another form
-    there.
+    If the checkpoint is already in NF4, returns the paths of all modules whose weight is
+    not in NF4 there.
     """
     keys = find_tensors(directory)
-    # Asked of the tensors: a dequantised model's config.json may still say that it is
-    # in NF4.
+    # Decided from the tensors, because the config.json of a dequantised model may still say
+    # that the model is in NF4.
     if not any(key.endswith(".weight.absmax") for key in keys):
         return ("lm_head",)
     weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]
@@ -528,8 +528,8 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
 def weight_files(directory: Path) -> list[Path]:
     """Returns the safetensors files of a model directory.
 
-    As in transformers, model.safetensors comes before an index, which may be that of an
-    earlier save. Raises ValueError where a file is damaged, or not there.
+    As in transformers, model.safetensors takes precedence over an index, which may be
+    left from an earlier save. Raises ValueError if a file is damaged or missing.
     """
     single = directory / "model.safetensors"
     index = directory / "model.safetensors.index.json"
@@ -541,41 +541,40 @@ def weight_files(directory: Path) -> list[Path]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ValueError(
                 f"{directory} holds no {single.name} and no {index.name} with a weight_map; "
-                "other formats are not read: transformers' save_pretrained writes these"
+                "other formats are not read: save the model with transformers' save_pretrained"
             ) from None
     for name in names:
         if Path(name).name != name or not (directory / name).is_file():
             raise ValueError(f"{index} lists {name}, which is not there: download it again")
         try:
             with safe_open(directory / name, framework="pt"):
-                pass  # the header has been read, which says how long the file must be
+                pass  # opening it checks the header, which says how long the file must be
         except SafetensorError as error:
             raise ValueError(
                 f"{directory / name} is damaged or cut short ({error}): download it again, "
-                "in a git clone with `git lfs pull`"
+                "or run `git lfs pull` in a git clone"
             ) from None
     return [directory / name for name in names]
 
 
 def locate(name: str | Path) -> Path:
-    """Returns the directory of a model: `name` itself, or its download from the Hub."""
+    """Returns the directory of a model: `name` itself, or the download from the Hub."""
     if Path(name).is_dir():
         return Path(name)
     return Path(snapshot_download(str(name), allow_patterns=FILES))
 
 
 def read_config(directory: Path) -> Phi2Config:
-    """Reads config.json of a model directory.
+    """Returns the config in config.json of a model directory.
 
-    Raises ValueError for an architecture that is not a phi, and for an option that is not
-    implemented.
+    Raises ValueError if the architecture is not phi, or if an option is not implemented.
     """
     path = directory / "config.json"
     raw = json.loads(path.read_bytes())
     if raw.get("model_type") != "phi":
         raise ValueError(
             f"{path}: model_type {raw.get('model_type')!r} is not supported, only 'phi' "
-            "(phi-1, phi-1.5, phi-2, as the Hub has them since 2024)"
+            "(phi-1, phi-1.5 and phi-2, as the Hub has had them since 2024)"
         )
     raw = with_rotary_values(raw, path)
     check_options(raw, path)
@@ -591,7 +590,7 @@ def read_config(directory: Path) -> Phi2Config:
 
 
 def with_rotary_values(raw: dict, path: Path) -> dict:
-    """Returns config.json with what rope_parameters holds where older versions have it."""
+    """Returns config.json with rope_parameters' entries at the top level, as in older versions."""
     for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
         values = raw.get(key)
         if isinstance(values, dict):
@@ -603,8 +602,8 @@ def with_rotary_values(raw: dict, path: Path) -> dict:
 
 
 def check_options(raw: dict, path: Path) -> None:
-    """Raises ValueError for an option that is not implemented."""
-    # Grouped-query attention has fewer heads for keys and values than for queries.
+    """Raises ValueError if an option is set that is not implemented."""
+    # Grouped-query attention has fewer key and value heads than query heads.
     accepted = FIXED | {"num_key_value_heads": raw.get("num_attention_heads")}
     for key, value in accepted.items():
         if raw.get(key, value) not in (value, None):

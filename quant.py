@@ -2,32 +2,31 @@
 
 Second in the reading order. The paper is QLoRA, arXiv:2305.14314, section 3.
 
-A weight is cut into blocks of 64 consecutive values. Each block keeps its largest
-magnitude (absmax, fp32), and each value keeps the index of the nearest of 16 levels:
+A weight matrix is cut into blocks of 64 consecutive values. Each block stores its largest
+magnitude (absmax, fp32), and each value stores the index of the nearest of 16 levels:
 
-    w  =  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits a weight
+    w  =  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits per value
 
-To use W it is dequantised, multiplied by, and dropped again: 4 bits save memory, not
-time.
+Each time a layer needs W, it dequantises W, multiplies by it, and discards it: 4 bits
+save memory, not time.
 
-Weights of a trained network are roughly normal: many are small, few are large. So the
-levels are quantiles of the normal distribution, and lie close where weights are many:
+The values of a trained weight are roughly normally distributed: many are small, few are
+large. So the levels are quantiles of the normal distribution, close together near zero:
 
     |          |     |    |   |  |   |  |  |  |  |  |   |   |     |         |
    -1                                   0                                   1
 
-One large weight makes the levels of its whole block coarse, which speaks for small
-blocks; absmax has to be stored for each, which speaks for large ones. Double
-quantisation stores absmax itself in 8 bits, in blocks of 256, which makes it
-4 + 8/64 + 32/(64 * 256) = 4.13 bits a weight.
+One large value makes the levels of its whole block coarse, which favours small blocks;
+but each block stores an absmax, which favours large ones. Double quantisation stores
+absmax itself in 8 bits, in blocks of 256, for a total of 4 + 8/64 + 32/(64 * 256) = 4.13
+bits per value.
 
 `quantize` and `dequantize` below are NF4 in plain torch, for reading and testing. The
-layers do the same with bitsandbytes' kernels, which are faster; a test finds the same
-bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4;
-`bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval
-mode.
+layers use bitsandbytes' kernels, which are faster; a test shows that they return the same
+bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4; and
+`bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode.
 
-    quant.quantize_linears(model)           # before phi2.load_weights: weights quantise on arrival
+    quant.quantize_linears(model)  # before phi2.load_weights, which then quantises the weights
 """
 
 import functools
@@ -39,19 +38,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Appendix E of the paper. Q(u) is the quantile of the normal distribution: the number below
-# which the share u of all numbers lies. Of the 16 levels one is an exact zero, for weights
-# that were pruned or padded. The others, scaled to [-1, 1], are
+# From appendix E of the paper. Q(u) is the quantile function of the normal distribution: a share u
+# of all values is below Q(u). One of the 16 levels is exactly zero, so that pruned or padded
+# weights stay zero. The others, scaled to [-1, 1], are
 #   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
 #   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
-# The outermost share p cannot be 1, because Q(1) is infinite. The paper stops half a step short
-# of it: a step is 1/15 of the way from 0 to 1 for one sign and 1/16 for the other, so p is the
-# mean of 1 - 1/30 and 1 - 1/32, which is 0.9677.
+# The outermost share p cannot be 1, because Q(1) is infinite. The paper stops half a step before
+# 1. A step is 1/15 of the range from 0 to 1 for one sign and 1/16 for the other, so p is the mean
+# of 1 - 1/30 and 1 - 1/32, which is 0.9677.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
 )
-BLOCK = 64  # weights that share one absmax
+BLOCK = 64  # values of a weight that share one absmax
 NESTED_BLOCK = 256  # absmax values that share one nested_absmax, under double quantisation
 
 
@@ -60,7 +59,7 @@ NESTED_BLOCK = 256  # absmax values that share one nested_absmax, under double q
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises a weight whose number of values is a multiple of 64.
+    """Quantises a weight of any shape whose number of values, numel, is a multiple of 64.
 
     Returns the packed indices (numel / 2, 1) uint8 and absmax (numel / 64,) fp32.
     """
@@ -69,19 +68,19 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     nonzero = absmax.masked_fill(absmax == 0, 1)  # a block of zeros stays zero
     scaled = blocks / nonzero[:, None]  # now within [-1, 1]
 
-    # The nearest level is found by the borders between levels: there are 15.
-    # A value on a border goes to the lower level.
+    # The 15 borders, halfway between levels, decide which level is nearest. A value on a
+    # border goes to the lower level.
     borders = (LEVELS[1:] + LEVELS[:-1]) / 2
     indices = torch.bucketize(scaled, borders.to(weight.device))
 
-    # Two indices go into a byte, the first into its high half.
+    # Two indices share a byte; the first one is in its high half.
     pairs = indices.to(torch.uint8).reshape(-1, 2)
     packed = pairs[:, 0] << 4 | pairs[:, 1]
     return packed[:, None], absmax
 
 
 def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """Returns the weight of this shape that the packed indices stand for."""
+    """Returns the weight, of this shape and dtype, that packed indices and absmax represent."""
     two = packed.flatten()  # two indices in each byte
     indices = torch.stack((two >> 4, two & 15), dim=1)  # the first is in the high half
     scaled = LEVELS.to(packed.device)[indices.long()]  # within [-1, 1]
@@ -94,29 +93,28 @@ def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.d
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is held in NF4. To load a weight is to quantise it.
+    """A frozen linear layer that stores its weight in NF4. Loading a weight quantises it.
 
     `load_state_dict(..., assign=True)` takes a floating-point `weight` (out_features,
-    in_features), quantises it and forgets it. (Without `assign` it would be copied into
-    the buffers, which may be on the meta device.) A weight that bitsandbytes or this
-    layer has saved in NF4 is taken over as it is.
+    in_features), quantises it and discards the original. (Without `assign`, the result
+    would be copied into the existing buffers, which may be on the meta device.) A weight
+    that bitsandbytes or this layer has saved in NF4 is used as it is.
 
-    Buffers, with numel = in_features * out_features, all sizes rounded up to whole
-    numbers:
-        weight: (numel / 2, 1) uint8, two indices to a byte.
+    Buffers, with numel = in_features * out_features and all sizes rounded up:
+        weight: (numel / 2, 1) uint8, two indices per byte.
         absmax: (numel / 64,) fp32.
-    With `double_quant` absmax is quantised too, as a weight is, but to 256 levels in
-    blocks of 256, and the buffer holds its indices. The value of absmax is
-    levels[index] * nested_absmax[block] + offset, for the levels of `nested_levels`.
+    With `double_quant`, absmax is quantised in the same way as a weight, but to 256 levels
+    and in blocks of 256. The buffer then holds indices, and the value of absmax is
+    levels[index] * nested_absmax[block] + offset, where `nested_levels` returns the levels.
         absmax: (numel / 64,) uint8, indices.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
 
-    dtype: of the dequantised weight, and so of inputs. Loading sets it to the dtype of
-        the bias. Without a bias it is that of the floating-point weight; set it by hand
-        where indices were loaded.
+    dtype: the dtype of the dequantised weight, and so of inputs. Loading sets it to the
+        dtype of the bias or, without a bias, of the floating-point weight. If indices are
+        loaded and there is no bias, set it by hand.
 
-    Do not call `layer.to(dtype)`, which rounds absmax.
+    Do not call `layer.to(dtype)`: it would round absmax.
     """
 
     def __init__(
@@ -127,8 +125,8 @@ class NF4Linear(nn.Module):
         self.out_features = out_features
         self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
-        # The dequantised weight, once keep_dequantized has put it here. Not persistent:
-        # the state_dict is to hold the weight once.
+        # The dequantised weight, if keep_dequantized has stored it. Not persistent, so that
+        # the state_dict contains the weight only once.
         self.register_buffer("kept", None, persistent=False)
 
         numel = in_features * out_features
@@ -150,34 +148,34 @@ class NF4Linear(nn.Module):
         return DequantizedLinear.apply(x, self)
 
     def dequantize(self) -> Tensor:
-        """Returns the weight (out_features, in_features), as `dequantize` above restores it."""
+        """Returns the dequantised weight (out_features, in_features), in the layer's dtype."""
         if self.kept is not None:
             return self.kept
         absmax = self.absmax
         if self.double_quant:
             levels = nested_levels(absmax.device)
-            # levels[index] * nested_absmax[block], as from_bitsandbytes writes it out
+            # levels[index] * nested_absmax[block]; from_bitsandbytes writes this out
             absmax = kernels().dequantize_blockwise(
                 absmax, self.nested_absmax, levels, NESTED_BLOCK, torch.float32
             )
             absmax = absmax + self.offset
         shape = (self.out_features, self.in_features)
-        # On a CPU bitsandbytes begins a block with each row, which is right for whole blocks
-        # alone. Flat, the weight is one row.
+        # On a CPU bitsandbytes starts a new block with each row, which is only right if a row
+        # is a whole number of blocks. Otherwise the weight is passed as one long row.
         flat = shape if self.in_features % BLOCK == 0 else (self.out_features * self.in_features,)
         weight = kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", flat, self.dtype)
         return weight.reshape(shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        """Puts the buffers in the place of the weight. load_state_dict calls it for each module.
+        """Loads a weight into the buffers. load_state_dict calls this method for each module.
 
-        The weight may be a floating-point one; this layer's indices; or those of
+        The weight may be in floating point, in NF4 from this layer, or in NF4 from
         bitsandbytes.
         """
-        # load_state_dict has given us a copy of its dictionary, so it may be written to.
+        # load_state_dict passes a copy of its dictionary, so the copy may be changed.
         key = prefix + "weight"
         weight = state_dict.get(key)
-        parts = {}  # what bitsandbytes stores beside a weight in NF4, such as weight.absmax
+        parts = {}  # what bitsandbytes stores beside an NF4 weight, such as weight.absmax
         for name in list(state_dict):
             if name.startswith(f"{key}."):
                 parts[name.removeprefix(f"{key}.")] = state_dict.pop(name)
@@ -191,23 +189,23 @@ class NF4Linear(nn.Module):
             self.dtype = weight.dtype
         state_dict.update({prefix + name: tensor for name, tensor in buffers.items()})
         if weight is not None:
-            self.kept = None  # it was dequantised from the previous weight
-        # Puts the buffers in place, also those of this layer's own state_dict, and the bias.
+            self.kept = None  # dequantised from the previous weight
+        # Loads the buffers, including any from this layer's own state_dict, and the bias.
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.bias is not None:
             self.dtype = self.bias.dtype
 
     def buffers_of(self, weight: Tensor) -> dict[str, Tensor]:
-        """Returns the buffers that hold a floating-point weight (out_features, in_features)."""
+        """Returns the buffers for a floating-point weight (out_features, in_features)."""
         shape = (self.out_features, self.in_features)
         if weight.shape != shape:
             raise ValueError(f"the weight has shape {tuple(weight.shape)}, not {shape}")
         packed, absmax = quantize_by_kernel(weight)
         if not self.double_quant:
             return {"weight": packed, "absmax": absmax}
-        # Half of the nested levels are negative, and absmax never is. Minus its mean it
-        # has both signs: of 0.2, 0.3 and 0.7 the offset is 0.4, and -0.2, -0.1 and 0.3
-        # are quantised.
+        # Half of the nested levels are negative, but absmax never is. Subtracting the mean
+        # gives it both signs: for 0.2, 0.3 and 0.7 the offset is 0.4, and the values to
+        # quantise are -0.2, -0.1 and 0.3.
         offset = absmax.mean()
         levels = nested_levels(absmax.device)
         indices, nested_absmax = kernels().quantize_blockwise(
@@ -225,12 +223,12 @@ class NF4Linear(nn.Module):
 
 
 class DequantizedLinear(torch.autograd.Function):
-    """Computes x W^T + b for x (..., in), tokens as rows, with W in full only while it is used.
+    """Computes x W^T + b for x (..., in), with tokens as rows. W exists in full only while used.
 
-    Backward: the gradient of x is g W, for the gradient g (..., out) of the output. It
-    needs W, which autograd would store for each layer: in bf16 three and a half times
-    what NF4 takes. So W is dequantised a second time instead. W and b are frozen and
-    have no gradient; that of W would need x, which is not stored either.
+    In the backward pass the gradient of x is g W, where g (..., out) is the gradient of the
+    output. autograd would store W for this, for every layer; in bf16 that takes three and a
+    half times the memory of NF4. So W is dequantised a second time instead. W and b are
+    frozen and get no gradient. The gradient of W would need x, so x is not stored either.
     """
 
     @staticmethod
@@ -241,7 +239,7 @@ class DequantizedLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable  # a second derivative is an error
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad @ ctx.layer.dequantize(), None  # None: `layer` is no tensor
+        return grad @ ctx.layer.dequantize(), None  # None: `layer` is not a tensor
 
 
 # -----------------------------------------------------------------------------
@@ -251,18 +249,18 @@ class DequantizedLinear(torch.autograd.Function):
 def quantize_linears(
     model: nn.Module, skip: tuple[str, ...] = ("lm_head",), double_quant: bool = False
 ) -> list[str]:
-    """Replaces every nn.Linear by an NF4Linear, in place. Returns their paths.
+    """Replaces every nn.Linear with an NF4Linear, in place. Returns their paths.
 
-    A layer with weights is quantised; an empty one (on the meta device) stays empty
-    until its weight is loaded. The head is skipped, as transformers does: its errors
-    would go into the logits directly. (For phi-2 that costs 0.19 GB: 51,200 * 2,560
-    weights of 16 bits instead of 4.5.) To be called before lora.inject, whose A and B
-    are linear layers too.
+    A layer that has weights is quantised; an empty one (on the meta device) stays empty
+    until its weight is loaded. The output head, lm_head, is skipped by default, as in
+    transformers, because its errors would go straight into the logits. (For phi-2 this
+    costs 0.19 GB: 51,200 * 2,560 values of 16 bits instead of 4.5.) Call this function
+    before lora.inject, whose A and B are linear layers too.
     """
 
     def make(linear: nn.Linear) -> NF4Linear:
         has_bias = linear.bias is not None
-        with linear.weight.device:  # where the new buffers are made
+        with linear.weight.device:  # the device of the new buffers
             layer = NF4Linear(linear.in_features, linear.out_features, has_bias, double_quant)
         layer.train(linear.training)
         if not linear.weight.is_meta:
@@ -273,7 +271,7 @@ def quantize_linears(
 
 
 def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Replaces every NF4Linear by an nn.Linear with the weights that its indices stand for."""
+    """Replaces every NF4Linear with an nn.Linear of its dequantised weight. Returns their paths."""
 
     def make(layer: NF4Linear) -> nn.Linear:
         has_bias = layer.bias is not None
@@ -290,7 +288,7 @@ def dequantize_linears(model: nn.Module, dtype: torch.dtype) -> list[str]:
 def keep_dequantized(model: nn.Module) -> None:
     """Stores the dequantised weights beside the indices.
 
-    The results are the same to the bit and faster, for 16 more bits a weight in bf16.
+    The results are bit-identical and come faster, at the cost of 16 more bits per value in bf16.
     """
     for module in model.modules():
         if isinstance(module, NF4Linear):
@@ -298,7 +296,7 @@ def keep_dequantized(model: nn.Module) -> None:
 
 
 def dequantized_size(model: nn.Module) -> int:
-    """Returns how many bytes `keep_dequantized` takes."""
+    """Returns how many bytes of memory `keep_dequantized` takes."""
     layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
     return sum(layer.in_features * layer.out_features * layer.dtype.itemsize for layer in layers)
 
@@ -309,10 +307,10 @@ def replace(
     make: Callable[[nn.Module], nn.Module],
     skip: tuple[str, ...] = (),
 ) -> list[str]:
-    """Puts make(module) in the place of each module of exactly this kind. Returns their paths.
+    """Replaces each module of exactly this class with make(module). Returns their paths.
 
-    Modules that `skip` names stay, with all that is in them. A name may be a path or any
-    part of one between dots (where a target of lora.py is the end of one).
+    Modules that `skip` names are left alone, with everything inside them. A name may be a
+    whole path or any part of one between dots (a target in lora.py must be the end of one).
     """
     paths = []
     for path, module in model.named_modules():
@@ -325,13 +323,13 @@ def replace(
 
 
 # -----------------------------------------------------------------------------
-# bitsandbytes: its kernels, and the files that it writes
+# bitsandbytes: its kernels, and its file format
 
 
 @functools.cache
 def kernels():
-    """Returns bitsandbytes' operators. They are imported at their first use: that takes seconds."""
-    # bitsandbytes remarks on an optional kernel that is not installed, at each start.
+    """Returns bitsandbytes' operators. The first call imports them, which takes seconds."""
+    # On each import bitsandbytes would warn about an optional kernel that is not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401  (registers the operators)
 
@@ -342,10 +340,10 @@ def kernels():
 def nested_levels(device: torch.device) -> Tensor:
     """Returns the 256 levels (fp32, from -1 to 1) of double quantisation.
 
-    bitsandbytes calls them its dynamic map. Of each sign 64 lie between 0.1 and 1, 32
-    between 0.01 and 0.1, and so on, so that small numbers keep a digit too.
+    bitsandbytes calls them its dynamic map. For each sign, 64 levels are between 0.1 and
+    1, 32 between 0.01 and 0.1, and so on, so that small numbers keep some precision too.
     """
-    kernels()  # first, because it silences a remark of the import
+    kernels()  # first, because it silences a warning on import
     from bitsandbytes.functional import create_dynamic_map
 
     return create_dynamic_map().to(device)
@@ -354,30 +352,30 @@ def nested_levels(device: torch.device) -> Tensor:
 def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Returns packed indices and absmax of a weight that bitsandbytes has quantised and saved.
 
-    `parts` are the tensors beside it in the file, by what follows "weight." in their
-    names. Raises ValueError, LookupError, TypeError or RuntimeError where they do not
-    fit together.
+    `parts` are the tensors stored with the weight; the keys are what follows "weight."
+    in their names. Raises ValueError, LookupError, TypeError or RuntimeError if they do
+    not fit together.
     """
     state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
     if state["blocksize"] != BLOCK:
         raise ValueError(f"its NF4 has blocks of {state['blocksize']} weights, not of {BLOCK}")
     absmax = parts["absmax"]
-    if "nested_offset" in state:  # double quantisation: absmax is in 8 bits
+    if "nested_offset" in state:  # double quantisation: absmax holds 8-bit indices
         levels = parts["nested_quant_map"][absmax.long()]
         nested_absmax = parts["nested_absmax"].float()
         of_each = nested_absmax.repeat_interleave(state["nested_blocksize"])[: len(levels)]
         absmax = levels * of_each + state["nested_offset"]
     if not absmax.isfinite().all():
         raise ValueError("its absmax holds numbers that are not finite")
-    # Some uploads store the packed indices under another dtype, with the same bits.
+    # Some uploads store the packed indices as another dtype, with the same bits.
     return weight.view(torch.uint8).reshape(-1, 1), absmax.float()
 
 
-PIECE = 2**20  # weights quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
+PIECE = 2**20  # values quantised at once on a CPU, where bitsandbytes needs 20 bytes for each
 
 
 def quantize_by_kernel(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns what `quantize` returns, of a weight of any size."""
+    """Returns what `quantize` returns, for a weight of any size."""
     size = PIECE if weight.device.type == "cpu" else weight.numel()
     pieces = [
         kernels().quantize_4bit(piece, BLOCK, "nf4", torch.uint8)

@@ -7,17 +7,18 @@
     torchrun --nproc-per-node 8 train.py --rank 8                 # eight GPUs, 16 rows on each
     python eval.py --adapter out/wide
 
-It leaves in --out: the adapter in PEFT's format with its model card, args.json,
+A run writes into --out: the adapter in PEFT's format with a model card, args.json,
 metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
-and with --keep-best the adapter of the best evaluation, in best/. Of several processes
-(support/processes.py) each takes its part of every step, and the first alone writes.
+and with --keep-best the adapter of the best evaluation, in best/. With several processes
+(support/processes.py) each one takes a part of every step, and only the first one writes.
 
-`training_step` is what one step does, and `run` the whole story. What `run` calls
-follows it: the rows and the state of a run, the base and the adapters, the steps' rows
-and numbers, and evaluation. The flags and their defaults are in support/flags.py. The
-recipe that they make: 40,000 steps of 16 rows, AdamW with a rate of 2e-4 that rises over
-3 % of the steps and falls to 0 as a cosine, weight decay 0.01, gradients clipped to norm
-1, rank 8 and alpha 16 on q and v, dropout 0.05, the loss on the answer alone.
+`training_step` is one optimiser step, and `run` is the whole training. The functions
+that `run` calls come after it: the inputs and the state of a run, the base and the
+adapters, the rows and the numbers of each step, and evaluation. The flags and their
+defaults are in support/flags.py. The default recipe is: 40,000 steps of 16 rows; AdamW
+with a learning rate that rises to 2e-4 over 3 % of the steps and falls to 0 along a
+cosine; weight decay 0.01; gradients clipped to norm 1; rank 8 and alpha 16 on q and v;
+dropout 0.05; the loss on the answer only.
 """
 
 import argparse
@@ -72,30 +73,30 @@ def training_step(
     num_predicted: float,
     max_grad_norm: float,
 ) -> tuple[Tensor, Tensor]:
-    """Takes one step of the optimiser, with the batches that this process has of it.
+    """Takes one optimiser step with `batches`, this process's share of the step's rows.
 
     Gradients are accumulated over the batches: --accumulate of them, of --batch-size rows.
 
-    Returns this process's part of the loss, and the norm of the gradient before it is
-    clipped: scalars on the model's device, where a GPU may still be computing them.
-    `num_predicted` is how many ids the step predicts, on all processes. The loss of
-    each batch is divided by it, so the sum is the mean over all of them, however rows
-    fall into batches. (A mean of the batches' means would give an id in a short batch
-    more weight.)
+    Returns this process's part of the loss, and the norm of the gradient before
+    clipping. Both are scalars on the model's device, and a GPU may still be computing
+    them. `num_predicted` is the number of ids that the step predicts, over all
+    processes. The loss of each batch is divided by it, so that the sum is the mean over
+    all these ids, however the rows are divided into batches. (The mean of the batches'
+    means would give the ids in a small batch more weight.)
 
-    In fp16 `scaler` keeps small gradients from becoming 0, and leaves out a step whose
+    In fp16 `scaler` keeps small gradients from becoming 0, and skips a step whose
     gradients overflow (support/loss_scale.py). Otherwise it does nothing.
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
     for batch in batches:
         part = batch_loss(model, batch) / num_predicted
-        scaler.scale(part).backward()  # adds to the gradients of the batches before
+        scaler.scale(part).backward()  # adds to the gradients of the previous batches
         loss += part.detach()
     # Summed over all processes; one without a batch adds zeros. The sum is the gradient of
-    # the mean: see num_predicted.
+    # the mean loss, because of the division by num_predicted.
     processes.add_gradients(parameters)
-    scaler.unscale_(optimizer)  # after the sum: if it overflows, all processes see it
+    scaler.unscale_(optimizer)  # after the sum, so that all processes see the same overflow
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     scaler.step(optimizer)
     scaler.update()
@@ -106,29 +107,29 @@ def training_step(
 def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     """Returns the cross-entropy of a batch, summed over the ids that it predicts.
 
-    The prefix that all rows share goes through the model once (support/packing.py), and
-    gets the gradients of all of them; its dropout is drawn once for all. The head runs
-    on the tokens that predict something, and on no other.
+    The prefix that all rows share goes through the model once (support/packing.py). Its
+    gradient is the sum over the rows, and its dropout is drawn once for all of them. The
+    output head runs only on the tokens that predict an id.
     """
     device = model.lm_head.weight.device
     # phi2.MaskedRows(batch.lengths, batch.prefix_length) gives the same loss, more slowly.
-    # Where a whole block is computed again, its attention is too.
+    # If whole transformer blocks are recomputed, that includes their attention.
     recomputes = model.model.recomputes_attention and not model.model.recomputes_blocks
     layout = packing.PackedRows(
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
     )
-    ids = batch.ids.to(device, non_blocking=True)  # without waiting for what a GPU still does
+    ids = batch.ids.to(device, non_blocking=True)  # without waiting for a busy GPU
     next_ids = batch.next_ids.to(device, non_blocking=True)
     logits = model(ids, layout, batch.last)
-    # The softmax is in fp32: bf16's 8 bits are too few for a sum of 51,200 exponentials.
+    # The softmax is in fp32: 8 significant bits (bf16) are too few to add 51,200 exponentials.
     return F.cross_entropy(logits.float(), next_ids, reduction="sum")
 
 
 def schedule(step: int, steps: int, warmup: int | None) -> float:
-    """Returns the factor on --learning-rate at a step, counted from 0.
+    """Returns the factor on --learning-rate at `step`, counted from 0.
 
-    It rises in a line up to 1 over `warmup` steps (None: 3 % of all), then falls
-    towards 0 along half a cosine. The first step is not at 0, which would waste it.
+    The factor rises linearly to 1 over `warmup` steps (None: 3 % of all steps), then falls
+    towards 0 along half a cosine. It does not start at 0, which would waste the first step.
     """
     if warmup is None:
         warmup = round(0.03 * steps)
@@ -139,7 +140,7 @@ def schedule(step: int, steps: int, warmup: int | None) -> float:
 
 
 # -----------------------------------------------------------------------------
-# The story
+# A whole run
 
 
 def main() -> None:
@@ -147,49 +148,49 @@ def main() -> None:
     device = processes.start(args.device)
     folder = args.out or Path("out") / cli.new_name(args)
     check = None if args.resume else cli.check_out
-    # No other process writes there until this one ends.
+    # No other run may write there until this one ends.
     with claims.claimed(folder, check, is_new=args.out is None) as folder:
-        args.out = folder  # a name that was taken has got a number
+        args.out = folder  # with a number appended if the name was taken
         run(args, device)
 
 
 def run(args: argparse.Namespace, device: torch.device) -> None:
-    """Trains, from the rows to the results, in the folder `args.out`."""
-    # ---- What is read: the tokenizer, the rows, and what a resume starts from ----------------
+    """Runs a training from its inputs to its results, in the folder `args.out`."""
+    # ---- Inputs: the tokenizer, the rows, and the save that a resume starts from -------------
     inputs = read_inputs(args)
     state = new_state(args, inputs)
-    # `saved` is None for a new run. For one that was begun take_up also copies its progress and
-    # its baseline into `state`.
+    # `saved` is None for a new run. For a resumed run take_up also copies the saved progress
+    # and baseline into `state`.
     saved = resume.take_up(args.resume, state)
     steps = state.steps
     progress = state.progress
     if args.keep_best:
-        best.read(args.out)  # raises where best/ is damaged, and not after hours
+        best.read(args.out)  # raises now if best/ is damaged, not after hours
     log = RunLog(args, state, device)  # prints, and writes metrics.jsonl
 
-    # ---- The base, in 4 bits by default: build, quantize_linears, load_weights ---------
+    # ---- The base, in 4 bits by default: build, quantize_linears, load_weights ---------------
     model = load_base(args, inputs, device)
     log.say(
         f"{args.model} ({args.quant}, {args.dtype}, {device}) on {args.dataset}: "
         f"{len(inputs.train):,} rows, {steps:,} steps of {state.rows_per_step}, "
         f"into {args.out}"
     )
-    # What the base can do alone. A resumed run has measured it already.
+    # The accuracy of the base alone. A resumed run has already measured it.
     if saved is None:
         log.open()
         state.baseline, predictions = evaluate(args, model, inputs, log, "baseline")
         log.write_predictions("baseline", predictions)
     log.say_baseline()
 
-    # ---- The adapters, all that is trained: inject -------------------------------------------
+    # ---- The adapters, the only part that is trained: inject ---------------------------------
     adapter, optimizer = add_adapters(args, model, inputs.lora_config, log)
     scaler = loss_scale.new_scaler(args.dtype, device)
     if saved is None:
-        # Whatever stops the run, it can be resumed.
+        # From here on the run can be resumed, whatever stops it.
         save(args, model, inputs, optimizer, scaler, log)
     else:
         saved.restore(adapter, optimizer, scaler, processes.NUMBER, device)
-        log.open()  # only now is it certain that the run can be resumed
+        log.open()  # not earlier: only now is it certain that the run can be resumed
         log.say(saved.state.describe_resumption(steps))
 
     # ---- Training ----------------------------------------------------------------------------
@@ -199,15 +200,15 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
-        # Evaluate what the steps so far have taught, where it is time for it. Here, after the
-        # save, and not at the end of a turn: a run that was killed in an evaluation repeats it.
+        # Evaluate the adapter so far, if that is due. This comes at the start of an iteration,
+        # after the save, so that a run killed during an evaluation repeats it when it resumes.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
             log.stop_clock()
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
             log.say(f"step {step:6,}  {metrics.accuracies(results)}")
             log.start_clock()
 
-        # Loss, gradients and AdamW. A GPU may still compute when this returns.
+        # Loss, gradients and AdamW. A GPU may still be computing when this returns.
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
         batches = feed.current.batches
@@ -215,17 +216,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             loss, grad_norm = training_step(
                 model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
             )
-        # Meanwhile the next rows are prepared. Then the numbers of this step are read:
-        # its loss, which `progress` sums, its gradient's norm, and whether Ctrl-C was
-        # pressed. From here on progress.step is step + 1.
+        # Meanwhile the next rows are prepared. Then the numbers of this step are read: the
+        # loss, which `progress` sums, the norm of the gradient, and whether Ctrl-C was
+        # pressed. After that progress.step is step + 1.
         feed.prepare_next()
         grad_norm, stops = feed.finish_step(loss, grad_norm, stop)
 
-        # Report, save, stop, where it is time for it.
+        # Report, save and stop, each if it is due.
         is_last = progress.step == steps
         if log.is_due(progress.step) or is_last:
             log.write_training(progress, rate, grad_norm)
-        # Saved before an evaluation too: it takes long, and a kill in it loses no step.
+        # Also save before an evaluation: it takes long, and if it is killed, no step is lost.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
             save(args, model, inputs, optimizer, scaler, log)
@@ -233,12 +234,12 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             bar.close()
             log.say_stopped()
             return
-    # From here on Ctrl-C ends the run at once, and a line says how to resume it. One that has come
-    # since the last step is raised by release.
+    # From here on Ctrl-C ends the run at once, and prints how to resume it. If Ctrl-C was pressed
+    # after the last step, release raises it.
     with log.resumable():
         stop.release()
 
-    # ---- Results. All is saved: nothing that happens from here on can lose it -----------------
+    # ---- Results: everything trained is saved, so no error from here on can lose it -----------
     finetuned, predictions = evaluate(args, model, inputs, log, "finetuned")
     rows = examples.count_rows(
         args.dataset, {"train": inputs.train} | inputs.validation, inputs.reading
@@ -256,17 +257,17 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             results["best"] = best.read(args.out)
         with log.resumable():
             is_complete = log.finish(results, predictions, data.PROMPT)
-        if not is_complete:  # a picture or an upload has failed, which is printed
+        if not is_complete:  # something such as a picture or an upload has failed, as printed
             sys.exit(1)
 
 
 # -----------------------------------------------------------------------------
-# What a run reads
+# The inputs and the state of a run
 
 
 @dataclass
 class Inputs:
-    """What the arguments of a run name, read and checked."""
+    """What the arguments of a run refer to, read and checked."""
 
     directory: Path  # of the base model
     num_parameters: int  # of the base
@@ -274,15 +275,15 @@ class Inputs:
     lora_config: lora.LoRAConfig
     reading: examples.Reading  # how the dataset's files are read
     train: examples.Rows  # premise, hypothesis and label
-    validation: dict[str, examples.Rows]  # the same by split
+    validation: dict[str, examples.Rows]  # the same columns, by split
     protocol: evaluation.Protocol  # how answers to the validation rows are obtained
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """Returns what the arguments name, read from disk or from the Hub.
+    """Returns what the arguments refer to, read from disk or from the Hub.
 
-    What they leave open is filled in: the commits on the Hub, and the base's own dropout.
-    Raises ValueError for what does not fit together, before the model is loaded.
+    Fills in arguments that were left open: the commits on the Hub and the base's own dropout.
+    Raises ValueError if things do not fit together, before the weights are loaded.
     """
     loss_scale.check_same(args.dtype)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
@@ -291,8 +292,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     if args.residual_dropout is None:
         args.residual_dropout = base_config.resid_pdrop
     config = lora.LoRAConfig(args.rank, args.alpha, args.dropout, args.targets)
-    base = phi2.build(directory)  # without its weights: names and shapes
-    lora.match_targets(base, config.targets)  # raises for a wrong target
+    base = phi2.build(directory)  # without weights: only names and shapes
+    lora.match_targets(base, config.targets)  # raises if a target matches no layer
     tokenizer = data.load_tokenizer(directory, base_config.vocab_size)
     data.check_max_length(tokenizer, args.max_length)
 
@@ -304,7 +305,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     }
     args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
 
-    # Its batch size is not training's: without a backward pass many rows fit.
+    # Evaluation has its own batch size, because without a backward pass more rows fit.
     protocol = evaluation.Protocol(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
@@ -315,7 +316,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
 
 
 def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
-    """Returns what is saved of a run beside its tensors, as it is before the first step."""
+    """Returns the state that is saved with a run's tensors, as it is before the first step."""
     rows_per_step = args.batch_size * args.accumulate * processes.COUNT
     steps = count_steps(args, len(inputs.train), rows_per_step)
     if (args.warmup_steps or 0) > steps:
@@ -324,7 +325,7 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
         split: examples.digest_split(args.dataset, split, inputs.reading)
         for split in ("train", *inputs.validation)
     }
-    # What report.html and eval.py show beside the arguments
+    # Values that report.html and eval.py show with the arguments
     shown = {
         "base_parameters": inputs.num_parameters,
         "label_words": examples.label_words(args.dataset, "train", inputs.reading),
@@ -341,7 +342,7 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
 
 
 def count_steps(args: argparse.Namespace, rows: int, rows_per_step: int) -> int:
-    """Returns how many optimiser steps --steps or --epochs ask for."""
+    """Returns the number of optimiser steps that --steps or --epochs asks for."""
     if args.epochs is None:
         return args.steps
     steps_per_epoch = math.ceil(rows / rows_per_step)  # the last step of an epoch may be smaller
@@ -357,7 +358,7 @@ def load_base(
 ) -> phi2.Phi2:
     """Returns the base with its weights, quantised as the flags say. lora.inject freezes it.
 
-    Its own dropout, which phi-2 has after attention and MLP, is on in training.
+    The base's own dropout, which phi-2 has after attention and MLP, is active in training.
     """
     model = evaluation.load_model(
         inputs.directory, args.quant, args.dtype, device, args.double_quant, args.keep_dequantized
@@ -369,7 +370,7 @@ def load_base(
 
 
 def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
-    """Sets the dropout on what each of the base's blocks adds to the residual stream."""
+    """Sets the dropout on what each transformer block of the base adds to the residual stream."""
     for block in model.model.layers:
         block.resid_dropout.p = share
 
@@ -377,10 +378,10 @@ def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
 def add_adapters(
     args: argparse.Namespace, model: phi2.Phi2, config: lora.LoRAConfig, log: RunLog
 ) -> tuple[dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """Puts adapters around the layers of --targets. Returns their parameters, and AdamW."""
-    torch.manual_seed(args.seed)  # A is the first thing that is drawn after this, as in PEFT
+    """Adds adapters to the layers of --targets. Returns their parameters, and AdamW for them."""
+    torch.manual_seed(args.seed)  # the first random numbers after this are A's, as in PEFT
     adapted = lora.inject(model, config)
-    # All processes have drawn the same A. From here on each draws a dropout of its own.
+    # All processes have drawn the same A. From here on each process draws its own dropout.
     if not processes.IS_FIRST:
         torch.manual_seed(args.seed + processes.NUMBER)
     adapter = lora.lora_parameters(model)
@@ -402,13 +403,13 @@ def save(
     scaler: torch.amp.GradScaler,
     log: RunLog,
 ) -> None:
-    """Writes the adapter, and all that a resume needs."""
+    """Writes the adapter, and everything that a resume needs."""
     random = processes.gather(resume.random_state(log.device))
     if not processes.IS_FIRST:
         return
     log.forget_results()
     log.state.scaler = scaler.state_dict()
-    # All files of a save are written first, and then put in their places.
+    # All files of a save are written first, and only then moved into place.
     with files.replacing_files(args.out) as folder:
         lora.save_adapter(model, inputs.lora_config, folder, args.model)
         fingerprint.stamp(folder, log.state.fingerprint)
@@ -417,33 +418,33 @@ def save(
 
 
 # -----------------------------------------------------------------------------
-# The rows of each step, and the numbers that come out of it
+# The rows of each step, and the numbers that it returns
 
 
 @dataclass
 class Step:
-    """The rows of one optimiser step, and this process's share of them, ready for the model."""
+    """The rows of one optimiser step, and this process's share of them as batches."""
 
     rows: list[dict]  # of all processes
-    batches: list[data.Batch]  # of this process, --batch-size rows in each
-    cut: int  # prompts of this process that --max-length has cut
+    batches: list[data.Batch]  # of this process, with up to --batch-size rows each
+    cut: int  # how many prompts of this process were cut to --max-length
 
 
 class Feed:
-    """The rows that go into each step, and the numbers that come out of it.
+    """Prepares the rows of each step, and collects the numbers that it returns.
 
-    A GPU is given work and does it later; only reading a number waits for it:
+    A GPU works asynchronously: Python only waits for it when it reads a number.
 
         Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
         GPU              computes step n ...................................| computes n + 1
 
-    So the next rows are tokenised and packed before the numbers are read. All numbers are
-    summed over the processes in one message, with how many ids the next step predicts. Its
-    arrival is the one wait of a step.
+    So the next rows are tokenised and packed before the numbers are read. All numbers,
+    and how many ids the next step predicts, are summed over the processes in one
+    message. Receiving it is the only wait in a step.
 
-    current: the step that is to be taken, or was just taken.
-    next: the one after it, once it is prepared.
-    num_predicted: how many ids `current` predicts, on all processes.
+    current: the step that will be taken next, or was just taken.
+    next: the step after it, once it is prepared.
+    num_predicted: how many ids `current` predicts, over all processes.
     """
 
     def __init__(
@@ -459,8 +460,8 @@ class Feed:
         self.progress = state.progress
         self.scaler = scaler
         self.device = device
-        # The order of rows is a function of seed and step: a resumed run sees those it
-        # would have.
+        # The order of the rows is a function of seed and step, so a resumed run sees the same
+        # rows that it would have seen without a stop.
         first = state.progress.step
         steps = data.rows_of_steps(inputs.train, state.rows_per_step, args.seed, first)
         self.rows_of_steps = itertools.islice(steps, state.steps - first)
@@ -473,10 +474,9 @@ class Feed:
         self.next = self.read_step()
 
     def read_step(self) -> Step:
-        """Returns the step that follows. After the last one it has no rows."""
+        """Returns the next step in order. After the last step of the run it has no rows."""
         rows = next(self.rows_of_steps, [])
-        # Each process takes every COUNT-th row. Of the last step of an epoch it may get
-        # none.
+        # Each process takes every COUNT-th row. In the last step of an epoch it may get none.
         mine = rows[processes.NUMBER :: processes.COUNT]
         encoded = [data.encode(row, self.tokenizer, self.args.max_length) for row in mine]
         cut = data.count_cut(mine, encoded, self.tokenizer, self.args.max_length)
@@ -485,17 +485,17 @@ class Feed:
     def finish_step(
         self, loss: Tensor, grad_norm: Tensor, stop: StopRequest
     ) -> tuple[float, bool]:
-        """Waits for the step that was taken and counts it. The next one becomes the current.
+        """Waits for the step that was taken, counts it, and makes the next step the current one.
 
-        Returns its gradient's norm, and whether a process was asked to stop. Raises
-        ValueError where loss or norm are not finite: the step has spoiled every weight of
-        the adapter. (In fp16 the norm may be: then the step was skipped, and counts.)
+        Returns the norm of its gradient, and whether any process was asked to stop. Raises
+        ValueError if loss or norm is not finite, because such a step makes all adapter weights
+        useless. (In fp16 the norm alone may overflow: the step was skipped, and is counted.)
         """
         taken = self.current
         loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
             self.device,
             loss,
-            grad_norm / processes.COUNT,  # each process has the norm of the whole sum
+            grad_norm / processes.COUNT,  # every process already has the norm of the sum
             sum(len(batch.ids) for batch in taken.batches),
             taken.cut,
             bool(stop),
@@ -517,7 +517,7 @@ class Feed:
 def collated(
     encoded: list, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> list[data.Batch]:
-    """Returns batches of `batch_size` rows that are (prompt ids, answer ids)."""
+    """Returns batches of --batch-size rows, from rows given as (prompt ids, answer ids)."""
     prefix_length = shared_prefix_length(tokenizer, args)
     return [
         data.collate(encoded[start : start + args.batch_size], prefix_length, args.loss)
@@ -526,7 +526,7 @@ def collated(
 
 
 def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
-    """Returns how many ids the rows of a batch share. (The full loss is on each row's own.)"""
+    """Returns how many prefix ids rows share: 0 with --no-share-prefix or the full loss."""
     if args.loss == "full" or not args.share_prefix:
         return 0
     prefix_ids, _, _ = data.fixed_ids(tokenizer)
@@ -542,9 +542,9 @@ def count_predicted(batches: list[data.Batch]) -> int:
 
 
 def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
-    """Returns whether --eval-every asks for an evaluation after a step.
+    """Returns whether --eval-every asks for an evaluation after `step` of `steps`.
 
-    Before the first step and after the last one there is one in any case.
+    The evaluations before the first and after the last step take place in any case.
     """
     return bool(args.eval_every) and 0 < step < steps and step % args.eval_every == 0
 
@@ -552,10 +552,10 @@ def is_evaluated(step: int, steps: int, args: argparse.Namespace) -> bool:
 def evaluate(
     args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog, title: str
 ) -> tuple[dict[str, dict], dict[str, list[dict]]]:
-    """Returns the statistics and the predictions of all validation splits, by their names.
+    """Returns the statistics and the predictions of all validation splits, by split name.
 
-    The accuracies and losses become a line of metrics.jsonl. With --keep-best the
-    adapter is kept where no evaluation before was better.
+    Also writes accuracies and losses as a line of metrics.jsonl and, with --keep-best,
+    saves the adapter if this evaluation is the best so far.
     """
     results = {}
     predictions = {}
@@ -573,7 +573,7 @@ def evaluate(
 def keep_best(
     args: argparse.Namespace, model: phi2.Phi2, inputs: Inputs, log: RunLog, results: dict
 ) -> None:
-    """Saves the adapter in best/ if it is asked for and this evaluation is the best so far."""
+    """Saves the adapter in best/ with --keep-best, if this evaluation is the best so far."""
     step = log.state.progress.step
     if not (processes.IS_FIRST and args.keep_best) or step == 0:  # at 0 there is no adapter yet
         return
@@ -588,11 +588,11 @@ def keep_best(
 def validation_loss(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs, args: argparse.Namespace
 ) -> float:
-    """Returns the mean loss over all predicted ids of a split, without dropout."""
+    """Returns the mean loss over all predicted ids in a split, without dropout."""
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # Sorted by length: tokens are not padded, but within attention rows are, on some
+    # Sorted by length, because attention pads the rows of a batch to one length on some
     # devices.
     encoded.sort(key=lambda pair: len(pair[0]))
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)

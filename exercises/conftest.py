@@ -1,4 +1,4 @@
-"""Gives each test its subject: the learner's file or, with --solutions, the solution."""
+"""Gives each test the module to test: the learner's file or, with --solutions, the solution."""
 
 import importlib
 import logging
@@ -11,14 +11,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # What a learner need not read: seconds a test, and a remark on an optional kernel.
+    # Hide what a learner need not read: the time of each test, and a note on an optional kernel.
     config.option.durations = None
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @pytest.fixture
 def answer(request: pytest.FixtureRequest):
-    """The module that exercises/test_e3_merge.py tests: exercises/e3_merge.py, or its solution."""
+    """The module to test: for test_e3_merge.py it is exercises/e3_merge.py, or its solution."""
     name = request.module.__name__.removeprefix("exercises.test_")
     folder = "exercises.solutions" if request.config.getoption("solutions") else "exercises"
     return importlib.import_module(f"{folder}.{name}")

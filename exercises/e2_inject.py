@@ -1,22 +1,22 @@
 """Exercise 2: adapters into a model. 20 minutes.
 
-A model is adapted without a new line in its code: each linear layer that is wanted is replaced,
-in place, by a LoRALinear around it. The paper (arXiv:2106.09685, section 4.2) adapts projections
-of attention alone, in most of its experiments the query's and the value's, and freezes all else:
-MLPs, LayerNorms, biases, embeddings. A frozen number needs no gradient and none of Adam's two
+You can adapt a model without changing its code: replace each chosen linear layer, in place, by
+a LoRALinear that wraps it. The paper (arXiv:2106.09685, section 4.2) adapts only projections of
+attention, in most experiments those of query and value. It freezes everything else: MLPs,
+LayerNorms, biases, embeddings. A frozen number needs no gradient and neither of Adam's two
 moments.
 
-`targets` names layers by how their paths end. The rule is PEFT's: a name matches the end of a
-path at a dot. In a model with the layers
+`targets` names layers by the ends of their paths. The rule is PEFT's: a name matches the end of
+a path, and begins at its start or after a dot. In a model with the layers
 
     layers.0.self_attn.q_proj    layers.0.self_attn.proj    layers.0.mlp.fc1
 
-"proj" matches layers.0.self_attn.proj alone, and "mlp.fc1" matches layers.0.mlp.fc1.
+"proj" matches only layers.0.self_attn.proj, and "mlp.fc1" matches layers.0.mlp.fc1.
 
 You need model.named_modules(), get_submodule and set_submodule. LoRALinear comes from the
-solution of exercise 1; if yours is green, import yours.
+solution of exercise 1; if yours passes its tests, import yours.
 
-What you should see, for phi-2's shapes without its numbers (on the meta device):
+What you should see, for phi-2 without its weights (on the meta device):
 
     >>> import torch
     >>> import phi2
@@ -40,6 +40,6 @@ def inject(model: nn.Module, targets: tuple[str, ...], rank: int, alpha: float) 
     """Freezes `model` and wraps each nn.Linear that `targets` name, in place.
 
     Returns the paths of the wrapped layers, in the order of named_modules. Raises ValueError
-    where no layer matches, before anything is changed.
+    if no layer matches, before it changes anything.
     """
     raise NotImplementedError("exercise 2: inject")

@@ -1,19 +1,19 @@
 """Exercise 3: merge. 15 minutes.
 
-Two thin products more in each layer cost time when a model is used. They need not: after
-training the sum can be computed once (arXiv:2106.09685, section 4.1, "No Additional Inference
-Latency"):
+An adapter adds two thin products to each layer, which cost time whenever the model is used. This
+cost can be avoided: after training the sum can be computed once (arXiv:2106.09685, section 4.1,
+"No Additional Inference Latency"):
 
     W  <-  W + scale B A
 
-and the LoRALinear is replaced by its base layer. The model then has the layers, the names and
-the speed that it had before LoRA. PEFT calls it merge_and_unload.
+Then the LoRALinear is replaced by its base layer. The model again has the layers, the names and
+the speed that it had before LoRA. PEFT calls this merge_and_unload.
 
-A and B are in fp32. Where W is in bf16, with 8 significant bits, the sum has to be rounded:
-once, at the end. (Into NF4, with 16 levels, most of a small update would be rounded away:
-there one dequantises first.)
+A and B are in fp32. If W is in bf16, with 8 significant bits, the sum must be rounded: once, at
+the end. (NF4, with 16 levels, would round away most of a small update, so one dequantises W
+before merging.)
 
-What you should see, as the distance of the merged model's outputs from the adapted one's:
+What you should see: the distance between the outputs of the merged and of the adapted model.
 
     >>> import torch
     >>> import copy
@@ -40,8 +40,8 @@ from exercises.solutions.e1_lora_linear import LoRALinear  # noqa: F401
 
 
 def merge(model: nn.Module) -> None:
-    """Adds scale B A to the weight of each LoRALinear's base layer, and unwraps it, in place.
+    """Adds scale B A to the base weight of each LoRALinear, and unwraps the layer, in place.
 
-    The weights keep their dtype, and stay frozen.
+    The weights keep their dtype and stay frozen.
     """
     raise NotImplementedError("exercise 3: merge")

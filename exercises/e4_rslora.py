@@ -1,19 +1,20 @@
 """Exercise 4: rsLoRA, and its file. 25 minutes.
 
-B A x is a sum of `rank` terms. If they are independent, its size grows with sqrt(rank), and
-LoRA divides by rank: at the same alpha a higher rank learns a smaller correction, and slower.
-rsLoRA (arXiv:2312.03732, section 3, theorem 3.2) divides by what the sum grows with:
+B A x is a sum of `rank` terms. If they are independent, the sum grows with sqrt(rank), but LoRA
+divides by rank. So at the same alpha a higher rank learns a smaller correction, and learns it
+more slowly. rsLoRA (arXiv:2312.03732, section 3, theorem 3.2) divides by sqrt(rank) instead:
 
     scale  =  alpha / rank          LoRA
     scale  =  alpha / sqrt(rank)    rsLoRA
 
-That is one line. The exercise is what else has to know of it. An adapter is saved as two files:
-the tensors, and adapter_config.json with rank, alpha and targets. A scale is in neither: whoever
-loads the adapter, you or PEFT, computes it anew. So write `scale`, run the tests, and see what
-PEFT makes of your adapter. `to_peft` and `from_peft`, below, are right for LoRA; are they for
-rsLoRA?
+That is one line. The exercise is about what else depends on it. An adapter is saved as two files:
+the tensors, and adapter_config.json with rank, alpha and targets. Neither holds the scale:
+whoever loads the adapter, you or PEFT, computes it again. So write `scale`, run the tests, and
+see what PEFT computes with your adapter. `to_peft` and `from_peft`, below, are right for LoRA.
+Are they right for rsLoRA?
 
-What you should see: the size of scale B A x by rank, for alpha 16 and random A and B.
+What you should see: for each rank the size of scale B A x, with LoRA and with rsLoRA, for alpha
+16 and random A and B.
 
     >>> import torch
     >>> _ = torch.manual_seed(0)
@@ -39,7 +40,7 @@ class LoRAConfig:
     use_rslora: bool = False
 
     def scale(self) -> float:
-        """Returns what B A x is multiplied by."""
+        """Returns the factor by which B A x is multiplied."""
         raise NotImplementedError("exercise 4: LoRAConfig.scale")
 
 
@@ -54,7 +55,7 @@ def to_peft(config: LoRAConfig) -> dict:
 
 
 def from_peft(raw: dict) -> LoRAConfig:
-    """Returns the config that the content of an adapter_config.json stands for."""
+    """Returns the config that the content of an adapter_config.json describes."""
     return LoRAConfig(
         rank=raw["r"],
         alpha=raw["lora_alpha"],

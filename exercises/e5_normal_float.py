@@ -1,21 +1,21 @@
 """Exercise 5: NF4 by hand. 40 minutes.
 
 QLoRA (arXiv:2305.14314, section 3, "4-bit NormalFloat", and appendix E) stores a frozen weight
-in 4 bits. The weight is flattened, row after row, and cut into blocks of 64 consecutive values;
-a block may run on from one row into the next. Each block keeps its largest magnitude, absmax,
-in fp32. Each value keeps the index of the level that is nearest to value / absmax:
+in 4 bits. The weight is flattened row by row and cut into blocks of 64 consecutive values; a
+block may continue from one row into the next. Each block stores its largest magnitude, absmax,
+in fp32. Each value is stored as the index of the level that is nearest to value / absmax:
 
     value  ~  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits a weight
 
-The 16 levels are quantiles of the normal distribution, scaled to [-1, 1], because weights are
-roughly normal: they lie close where weights are many. Level 7 is 0 exactly.
+Weights are roughly normal, so the 16 levels are quantiles of the normal distribution, scaled to
+[-1, 1]: they are close together where most weights are. Level 7 is exactly 0.
 
-Two indices share a byte, the first value's in the high half: indices 1 and 2 become 0x12.
-A value half way between two levels gets the lower one.
+Two indices share a byte, with the first in the high half: indices 1 and 2 become 0x12. A value
+half way between two levels gets the lower one.
 
-bitsandbytes does all this in a kernel. Your bits are to be its bits, also where a block is all
-zeros. What you need: torch.bucketize finds where numbers lie among sorted borders; << and |,
->> and & work on tensors of torch.uint8.
+bitsandbytes does all this in a kernel. Your bits must equal its bits, even if a block is all
+zeros. You need torch.bucketize, which finds the place of numbers among sorted borders; and <<
+and |, >> and &, which work on tensors of torch.uint8.
 
 What you should see:
 
@@ -43,7 +43,7 @@ LEVELS = torch.tensor(
 
 
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantises a weight in fp32 or bf16, of any shape with a multiple of 64 values.
+    """Quantises a weight in fp32 or bf16, of any shape whose number of values is a multiple of 64.
 
     Returns the packed indices (values / 2, 1) in torch.uint8 and absmax (values / 64,) in fp32.
     """
@@ -51,5 +51,5 @@ def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(packed: Tensor, absmax: Tensor, shape: torch.Size) -> Tensor:
-    """Returns the weight in fp32, of this shape, that the packed indices stand for."""
+    """Returns the weight of this shape, in fp32, that the packed indices stand for."""
     raise NotImplementedError("exercise 5: dequantize")

@@ -1,20 +1,21 @@
 """Exercise 6: QLoRA's backward pass. 25 minutes.
 
 A weight in 4 bits is dequantised for each product (arXiv:2305.14314, section 3, equation 5)
-and dropped again. For y = x W^T + b, with tokens as rows and g the gradient of y:
+and then dropped. For y = x W^T + b, with tokens as rows and g the gradient of y:
 
-    x's gradient   g W          needed: the adapters of the layers before are reached through it
+    x's gradient   g W          needed, to reach the adapters of earlier layers
     W's gradient   g^T x        not needed: W is frozen
 
-g W needs W once more. F.linear(x, dequantize()) gives the right gradient, but autograd keeps W
-for it until the backward pass, in each layer of the model: all weights are in memory in 16 bits
-at once, and 4 bits have saved nothing. So write a torch.autograd.Function that keeps
-`dequantize` instead of W, and calls it a second time. It costs that time, in each layer and step.
+g W needs W again. F.linear(x, dequantize()) gives the right gradient, but to compute it autograd
+keeps W until the backward pass, in each layer of the model. Then all weights are in memory in 16
+bits at once, and the 4 bits save nothing. So write a torch.autograd.Function that keeps
+`dequantize` instead of W, and calls it a second time. The price is the time of that call, in
+each layer and step.
 
-`backward` returns one gradient for each input of `forward`, None for what has none.
+`backward` returns one gradient for each input of `forward`, and None for an input without one.
 https://docs.pytorch.org/docs/stable/notes/extending.html shows the form.
 
-What you should see, as the bytes that wait for the backward pass in one layer:
+What you should see: the bytes that one layer keeps for the backward pass.
 
     >>> weight = torch.randn(1024, 1024)
     >>> x = torch.randn(8, 1024, requires_grad=True)
@@ -41,8 +42,8 @@ from torch import Tensor
 class FrozenLinear(torch.autograd.Function):
     """FrozenLinear.apply(x, dequantize, bias) is x W^T + bias, for x (..., in).
 
-    dequantize: returns W (out, in), anew at each call.
-    bias: (out,) or None, frozen.
+    dequantize: a function that returns W (out, in), computed again at each call.
+    bias: (out,), frozen, or None.
     """
 
     @staticmethod

@@ -1,19 +1,19 @@
 """Exercise 7: LoRA+. 15 minutes.
 
-With Adam each number moves by about the learning rate in a step, whatever the size of its
-gradient. A row of A has as many numbers as the model is wide, a row of B only `rank`: moved by
-the same rate, A changes B A x by more, the wider the model. LoRA+ (arXiv:2402.12354, sections 3
-and 4; the experiments are in section 5) shows that no common rate lets both learn as they should
-in a wide model, and takes two:
+A step of Adam moves each number by about the learning rate, however large its gradient is. A row
+of A has as many numbers as the model is wide, but a row of B has only `rank`. So at a common rate
+a step of A changes B A x more than a step of B does, and the more so the wider the model. LoRA+
+(arXiv:2402.12354, sections 3 and 4; the experiments are in section 5) shows that in a wide model
+no common rate lets both learn well, and uses two:
 
     A's learning rate   lr
     B's learning rate   lr * ratio        such as ratio = 16
 
-The layer stays as it is. An optimizer of torch takes, in the place of parameters, groups of
-them: dicts with "params" and with what is special to them, such as "lr".
+The layer does not change. Instead of parameters, torch's optimizers also take groups of
+parameters: dicts with "params" and the settings of the group, such as "lr".
 
-What you should see: how far the numbers of A and B move in each step, on average. B moves by
-16e-3 in the first. A does not: its gradient is zero as long as B is (exercise 1).
+What you should see: how far the numbers of A and B move on average in each step. In the first
+step B moves by 16e-3. A does not move, because its gradient is zero while B is (exercise 1).
 
     >>> import torch
     >>> from exercises.solutions.e2_inject import inject
@@ -39,8 +39,8 @@ from torch import nn
 
 
 def loraplus_groups(model: nn.Module, lr: float, ratio: float) -> list[dict]:
-    """Returns the groups of a model's trained parameters, for an optimizer of torch.
+    """Returns the groups of a model's trained parameters, for one of torch's optimizers.
 
-    The names of A's weights hold ".lora_A.", those of B's ".lora_B.". All else is frozen.
+    The names of A's weights contain ".lora_A.", those of B's ".lora_B.". All others are frozen.
     """
     raise NotImplementedError("exercise 7: loraplus_groups")

@@ -1,20 +1,20 @@
 """Exercise 8: DoRA. 40 minutes.
 
 DoRA (arXiv:2402.09353, section 4.1, equation 5) writes a weight as a length times a direction,
-for each output by itself, and learns both: the length m as a number of its own, the direction
-by LoRA. With W' = W + scale B A:
+separately for each output. It learns both: the length m directly, the direction with LoRA. With
+W' = W + scale B A:
 
     y  =  m / norm(W') * (W' x)  +  bias         m (out,),  norm(W') (out,): of each row of W'
 
-m starts as norm(W), so that the layer starts as W. The paper speaks of columns. Its authors'
-code and PEFT take the rows of PyTorch's W (out, in), so that each output has its own length.
+m starts as norm(W), so that the layer starts as W. The paper speaks of columns. The authors'
+code and PEFT use the rows of PyTorch's W (out, in), so that each output has its own length.
 
-norm(W') changes with A and B, and so would have a gradient. Section 4.3 treats it as a constant
-in the backward pass, which saves memory and changes the result little. PEFT does so, and your
-gradients are to be PEFT's.
+norm(W') depends on A and B, and so would have a gradient. Section 4.3 treats it as a constant in
+the backward pass, which saves memory and changes the result little. PEFT does the same, and your
+gradients must equal PEFT's.
 
-LoRALinear comes from the solution of exercise 1: DoRALinear has its attributes and one more.
-Memory is no aim here: W' may be computed in full, in each pass.
+LoRALinear comes from the solution of exercise 1; DoRALinear has its attributes and one more. You
+need not save memory here: you may compute W' in full in each pass.
 
 What you should see:
 
@@ -46,8 +46,8 @@ from exercises.solutions.e1_lora_linear import LoRALinear
 class DoRALinear(LoRALinear):
     """Computes m / norm(W') * (W' x) + bias for x (..., in), where W' = W + scale B A.
 
-    Attributes: `base_layer`, `scale`, `lora_A` and `lora_B` of LoRALinear; and `magnitude`,
-    m (out,), an nn.Parameter.
+    Attributes: `base_layer`, `scale`, `lora_A` and `lora_B` from LoRALinear; and `magnitude`,
+    which is m (out,), an nn.Parameter.
     """
 
     def __init__(self, base_layer: nn.Linear, rank: int, alpha: float):

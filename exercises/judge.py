@@ -1,4 +1,4 @@
-"""What the tests of the exercises share: the verdict in words, the model, and PEFT beside it."""
+"""What the exercises' tests share: checks with a message, a small model, and PEFT's adapters."""
 
 import copy
 from collections import OrderedDict
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def check(is_right: bool, message: str) -> None:
-    """Fails with the message alone, without the test's code, unless `is_right`."""
+    """Unless `is_right`, fails with the message alone, without the test's code."""
     if not is_right:
         pytest.fail(message, pytrace=False)
 
@@ -21,12 +21,12 @@ def check_close(
     cures: dict[str, Tensor] | None = None,
     tolerance: float = 1e-5,
 ) -> None:
-    """Fails unless `found` is `expected` within `tolerance`, relative to its norm.
+    """Fails unless `found` equals `expected` within `tolerance`, relative to the latter's norm.
 
     name: what the tensor is, for the message.
-    cures: what a typical mistake gives, by the sentence that leads to its cure. The message
-        has the sentence whose tensor is the one found.
-    tolerance: two orders of summation in fp32 differ by some 1e-7 of the norm in each layer.
+    cures: the tensor that a typical mistake gives, by the sentence that leads to its cure. If
+        that tensor was found, the message has the sentence.
+    tolerance: two orders of summation in fp32 differ by about 1e-7 of the norm in each layer.
     """
     check(isinstance(found, Tensor), f"Wrong: {name} is {found!r}, and should be a tensor.")
     check(
@@ -45,7 +45,7 @@ def check_close(
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Returns the norm of the difference, relative to that of b; infinite where a holds NaN."""
+    """Returns the norm of the difference relative to that of b, or infinity if a holds NaN."""
     gap = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
     return gap.nan_to_num(torch.inf).item()
 
@@ -68,9 +68,9 @@ def worst(found: Tensor, expected: Tensor) -> str:
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Two blocks with layers of typical names and a head: (..., 24) -> (..., 10).
+    """Returns two blocks of layers with typical names, and an output head: (..., 24) -> (..., 10).
 
-    The layers q_proj and proj are square: a transposed product has the right shape there.
+    The layers q_proj and proj are square, so that a transposed product has the right shape.
     """
     torch.manual_seed(0)
 
@@ -91,13 +91,13 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def peft_model(model: nn.Module, **options) -> nn.Module:
     """Returns PEFT's adapters around a copy of `model`, for LoraConfig(**options)."""
-    from peft import LoraConfig, get_peft_model  # it takes seconds: only where it is needed
+    from peft import LoraConfig, get_peft_model  # takes seconds, so only where it is needed
 
     return get_peft_model(copy.deepcopy(model), LoraConfig(lora_dropout=0.0, **options))
 
 
 def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Returns the trained tensors of PEFT's model, under the names that they have without PEFT."""
+    """Returns the trained tensors of PEFT's model, by the names that they have without PEFT."""
     return {
         name.removeprefix("base_model.model.").replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
@@ -107,13 +107,13 @@ def peft_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def draw(mine: nn.Module, theirs: nn.Module) -> None:
-    """Puts the same random numbers into the adapters of both models, B's too."""
+    """Puts the same random numbers into the adapters of both models, also into B."""
     tensors = peft_tensors(theirs)
     for name, parameter in mine.named_parameters():
         if "lora_" in name:
             check(
                 name in tensors,
-                f"The model has a parameter {name}. PEFT's are {', '.join(tensors)}.",
+                f"The model has a parameter {name}, but PEFT's are {', '.join(tensors)}.",
             )
             parameter.normal_(std=0.3)
             tensors[name].copy_(parameter)

@@ -1,4 +1,4 @@
-"""Exercise 1 beside PEFT's layer."""
+"""Exercise 1, compared with PEFT's layer."""
 
 import torch
 from torch import nn
@@ -34,12 +34,12 @@ def test_a_is_random_and_b_is_zero(answer):
     layer = layer_of(answer)
     check(
         not layer.lora_B.weight.any(),
-        "B is not zero at the start: the first step would not start from the base model.",
+        "B is not zero at the start: training would not start from the base model.",
     )
     check(
         bool(layer.lora_A.weight.any()),
         "A is zero at the start, as B is. B's gradient is g (scale A x)^T and A's is "
-        "scale (B^T g) x^T: both are zero, and stay so.",
+        "scale (B^T g) x^T: both are zero, and stay zero.",
     )
 
 
@@ -47,7 +47,7 @@ def test_only_a_and_b_are_trained(answer):
     trained = {name for name, p in layer_of(answer).named_parameters() if p.requires_grad}
     check(
         trained == {"lora_A.weight", "lora_B.weight"},
-        f"Trained are {sorted(trained)}, and should be A and B alone: "
+        f"The trained parameters are {sorted(trained)}, and should be A and B alone: "
         "base_layer.requires_grad_(False) freezes a layer.",
     )
 
@@ -70,9 +70,9 @@ def test_outputs_and_gradients_are_pefts(answer):
         "It is W x alone: B A x is missing.": wx,
         "It is s B A x alone: base_layer(x) is missing.": 3 * bax,
         "It is W x + B A x: the scale alpha / rank is missing.": wx + bax,
-        "It is W x + alpha B A x: alpha is divided by rank.": wx + 12 * bax,
+        "It is W x + alpha B A x: alpha must be divided by rank.": wx + 12 * bax,
         "It is W x + B A x / 3: the scale is alpha / rank, not rank / alpha.": wx + bax / 3,
-        "The scale multiplies W x too: it is for B A x alone.": 3 * (wx + bax),
+        "The scale multiplies W x too, and should multiply B A x alone.": 3 * (wx + bax),
     }
     check_close(found, y, "the output", cures)
 

@@ -1,4 +1,4 @@
-"""Exercise 2 beside PEFT on a small model."""
+"""Exercise 2, compared with PEFT on a small model."""
 
 import torch
 from torch import nn
@@ -13,9 +13,9 @@ def test_a_name_matches_the_end_of_a_path_at_a_dot(answer):
     paths = answer.inject(small_model(), TARGETS, rank=4, alpha=12)
     cure = ""
     if "blocks.0.q_proj" in (paths or []):
-        cure = "\n'proj' is not to match q_proj, whose last name is another."
+        cure = "\n'proj' must not match q_proj: a match starts at a dot."
     elif "blocks.0.mlp.fc" not in (paths or []):
-        cure = "\nA target may have more than one name: 'mlp.fc' is the fc in each mlp."
+        cure = "\nA target may hold more than one name: 'mlp.fc' is the fc in each mlp."
     check(
         paths == PATHS,
         f"inject(model, {TARGETS}) returned {paths}\nand should return {PATHS}.{cure}",
@@ -32,12 +32,12 @@ def test_only_the_adapters_are_trained(answer):
     )
     expected = {f"{path}.lora_{letter}.weight" for path in PATHS for letter in "AB"}
     left = sorted(trained - expected)
-    check(not left, f"Trained beside the adapters: {', '.join(left)}. All of it is to be frozen.")
+    check(not left, f"Trained besides the adapters: {', '.join(left)}. Freeze all of it.")
     missing = sorted(expected - trained)
     check(
         not missing,
-        f"Not trained: {', '.join(missing)}. The names are those of the layer in the model: "
-        "put LoRALinear in the place of the layer, at its path.",
+        f"Not trained: {', '.join(missing)}. A parameter's name begins with its layer's path: "
+        "put LoRALinear in place of the layer, at the same path.",
     )
 
 
@@ -49,7 +49,7 @@ def test_outputs_are_pefts(answer):
     answer.inject(model, TARGETS, rank=4, alpha=12)
     check_close(model(x), base, "the output at the start, where B = 0")
     draw(model, theirs)
-    cure = "It is the base model's: the new layers stand beside the model and are not called."
+    cure = "It is the base model's: the new layers are not part of the model, and are not called."
     check_close(model(x), theirs(x), "the output with random A and B", {cure: base})
 
 
@@ -63,7 +63,7 @@ def test_a_target_that_matches_no_layer_is_an_error(answer):
         check(
             False,
             "inject(model, ('query',)) matched no layer and said nothing: "
-            "training would go on with no adapter. Raise ValueError.",
+            "training would continue without an adapter. Raise ValueError.",
         )
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
     check(not frozen, "inject(model, ('query',)) raised, but froze the model before it did.")
@@ -72,4 +72,4 @@ def test_a_target_that_matches_no_layer_is_an_error(answer):
 def test_layers_that_are_not_linear_are_left_alone(answer):
     model = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24))
     paths = answer.inject(model, ("0", "1"), rank=4, alpha=12)
-    check(paths == ["1"], f"Of a LayerNorm 0 and a Linear 1 were wrapped {paths}, not ['1'].")
+    check(paths == ["1"], f"Of a LayerNorm 0 and a Linear 1 it wrapped {paths}, not ['1'].")

@@ -1,4 +1,4 @@
-"""Exercise 3 beside PEFT's merge_and_unload."""
+"""Exercise 3, compared with PEFT's merge_and_unload."""
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ TARGETS = ("q_proj", "mlp.fc")
 
 
 def adapted(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
-    """Returns a model with random adapters, and PEFT's with the same."""
+    """Returns a model with random adapters, and PEFT's model with the same."""
     model = small_model(dtype)
     theirs = peft_model(model, r=4, lora_alpha=12, target_modules=list(TARGETS))
     inject(model, TARGETS, rank=4, alpha=12)
@@ -25,8 +25,8 @@ def test_the_model_has_the_layers_that_it_had_before(answer):
     left = [name for name in found if name not in small_model().state_dict()]
     check(
         not left,
-        f"The merged model holds {', '.join(left[:3])}, ... With the adapters still there "
-        "they are added twice: put each base layer back in the place of its LoRALinear.",
+        f"The merged model still holds {', '.join(left[:3])}, ... Its adapters would be added "
+        "twice: put each base layer back in place of its LoRALinear.",
     )
     check(found == list(small_model().state_dict()), f"The merged model holds only {found}.")
 
@@ -46,15 +46,15 @@ def test_weights_are_pefts(answer):
             "It is W - s B A.": base[path] - 3 * b @ a,
         }
         if base[path].shape[0] == base[path].shape[1]:
-            # Only over a square layer is this no error.
+            # Only for a square layer is this no error.
             transposed = base[path] + 3 * (b @ a).T
             cures["It is W + s (B A)^T: W is (out, in), as B A is."] = transposed
         weight = model.get_submodule(path).weight
         check_close(weight, theirs[f"{path}.weight"], f"the weight of {path}", cures)
         check(
             weight.is_leaf and not weight.requires_grad,
-            f"The weight of {path} has a history of gradients: what W + s B A is computed from "
-            "is kept. Merge under torch.no_grad().",
+            f"The weight of {path} has a gradient history, which keeps what W + s B A was "
+            "computed from. Merge under torch.no_grad().",
         )
 
 

@@ -1,4 +1,4 @@
-"""Exercise 4: PEFT loads the file. What it computes is what was trained, or it is not."""
+"""Exercise 4: does PEFT, from the saved file, compute what was trained?"""
 
 import copy
 import json
@@ -19,7 +19,7 @@ def config_of(answer, use_rslora: bool):
 
 
 def adapted(scale: float) -> tuple[nn.Module, nn.Module]:
-    """Returns a model without and one with random adapters."""
+    """Returns a model without adapters, and the same with random adapters of this scale."""
     base = small_model()
     model = copy.deepcopy(base)
     paths = inject(model, TARGETS, rank=4, alpha=12)
@@ -67,7 +67,7 @@ def test_what_peft_loads_is_what_was_trained(answer, tmp_path):
         x = torch.randn(5, 24)
         _, with_other_scale = adapted(9 - config.scale())  # 3 for 6, and 6 for 3
         cure = (
-            "PEFT has loaded your file without a word, and computes with alpha / rank = 3; the "
+            "PEFT has loaded your file without an error, and computes with alpha / rank = 3; the "
             "adapter was trained with alpha / sqrt(rank) = 6.\nIts tensors are right. The scale "
             "is not among them: whoever loads the file computes it from adapter_config.json, and "
             "there to_peft wrote\n    "
@@ -85,7 +85,7 @@ def test_what_peft_saves_is_read_with_its_scale(answer, tmp_path):
         theirs = peft_model(
             small_model(), r=4, lora_alpha=12, target_modules=["q_proj"], use_rslora=use_rslora
         )
-        check(bool(peft_tensors(theirs)), "PEFT has put no adapter in.")
+        check(bool(peft_tensors(theirs)), "PEFT has added no adapter.")
         theirs.save_pretrained(tmp_path)
         raw = json.loads((tmp_path / "adapter_config.json").read_text())
         config = answer.from_peft(raw)
@@ -101,7 +101,7 @@ def test_what_peft_saves_is_read_with_its_scale(answer, tmp_path):
     except KeyError:
         check(
             False,
-            "from_peft refuses a file without the key use_rslora, which those of PEFT before 0.8 "
-            "are. They are plain LoRA.",
+            "from_peft refuses a file without the key use_rslora, as PEFT before 0.8 wrote them. "
+            "Such files are plain LoRA.",
         )
-    check(not config.use_rslora, "A file without the key use_rslora is one of plain LoRA.")
+    check(not config.use_rslora, "A file without the key use_rslora is plain LoRA.")

@@ -1,4 +1,4 @@
-"""Exercise 5 beside bitsandbytes, bit for bit."""
+"""Exercise 5, compared with bitsandbytes bit for bit."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from exercises.judge import check, check_close
 
 
 def drawn_weight() -> Tensor:
-    """A weight whose rows are no multiple of a block: 48 blocks run on from row to row."""
+    """Returns a weight of 48 blocks, some of which continue from one row into the next."""
     torch.manual_seed(0)
     return torch.randn(32, 96) * torch.rand(32, 1)
 
 
 def reference(weight: Tensor) -> tuple:
-    """Returns bitsandbytes' packed indices, absmax, and what it dequantises them by."""
+    """Returns bitsandbytes' packed indices and absmax, and the state to dequantise them with."""
     from bitsandbytes.functional import quantize_4bit  # it takes seconds to import
 
     # Flat, because bitsandbytes 0.50 dequantises on a CPU as if each row began a new block.
@@ -76,7 +76,7 @@ def test_packed_indices_are_bitsandbytes(answer):
     below = (torch.bucketize(scaled(weight), LEVELS, right=True) - 1).reshape(-1, 2)
     even = ((scaled(weight) + 1) / 2 * 15).round().reshape(-1, 2)
     cures = {
-        "They are, with the halves of each byte exchanged: the first value goes into the high "
+        "They are if the halves of each byte are exchanged: the first value goes into the high "
         "half, first << 4 | second.": halves(second, first),
         "They are the indices of the next level above each value. The nearest may be the one "
         "below: the borders lie half way between the levels.": halves(*above.T),
@@ -113,8 +113,8 @@ def test_a_block_of_zeros_stays_zero(answer):
     check(
         byte == 0x77,
         f"A block of zeros is stored as bytes 0x{byte:02x}, and should be as 0x77: twice the "
-        "index 7, of the level 0.0. In w / absmax it is 0 / 0 = NaN, to which no level is "
-        "nearest: argmin then says 0, and bucketize 15. Divide by 1 where absmax is 0.",
+        "index 7, of the level 0.0. There w / absmax is 0 / 0 = NaN, to which no level is "
+        "nearest: argmin then returns 0, and bucketize 15. Divide by 1 where absmax is 0.",
     )
     check_bytes(packed, expected, {})
 
@@ -137,7 +137,7 @@ def test_dequantised_values_are_bitsandbytes(answer):
     check_close(restored, expected, "the dequantised weight", cures, tolerance=1e-6)
     check(
         torch.equal(restored, expected),
-        "The dequantised weight is right but for the last bit: compute LEVELS[index] * absmax "
+        "The dequantised weight is right except for the last bit: compute LEVELS[index] * absmax "
         "in fp32.",
     )
 

@@ -1,4 +1,4 @@
-"""Exercise 6 beside autograd over the dequantised weight."""
+"""Exercise 6, compared with autograd over the dequantised weight."""
 
 import weakref
 
@@ -10,7 +10,7 @@ from exercises.judge import check, check_close
 
 
 class Weight:
-    """Stands for a quantised weight: makes W (out, in) anew, and remembers what it made."""
+    """Stands for a quantised weight: makes W (out, in) at each call, and remembers each W."""
 
     def __init__(self, out_features: int, in_features: int):
         torch.manual_seed(0)
@@ -70,8 +70,8 @@ def test_no_weight_is_kept_between_the_passes(answer):
     )
     check(
         (64, 48) not in stored and (48, 64) not in stored,
-        "W was kept by ctx.save_for_backward. For each layer of the model W in full would wait "
-        "for the backward pass, which is what 4 bits are to spare. Keep `dequantize`.",
+        "W was kept by ctx.save_for_backward. Each layer of the model would keep its whole W for "
+        "the backward pass, which is the memory that 4 bits should save. Keep `dequantize`.",
     )
     check(
         not weight.is_alive(),
@@ -81,11 +81,11 @@ def test_no_weight_is_kept_between_the_passes(answer):
     y.sum().backward()
     check(
         len(weight.made) == 2,
-        f"The backward pass called dequantize {len(weight.made) - 1} times, and should once.",
+        f"The backward pass called dequantize {len(weight.made) - 1} times, not once.",
     )
     check(not weight.is_alive(), "W is alive after the backward pass: something holds it.")
     check(
         not stored,
-        f"Kept for the backward pass were tensors of shapes {stored}. x is needed for the "
+        f"Tensors of shapes {stored} were kept for the backward pass. x is needed for the "
         "gradient of W alone, and W has none.",
     )

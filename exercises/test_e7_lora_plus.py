@@ -1,4 +1,4 @@
-"""Exercise 7 beside PEFT's create_loraplus_optimizer."""
+"""Exercise 7, compared with PEFT's create_loraplus_optimizer."""
 
 import torch
 
@@ -11,7 +11,7 @@ RATIO = 16
 
 
 def adapted():
-    """Returns a model with adapters, PEFT's with the same, and PEFT's optimizer for LoRA+."""
+    """Returns a model with adapters, PEFT's model with the same, and its optimizer for LoRA+."""
     from peft.optimizers import create_loraplus_optimizer
 
     model = small_model()
@@ -34,8 +34,8 @@ def test_each_parameter_has_pefts_learning_rate(answer):
     groups = answer.loraplus_groups(model, LR, RATIO)
     check(
         isinstance(groups, list) and all({"params", "lr"} <= set(group) for group in groups),
-        "loraplus_groups returns a list of dicts, each with 'params' and 'lr': what an optimizer "
-        "of torch takes in the place of parameters.",
+        "loraplus_groups should return a list of dicts, each with 'params' and 'lr', as torch's "
+        "optimizers take them in place of parameters.",
     )
     found = rates(groups)
     expected = rates(optimizer.param_groups)

@@ -1,4 +1,4 @@
-"""Exercise 8 beside PEFT's use_dora."""
+"""Exercise 8, compared with PEFT's use_dora."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,9 @@ from exercises.judge import check, check_close, distance, draw, peft_model
 
 
 def pair(answer) -> tuple[nn.Module, nn.Module]:
-    """Returns the layer and PEFT's, with the same random A, B and magnitude."""
+    """Returns the layer and PEFT's layer, with the same random A and B, and the same magnitude."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(24, 24))  # square: here norms of columns have the shape too
+    base = nn.Sequential(nn.Linear(24, 24))  # square: norms of columns have the same shape
     theirs = peft_model(base, r=4, lora_alpha=12, target_modules=["0"], use_dora=True)
     layer = answer.DoRALinear(base[0], rank=4, alpha=12)
     draw(nn.Sequential(layer), theirs)
@@ -41,8 +41,8 @@ def test_the_start_is_the_base(answer):
         "The layer has no nn.Parameter `magnitude`: m of the formula, one number for each output.",
     )
     cures = {
-        "It has the norms of W's columns, one for each input. One is wanted for each output: the "
-        "norm of a row of W, which is (out, in) here.": columns,
+        "It has the norms of W's columns, one for each input. There should be one for each output: "
+        "the norm of a row of W, which is (out, in) here.": columns,
         "It is 1: m starts as the norms of W, so that m / norm is 1 at the start.": torch.ones(24),
         "It is the norm of all of W.": weight.norm().expand(24),
     }
@@ -51,7 +51,7 @@ def test_the_start_is_the_base(answer):
     check_close(layer(x), base(x), "the output at the start, where B = 0")
     trained = {name for name, p in layer.named_parameters() if p.requires_grad}
     expected = {"lora_A.weight", "lora_B.weight", "magnitude"}
-    check(trained == expected, f"Trained are {sorted(trained)}, not {sorted(expected)}.")
+    check(trained == expected, f"Trained parameters: {sorted(trained)}, not {sorted(expected)}.")
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def test_the_output_is_pefts(answer):
         "The norm is that of W. The formula divides by the norm of W + s B A.": (
             m / base.weight.norm(dim=1) * y + bias
         ),
-        "The norm is that of columns. Each row of W + s B A, one output, has its own.": (
+        "The norm is that of columns. Each row of W + s B A, for one output, has its own.": (
             F.linear(x, m[:, None] * adapted / adapted.norm(dim=0)) + bias
         ),
         "m / norm multiplies s B A x alone. It multiplies W x too.": (
@@ -108,7 +108,7 @@ def test_gradients_are_pefts(answer):
         cures = {}
         if distance(through_norm, wanted) > 1e-3:
             cures = {
-                "It is the gradient of the whole formula. Section 4.3 has the norm as a "
+                "It is the gradient of the whole formula. Section 4.3 treats the norm as a "
                 "constant: detach it.": through_norm
             }
         check_close(gradient, wanted, f"the gradient of {name}", cures)

@@ -1,4 +1,4 @@
-"""Exercise 9 beside transformers' phi, which runs each row alone."""
+"""Exercise 9, compared with transformers' phi, which runs each row alone."""
 
 import functools
 
@@ -80,9 +80,9 @@ def test_ids_and_positions(answer):
     expected = list(range(4)) + [4 + place for row in ROWS for place in range(len(row))]
     cure = ""
     if found == list(range(len(ids))):
-        cure = "\nThey run on from row to row. Each row stands directly behind the prefix."
+        cure = "\nThey run on from row to row. Each row starts directly after the prefix."
     elif found[4:] == [place for row in ROWS for place in range(len(row))]:
-        cure = "\nRows start at 0. They start after the prefix."
+        cure = "\nRows start at 0. They should start after the prefix."
     check(found == expected, f"The positions are {found}\nand should be {expected}.{cure}")
 
 
@@ -124,15 +124,15 @@ def test_the_loss_is_the_one_of_rows_alone(answer):
     expected, _, _ = alone()
     own = shared.ids[4:]
     cures = {
-        "It takes the logits of the token that stands before each in the flat order. For the "
-        "first of a row that is the last of another row: the prefix's last predicts it.": (
+        "It takes the logits of the token before each in the flat order. For the first token of "
+        "a row that is the last of another row; the prefix's last should predict it.": (
             F.cross_entropy(logits[3:-1], own)
         ),
         "It takes each token's own logits, which predict the one after it.": (
             F.cross_entropy(logits[4:], own)
         ),
-        "It is a sum: the mean over the targets is wanted.": expected * len(own),
-        "It is the mean of each row's mean: the mean over all targets is wanted.": torch.stack(
+        "It is a sum: it should be the mean over the targets.": expected * len(own),
+        "It is the mean of each row's mean: it should be the mean over all targets.": torch.stack(
             [part.mean() for part in losses(logits, own).split([len(row) for row in ROWS])]
         ).mean(),
     }

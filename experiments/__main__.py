@@ -1,6 +1,6 @@
-"""Asks every question, one after another; what is stored is not run again.
+"""Runs every question, one after another. Stored trials are not run again.
 
-    python -m experiments --workers 2       # the flags are those of each question
+    python -m experiments --workers 2       # takes the flags of a question
 """
 
 from experiments import report

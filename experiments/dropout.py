@@ -1,8 +1,8 @@
 """Does dropout on the adapter's input help?
 
-QLoRA (arXiv:2305.14314, appendix A) finds that 0.05 helps models of 7 and 13 billion
-parameters, and no larger ones. Dropout is against learning rows by heart, so it is tried
-where rows are seen once (3,200 of 4,000) and where they are seen eight times (400).
+QLoRA (arXiv:2305.14314, appendix A) finds that a dropout of 0.05 helps models of 7 and 13
+billion parameters, but not larger ones. Dropout works against memorising rows, so it is
+tried where rows are seen once (3,200 of 4,000) and where they are seen eight times (400).
 
     python -m experiments.dropout           # about 15 minutes on two cores
 """

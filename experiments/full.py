@@ -1,12 +1,13 @@
 """How far is LoRA from full fine-tuning, and how do their learning rates differ?
 
-"LoRA Without Regret" (Schulman et al., 2025): on small data LoRA on all layers learns as
-well as full fine-tuning, at ten times its learning rate (about 15 times in short runs),
-with alpha 32. At another alpha another factor is to be expected: for small steps the
-update grows with rate * alpha, so that at alpha 16 a higher rate does the same.
+"LoRA Without Regret" (Schulman et al., 2025) finds that on small data LoRA on all layers
+learns as well as full fine-tuning, at ten times its learning rate (about 15 times in short
+runs), with alpha 32. At another alpha we expect another factor: for small steps the update
+is proportional to rate * alpha, so at alpha 16 a higher rate does the same.
 
-The full arm trains every weight of the base, embeddings, norms and head included. It
-stores 16 bytes a weight, LoRA 16 bytes a number of A and B, and the frozen weights.
+The full arm trains every weight of the base, including embeddings, norms and the output
+head. It stores 16 bytes per weight. LoRA stores 16 bytes per number of A and B, and the
+frozen weights.
 
     python -m experiments.full              # about 10 minutes on two cores, after rank
 """
@@ -38,8 +39,8 @@ def conclude(found: dict[str, report.Finding]) -> list[str]:
             sentences.append(f"{compared}; {share:.1%} of the numbers, {ratio:g} times the rate")
     ratio = found["LoRA, rank 8, alpha 32"].rate / full.rate
     sentences.append(
-        f"at alpha 32 LoRA's best rate is {ratio:g} times that of full fine-tuning, where LoRA "
-        "Without Regret has 10, and 15 for short runs"
+        f"at alpha 32 LoRA's best rate is {ratio:g} times that of full fine-tuning; LoRA Without "
+        "Regret reports 10 times, and 15 times for short runs"
     )
     return sentences
 

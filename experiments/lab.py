@@ -1,22 +1,22 @@
-"""What the questions share: a trial, its result, a sweep of learning rates, tables and pictures.
+"""What the questions share: a trial, the stored results, and a search for the learning rate.
 
-A question is a file beside this one. It names its arms, such as one for each rank, and
-`main` below does the rest:
+A question is a file beside this one. It lists its arms, such as one for each rank, and
+report.py makes its table and picture:
 
-    python -m experiments.rank              # runs what is missing; Ctrl-C stops, the same resumes
+    python -m experiments.rank              # runs what is missing; after Ctrl-C run it again
     python -m experiments.rank --stored     # table, conclusion and picture of what is stored
 
-An arm is a `Trial` whose learning rate is a first guess. A comparison at one rate says
-more about the rate than about the arms, so each arm gets its own: `sweep` tries half and
-twice the guess, and climbs until the best rate has a worse one on each side, by nll with
-seed 0. It repeats the best one with the other seeds. It is chosen on the rows that it is
-shown on, in all arms.
+An arm is a `Trial` whose learning rate is a first guess. A comparison at a single rate says
+more about the rate than about the arms, so each arm gets its own. `sweep` tries half and
+twice the guess with seed 0, and continues until the best rate, by nll, has a worse one on
+each side. It then repeats the best rate with the other seeds. The rate is chosen on the same
+rows that the table shows, in all arms alike.
 
-`run` is a trial: the base of tiny/, adapters or all weights, the steps, the accuracy. The
-loop is made of what train.py is made of. Each result is appended to results/trials.jsonl
-as soon as it is there, and is found again by its settings in any question that asks for
-the same. A processor of another kind rounds otherwise, and moves accuracies by about what
-another seed does.
+`run` runs a trial: it loads the base of tiny/, trains adapters or all weights, and measures
+the accuracy. Its loop calls the functions of train.py. Each result is appended to
+results/trials.jsonl as soon as it is known, and serves any question that asks for the same
+settings. Another kind of processor rounds differently, which changes accuracies about as
+much as another seed does.
 """
 
 import argparse
@@ -57,10 +57,10 @@ DATASET = ROOT / "tiny" / "data"
 RESULTS = ROOT / "experiments" / "results"
 
 SEEDS = (0, 1, 2)
-START = 1e-3  # the learning rate where the climb of an adapter begins
-LEAST_RATE = START / 64  # and those where any climb ends
+START = 1e-3  # the learning rate at which the search for an adapter begins
+LEAST_RATE = START / 64  # the bounds of every search
 MOST_RATE = START * 64
-CURVE = 10  # parts of a training, of which each has its mean loss in the result
+CURVE = 10  # parts of a training; the result has the mean loss of each
 
 
 # -----------------------------------------------------------------------------
@@ -69,39 +69,41 @@ CURVE = 10  # parts of a training, of which each has its mean loss in the result
 
 @dataclass(frozen=True)
 class Trial:
-    """The settings of one training on tiny/. They are all that its result depends on."""
+    """The settings of one training on tiny/. Its result depends on nothing else."""
 
     arm: str = "lora"  # or "full": all weights are trained, and there is no adapter
     rank: int = 8
     alpha: float = 16.0
-    targets: str = "all-linear"  # or names with blanks between them
+    targets: str = "all-linear"  # or names, separated by spaces
     dropout: float = 0.0
     quant: str = "none"  # or "nf4"
     dtype: str = "fp32"  # or "bf16"
-    keep: bool = False  # NF4's values beside its indices
+    keep: bool = False  # whether to keep NF4's values beside its indices
     loss: str = "answer"  # or "full"
     learning_rate: float = START
     batch_size: int = 16
     steps: int = 200
-    train_rows: int = 4000  # the first so many
-    eval_rows: int = 600  # the first so many of each validation split
+    train_rows: int = 4000  # how many, from the first on
+    eval_rows: int = 600  # how many of each validation split, from the first on
     merges: bool = False  # whether the merged models are evaluated too
     seed: int = 0  # of A, of dropout, and of the order of rows
 
 
 def run(trial: Trial) -> dict:
-    """Trains, and returns what came out of it, as JSON can hold it.
+    """Trains, and returns the result as a dict that JSON can hold.
 
-    trained: how many numbers. weights: bytes of the frozen and trained ones.
+    trained: the number of trained parameters.
+    weights: the bytes of all parameters and buffers, frozen and trained.
     losses: the mean loss of each tenth of the training, per predicted id.
-    accuracy, nll: of the three answers' probabilities (eval.py's mode "score"), the mean of
-        the two validation splits; nll is -log of the right answer's, ln 3 by guessing.
+    accuracy, nll: from the probabilities of the three answers (eval.py's mode "score"), the
+        mean over the two validation splits; nll is -log of the right answer's probability,
+        ln 3 when guessing.
     matched, mismatched: the two accuracies.
-    diverged: instead of these four, where a loss or a logit is not finite.
-    merged: with `merges`, accuracy and nll after merging, by the type that is stored.
+    diverged: instead of these four, where a gradient or a logit is not finite.
+    merged: with `merges`, what `measure_merged` returns.
 
-    Raises ValueError for a full arm over a base that is rounded: a step of the size of a
-    learning rate is lost in 16 bits, and indices have no gradient.
+    Raises ValueError for a full arm over a base in 16 or 4 bits: a step of the size of a
+    learning rate is lost in 16 bits, and NF4's indices have no gradient.
     """
     if trial.arm == "full" and (trial.quant, trial.dtype) != ("none", "fp32"):
         raise ValueError("the full arm trains W itself, which has to be in fp32")
@@ -128,7 +130,7 @@ def run(trial: Trial) -> dict:
 
 
 def fit(model: phi2.Phi2, trained: list[torch.nn.Parameter], trial: Trial) -> list[float]:
-    """Trains. Returns the loss of each step, of which the last may not be finite."""
+    """Trains. Returns the loss of each step. It is NaN for a step whose gradient is not finite."""
     args = arguments(trial)
     rows, encoded = training_rows(trial.train_rows)
     optimizer = torch.optim.AdamW(
@@ -147,14 +149,14 @@ def fit(model: phi2.Phi2, trained: list[torch.nn.Parameter], trial: Trial) -> li
             model, optimizer, scaler, batches, count, args.max_grad_norm
         )
         losses.append(loss.item())
-        if not math.isfinite(norm):  # then every weight is spoiled, whatever the loss was
+        if not math.isfinite(norm):  # then the step has spoiled every weight, whatever the loss
             losses[-1] = math.nan
             break
     return losses
 
 
 def add_arm(model: phi2.Phi2, trial: Trial) -> list[torch.nn.Parameter]:
-    """Returns what is trained: A and B of the adapters that it puts in, or every weight."""
+    """Prepares the model for an arm. Returns what is trained: A and B of new adapters, or all."""
     if trial.arm == "full":
         return list(model.requires_grad_(True).parameters())
     targets = tuple(trial.targets.split())
@@ -184,7 +186,7 @@ def training_rows(count: int) -> tuple[examples.Rows, list]:
 
 @functools.cache
 def load_rows(split: str, count: int) -> examples.Rows:
-    with redirect_stderr(io.StringIO()):  # where it says how many rows it takes
+    with redirect_stderr(io.StringIO()):  # without the line on how many rows it takes
         return examples.load_examples(str(DATASET), split, count)
 
 
@@ -204,9 +206,9 @@ def measure(model: phi2.Phi2, count: int) -> dict:
 
 
 def measure_merged(model: phi2.Phi2, count: int) -> dict:
-    """Returns what `measure` does of the merged model in 16 bits, and in NF4 again.
+    """Returns what `measure` returns for the model merged into bf16 and into NF4, by "bf16", "nf4".
 
-    `lost` is the mean over the layers of what rounding changes, as a share of B A.
+    `lost` is what rounding changes, as a share of B A: the mean over the layers.
     """
     merged = {}
     for name, requantize in (("bf16", False), ("nf4", True)):
@@ -222,7 +224,7 @@ def measure_merged(model: phi2.Phi2, count: int) -> dict:
 
 
 def inputs_digest() -> str:
-    """Returns what the results depend on besides the settings: base, tokenizer and rows."""
+    """Returns a digest of what results depend on besides settings: base, tokenizer and rows."""
     digest = hashlib.sha256()
     for path in sorted([*MODEL.glob("*.*"), *DATASET.glob("*.*")]):
         digest.update(path.read_bytes())
@@ -230,26 +232,26 @@ def inputs_digest() -> str:
 
 
 class Store:
-    """Results by their trials, in a file of JSON lines."""
+    """The results of trials, in a file of JSON lines."""
 
     def __init__(self, path: Path | None = None):
         self.path = path = path or RESULTS / "trials.jsonl"
         self.inputs = inputs_digest()
         self.results: dict[Trial, dict] = {}
         for line in files.read_lines(path) if path.is_file() else []:
-            if line["inputs"] == self.inputs:  # else tiny/ is another now
+            if line["inputs"] == self.inputs:  # otherwise tiny/ has changed since
                 self.results[Trial(**line["trial"])] = line["result"]
 
     def add(self, trial: Trial, result: dict) -> None:
         line = {"trial": asdict(trial), "result": result, "inputs": self.inputs}
-        # One write to the file's end: two questions that run at once do not mix their lines.
+        # In one write, so that two questions that run at once do not mix their lines.
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         self.results[trial] = result
 
 
 def run_missing(trials: Iterable[Trial], store: Store, workers: int, bar: tqdm) -> None:
-    """Runs those trials that the store lacks, and adds their results to it, one by one."""
+    """Runs the trials that the store lacks, and adds each result to it."""
     missing = [trial for trial in dict.fromkeys(trials) if trial not in store.results]
     if workers == 1:
         torch.set_num_threads(1)
@@ -267,16 +269,16 @@ def run_missing(trials: Iterable[Trial], store: Store, workers: int, bar: tqdm) 
         except BrokenProcessPool:
             raise ValueError(
                 "a worker was killed, perhaps because memory ran out: the same command resumes, "
-                "and with --workers 1 needs less"
+                "and --workers 1 needs less memory"
             ) from None
-        except BaseException:  # Ctrl-C too: what is running is lost, and what waits is not run
+        except BaseException:  # also Ctrl-C: trials that run are lost, and no other starts
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
 
 
 def start_worker() -> None:
-    """Prepares a process that runs trials: one thread, no bars, and Ctrl-C is its parent's."""
+    """Prepares a worker: one thread, no progress bars, and only its parent handles Ctrl-C."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stderr = open(os.devnull, "w")
@@ -284,7 +286,7 @@ def start_worker() -> None:
 
 
 def end_with_parent() -> None:
-    """Ends this process when its parent has ended, which may have been killed."""
+    """Ends this process when its parent ends, even if the parent is killed."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
@@ -294,8 +296,8 @@ def end_with_parent() -> None:
 
 
 def sweep(arms: dict[str, Trial], store: Store, workers: int) -> None:
-    """Runs what is missing of all arms: the climb to the best rate, then the other seeds."""
-    expected = len(arms) * (len(SEEDS) + 3)  # a guess, for the remaining time
+    """Runs what is missing: the search for the best rate of each arm, then the other seeds."""
+    expected = len(arms) * (len(SEEDS) + 3)  # a guess, to estimate the remaining time
     with tqdm(total=expected, unit="trial", smoothing=0.1, disable=None) as bar:
         bar.update(sum(len(stored(arm, store)) for arm in arms.values()))
         while wanted := [trial for arm in arms.values() for trial in climb(arm, store)]:
@@ -306,7 +308,7 @@ def sweep(arms: dict[str, Trial], store: Store, workers: int) -> None:
 
 
 def stored(arm: Trial, store: Store) -> dict[Trial, dict]:
-    """Returns the results of an arm: its settings with any rate and seed."""
+    """Returns the results of an arm: of trials with its settings, at any rate and seed."""
     return {
         trial: result
         for trial, result in store.results.items()
@@ -315,14 +317,14 @@ def stored(arm: Trial, store: Store) -> dict[Trial, dict]:
 
 
 def climb(arm: Trial, store: Store) -> list[Trial]:
-    """Returns the trials that are needed next to find the best rate. In the end there are none."""
+    """Returns the trials to run next in the search for the best rate; none once it is found."""
     guess = arm.learning_rate
     first = [replace(arm, learning_rate=rate) for rate in (guess / 2, guess, guess * 2)]
     missing = [trial for trial in first if trial not in store.results]
     if missing:
         return missing
     rates, best = seed_0(arm, store)
-    # A neighbour is missing only where the best rate is the first or the last that was tried.
+    # A neighbour is missing only if the best rate is the lowest or the highest tried so far.
     neighbours = [rate for rate in (best / 2, best * 2) if rate not in rates]
     return [
         replace(arm, learning_rate=rate)
@@ -339,7 +341,7 @@ def seed_0(arm: Trial, store: Store) -> tuple[list[float], float]:
         if trial.seed == SEEDS[0]
     }
     rates = sorted(nll)
-    return rates, min(rates, key=nll.get)  # the smallest of those that have all diverged
+    return rates, min(rates, key=nll.get)  # the lowest rate if all have diverged
 
 
 def nll_of(result: dict) -> float:
@@ -347,13 +349,13 @@ def nll_of(result: dict) -> float:
 
 
 def repeats(arm: Trial, store: Store) -> list[Trial]:
-    """Returns an arm at its best rate, with every seed."""
+    """Returns the trials of an arm at its best rate, one for each seed."""
     _, best = seed_0(arm, store)
     return [replace(arm, learning_rate=best, seed=seed) for seed in SEEDS]
 
 
 def is_swept(arm: Trial, store: Store) -> bool:
-    """Returns whether nothing of a sweep is left to run for an arm."""
+    """Returns whether the sweep of an arm is complete."""
     if climb(arm, store):
         return False
     return all(trial in store.results for trial in repeats(arm, store))

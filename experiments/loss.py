@@ -1,9 +1,9 @@
 """Should the loss be on the answer alone, or on the whole prompt?
 
 QLoRA (arXiv:2305.14314, appendix B) trains on the answer alone, which is better for its
-instruction data. The notebooks that this project follows trained on every token. There
-some 75 tokens have a loss, two of which are the answer's: their mean hardly shows it. It
-also costs more, because rows with a loss on the prefix cannot share it.
+instruction data. The original FLoRA trained on every token. Then about 75 tokens of a row
+have a loss, and only two of them are the answer's, which hardly count in the mean. It also
+costs more, because rows with a loss on the prefix cannot share the prefix.
 
     python -m experiments.loss              # about 10 minutes on two cores
 """

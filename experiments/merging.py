@@ -1,10 +1,10 @@
 """What of an adapter survives merging, in 16 bits and in 4?
 
-QLoRA (arXiv:2305.14314) keeps its adapters apart. Merged, W + B A is rounded to the type
-that it is stored in. In NF4 a step between two levels is a good part of a block's largest
-weight, and most of an update is smaller. All arms are trained over NF4. "lost" is the
-norm of what rounding changes over that of B A, the mean of all layers
-(scripts/merge.py): 1 is as much as the adapter itself.
+QLoRA (arXiv:2305.14314) keeps its adapters unmerged. Merging rounds W + B A to the type
+that stores it. In NF4 the distance between two levels is a large share of a block's
+largest weight, and most of an update is smaller than that. All arms are trained over NF4.
+"lost" is the norm of what rounding changes, divided by the norm of B A, as a mean over all
+layers (scripts/merge.py): 1 means as much as the adapter itself.
 
     python -m experiments.merging           # about 10 minutes on two cores
 """
@@ -20,7 +20,7 @@ ARMS = {
 
 
 def merged(found: report.Finding, dtype: str, name: str) -> float:
-    """Returns the mean over the seeds of what was measured after merging."""
+    """Returns a figure that was measured after merging, as a mean over the seeds."""
     values = [result["merged"][dtype][name] for result in found.results if "merged" in result]
     return round(sum(values) / max(1, len(values)), 3)
 
@@ -35,8 +35,8 @@ COLUMNS = {
 
 def conclude(found: dict[str, report.Finding]) -> list[str]:
     return [
-        f"{name}: {arm.mean():.3f} beside the base, {merged(arm, 'bf16', 'accuracy'):.3f} merged "
-        f"into bf16, {merged(arm, 'nf4', 'accuracy'):.3f} into NF4"
+        f"{name}: accuracy {arm.mean():.3f} unmerged, {merged(arm, 'bf16', 'accuracy'):.3f} merged "
+        f"into bf16, {merged(arm, 'nf4', 'accuracy'):.3f} merged into NF4"
         for name, arm in found.items()
     ]
 

@@ -1,11 +1,11 @@
 """What does a base in NF4 cost, beside one in 16 or 32 bits?
 
-QLoRA (arXiv:2305.14314, section 4, tables 2 to 4) finds no loss against 16 bits: the
-adapter learns to make up for the rounding. Memory is that of the weights, as tensors
-have it: A, B and a head in 16 bits included. With its values kept NF4 takes more than 16
-bits, and must give the same result to the last digit.
+QLoRA (arXiv:2305.14314, section 4, tables 2 to 4) finds no loss compared with 16 bits: the
+adapter learns to compensate for the rounding. Memory is that of the tensors of weights,
+including A, B and an output head in 16 bits. With its values kept, NF4 takes more memory
+than 16 bits, and must give the same result to the last digit.
 
-A processor without instructions for bf16 needs ten times the minutes.
+A processor without instructions for bf16 takes ten times as long.
 
     python -m experiments.quantisation      # about 10 minutes on two cores
 """
@@ -28,8 +28,8 @@ def conclude(found: dict[str, report.Finding]) -> list[str]:
     return [
         report.compare(found, nf4, "bf16", "QLoRA", "equal"),
         report.compare(found, "bf16", "fp32"),
-        f"with its values kept NF4 gives {'the same' if is_same else 'another'} nll in every "
-        "trial, to the last digit that is stored",
+        f"with its values kept NF4 gives {'the same nll' if is_same else 'another nll'}, compared "
+        "in every trial to the last digit that is stored",
     ]
 
 

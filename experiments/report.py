@@ -1,8 +1,8 @@
-"""From stored trials to tables, pictures, conclusions, and README.md beside this file.
+"""Makes tables, pictures, conclusions and the README.md beside this file from stored trials.
 
     python -m experiments.report            # makes all of them again; nothing is trained
 
-A question's file has ARMS, `conclude`, and perhaps COLUMNS; QUESTIONS has their order.
+A question's file has ARMS, `conclude`, and perhaps COLUMNS; QUESTIONS sets the order.
 """
 
 import functools
@@ -27,17 +27,17 @@ STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--")
 
 
 # -----------------------------------------------------------------------------
-# What is known of an arm
+# What is known about an arm
 
 
 @dataclass
 class Finding:
-    """An arm at its best learning rate, which is that of the first seed."""
+    """An arm at its best learning rate, which the first seed decides."""
 
-    trained: int  # numbers
+    trained: int  # number of parameters
     rate: float
     results: list[dict]  # by seed, at this rate
-    nll: dict[float, list[float]]  # by rate and seed; infinite where it diverged
+    nll: dict[float, list[float]]  # by rate and seed; infinite where training diverged
 
     def mean(self, name: str = "accuracy") -> float:
         return statistics.mean(self.all(name))
@@ -46,11 +46,11 @@ class Finding:
         return [result[name] for result in self.results if name in result]
 
     def nll_at(self, rate: float) -> str:
-        """Returns the mean nll at a rate, as text."""
+        """Returns the first seed's nll at a rate, as text: not every rate has the others."""
         if rate not in self.nll:
             return "(not tried)"
-        mean = statistics.mean(self.nll[rate])
-        return f"{mean:.3f}" if math.isfinite(mean) else "(diverged)"
+        first = self.nll[rate][0]
+        return f"{first:.3f}" if math.isfinite(first) else "(diverged)"
 
     @property
     def is_complete(self) -> bool:
@@ -58,7 +58,7 @@ class Finding:
 
 
 def find(arm: lab.Trial, store: lab.Store) -> Finding | None:
-    """Returns what is stored of an arm, None where it is nothing."""
+    """Returns what is stored about an arm, or None if nothing is."""
     trials = sorted(lab.stored(arm, store), key=lambda trial: (trial.learning_rate, trial.seed))
     if not trials:
         return None
@@ -71,7 +71,7 @@ def find(arm: lab.Trial, store: lab.Store) -> Finding | None:
 
 
 def verdict(first: Finding, second: Finding) -> str:
-    """Returns "better" or "worse" where no seed's accuracy is within the other's, else "equal"."""
+    """Returns "better" or "worse" if the ranges of the seeds do not overlap, else "equal"."""
     if min(first.all()) > max(second.all()):
         return "better"
     if max(first.all()) < min(second.all()):
@@ -82,9 +82,9 @@ def verdict(first: Finding, second: Finding) -> str:
 def compare(
     found: dict[str, Finding], name: str, other: str, paper: str = "", expected: str = ""
 ) -> str:
-    """Returns a sentence on two arms: their verdict, their means, and what a paper expects.
+    """Returns a sentence on two arms: the verdict, their mean accuracies, and a paper's verdict.
 
-    `expected` is the verdict of `paper`.
+    `expected` is what `paper` finds: "better", "worse" or "equal".
     """
     seen = verdict(found[name], found[other])
     means = f"{found[name].mean():.3f} and {found[other].mean():.3f}"
@@ -95,11 +95,11 @@ def compare(
     if not paper:
         return sentence
     if seen == expected:
-        return f"{sentence}, as {paper} has it"
-    return f"{sentence}; in {paper} {AS_TEXT[expected]}"
+        return f"{sentence}, as {paper} finds"
+    return f"{sentence}; {paper} finds {AS_TEXT[expected]}"
 
 
-AS_TEXT = {"better": "it is better", "worse": "it is worse", "equal": "they are equal"}
+AS_TEXT = {"better": "it better", "worse": "it worse", "equal": "them equal"}
 
 
 def rates(found: list[Finding]) -> str:
@@ -107,7 +107,7 @@ def rates(found: list[Finding]) -> str:
 
 
 def ratio(found: list[Finding]) -> float:
-    """Returns the largest of the best rates over the smallest."""
+    """Returns the largest of the best rates divided by the smallest."""
     found_rates = [finding.rate for finding in found]
     return max(found_rates) / min(found_rates)
 
@@ -117,7 +117,7 @@ def ratio(found: list[Finding]) -> float:
 
 
 def summary(module: ModuleType, store: lab.Store) -> dict:
-    """Returns what is known of a question, as its JSON file holds it."""
+    """Returns what is known about a question, as its JSON file holds it."""
     found = {name: find(arm, store) for name, arm in module.ARMS.items()}
     found = {name: finding for name, finding in found.items() if finding}
     is_complete = all(lab.is_swept(arm, store) for arm in module.ARMS.values()) and all(
@@ -151,7 +151,7 @@ def question_of(module: ModuleType) -> str:
 
 
 def table(summary: dict) -> str:
-    """Returns the arms as a table in markdown. In brackets: the least and the most of the seeds."""
+    """Returns the arms as a Markdown table, with the lowest and highest seed in brackets."""
     titles = ["arm", "trained", "best rate", "accuracy", "nll", *summary["columns"], "seeds"]
     lines = [titles, ["---"] * len(titles)]
     for name, arm in summary["arms"].items():
@@ -165,7 +165,7 @@ def table(summary: dict) -> str:
 
 
 def failures(summary: dict) -> str:
-    """Returns a sentence on where a training has diverged, "" where none has."""
+    """Returns a sentence that names the trainings that diverged, or "" if none did."""
     places = [
         f"{name} at {rate}"
         for name, arm in summary["arms"].items()
@@ -185,14 +185,14 @@ def spread(values: list[float]) -> str:
 
 
 def draw(summary: dict, path: Path) -> None:
-    """Draws nll against the learning rate, and the accuracy at the best, as an SVG."""
+    """Draws the first seed's nll by rate, and the accuracy at the best rate, as an SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 
     arms = summary["arms"]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # Text as text, and the same file from the same numbers.
+        # Text stays text, and the same numbers give the same file.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem})
         matplotlib.rcParams["font.family"] = "sans-serif"
         height = max(3.4, 1.2 + 0.3 * len(arms))
@@ -202,18 +202,18 @@ def draw(summary: dict, path: Path) -> None:
             style = STYLES[number % len(STYLES)]
             color = f"C{number % 10}"
             points = sorted(
-                (float(rate), statistics.mean(values))
+                (float(rate), values[0])
                 for rate, values in arm["nll_by_rate"].items()
-                if "diverged" not in values
+                if values[0] != "diverged"
             )
-            if points:  # else every rate has diverged
+            if points:  # otherwise every rate has diverged
                 left.plot(*zip(*points), style, color=color, markersize=4, linewidth=1)
             accuracy = arm["accuracy"]
             right.plot(accuracy, [number] * len(accuracy), style[0] + "-", color=color)
         tried = sorted({float(rate) for arm in arms.values() for rate in arm["nll_by_rate"]})
         left.set_xscale("log", base=2)
         left.set_xticks(tried, [f"{1000 * rate:.3g}" for rate in tried])
-        left.set(xlabel="learning rate, thousandths", ylabel="nll of the right answer")
+        left.set(xlabel="learning rate, thousandths", ylabel="nll, first seed")
         left.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
         right.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
         right.set_yticklabels(list(arms))
@@ -240,7 +240,7 @@ def write(module: ModuleType, store: lab.Store) -> dict:
 
 
 def readme(text: str) -> str:
-    """Returns README.md with what is made of the questions' JSON files behind MARK."""
+    """Returns README.md, with the part after MARK made again from the questions' JSON files."""
     written, mark, _ = text.partition(MARK)
     parts = []
     for name in QUESTIONS:
@@ -271,16 +271,16 @@ def section(name: str, found: dict) -> str:
 
 
 def main(name: str) -> None:
-    """Answers the question of a file: runs what is missing, prints, and writes."""
+    """Answers a module's question: runs what is missing, prints the table, writes the files."""
     cli.run(functools.partial(answer, sys.modules[name]))
 
 
 def answer(module: ModuleType) -> None:
     parser = cli.Parser(question_of(module))
     parser.add_argument(
-        "--workers", type=flags.count, default=2, help="processes of one thread each"
+        "--workers", type=flags.count, default=2, help="number of processes, with one thread each"
     )
-    parser.add_argument("--stored", action="store_true", help="run nothing: show what is stored")
+    parser.add_argument("--stored", action="store_true", help="run nothing; show what is stored")
     args = parser.parse_args()
     store = lab.Store()
     if not args.stored:
@@ -288,7 +288,7 @@ def answer(module: ModuleType) -> None:
             lab.sweep(module.ARMS, store, args.workers)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
-                f"stopped; what was finished is in {store.path}, and the same command resumes"
+                f"stopped; finished trials are in {store.path}, and the same command resumes"
             ) from None
     found = write(module, store)
     print(f"{found['question']}\n\n{table(found)}\n")

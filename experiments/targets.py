@@ -1,13 +1,15 @@
 """Which layers should get adapters?
 
 LoRA (arXiv:2106.09685, section 7.1) divides a fixed number of parameters among the
-attention's matrices, and finds q and v with a lower rank better than one with a higher.
-It leaves the MLP alone. QLoRA (arXiv:2305.14314, section 4, figure 2) needs adapters on
-all layers to match full fine-tuning. "LoRA Without Regret" (2025): attention alone is
-worse than the MLP alone, at equal parameters too.
+attention matrices, and finds that q and v at a lower rank are better than one matrix at a
+higher rank. It does not adapt the MLP. QLoRA (arXiv:2305.14314, section 4, figure 2) needs
+adapters on all layers to match full fine-tuning. "LoRA Without Regret" (2025) finds that
+adapting attention alone is worse than adapting the MLP alone, even with equally many
+parameters.
 
-The ranks make the numbers equal to 3 %: in tiny, as in phi-2, fc1 and fc2 are four times
-as wide as the other layers. alpha is 2 rank, so that the factor is the same.
+In the first four arms the ranks make the numbers of parameters equal to within 3 %: in
+tiny/, as in phi-2, fc1 and fc2 have one side that is four times as wide. alpha is 2 * rank,
+so the scale is the same in all arms.
 
     python -m experiments.targets           # about 15 minutes on two cores
 """

@@ -1,24 +1,25 @@
-"""Speed and memory beside transformers + PEFT + bitsandbytes, and litgpt where it is installed.
+"""Compares speed and memory with transformers + PEFT + bitsandbytes, and litgpt if installed.
 
     python -m scripts.bench                                # tiny/ on a CPU, phi-2 on a GPU
     python -m scripts.bench --random-phi-2 --json bench.json         # full size, no download
     python -m scripts.bench --random-phi-2 1 --rows 32 --rounds 1    # one layer: small machines
-    python -m scripts.bench --against ../before            # beside another checkout of this project
+    python -m scripts.bench --against ../before            # with another checkout of this project
 
-All contenders (scripts/contenders.py) have the same files, the same adapter, the same rows and the
-same loss. Each is a process of its own, and they take turns: A B C A B C. The others are used well:
-rows of similar length in micro-batches, whose size and attention are tried first and the fastest
-taken; the head on the answers' positions alone; as many new tokens for each row as for ours.
+All contenders (scripts/contenders.py) get the same files, the same adapter, the same rows and the
+same loss. Each runs in its own process, and they take turns: A B C A B C. The others are used well.
+They run rows of similar length in micro-batches; several sizes and kinds of attention are tried
+first, and the fastest is used. Their output head runs only on the positions of the answers. They
+generate as many new tokens for each row as ours does.
 
-First the results are compared, in fp32 without quantisation, then as they are timed. Where they
-differ, no figure is printed. Figures are medians over the rounds, and a ratio is the median of the
-rounds' ratios.
+First the results are compared: in fp32 without quantisation, then with the settings that are timed.
+If they differ, no figure is printed. Figures are medians over the rounds, and a ratio is the median
+of the rounds' ratios.
 
-Speed depends on how much the rows of a batch differ in length. Without --dataset they are drawn
-from tiny/data with the lengths of MNLI (tiny/mnli_lengths.py). With it they are the first rows as
-they are.
+Speed depends on how much the rows of a batch differ in length. Without --dataset the rows are drawn
+from tiny/data with the lengths of MNLI (tiny/mnli_lengths.py). With it they are the first rows of
+the dataset, unchanged.
 
-Figures of other people's machines come from scripts/selftest.py, and are kept in the form that
+Results from other people's machines come from scripts/selftest.py, in the form that
 docs/benchmarks.md describes ("By machine").
 """
 
@@ -85,7 +86,7 @@ class Contender:
 
 
 def contenders(against: Path | None) -> list[Contender]:
-    """Returns ours and those it is compared with. The second one's results are the measure."""
+    """Returns ours and those to compare it with. The second one's results are the reference."""
     ours = Contender("ours", "ours")
     if against:
         return [ours, Contender("before", "ours", against)]
@@ -96,16 +97,16 @@ def contenders(against: Path | None) -> list[Contender]:
 
 
 class Process:
-    """A contender at work. `job` has the fields of scripts/contenders.py's Job.
+    """A contender in its own process. `job` has the fields of scripts/contenders.py's Job.
 
-    Within its `with` statement it has its `ways` to do each task, and in `imported` its memory with
-    its libraries alone.
+    Within its `with` statement, `ways` holds its ways to do each task, and `imported` the memory of
+    the process with its libraries alone.
     """
 
     def __init__(self, contender: Contender, job: dict):
         self.name = contender.name
         typed = json.dumps(job | {"contender": contender.kind})
-        # -P: otherwise the files of scripts/ would stand in front of all libraries.
+        # -P: otherwise the files of scripts/ would come before all libraries on the path.
         command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", typed]
         path = [str(contender.folder), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
@@ -120,7 +121,7 @@ class Process:
         line = self.process.stdout.readline()
         if not line:
             status = self.process.wait()
-            raise ValueError(f"{self.name} ended with status {status}; its error stands above")
+            raise ValueError(f"{self.name} ended with status {status}; its error is printed above")
         return json.loads(line)
 
     def ask(self, **request) -> dict:
@@ -143,13 +144,13 @@ class Process:
 # The gate: no figure without agreement
 
 
-# In fp32 results differ by rounding alone. Of 64 rows with 32 new ids one may differ, where two ids
-# are nearly even.
+# In fp32 results differ only by rounding. Of 64 rows with 32 new ids one may differ, where two ids
+# are almost equally likely.
 BOUNDS = {"loss": 1e-5, "gradient": 1e-4, "scores": 1e-5, "written": 0.02}
 
 
 def results_of(contender: Contender, job: dict, folder: Path) -> dict:
-    """Returns loss, gradients, scores and new ids; litgpt has no scores."""
+    """Returns loss, gradients, scores and new ids. litgpt has no scores."""
     path = folder / f"{contender.name}.safetensors"
     with Process(contender, job) as process:
         results = process.ask(save=str(path))
@@ -157,10 +158,10 @@ def results_of(contender: Contender, job: dict, folder: Path) -> dict:
 
 
 def distances(mine: dict, theirs: dict) -> dict[str, float]:
-    """Returns how far two results are apart.
+    """Returns how much two results differ.
 
-    Of loss and gradients it is the relative error, of scores the mean difference, of what is
-    written the share of rows in which an id differs.
+    For the loss and the gradients it is the relative error, for scores the mean difference, for
+    generated ids the share of rows in which an id differs.
     """
     names = sorted(theirs["gradients"])
     my_gradient = torch.cat([mine["gradients"][name].flatten().float() for name in names])
@@ -178,7 +179,7 @@ def distances(mine: dict, theirs: dict) -> dict[str, float]:
 
 
 def beyond(title: str, apart: dict[str, float], bounds: dict[str, float]) -> list[str]:
-    """Prints distances, and returns a line for each that is beyond its bound, or is no number."""
+    """Prints distances. Returns a line for each that is above its bound, or is NaN."""
     words = ", ".join(f"{name} {distance:.1e}" for name, distance in apart.items())
     print(f"{title}: {words}", flush=True)
     return [
@@ -200,9 +201,9 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
             title = f"{contender.name} from {other.name}, fp32, quantisation {quant}"
             problems += beyond(title, apart, BOUNDS)
     if job["dtype"] != "fp32":
-        # bf16 has 8 bits and fp16 11, which are rounded at different places in each. Ours may be
-        # twice as far from fp32 as the other is: either's distance varies that much with the
-        # adapter.
+        # bf16 has 8 significant bits and fp16 has 11, and each contender rounds at other places.
+        # Ours may be twice as far from fp32 as the other is, because either distance varies by
+        # that much with the adapter.
         mine = distances(results_of(ours, job, folder), exact)
         theirs = distances(results_of(other, job, folder), exact)
         beyond(f"{other.name} in {job['dtype']} from fp32", theirs, {})
@@ -217,7 +218,7 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
 
 
 def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -> dict:
-    """Returns rows a second, {line: {contender: [of each round]}}, ways and peaks of memory."""
+    """Returns rows per second, {line: {contender: [one per round]}}, ways and peak memory."""
     begin = time.perf_counter()
     rates = {line.title: {} for line in lines}
     ways = {line.title: {} for line in lines}
@@ -237,7 +238,7 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
                 ways[line.title][contender.name] = way
                 rates[line.title][contender.name] = []
                 turns.append((line, process, way))
-        for number in range(rounds + 1):  # the first one warms up
+        for number in range(rounds + 1):  # the first round warms up
             for line, process, way in turns:
                 rate = process.ask(task=line.task, way=way)["rate"]
                 if number:
@@ -255,7 +256,7 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
 
 
 def fastest_way(process: Process, line: Line) -> dict:
-    """Returns the fastest of a contender's ways to do a task, and prints it."""
+    """Returns and prints the fastest of a contender's ways to do a task."""
     ways = process.ways[line.task]
     if len(ways) == 1:
         return ways[0]
@@ -268,7 +269,7 @@ def fastest_way(process: Process, line: Line) -> dict:
 
 
 def show(results: dict) -> None:
-    """Prints rows a second, and how many times faster ours is than each of the others."""
+    """Prints rows per second, and how many times as fast ours is as each of the others."""
     peaks = results["training_peak_mib"]
     peers = list(peaks)[1:]
     heading = "".join(f"{name:>11} {'ratio':>6}" for name in peers)
@@ -292,10 +293,10 @@ def show(results: dict) -> None:
 
 
 def encode_rows(dataset: str | None, tokenizer: Tokenizer, count: int) -> dict[str, list]:
-    """Returns rows for training, and for evaluation in the order of eval.py.
+    """Returns encoded rows for training, and for evaluation in the order of eval.py.
 
-    Of a dataset these are the first `count` rows of each split. Of validation they are those of the
-    first premises: a whole split has the rows of a premise in different places.
+    With a dataset these are the first `count` rows of train, and `count` rows of the first premises
+    of validation: in a split the rows of one premise may be in different places.
     """
     if dataset is None:
         training = mnli_lengths.training_rows(tokenizer, count)
@@ -317,17 +318,17 @@ def encode_rows(dataset: str | None, tokenizer: Tokenizer, count: int) -> dict[s
 
 
 def write_random_phi_2(directory: Path, layers: int) -> None:
-    """Writes a model of phi-2's widths with random fp16 weights, as transformers makes them."""
+    """Writes a model of phi-2's widths with transformers' random initial weights, in fp16."""
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
     config = PhiConfig(**asdict(phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)))
-    # On the CPU even where there is a GPU: this process stays, and would hold its memory.
+    # On the CPU even if there is a GPU: this process keeps running, and would hold GPU memory.
     PhiForCausalLM(config).half().save_pretrained(directory, max_shard_size="1GB")
 
 
 def write_random_adapter(model: str, directory: Path) -> None:
-    """Writes an adapter of rank 8 on q and v. What it has learnt does not matter to speed."""
+    """Writes a random adapter of rank 8 on q and v: its values do not affect the speed."""
     torch.manual_seed(0)
     config = lora.LoRAConfig(dropout=0.0)
     skeleton = phi2.build(model)
@@ -340,7 +341,7 @@ def write_random_adapter(model: str, directory: Path) -> None:
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
-    """Writes model, adapter and rows, as far as they are not there. Returns the job."""
+    """Writes the model if it is random, the adapter and the rows. Returns the job."""
     tokenizer_folder = args.tokenizer
     if args.random_phi_2:
         print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
@@ -368,28 +369,29 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     on_gpu = torch.cuda.is_available()
-    parser = cli.Parser("speed and memory beside the reference, once the results agree")
+    parser = cli.Parser("compares speed and memory with the reference, once the results agree")
     add = parser.add_argument
     # fmt: off (a flag is one filled paragraph)
     add("--model", type=flags.name, default="microsoft/phi-2" if on_gpu else str(TINY),
         help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
     add("--random-phi-2", type=flags.count, nargs="?", const=32, metavar="LAYERS",
-        help="random weights of phi-2's size (default: 32 layers)")
+        help="use random weights of phi-2's size (default: 32 layers)")
     add("--tokenizer", type=flags.path,
-        help="directory of a tokenizer.json for --random-phi-2 (default: tiny/model)")
+        help="directory with a tokenizer.json, for --random-phi-2 (default: tiny/model)")
     add("--dataset", type=flags.name,
         help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)")
     add("--rows", type=flags.count, default=256,
-        help="of training and of evaluation; with less than 128 no steps of 128")
+        help="for training and for evaluation; below 128 no steps of 128 rows are timed")
     add("--rounds", type=flags.count, default=5)
     add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
-        help="one after another (default: what the device computes fast, on a CPU fp32 too)")
+        help="one after another (default: the one that the device computes fast; on a CPU "
+             "also fp32)")
     add("--quant", choices=["nf4", "none"], default="nf4" if on_gpu else "none",
-        help="of what is timed (default: nf4; on a CPU none, where litgpt has no NF4)")
+        help="of what is timed (default: nf4; on a CPU none, because litgpt has no NF4 there)")
     add("--device", type=flags.device, default="cuda" if on_gpu else "cpu")
     add("--against", type=flags.path, metavar="CHECKOUT",
-        help="compare with another checkout of this project, and with nothing else")
-    add("--json", type=flags.path, help="write every figure here")
+        help="compare only with another checkout of this project")
+    add("--json", type=flags.path, help="write all figures to this file")
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
@@ -398,7 +400,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def default_dtypes(device: str) -> list[str]:
-    """Returns the --dtype that a device computes fast, on a CPU after fp32."""
+    """Returns the dtype that a device computes fast; for a CPU fp32 first."""
     fast = machine.fast_dtype(device)
     if device == "cpu":
         return list(dict.fromkeys(["fp32", fast]))

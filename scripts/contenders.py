@@ -1,12 +1,12 @@
-"""One contender of scripts/bench.py: a process that does the tasks it is told, and times them.
+"""One contender of scripts/bench.py: a process that does tasks on request, and times them.
 
-scripts/bench.py starts it, writes it a line of JSON for each task, and reads a line in return. Each
-contender runs rows of similar length together, and its head on the answers' positions alone
-(litgpt, which cannot, on all of them in chunks). What else it can choose are its `ways`: of them
-scripts/bench.py takes the fastest.
+scripts/bench.py starts it, sends it a line of JSON for each task, and reads a line in return. Each
+contender runs rows of similar length together, and its output head only on the positions of the
+answers (litgpt cannot do this, and runs its head on all positions, in chunks). Its other choices
+are its `ways`, of which scripts/bench.py takes the fastest.
 
-"ours" are the six files that come first on Python's path: those of this project, or those of
-another checkout. For the sake of the latter nothing of support/ is imported here.
+"ours" is the six files that come first on Python's path: those of this project, or those of another
+checkout. support/ comes from the same place, so of it only support.machine is imported here.
 """
 
 import copy
@@ -39,7 +39,7 @@ STEPS = 4  # training steps of 16 rows in one timing
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender is told at its start."""
+    """What a contender is given when it starts."""
 
     contender: str  # a key of CONTENDERS
     model: str  # a directory, like the next one
@@ -49,18 +49,18 @@ class Job:
     quant: str
     dtype: str
     device: str
-    keep: bool = True  # ours keeps NF4's values beside the indices
+    keep: bool = True  # whether ours keeps NF4's values beside the indices
 
 
 # -----------------------------------------------------------------------------
-# What all contenders do alike
+# What all contenders have in common
 
 
 class Contender:
-    """A model and the work that is timed. Each kind says how it loads and how it runs a batch.
+    """A model and the work that is timed. A subclass defines how it loads and runs a batch.
 
-    parameters: those of the adapter, under our names.
-    rows_at_once: how many rows go through the model together; None: all of a step.
+    parameters: those of the adapter, by our names.
+    rows_at_once: how many rows go through the model together, or None for all rows of a step.
     """
 
     libraries = ()
@@ -76,18 +76,18 @@ class Contender:
         self.rows_at_once = None
         self.load()
         if self.parameters:
-            # A learning rate of 0 costs the same, and the adapter stays as it is.
+            # A learning rate of 0 takes the same time, and the adapter does not change.
             self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=0.0, fused=True)
 
     def ways(self, task: str) -> list[dict]:
-        """Returns the ways to do a task, as arguments of `use`: none where it cannot do it."""
+        """Returns the ways to do a task, as arguments of `use`; none if it cannot do the task."""
         return [{}]
 
     def use(self, rows_at_once: int | None = None) -> None:
         self.rows_at_once = rows_at_once
 
     def train(self, batch_size: int, steps: int) -> int:
-        """Takes training steps, and returns of how many rows."""
+        """Takes training steps. Returns the number of their rows."""
         rows = self.rows["training"][: batch_size * steps]
         for batch in batches(rows, batch_size):
             self.backward(batch)
@@ -97,11 +97,11 @@ class Contender:
         return len(rows)
 
     def backward(self, rows: list) -> Tensor:
-        """Computes the gradients of the mean loss of the rows' targets, and returns this loss."""
+        """Computes the gradients of the mean loss over the rows' targets. Returns this loss."""
         loss = torch.zeros((), device=self.job.device)
         rows = sorted(rows, key=lambda row: len(row[0]))
         for batch in batches(rows, self.rows_at_once or len(rows)):
-            # Each row has two targets, so a mean of the batches' means is the mean over all.
+            # Each row has two targets, so this weighted mean of means is the mean over all targets.
             part = self.loss(batch) * (len(batch) / len(rows))
             part.backward()
             loss += part.detach()
@@ -111,17 +111,17 @@ class Contender:
         return {name: parameter.grad for name, parameter in self.parameters.items()}
 
     def score(self, prompts: list) -> list[list[float]]:
-        """Returns the shares of the three answers for each prompt."""
+        """Returns the probabilities of the three answers for each prompt."""
         return self.in_batches(prompts, self.score_batch)
 
     def write(self, prompts: list, count: int) -> list[list[int]]:
-        """Returns `count` new ids for each prompt; an end of text is one of them."""
+        """Returns `count` new ids for each prompt. An end of text is an id like any other."""
         written = self.in_batches(prompts, lambda batch: self.write_batch(batch, count))
         assert all(len(ids) == count for ids in written)
         return written
 
     def in_batches(self, prompts: list, run: Callable[[list], list]) -> list:
-        """Returns what `run` returns for prompts, in their order; the longest run first."""
+        """Returns the results of `run` in the order of the prompts. The longest run first."""
         order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
         results = {}
         for numbers in batches(order, self.rows_at_once):
@@ -134,7 +134,7 @@ def batches(rows: list, size: int) -> list[list]:
 
 
 def pad(sequences: list[list[int]], filler: int, side: str = "right") -> Tensor:
-    """Returns sequences as (B, longest)."""
+    """Returns B sequences as one tensor (B, longest)."""
     tensors = [torch.tensor(sequence) for sequence in sequences]
     return pad_sequence(tensors, batch_first=True, padding_value=filler, padding_side=side)
 
@@ -144,13 +144,13 @@ def pad(sequences: list[list[int]], filler: int, side: str = "right") -> Tensor:
 
 
 class Ours(Contender):
-    """This project: all rows of a step at once, and 64 in evaluation."""
+    """This project: all rows of a step at once, and 64 rows in evaluation."""
 
     def load(self) -> None:
         self.model = self.load_base()
         if self.job.adapter:
             lora.load_adapter(self.model, Path(self.job.adapter))
-        self.model.eval()  # without dropout, as the others
+        self.model.eval()  # without dropout, like the others
         self.parameters = lora.lora_parameters(self.model)
 
     def load_base(self) -> torch.nn.Module:
@@ -164,7 +164,7 @@ class Ours(Contender):
         return train.batch_loss(self.model, batch) / len(batch.next_ids)
 
     def in_batches(self, prompts: list, run: Callable[[list], list]) -> list:
-        # They come in the order of eval.py, in which rows with the same premise stand together.
+        # They come in the order of eval.py, with the rows of a premise together.
         return list(itertools.chain.from_iterable(map(run, batches(prompts, 64))))
 
     def score_batch(self, prompts: list) -> list[list[float]]:
@@ -186,8 +186,8 @@ class Ours(Contender):
 class Reference(Contender):
     """transformers + PEFT + bitsandbytes.
 
-    Rows are padded at their end, where no token before sees it. So no mask is needed, and torch
-    takes its fastest attention. Only generation wants rows that end together.
+    Rows are padded at their end, where no earlier token sees the padding. So no mask is needed, and
+    torch takes its fastest attention. Only generation needs rows that end together.
     """
 
     libraries = ("peft", "transformers.models.phi.modeling_phi")
@@ -207,12 +207,12 @@ class Reference(Contender):
         self.base = AutoModelForCausalLM.from_pretrained(
             job.model, dtype=self.dtype, device_map={"": job.device}, **options
         )
-        self.base.generation_config.eos_token_id = None  # nothing ends a row early
+        self.base.generation_config.eos_token_id = None  # so that no row ends early
         self.model = self.base
         if job.adapter:
             self.model = PeftModel.from_pretrained(self.base, job.adapter, is_trainable=True)
-        # On some CPUs bitsandbytes repacks its weights in eval mode. Without dropout there is no
-        # other difference between the modes.
+        # On some CPUs bitsandbytes repacks its weights in eval mode. Without dropout the modes do
+        # not differ otherwise.
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -258,7 +258,7 @@ class Reference(Contender):
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
         ids = pad(prompts, self.eos, "left")
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left")
-        # Ids that the head has and the tokenizer has not: ours never writes them.
+        # Ids of the output head that the tokenizer does not know: ours never generates them.
         unknown = range(self.num_known_ids, self.base.config.vocab_size)
         ids = self.model.generate(
             input_ids=ids.to(self.job.device),
@@ -272,7 +272,7 @@ class Reference(Contender):
 
 
 class LitGPT(Contender):
-    """litgpt, where it is installed. It has no scoring, and on a CPU no 4 bits."""
+    """litgpt, if it is installed. It has no scoring, and on a CPU no 4 bits."""
 
     libraries = ("litgpt.lora", "litgpt.generate.base")
 
@@ -311,7 +311,7 @@ class LitGPT(Contender):
                 part.copy_(saved[lora.PREFIX + name])
 
     def parts(self, tensor_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """Returns views of its tensors, in which q and v are one behind the other."""
+        """Returns views, by our names, of its tensors, which hold q and then v."""
         parts = {}
         for number, block in enumerate(self.model.transformer.h):
             for matrix in ("lora_A", "lora_B"):
@@ -338,19 +338,19 @@ class LitGPT(Contender):
 
     @cached_property
     def merged(self) -> torch.nn.Module:
-        """The model for generation: as litgpt does, with the adapter added to the weights."""
+        """The model for generation, with the adapter merged into the weights, as litgpt does it."""
         from litgpt.lora import merge_lora_weights
 
         model = copy.deepcopy(self.model).eval()
         merge_lora_weights(model)
-        model.lm_head.linear.bias.data[self.num_known_ids :] = -torch.inf  # never written
+        model.lm_head.linear.bias.data[self.num_known_ids :] = -torch.inf  # never generated
         return model
 
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
         from litgpt.generate.base import batched_generate_fn
 
         written = []
-        for length, group in itertools.groupby(prompts, key=len):  # it takes rows of one length
+        for length, group in itertools.groupby(prompts, key=len):  # it takes rows of equal length
             ids = torch.tensor(list(group), device=self.job.device)
             self.merged.max_seq_length = length + count
             self.merged.set_kv_cache(len(ids), device=ids.device, dtype=self.dtype)
@@ -373,13 +373,13 @@ CONTENDERS = {"ours": Ours, "reference": Reference, "litgpt": LitGPT}
 
 
 def load_anew(contender: Contender) -> int:
-    # Without our kept values: the reference has none either.
+    # Without keeping NF4's values, which the reference does not do either.
     job = replace(contender.job, quant="nf4", keep=False)
     type(contender)(job, contender.rows)
     return 1
 
 
-# Each does its work once, and returns of how many rows.
+# Each function does its task once, and returns the number of rows.
 TASKS = {
     "train16": lambda contender: contender.train(16, STEPS),
     "train128": lambda contender: contender.train(128, 1),
@@ -392,7 +392,7 @@ TASKS = {
 
 def time_task(contender: Contender, task: str) -> dict:
     on_gpu = contender.job.device.startswith("cuda")
-    if on_gpu:  # the memory was given back, so the first time is spent on asking for it again
+    if on_gpu:  # memory was returned after the last task, so the first run has to allocate it
         TASKS[task](contender)
         torch.cuda.synchronize()
     begin = time.perf_counter()
@@ -400,16 +400,16 @@ def time_task(contender: Contender, task: str) -> dict:
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
-    if on_gpu:  # the other contenders need the room
+    if on_gpu:  # the other contenders need the memory
         torch.cuda.empty_cache()
     return {"rate": rows / seconds, "peak": memory(contender.job.device)}
 
 
 def save_results(contender: Contender, path: str) -> dict:
-    """Returns what is compared before anything is timed; writes the gradients into a file.
+    """Returns what is compared before anything is timed, and writes the gradients to a file.
 
-    The loss is of 32 rows, in two batches where the contender takes 16 at once. Scores, and 32 new
-    ids, are of 64 prompts.
+    The loss is over 32 rows, in two batches if the contender takes 16 at a time. There are scores
+    and 32 new ids for each of 64 prompts.
     """
     prompts = contender.prompts[:64]
     contender.use(**contender.ways("train16")[-1])
@@ -426,17 +426,17 @@ def save_results(contender: Contender, path: str) -> dict:
 
 
 def memory(device: str) -> float:
-    """Returns the most bytes so far: allocated on a GPU, resident on a CPU; else NaN."""
+    """Returns the peak of bytes so far, allocated on a GPU or resident on a CPU, or NaN."""
     peak = machine.peak_memory(torch.device(device))
     return math.nan if peak is None else peak
 
 
 def main() -> None:
     answers = sys.stdout
-    sys.stdout = sys.stderr  # for whatever a library prints
+    sys.stdout = sys.stderr  # for what libraries print
     job = Job(**json.loads(sys.argv[1]))
     kind = CONTENDERS[job.contender]
-    # Libraries that are imported at their first use would count as memory of the training.
+    # Libraries that are imported only when first used would count as memory of the training.
     quant.kernels()
     for library in kind.libraries:
         importlib.import_module(library)

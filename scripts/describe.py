@@ -1,12 +1,12 @@
-"""Prints how a dataset is read: files, columns, labels, token lengths, an example of each label.
+"""Prints how a dataset is read: files, columns, labels, lengths, and an example of each label.
 
     python -m scripts.describe                        # tiny/data, or MNLI where there is a GPU
     python -m scripts.describe --dataset nyu-mll/glue --model microsoft/phi-2
     python -m scripts.describe --dataset my-rows --columns text claim verdict
     python -m scripts.describe --ids 0                # the tokens of the first row
 
-A wrong column or a wrong order of the labels shows in the examples, before a long training. The
-longest prompt and answer say what --max-length has to be so that no premise is cut.
+The examples show a wrong column or a wrong order of the labels before a long training. The largest
+length of prompt and answer is the smallest --max-length that cuts no premise.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from support.labels import LABELS, NO_LABEL
 from support.letters import printable
 from support.rows import Rows
 
-TEXTS_AT_ONCE = 5000  # that are tokenised
-# Escape sequences for a terminal's colours, and back to normal
+TEXTS_AT_ONCE = 5000  # to tokenise
+# Escape sequences for the colours of a terminal, and for its normal state
 MAGENTA = "\x1b[35m"
 CYAN = "\x1b[36m"
 GREEN = "\x1b[1;32m"
@@ -36,21 +36,21 @@ NORMAL = "\x1b[0m"
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser("how a dataset is read: files, columns, labels, lengths, examples")
+    parser = cli.Parser("prints how a dataset is read: files, columns, labels, lengths, examples")
     flags.add_dataset(parser)
-    flags.add_model(parser)  # whose tokenizer counts
+    flags.add_model(parser)  # whose tokenizer is used
     parser.add_argument(
-        "--limit", type=flags.count, help="the first so many rows of each split (default: all)"
+        "--limit", type=flags.count, help="how many rows of each split to use (default: all)"
     )
     parser.add_argument(
         "--ids", type=flags.count_from_0, metavar="ROW",
-        help="print the tokens of this row of the first split as the model sees them, and no more",
+        help="print only the tokens of this row of the first split, as the model sees them",
     )  # fmt: skip
     return cli.parse_arguments(parser)
 
 
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:
-    """Prints the files of a split, and what its columns and its labels are taken for."""
+    """Prints the files of a split, and how its columns and its labels are read."""
     for place in examples.find_splits(dataset, reading.revision).get(split, []):
         print(printable(f"  file {place}"))
     rows, columns = examples.read_split(dataset, split, reading)
@@ -64,11 +64,11 @@ def describe_reading(dataset: str, split: str, reading: examples.Reading) -> Non
 
 
 def token_lengths(rows: Rows, tokenizer, split: str):
-    """Returns how many tokens prompt and answer of each row have, (rows,).
+    """Returns the number of tokens of prompt and answer for each row, (rows,).
 
-    Each text is tokenised once: MNLI has three hypotheses to a premise, and half the work is
-    saved. Together with the titles, which all prompts have, the texts give the same tokens as
-    the whole prompt. Only where one ends in white space may it grow together with what follows.
+    Each distinct text is tokenised once. MNLI has three hypotheses per premise, so this saves half
+    the work. The tokens of the two texts and of the titles, which all prompts share, are those of
+    the whole prompt. Only a text that ends in white space may merge with what follows it.
     """
     prefix, _, _ = data.fixed_ids(tokenizer)
     title, end = data.title_ids(tokenizer)
@@ -79,7 +79,7 @@ def token_lengths(rows: Rows, tokenizer, split: str):
         for column in ("premise", "hypothesis")
     ]
     total = sum(len(column.dictionary) for column in columns)
-    # delay and disable: no bar for a moment's work, and none in a log file.
+    # delay and disable: no bar if the work is short, and none in a log file.
     with tqdm(total=total, desc=split, unit="text", leave=False, delay=1, disable=None) as bar:
         for column in columns:
             counts, ends_in_space = count_tokens(column.dictionary, tokenizer, bar)
@@ -92,7 +92,7 @@ def token_lengths(rows: Rows, tokenizer, split: str):
 
 
 def count_tokens(texts, tokenizer, bar: tqdm):
-    """Returns how many tokens each text has behind a space, and whether it ends in white space."""
+    """Returns how many tokens each text has after a space, and whether it ends in white space."""
     counts = []
     ends_in_space = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
@@ -104,11 +104,11 @@ def count_tokens(texts, tokenizer, bar: tqdm):
 
 
 def describe_rows(rows, lengths) -> None:
-    """Prints a split's rows by label, percentiles of their lengths, an example of each label."""
+    """Prints the number of rows by label, percentiles of lengths, and an example of each label."""
     counts = numpy.bincount(rows["label"], minlength=3)
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
-    # "higher": a length that some row has, not one between two rows'.
+    # "higher": a length that occurs, not one between the lengths of two rows.
     percentiles = numpy.percentile(lengths, [0, 50, 95, 99, 100], method="higher")
     shortest, median, p95, p99, longest = percentiles
     print(
@@ -117,7 +117,7 @@ def describe_rows(rows, lengths) -> None:
     )
     labels = rows["label"]
     for label, name in enumerate(LABELS):
-        if label in labels:  # of few rows none may have it
+        if label in labels:  # among few rows a label may be missing
             first = rows[labels.index(label)]
             example = f"{first['premise'][:120]} -> {first['hypothesis'][:80]}"
             print(printable(f"  {label} {name}: {example}"))
@@ -128,14 +128,14 @@ def describe_rows(rows, lengths) -> None:
 
 
 def print_tokens(rows: Rows, number: int, tokenizer, split: str) -> None:
-    """Prints the tokens of a row with their ids: shared prefix, prompt, and what is predicted."""
+    """Prints the tokens of a row with their ids: the shared prefix, the prompt, the targets."""
     if number >= len(rows):
         raise ValueError(f"--ids {number}: {split} has the rows 0 to {len(rows) - 1:,}")
     prefix, _, _ = data.fixed_ids(tokenizer)
     prompt, answer = data.encode(rows[number], tokenizer)
     parts = (
-        (MAGENTA, "prefix, which all rows share: it goes through the model once a batch", prefix),
-        (CYAN, "rest of the prompt, this row's own", prompt[len(prefix) :]),
+        (MAGENTA, "prefix, which all rows share: it goes through the model once per batch", prefix),
+        (CYAN, "rest of the prompt, for this row alone", prompt[len(prefix) :]),
         (GREEN, "targets of the loss, each predicted from all tokens before it", answer),
     )
     print(f"  row {number:,}: {len(prompt) + len(answer)} tokens, with their ids; a dot is a space")
@@ -145,15 +145,15 @@ def print_tokens(rows: Rows, number: int, tokenizer, split: str) -> None:
 
 
 def as_cell(token: int, tokenizer) -> str:
-    """Returns a token's text with what nobody would see: spaces, line ends, parts of a letter."""
+    """Returns a token's text, with visible spaces, line ends and parts of a letter."""
     text = tokenizer.decode([token], skip_special_tokens=False)
-    if "\ufffd" in text:  # its bytes are a part of a letter: then as the vocabulary writes them
+    if "\ufffd" in text:  # a part of a letter, which is shown as the vocabulary writes it
         text = tokenizer.id_to_token(token)
     return printable(text).replace(" ", "\u00b7")
 
 
 def print_cells(texts: list[str], ids: list[int], color: str) -> None:
-    """Prints texts in a colour, with their ids below, in lines as wide as the terminal."""
+    """Prints texts in a colour, with their ids below, in lines no wider than the terminal."""
     width = shutil.get_terminal_size().columns - 4
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"):
         color = ""
@@ -182,7 +182,7 @@ def main() -> None:
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     reading = examples.Reading.of(args)
     splits = examples.split_names(args.dataset, reading)
-    # Test splits, for which GLUE publishes no labels, only where there is nothing else.
+    # Show test splits, for which GLUE publishes no labels, only if there is no other split.
     shown = [name for name in splits if not name.startswith("test")] or splits
     for split in shown:
         print(f"\n{split}")

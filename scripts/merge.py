@@ -1,16 +1,16 @@
-"""Merges an adapter into its base: a checkpoint without adapters, and what the rounding costs.
+"""Merges an adapter into its base: writes a model without adapters, and measures the rounding.
 
     python -m scripts.merge --adapter out/demo --out out/merged --dataset tiny/data
     python eval.py --quant none --model out/merged --dataset tiny/data
 
 An adapter that was trained over NF4 is merged into the values that the indices stand for, not into
-the 16-bit weights that they were made from: it has learned beside the former, and the latter differ
-from them by more than the adapter does. Any other adapter is merged into the weights as they are.
+the 16-bit weights from which they were made. It was trained with the former, and the two differ by
+more than the adapter changes. Any other adapter is merged into the weights as they are.
 
-The sum W + B A is then rounded to the type that it is stored in. What that loses of an adapter is
-small in 16 bits and most of it in NF4. It is measured for each layer, on the weights alone: the
-norm of what rounding changes, over the norm of B A. With --dataset the accuracy before and after is
-measured too. Both are printed, and stored in merge.json beside the merged model.
+The sum W + B A is then rounded to the type that stores it. This loses little of an adapter in 16
+bits, and most of it in NF4. The loss is measured for each layer, from the weights alone: the norm
+of what rounding changes, divided by the norm of B A. With --dataset the script also measures the
+accuracy before and after. It prints both, and stores them in merge.json beside the merged model.
 """
 
 import argparse
@@ -44,15 +44,14 @@ from support import (
     processes,
 )
 
-# Copied from the base, where they are there: its tokenizer, and how transformers generates.
+# Copied from the base if they exist: its tokenizer, and the settings for generation.
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
 ERASED = (
-    "merging into NF4 rounds W + B A to the 16 levels of its block again, which erases most of a "
-    "small update: merge into bf16, or add --requantize to do it all the same and to see how much "
-    "is lost"
+    "merging into NF4 rounds W + B A to the 16 levels of each block again, which erases most of a "
+    "small update: merge into bf16, or add --requantize to do it anyway and see how much is lost"
 )
 
 
@@ -64,11 +63,11 @@ ERASED = (
 def merge(
     model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
 ) -> dict[str, float]:
-    """Merges all adapters of a model, in place; all weights are then of `dtype`.
+    """Merges all adapters of a model, in place. All weights then have the type `dtype`.
 
-    Returns by layer what rounding W + B A changes, as a share of B A. With `requantize` the merged
-    weights are rounded to NF4 first. One layer after the other is held in fp32, not the model.
-    Raises ValueError where a weight is not finite in `dtype`; the model is then unusable.
+    Returns for each layer what rounding W + B A changes, as a share of B A. With `requantize` the
+    merged weights are also rounded to NF4. Only one layer at a time is held in fp32. Raises
+    ValueError if a weight is not finite in `dtype`; the model is then unusable.
     """
     layers = {
         path: layer for path, layer in model.named_modules() if isinstance(layer, lora.LoRALinear)
@@ -96,18 +95,18 @@ def merge(
 
 
 def rounding_cost(layer: lora.LoRALinear, merged: Tensor) -> float:
-    """Returns the norm of what rounding has changed in W + B A, over the norm of B A."""
+    """Returns the norm of what rounding changed in W + B A, divided by the norm of B A."""
     update = layer.delta_weight()
     change = merged.float() - layer.base_layer.weight - update
     # An adapter whose B is zero has nothing to lose.
     if not update.any():
         return 0.0
-    # In fp64, because a norm adds up squares, which may be beyond fp32.
+    # In fp64, because a norm sums squares, which may overflow in fp32.
     return (change.double().norm() / update.double().norm()).item()
 
 
 def requantized(weight: Tensor, double_quant: bool) -> Tensor:
-    """Returns the values that NF4 indices made of a weight (out, in) stand for."""
+    """Returns a weight (out, in) rounded to NF4: quantised, and dequantised again."""
     out_features, in_features = weight.shape
     layer = quant.NF4Linear(in_features, out_features, bias=False, double_quant=double_quant)
     layer.load_state_dict({"weight": weight}, strict=False, assign=True)
@@ -117,9 +116,9 @@ def requantized(weight: Tensor, double_quant: bool) -> Tensor:
 def write_model(
     model: phi2.Phi2, base: Path, out: Path, cost: dict, shard_size: str = "5GB"
 ) -> None:
-    """Writes a checkpoint in phi-2's layout, which transformers loads, and `cost` as merge.json.
+    """Writes the model in phi-2's format, which transformers loads, and `cost` as merge.json.
 
-    `out` is a directory. It holds all of the files in the end, or none.
+    In the end the directory `out` holds either all of the files or none.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -133,9 +132,9 @@ def write_model(
 
 
 def merged_config(model: phi2.Phi2, base: Path) -> dict:
-    """Returns the base's config.json, changed to what the merged model is."""
+    """Returns the base's config.json, changed to describe the merged model."""
     config = files.read_json(base / "config.json")
-    # The newer and the older name for the same, and how the base was stored.
+    # The newer and the older name of the dtype, and how the base was quantised.
     for key in ("dtype", "torch_dtype", "quantization_config"):
         config.pop(key, None)
     config |= asdict(model.config)
@@ -149,24 +148,24 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser("merges an adapter into its base, and shows what the rounding costs")
+    parser = cli.Parser("merges an adapter into its base, and shows how much the rounding loses")
     flags.add_model_arguments(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
     add = parser.add_argument
     # fmt: off
     add("--adapter", type=flags.name, required=True,
-        help="the directory of a run, or any PEFT LoRA adapter")
+        help="a run of train.py, or any PEFT LoRA adapter: a directory or a Hub id")
     add("--out", type=flags.path, required=True, help="a new directory for the merged model")
     add("--into", choices=["bf16", "fp16", "fp32", "nf4"],
-        help="what the merged weights are rounded to "
-             "(default: the run's --dtype; nf4: its 16 levels, stored as --dtype)")
+        help="type to which the merged weights are rounded "
+             "(default: the run's --dtype; nf4: its 16 levels per block, stored in --dtype)")
     add("--requantize", action="store_true",
         help="with --into nf4: round to NF4 again, and show how much that erases")
     add("--limit", type=flags.count,
-        help="with --dataset: first rows of each validation split only")
+        help="with --dataset: how many rows of each validation split to evaluate (default: all)")
     add("--force", action="store_true",
-        help="take an adapter of another prompt, tokenizer, base or quantisation too")
+        help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
     return cli.parse_arguments(parser, check=check_arguments)
 
@@ -185,7 +184,7 @@ def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
 def check_merge_folder(out: Path) -> None:
     """Raises ValueError unless --out is a new or an empty directory."""
     if out.is_file() or not claims.is_empty(out):
-        raise ValueError(f"{out} is there already: choose another --out, or remove it")
+        raise ValueError(f"{out} exists already: choose another --out, or remove it")
 
 
 def evaluate(
@@ -212,14 +211,14 @@ def main() -> None:
 
 
 def merge_run(args: argparse.Namespace, device: torch.device) -> None:
-    """Merges the adapter that the arguments name, and measures what that costs."""
+    """Merges the adapter that the arguments name, and measures what the rounding loses."""
     patterns = (*checkpoints.MODEL, *COPIED)
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
     data.check_max_length(tokenizer, args.max_length)
     splits = {}
     reading = args.origin.reading(args.dataset_revision)
-    # A run names a dataset too, but only one that is typed is worth the minutes.
+    # A run names a dataset too, but evaluation takes minutes, so only a typed --dataset counts.
     if args.is_dataset_typed:
         reading = origin.reading_of(args)
         for split in examples.validation_splits(args.dataset, reading):
@@ -231,9 +230,9 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
         fingerprint.check(args.adapter, here)
     config = peft_files.read_config(args.adapter, lora.LoRAConfig)
     lora.load_adapter(model, args.adapter, config)
-    # NF4's 16 levels cannot be stored as a checkpoint that others load, so they are written out.
+    # Weights that were rounded to NF4 are stored as plain numbers too, in the run's --dtype.
     stored_as = args.dtype if args.into in (None, "nf4") else args.into
-    weights = "as the NF4 indices say" if args.quant == "nf4" else "as it is"
+    weights = "dequantised from NF4" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
 
     protocol = evaluation.Protocol(max_length=args.max_length)
@@ -264,13 +263,13 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def print_cost(cost: dict) -> None:
-    """Prints what merge.json says."""
+    """Prints the content of merge.json."""
     print("what rounding changes, as a share of B A, by norm")
     shares = cost["layers"] | {"mean": cost["mean"], "worst": cost["worst"]}
     for path, share in shares.items():
         print(f"  {path.removeprefix('model.'):40} {share:9.4%}")
     if cost["requantized"]:
-        print("requantising has erased that much of the adapter")
+        print("requantising has erased this share of the adapter")
     for split, accuracy in cost["accuracy"].items():
         print(
             f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "

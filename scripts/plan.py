@@ -1,18 +1,18 @@
-"""Counts the memory that a run of train.py needs, for any of its flags, before a weight is loaded.
+"""Counts the memory that a run of train.py needs with any flags, before it loads a weight.
 
     python -m scripts.plan --model microsoft/phi-2 --dataset nyu-mll/glue --batch-size 64
     python -m scripts.plan --gpu 8 --checkpointing                  # for a card of 8 GB, anywhere
 
-One step, forward and backward, runs on the longest rows of the data, and one batch of the
-evaluation on the longest prompts, with tensors that have shapes and no content. Whatever operation
-makes a tensor, its bytes are counted until it is freed. So the peak is what an allocator has to
-give out. Not counted are memory outside of the allocator (a CUDA context, the libraries), what the
-allocator loses between tensors, and scratch memory within a kernel.
+The script runs one step, forward and backward, on the longest rows of the data, and one batch of
+the evaluation on the longest prompts. The tensors have shapes but no content. The bytes of each
+tensor are counted until it is freed, whichever operation makes it. So the peak is what an allocator
+has to provide. Not counted are memory outside the allocator (a CUDA context, the libraries), what
+the allocator loses between tensors, and scratch memory within a kernel.
 
 Attention differs by device. For --device cpu the step runs on fake CPU tensors, through the code
-that a CPU takes. For other devices it runs on the meta device, and scaled_dot_product_attention is
-replaced by one of its fused kernels, since the meta device would count the unfused form. The device
-need not be there.
+for CPUs. For other devices it runs on the meta device, and one of the fused kernels replaces
+scaled_dot_product_attention, because the meta device would count the unfused form. The machine need
+not have the device.
 """
 
 import argparse
@@ -44,13 +44,13 @@ from support import checkpoints, cli, examples, flags, full_memory, packing
 from support.live_bytes import LiveBytes
 
 CANDIDATES = 1000  # rows with the most characters; those with the most tokens are among them
-# What a card says of its memory is not all for tensors: CUDA's context, a desktop and what the
-# allocator loses between tensors take some. A T4 of 16 GB gives 14.6 GiB to CUDA.
+# Not all memory of a card is for tensors: CUDA's context, a desktop and what the allocator loses
+# between tensors take some. On a T4 of 16 GB, CUDA gets 14.6 GiB.
 FOR_TENSORS = 0.9
 
 
 class Count(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made on one kind of device while it is on.
+    """Counts the bytes of the tensors that are made on one kind of device while the mode is on.
 
     Views of tensors in `known` are not counted.
     """
@@ -69,9 +69,9 @@ class Count(TorchDispatchMode):
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
-    """Stands for F.scaled_dot_product_attention: the kernel that takes a mask on a GPU.
+    """Replaces F.scaled_dot_product_attention by the kernel that takes a mask on a GPU.
 
-    Other kernels store as much: the output, and a number for each query and head.
+    Other kernels store as much: the output, and one number for each query and head.
     """
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
@@ -104,7 +104,7 @@ def longest_rows(
 
 
 def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
-    """Returns train.py's frozen model without content: fake for a CPU, else on meta."""
+    """Returns the frozen model of train.py without content: fake tensors for a CPU, else meta."""
     with torch.device("meta"):
         model = phi2.Phi2(phi2.read_config(directory))
     if args.quant == "nf4":
@@ -115,7 +115,7 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     for module in model.modules():
         if isinstance(module, quant.NF4Linear):
             module.dtype = dtype
-    if args.device == "cpu":  # meta tensors become fake ones of a CPU
+    if args.device == "cpu":  # meta tensors become fake CPU tensors
         with FakeTensorMode(allow_non_fake_inputs=True):
             model.to_empty(device="cpu")
     keep = args.keep_dequantized
@@ -129,9 +129,9 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
 
 
 class Plan:
-    """The frozen model and its adapter without content, and what a run takes beside them.
+    """The frozen model and its adapter without content, and the memory that a run needs.
 
-    parts: bytes that are there all the time, by name.
+    parts: the bytes that are in use all the time, by name.
     """
 
     def __init__(self, directory: Path, args: argparse.Namespace):
@@ -149,34 +149,34 @@ class Plan:
             "base weights": size(base),
             "base weights, dequantised": size(kept),
             "adapter": size(self.adapter),
-            "its optimiser": 2 * size(self.adapter),  # AdamW's two averages
+            "optimiser state": 2 * size(self.adapter),  # AdamW's two moments
         }
 
     def size(self) -> int:
-        """Returns how many bytes are there all the time."""
+        """Returns how many bytes are in use all the time."""
         return sum(self.parts.values())
 
     @contextmanager
     def counted(self) -> Iterator[LiveBytes]:
-        """Counts the bytes of tensors that are made in here, and not those of `parts`."""
+        """Counts the bytes of tensors that are made within the `with`, without those of `parts`."""
         device_type = self.known[0].device.type
         count = Count(device_type, self.known)
         if device_type == "cpu":
             with count:
                 yield count.bytes
             return
-        # Not by a mode of torch: it would be off in what the backward pass computes again.
+        # Not by a mode of torch, which is off where the backward pass recomputes.
         with patch.object(F, "scaled_dot_product_attention", fused_attention), count:
             yield count.bytes
 
     def step(self, encoded: list, prefix: int) -> dict[str, int]:
-        """Returns bytes by name for a step on encoded rows that share `prefix` ids.
+        """Returns bytes by name, for a step on encoded rows that share `prefix` ids.
 
         "sum" is the peak within the step.
         """
         bytes_of = dict(self.parts)
         if self.args.accumulate > 1:
-            bytes_of["its gradient, of earlier batches"] = size(self.adapter)
+            bytes_of["gradient of earlier batches"] = size(self.adapter)
             for parameter in self.adapter:
                 parameter.grad = torch.zeros_like(parameter)
         with self.counted() as count:
@@ -188,15 +188,15 @@ class Plan:
         logits = 4 * len(batch.next_ids) * self.model.config.vocab_size
         bytes_of["logits"] = logits
         bytes_of["activations"] = after_forward - logits
-        bytes_of["passing, at the peak"] = count.most - after_forward
+        bytes_of["temporary, at the peak"] = count.most - after_forward
         return bytes_of | {"sum": sum(bytes_of.values())}
 
     @torch.no_grad()
     def evaluation(self, prompts: list[list[int]], prefix: list[int]) -> int:
-        """Returns the bytes at the peak while prompts are answered that begin with `prefix`.
+        """Returns the peak of bytes while the model answers prompts that begin with `prefix`.
 
-        It does what evaluation.generate does up to the second new token. A later one needs no
-        more, because the cache has room for all of them from the beginning.
+        This does what evaluation.generate does up to the second new token. Later tokens need no
+        more memory, because the cache has room for all of them from the beginning.
         """
         device = self.known[0].device
         with self.counted() as count:
@@ -213,7 +213,7 @@ class Plan:
 def memory(
     directory: Path, args: argparse.Namespace, encoded: list, prefix: int
 ) -> dict[str, int]:
-    """Returns bytes by name for a step on encoded rows that share `prefix` ids."""
+    """Returns bytes by name, for a step on encoded rows that share `prefix` ids."""
     return Plan(directory, args).step(encoded, prefix)
 
 
@@ -222,22 +222,22 @@ def memory(
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments of train.py, with `gpu`, and whether --dtype is only assumed."""
-    parser = cli.train_parser("the memory that a run with these flags of train.py needs")
+    """Returns the arguments of train.py, `gpu`, and whether --dtype is only an assumption."""
+    parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
         "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
-        help="memory of the card: which of its choices train.py takes there, and what fits"
+        help="memory of the card; shows what train.py chooses on it, and what fits"
     )  # fmt: skip
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
     if "gpu" in typed and not device.startswith("cuda"):
-        parser.error(f"--gpu is a card for CUDA, not for --device {device}")
+        parser.error(f"--gpu is for a CUDA card, not for --device {device}")
     is_elsewhere = "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available()
     if is_elsewhere:
-        # What train.py takes there, and not what it takes on this machine.
+        # What train.py chooses on that card, not what it chooses on this machine.
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
     args = cli.train_arguments(parser=parser)
-    is_said = "dtype" in typed or args.resume  # a run has its own
+    is_said = "dtype" in typed or args.resume  # a resumed run has its own dtype
     args.is_dtype_assumed = is_elsewhere and not is_said
     return args
 
@@ -247,9 +247,9 @@ class LongestRows:
     """The rows that need the most memory."""
 
     training: list[tuple[list[int], list[int]]]  # ids of prompt and answer, of one batch
-    shared: int  # how many ids they begin with alike
+    shared: int  # how many ids at their beginning are the same
     prompts: list[list[int]]  # of one batch of an evaluation
-    prefix: list[int]  # with which these begin
+    prefix: list[int]  # with which all of these prompts begin
 
     @classmethod
     def read(cls, args: argparse.Namespace, tokenizer: Tokenizer) -> "LongestRows":
@@ -278,14 +278,14 @@ def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[li
 
 
 def ways_to_keep(directory: Path, args: argparse.Namespace) -> list[bool]:
-    """Returns whether train.py keeps NF4's values: one answer, or both without --gpu.
+    """Returns whether train.py keeps NF4's values: one answer, or both if --gpu is not given.
 
-    It depends on the memory of the GPU, where no flag says it.
+    Without a flag for it, the choice depends on the memory of the GPU.
     """
     if args.keep_dequantized is not None:
         return [args.keep_dequantized]
     if args.quant == "none" or args.device == "cpu":
-        return [args.quant == "none"]  # as eval.load_model, though there is nothing to keep
+        return [args.quant == "none"]  # as in build_base
     if args.gpu is None:
         return [False, True]
     plan = Plan(directory, with_choice(args, keep=False))
@@ -297,12 +297,12 @@ def with_choice(args: argparse.Namespace, keep: bool) -> argparse.Namespace:
 
 
 def for_tensors(gigabytes: float) -> int:
-    """Returns how many bytes of a card tensors can have."""
+    """Returns how many bytes of a card are available for tensors."""
     return int(FOR_TENSORS * gigabytes * 2**30)
 
 
 def show(plan: Plan, rows: LongestRows) -> None:
-    """Prints what a step and an evaluation take, and with --gpu whether they fit."""
+    """Prints the memory of a step and of an evaluation, and with --gpu whether they fit."""
     count = len(rows.prompts)
     evaluated = plan.evaluation(rows.prompts, rows.prefix)
     bytes_of = plan.step(rows.training, rows.shared)
@@ -352,7 +352,7 @@ def main() -> None:
     ways = ways_to_keep(directory, args)
     for keep in ways:
         if keep and len(ways) > 1:
-            print("\nthe same where NF4's values are kept, as on a GPU with much memory left")
+            print("\nthe same with NF4's values kept, as on a GPU with much free memory")
         show(Plan(directory, with_choice(args, keep)), rows)
 
 

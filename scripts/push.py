@@ -3,7 +3,7 @@
     hf auth login
     python -m scripts.push --adapter out/demo --repo me/phi-2-mnli
 
-No row of the data and no path of this machine is uploaded: see support/upload.py.
+It uploads no row of the data and no path of this machine: see support/upload.py.
 """
 
 import sys
@@ -17,15 +17,15 @@ from support import cli, flags, hub, upload
 
 def main() -> None:
     parser = cli.Parser("uploads the adapter, the card and the results of a run to the Hub")
-    parser.add_argument("--adapter", type=flags.path, required=True, help="the directory of a run")
+    parser.add_argument("--adapter", type=flags.path, required=True, help="the folder of a run")
     parser.add_argument(
         "--repo",
         type=hub.repository,
         required=True,
         metavar="OWNER/NAME",
-        help="the repository; it is created if it does not exist",
+        help="the repository on the Hub; it is created if it does not exist",
     )
-    parser.add_argument("--private", action="store_true", help="create it as a private one")
+    parser.add_argument("--private", action="store_true", help="create it as a private repository")
     args = parser.parse_args()
     print(upload.push(args.adapter, args.repo, PROMPT, args.private))
 

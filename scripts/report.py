@@ -1,9 +1,9 @@
-"""Draws the pictures of a run and writes its report.html once more, as far as it has come.
+"""Draws the pictures of a run again, and writes its report.html, finished or not.
 
     python -m scripts.report out/demo
 
-train.py does this as a run grows and at its end. Repeat it when the template or a picture has
-changed, or for a run that was killed.
+train.py does this during a run and at its end. Use this script after a change of the template or of
+a picture, or for a run that was killed.
 """
 
 import sys
@@ -16,14 +16,14 @@ from support.extras import Extras
 
 
 def main() -> None:
-    parser = cli.Parser("draws the pictures and writes report.html of a run again")
+    parser = cli.Parser("draws the pictures of a run and writes its report.html again")
     parser.add_argument("run", type=flags.path, help="the folder of a run")
     args = parser.parse_args()
-    records.read(args.run)  # raises for another folder, or a damaged file
+    records.read(args.run)  # raises if the folder holds no run, or a file is damaged
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(args.run)
-    with extras.attempt("report.html"):  # with those pictures that are there
+    with extras.attempt("report.html"):  # with the pictures that exist
         page.write(args.run)
         print(args.run / "report.html")
     if extras.failed:

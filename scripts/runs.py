@@ -1,12 +1,12 @@
-"""Compares runs of train.py: what differs in their settings, and what came of it.
+"""Compares runs of train.py: how their settings differ, and with what results.
 
     python -m scripts.runs out/*                              # the best accuracy first
-    python -m scripts.runs out/* --plot losses.svg            # and their losses in one picture
+    python -m scripts.runs out/* --plot losses.svg            # draws their losses in one picture
     python -m scripts.runs out/* --json > runs.json
 
-Settings that all runs have in common stand above the table once. Accuracies are in percent, with
-their 95 % interval; the loss is that of validation, a mean over the splits. Differences that are
-smaller than the intervals may be chance: eval.py --compare tests two runs row by row.
+Settings that all runs share are printed once, above the table. Accuracies are in percent, with
+their 95 % interval. The loss is the validation loss, as a mean over the splits. Differences smaller
+than the intervals may be chance: eval.py --compare tests two runs row by row.
 """
 
 import argparse
@@ -21,18 +21,18 @@ from support import card, cli, flags, pictures, records
 from support.letters import ends, printable
 from support.records import Record
 
-# What defines a run, the most telling first.
+# The settings that define a run, the most important first.
 FIRST = ("rank", "alpha", "scale", "targets", "learning_rate", "model", "dataset")
 SETTINGS = tuple(dict.fromkeys(FIRST + card.SETTINGS + ("eval_limit", "device_name")))
-# What else args.json holds is a column where runs differ in it, but for what does not change what
-# a run computes.
+# Any other entry of args.json becomes a column if the runs differ in it, except these, which do not
+# change what a run computes.
 HIDDEN = {
     "out", "command", "started_in", "resume", "debug", "push", "wandb", "wandb_run", "torchrun",
     "versions", "commit", "digests", "label_words", "base_parameters", "total_steps",
     "save_every", "log_every", "device",
 }  # fmt: skip
 SHORT = {"learning_rate": "rate", "batch_size": "batch", "targets": "on", "loss": "loss on"}
-LONGEST = 24  # letters of a name in the table
+LONGEST = 24  # characters of a name in the table
 MISSING = "-"
 
 
@@ -45,12 +45,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     args = parser.parse_args()
     if args.plot and args.plot.suffix not in (".svg", ".png", ".pdf"):
-        parser.error(f"--plot {args.plot}: the name has to end in .svg, .png or .pdf")
+        parser.error(f"--plot {args.plot}: the name must end in .svg, .png or .pdf")
     return args
 
 
 def read_runs(folders: list[Path]) -> list[Record]:
-    """Returns the finished runs among these folders, and prints a line on each other one."""
+    """Returns the finished runs among these folders. Prints a line for each other folder."""
     runs = []
     for folder in folders:
         try:
@@ -62,7 +62,7 @@ def read_runs(folders: list[Path]) -> list[Record]:
             runs.append(run)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
-        except (KeyError, TypeError, AttributeError):  # statistics of another form
+        except (KeyError, TypeError, AttributeError):  # statistics in another form
             reason = "its results.json is not as train.py writes it"
             print(printable(f"left out: {folder}: {reason}"), file=sys.stderr)
     if not runs:
@@ -71,7 +71,7 @@ def read_runs(folders: list[Path]) -> list[Record]:
 
 
 def accuracy(run: Record) -> float:
-    """Returns the accuracy of a finished run, a mean over its splits."""
+    """Returns the accuracy of a finished run, as a mean over its splits."""
     return mean(run, "accuracy")
 
 
@@ -101,9 +101,9 @@ def summary(run: Record) -> dict:
 
 
 def table(runs: list[Record]) -> str:
-    """Returns the settings that all runs have in common, and a line for each run.
+    """Returns the settings that all runs share, and a line for each run.
 
-    What is not among the main settings stands last, where a narrow terminal may break the lines.
+    Settings that are not among the main ones come last, where a narrow terminal may break lines.
     """
     common = []
     main = []  # columns: (title, a text for each run)
@@ -116,7 +116,7 @@ def table(runs: list[Record]) -> str:
             columns = main if name in FIRST else others
             columns.append((SHORT.get(name, title), values))
         elif name in SETTINGS and values[0] not in (MISSING, "False"):
-            # textwrap breaks no line at such a space: a name and its value stay together.
+            # textwrap does not break lines at these spaces, so a name and its value stay together.
             common.append(f"{title} {values[0]}".replace(" ", "\N{NO-BREAK SPACE}"))
     names = [printable(run.folder.resolve().name) for run in runs]
     if len(set(names)) < len(names):
@@ -126,14 +126,14 @@ def table(runs: list[Record]) -> str:
     )
     above = above.replace("\N{NO-BREAK SPACE}", " ")
     lines = aligned([("run", ends(names, LONGEST)), *main, *results(runs), *others])
-    below = ["loss: of validation; accuracy in percent, in brackets its 95 % interval"]
+    below = ["loss: of validation; accuracy: in percent, with its 95 % interval in brackets"]
     if any("scale" in values for values in settings):
         below.append("scale: alpha / rank, by which the update is multiplied")
     return "\n".join([above, "", *lines, "", *below])
 
 
 def settings_of(run: Record, runs: list[Record]) -> dict:
-    """Returns the arguments of a run, and where the runs differ in rank the scale of its update."""
+    """Returns the arguments of a run and, if the runs differ in rank, the scale of its update."""
     alpha = run.args.get("alpha")
     rank = run.args.get("rank")
     if not alpha or not rank or all(other.args.get("rank") == rank for other in runs):
@@ -142,7 +142,7 @@ def settings_of(run: Record, runs: list[Record]) -> dict:
 
 
 def aligned(columns: list[tuple[str, list[str]]]) -> list[str]:
-    """Returns the lines of a table: titles and rows, the first column at the left."""
+    """Returns the lines of a table: titles and rows, with the first column left-aligned."""
     columns = [(title, *values) for title, values in columns]
     widths = [max(map(len, column)) for column in columns]
     lines = []

@@ -1,16 +1,17 @@
-"""Checks this project on your machine and measures it there, for figures of hardware that we lack.
+"""Checks this project on your machine, and measures its speed and memory there.
 
     python -m scripts.selftest                           # a table, and out/selftest.json
     python -m scripts.selftest --model ~/phi-2           # on a GPU, with the real weights
     python -m scripts.selftest --row out/selftest.json   # its lines of docs/benchmarks.md
 
-Nothing is downloaded. It goes through STAGES in fp32, then in the fastest dtype of the device. On a
-GPU it compares tiny/ and two layers of phi-2's widths with transformers + PEFT, where these are
-installed, and times a phi-2 with random weights that are made in the GPU's memory; elsewhere it
-compares and times tiny/.
+It downloads nothing. It runs STAGES in fp32, then in the fastest dtype of the device. On a GPU it
+compares tiny/ and two layers of phi-2's widths with transformers + PEFT, if these are installed,
+and times a phi-2 whose random weights are made in the GPU's memory. Elsewhere it compares and times
+tiny/.
 
-A stage that fails is a line of the table, and the next one follows. Exit status 1 says that
-something differs or has failed. docs/benchmarks.md describes the JSON file.
+If a stage fails, the table gets a line that says so, and the next stage follows. Exit status 1
+means that something differs or has failed. docs/benchmarks.md describes the JSON file. Results from
+hardware that is missing there are welcome.
 """
 
 import argparse
@@ -39,13 +40,13 @@ import quant
 from scripts import bench, contenders, plan
 from support import cli, files, flags, machine, packing, processes
 
-TIMES = 3  # of which a time is the median, after one that warms up
+TIMES = 3  # runs, of which a time is the median, after a warm-up run
 
-# Relative to the norm of fp64's result. A number has 24, 8 or 11 bits, and from q, k and v to a
-# gradient about five roundings follow one another.
+# Relative to the norm of the result in fp64. A number has 24, 8 or 11 significant bits, and from q,
+# k and v to a gradient there are about five roundings in a row.
 ATTENTION_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 
-# What docs/benchmarks.md has columns for, between the machine and the checks.
+# The columns of the table in docs/benchmarks.md, between the machine and the checks.
 TRAINING = "training step, 16 rows, ms"
 SCORING = "scoring, 64 rows, ms"
 WRITING = "32 new tokens for 16 rows, ms"
@@ -56,36 +57,36 @@ MEASURED = (TRAINING, SCORING, WRITING, PEAK, PLANNED)
 
 @dataclass
 class Line:
-    """A line of the table. One without a bound is a measurement."""
+    """A line of the table. A line without a bound is not a check."""
 
     what: str
     dtype: str
     figure: float | None = None
     bound: float | None = None
     status: str = "ok"  # or "differs", "skipped: why", "failed: why"
-    trace: str | None = None  # of what has failed
+    trace: str | None = None  # the traceback of a failure
 
 
 def checked(what: str, dtype: str, figure: float, bound: float) -> Line:
-    # In this form NaN differs.
+    # Written so that NaN counts as different.
     return Line(what, dtype, figure, bound, "ok" if figure <= bound else "differs")
 
 
 @dataclass
 class Setting:
-    """What every stage is given."""
+    """What every stage gets."""
 
     device: torch.device
     folder: Path  # where files may be written
-    compared: dict[str, Path]  # directories of the models that transformers has too, by name
+    compared: dict[str, Path]  # directories of the models to compare with transformers, by name
     timed: Path  # directory of the model that is timed
-    kind: type[contenders.Ours]  # which loads it
+    kind: type[contenders.Ours]  # the class that loads it
     tokenizer: Path
-    rows: dict[str, list]  # as scripts/contenders.py takes them
+    rows: dict[str, list]  # as scripts/contenders.py expects them
     prefix_length: int  # how many ids all prompts share
 
     def job(self, model: Path, quantization: str, dtype: str) -> contenders.Job:
-        """Returns the job of a contender. NF4's values are kept where train.py keeps them."""
+        """Returns the job of a contender. It keeps NF4's values where train.py does."""
         adapter = self.folder / f"adapter-{model.name}"
         if not adapter.exists():
             bench.write_random_adapter(str(model), adapter)
@@ -106,7 +107,7 @@ class Setting:
 
 
 class RandomPhi2(contenders.Ours):
-    """Ours with random weights, made on the device. The model's directory has a config.json."""
+    """Ours with random weights, made on the device. The model's directory holds a config.json."""
 
     def load_base(self) -> phi2.Phi2:
         device = self.job.device
@@ -131,7 +132,7 @@ class RandomPhi2(contenders.Ours):
 
 
 def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
-    """bitsandbytes' kernels beside plain torch, bit for bit."""
+    """Compares bitsandbytes' kernels with plain torch, bit for bit."""
     weight = torch.randn(2560, 2560).to(setting.device, evaluation.DTYPES[dtype])
     weight[0, : quant.BLOCK] = 0
     form = (weight.shape, weight.dtype)
@@ -139,8 +140,8 @@ def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
     values = quant.kernels().dequantize_4bit(indices, absmax, quant.BLOCK, "nf4", *form)
     plain_indices, plain_absmax = quant.quantize(weight)
     plain_values = quant.dequantize(indices, absmax, *form)
-    # A GPU's kernel multiplies by 1 / absmax where plain torch divides. Halfway between two levels
-    # a weight may get the other one.
+    # On a GPU the kernel multiplies by 1 / absmax, where plain torch divides. A weight half way
+    # between two levels may get the other level.
     bound = 0 if setting.device.type == "cpu" else 1e-5
     share = (indices != plain_indices).float().mean().item()
     yield checked("NF4, share of indices off plain torch", dtype, share, bound)
@@ -151,7 +152,7 @@ def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
 
 
 def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
-    """Forward and backward: packed rows, and torch's attention with a mask, each beside fp64."""
+    """Compares packed rows, and torch's attention with a mask, with fp64, forward and backward."""
     prefix = setting.prefix_length
     lengths = [len(prompt) - prefix for prompt, _ in setting.rows["training"][:16]]
     heads = 4 if setting.device.type == "cpu" else 32
@@ -162,7 +163,7 @@ def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
         "with a mask": phi2.MaskedRows(lengths, prefix, setting.device),
     }
     apart = {name: [] for name in layouts}
-    for last in (None, 2):  # queries of each row: the last block has two
+    for last in (None, 2):  # queries of each row: in the last transformer block there are two
         # On the CPU, because not every device has fp64.
         exact = attend(phi2.MaskedRows(lengths, prefix), last, *tensors.double())
         for name, layout in layouts.items():
@@ -176,7 +177,7 @@ def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
 def attend(
     layout: phi2.Layout, last: int | None, q: Tensor, k: Tensor, v: Tensor, grad: Tensor
 ) -> list[Tensor]:
-    """Returns what the queries see, and the gradients of q, k and v."""
+    """Returns the output of attention, and the gradients of q, k and v."""
     if last:
         layout = layout.only_last(last)
     inputs = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
@@ -186,7 +187,7 @@ def attend(
 
 
 def check_beside_transformers(setting: Setting, dtype: str) -> Iterator[Line]:
-    """Loss, gradients of the adapters, scores, and 32 new tokens."""
+    """Compares the loss, the gradients of the adapters, the scores, and 32 new tokens."""
     missing = [name for name in ("transformers", "peft", "accelerate") if not find_spec(name)]
     if missing:
         status = f"skipped: pip install {' '.join(missing)}"
@@ -203,7 +204,7 @@ def check_beside_transformers(setting: Setting, dtype: str) -> Iterator[Line]:
 
 
 def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> tuple[dict, dict]:
-    """Returns how far ours is from the reference in fp32, and how far it may be."""
+    """Returns how much ours differs from the reference in fp32, and how much it may differ."""
     rows = {name: part[:16] for name, part in setting.rows.items()}
 
     def results_of(kind: type[contenders.Contender], dtype: str) -> dict:
@@ -219,22 +220,22 @@ def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> t
     exact = results_of(contenders.Reference, "fp32")
     apart = bench.distances(results_of(contenders.Ours, dtype), exact)
     if dtype == "fp32":
-        # One row may have other tokens, where two were nearly even.
+        # One row may have other tokens, where two were almost equally likely.
         return apart, bench.BOUNDS | {"written": 1 / len(exact["written"])}
-    # Twice as far as the reference is in this dtype, as in scripts/bench.py.
+    # Twice as much as the reference differs in this dtype, as in scripts/bench.py.
     theirs = bench.distances(results_of(contenders.Reference, dtype), exact)
     return apart, {what: 2 * theirs[what] for what in ("gradient", "scores")}
 
 
 def check_graphs(setting: Setting, dtype: str) -> Iterator[Line]:
-    """Generation with CUDA graphs gives the tokens of generation without."""
+    """Compares the tokens that are generated with CUDA graphs with those without."""
     if setting.device.type != "cuda":
-        yield Line("CUDA graphs", dtype, status="skipped: no graphs here")
+        yield Line("CUDA graphs", dtype, status="skipped: only CUDA has graphs")
         return
     contender = setting.timed_contender(dtype)
     prompts = contender.prompts[:16]
     recorded = contender.write(prompts, 32)
-    # Where a step cannot be recorded, generation goes on and sets this to False.
+    # If a step cannot be recorded, generation continues without graphs and sets this to False.
     failed = float(not contender.model.uses_graphs)
     yield checked("CUDA graphs that could not be recorded", dtype, failed, 0)
     contender.model.uses_graphs = False
@@ -244,7 +245,7 @@ def check_graphs(setting: Setting, dtype: str) -> Iterator[Line]:
 
 
 def measure(setting: Setting, dtype: str) -> Iterator[Line]:
-    """Times, and the peak of memory beside the one that scripts.plan counts."""
+    """Measures times, and the peak of memory, which scripts.plan counts too."""
     contender = setting.timed_contender(dtype)
     prompts = contender.prompts[:64]
     machine.peak_memory(setting.device, reset=True)
@@ -255,10 +256,10 @@ def measure(setting: Setting, dtype: str) -> Iterator[Line]:
 
     planned = planned_memory(setting, contender) / 2**30
     if setting.device.type == "cuda":
-        # cuBLAS takes up to 64 MiB of work space beside the tensors that are counted.
+        # cuBLAS takes up to 64 MiB of work space besides the tensors that are counted.
         yield checked(PEAK, dtype, peak / 2**30, 1.1 * planned + 1 / 16)
-    else:  # elsewhere a process keeps what the stages before have freed
-        yield Line(PEAK, dtype, status="skipped: only a GPU's allocator tells it")
+    else:  # elsewhere a process keeps the memory that earlier stages have freed
+        yield Line(PEAK, dtype, status="skipped: only a GPU's allocator reports it")
     yield Line(PLANNED, dtype, planned)
 
 
@@ -294,13 +295,13 @@ STAGES = {
 
 
 def attempt(stage: str, setting: Setting, dtype: str) -> list[Line]:
-    """Returns the lines of a stage, up to its failure if it fails."""
+    """Returns the lines of a stage. If it fails, the last line says so."""
     torch.manual_seed(0)
     lines = []
     try:
         for line in STAGES[stage](setting, dtype):
             lines.append(line)
-    except Exception as error:  # of any kind, because a stranger starts this once
+    except Exception as error:  # any error: people run this once, and send what it found
         status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         lines.append(Line(stage, dtype, status=status, trace=traceback.format_exc()))
     free_memory(setting.device)
@@ -308,13 +309,13 @@ def attempt(stage: str, setting: Setting, dtype: str) -> list[Line]:
 
 
 def free_memory(device: torch.device) -> None:
-    gc.collect()  # a model is a circle
+    gc.collect()  # a model is part of a reference cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 # -----------------------------------------------------------------------------
-# What is printed
+# Output
 
 
 def print_table(lines: list[Line]) -> None:
@@ -331,7 +332,7 @@ def as_text(number: float | None) -> str:
 
 
 def table_rows(results: dict) -> list[str]:
-    """Returns lines of docs/benchmarks.md's table by machine, one for each dtype."""
+    """Returns rows for the table by machine in docs/benchmarks.md, one for each dtype."""
     known = results["machine"]
     version = f"torch {known['versions']['torch']}, {(known['commit'] or 'no commit')[:7]}"
     rows = []
@@ -351,22 +352,22 @@ def table_rows(results: dict) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = cli.Parser("checks this project on your machine, and measures it there")
+    parser = cli.Parser("checks this project on your machine, and measures its speed and memory")
     add = parser.add_argument
     # fmt: off (a flag is one filled paragraph)
     add("--device", type=flags.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
-        help="one after another (default: fp32, and the fastest of the device)")
+        help="one after another (default: fp32, then the fastest one of the device)")
     add("--model", type=flags.path,
         help="directory of a phi to compare and to time (default: tiny/model)")
     add("--random-phi-2", type=flags.count, metavar="LAYERS",
-        help="time a phi-2 of random weights (default on a GPU, without --model: 32)")
-    add("--rows", type=flags.count, default=64, help="of training and of evaluation")
-    add("--name", type=flags.word, help="what the machine is called (default: what torch says)")
+        help="time a phi-2 with random weights (default: 32 on a GPU without --model)")
+    add("--rows", type=flags.count, default=64, help="for training and for evaluation")
+    add("--name", type=flags.word, help="name of the machine (default: what torch calls it)")
     add("--out", type=flags.path, default=Path("out") / "selftest.json",
-        help="the file of all figures")
+        help="file for all figures")
     add("--row", type=flags.path, metavar="JSON",
-        help="print a file's lines of docs/benchmarks.md, and do nothing else")
+        help="only print the rows of such a file for docs/benchmarks.md")
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
@@ -377,7 +378,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Setting:
-    """Returns the setting; of what it names, tiny/ or --model is there already."""
+    """Returns the setting. Of the models in it, only tiny/ or --model exists so far."""
     model = (args.model or bench.TINY).resolve()
     tokenizer = data.load_tokenizer(model)
     prefix, _, _ = data.fixed_ids(tokenizer)
@@ -420,13 +421,13 @@ def main() -> None:
         try:
             print("\n".join(table_rows(files.read_json(args.row))))
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{args.row} is not what scripts.selftest has written") from None
+            raise ValueError(f"{args.row} was not written by scripts.selftest") from None
         return
     begin = time.perf_counter()
     device = processes.own_device(args.device)
     files.make_folder(args.out.parent)
     lines = []
-    # Windows does not remove a file that is mapped still.
+    # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         setting = prepare(args, device, Path(name))
         results = {"machine": describe(args, device), "model": next(iter(setting.compared))}
@@ -436,7 +437,7 @@ def main() -> None:
             for stage in STAGES:
                 print(f"{time.perf_counter() - begin:6.1f} s  {dtype}, {stage}", flush=True)
                 lines += attempt(stage, setting, dtype)
-                # After each stage, because the next one may end the process.
+                # After each stage, because the next one may crash the process.
                 seconds = time.perf_counter() - begin
                 results |= {"lines": list(map(asdict, lines)), "seconds": seconds}
                 files.write_json(args.out, results)

@@ -1,7 +1,7 @@
-"""RUN/best/: the adapter of the best evaluation, which --keep-best keeps.
+"""RUN/best/: the adapter of the best evaluation, which --keep-best saves.
 
-Its figures, such as the step and the accuracy, are in the metadata of its own file. So a kill
-cannot part the one from the other, and a resumed run remembers the best adapter there was.
+The figures of that evaluation, such as step and accuracy, are in the metadata of the adapter's
+file. So a kill cannot separate them, and a resumed run knows the best adapter so far.
 """
 
 import json
@@ -16,13 +16,13 @@ from safetensors import SafetensorError, safe_open
 from support import files
 
 FOLDER = "best"  # in the folder of the run
-KEY = "evaluation"  # of the metadata
+KEY = "evaluation"  # in the metadata
 
 
 def figures(step: int, results: dict[str, dict]) -> dict:
-    """Returns what is kept of an evaluation, from {split: its statistics}.
+    """Returns the figures of an evaluation that are saved, from {split: its statistics}.
 
-    step, accuracy and loss, which are means over the splits, and both by split.
+    They are the step, accuracy and loss as means over the splits, and both for each split.
     """
     kept = {"step": step, "splits": {split: {} for split in results}}
     for key in ("accuracy", "loss"):
@@ -33,24 +33,24 @@ def figures(step: int, results: dict[str, dict]) -> dict:
 
 
 def is_better(new: dict, old: dict | None) -> bool:
-    """Returns whether an evaluation has the higher accuracy, or the same and a lower loss."""
+    """Returns whether the new evaluation has a higher accuracy, or the same and a lower loss."""
     if old is None:
         return True
-    # Means of equal sums may differ in their last bit.
+    # Means that should be equal may differ in their last bit.
     if math.isclose(new["accuracy"], old["accuracy"], rel_tol=1e-9):
         return new["loss"] < old["loss"]
     return new["accuracy"] > old["accuracy"]
 
 
 def metadata(evaluation: dict) -> dict[str, str]:
-    """Returns the figures as the metadata of a safetensors file, which holds texts only."""
+    """Returns the figures as metadata of a safetensors file, which can only hold strings."""
     return {KEY: json.dumps(evaluation)}
 
 
 def read(run: Path) -> dict | None:
-    """Returns the figures of the best adapter of a run, or None where it has none.
+    """Returns the figures of the best adapter of a run, or None if it has none.
 
-    Raises ValueError where its file is damaged.
+    Raises ValueError if its file is damaged.
     """
     path = run / FOLDER / "adapter_model.safetensors"
     if not path.is_file():
@@ -68,13 +68,13 @@ def read(run: Path) -> dict | None:
 
 @contextmanager
 def replacing(run: Path) -> Iterator[Path]:
-    """Yields a folder for the files of the adapter, which take their places in RUN/best/.
+    """Yields a folder for the files of the adapter. On success they replace those in RUN/best/.
 
-    args.json is beside them, so that eval.py knows the settings of the run.
+    args.json is copied too, so that eval.py knows the settings of the run.
     """
     folder = run / FOLDER
     files.make_folder(folder)
-    files.remove_unfinished(folder)  # of a process that was killed while it wrote
+    files.remove_unfinished(folder)  # from a process that was killed while writing
     with files.replacing_files(folder) as temporary:
         yield temporary
         shutil.copy(run / "args.json", temporary)

@@ -1,22 +1,22 @@
-"""The model card of a run: the README.md that the Hub shows, from card.md.jinja.
+"""The model card of a run: the README.md that the Hub shows, from the template card.md.jinja.
 
-A card is for others, so it holds no path of this machine: a model or a dataset that is a
-directory is named by the last part of its path alone.
+A card is for other people, so it contains no path of this machine. A model or a dataset in a
+directory is named only by the last part of its path.
 """
 
 from pathlib import Path, PureWindowsPath
 
 from support import files, hub, metrics, origin
 
-# What others may read of args.json. Everything else stays here: paths, devices, the commit.
+# The entries of args.json that others may read. Paths, devices and the commit are not published.
 SETTINGS = (
     # the adapter and its base
     "rank", "alpha", "dropout", "quant", "double_quant", "dtype", "model_revision",
-    # the optimiser: with these and the data others can train it again
+    # training: with these and the data others can train the adapter again
     "steps", "epochs", "batch_size", "accumulate", "learning_rate", "weight_decay",
     "warmup_steps", "max_length", "loss", "limit", "seed", "processes", "dataset_revision",
 )  # fmt: skip
-# --dtype, and the attribute of torch that the example on the card uses
+# --dtype, and the name in torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -24,26 +24,26 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
     """Returns the text of a run's README.md.
 
     Args:
-        directory: the run; its args.json, adapter_config.json and results.json are read
+        directory: the run; reads its args.json, adapter_config.json and results.json
         prompt: the template that the adapter was trained with, for the example on the card
         repo: owner/name on the Hub; without it the example loads "path/to/this/folder"
 
-    Raises ValueError when one of the files lacks what train.py writes.
+    Raises ValueError if a file lacks an entry that train.py writes.
     """
     directory = Path(directory)
     args = public_args(directory)
     config = public_config(directory)
-    results = {}  # as long as the run has not reached its last evaluation
+    results = {}  # until the run has finished its last evaluation
     if (directory / "results.json").is_file():
         results = files.read_json(directory / "results.json")
     base = config["base_model_name_or_path"]
-    targets = config["target_modules"]  # a list of names, or one text such as "all-linear"
+    targets = config["target_modules"]  # a list of names, or one string such as "all-linear"
     if not isinstance(targets, str):
         targets = " ".join(targets)
     settings = {}
     for key in SETTINGS:
         value = args.get(key)
-        if value is not None and value is not False:  # a seed of 0 is worth a line
+        if value is not None and value is not False:  # but a seed of 0 is shown
             settings[key] = value
     name = repo or directory.resolve().name
     return render(
@@ -52,18 +52,18 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         config=config,
         targets=targets,
         base=base,
-        # A directory means nothing to others, so the example shows where theirs goes.
+        # A directory here means nothing to others, so the example has a placeholder.
         base_path=base if is_on_hub(base, directory) else f"path/to/{base}",
         adapter_path=repo or "path/to/this/folder",
         dataset=args["dataset"],
-        # Results in 4 bits hold for a base in 4 bits only: the example loads it so.
+        # The results hold only for a base in 4 bits, so the example loads it in 4 bits.
         quantized=args["quant"] == "nf4",
         double_quantized=bool(args.get("double_quant")),
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
-        # The card in the run's own folder shows it in any case. It may be drawn later, by
-        # scripts/report.py, and push is not to take the card for one that was edited.
+        # The card in the run's own folder always shows the picture. scripts/report.py may draw
+        # it later, and then push must not take the card for one that somebody has edited.
         has_loss=repo is None or (directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
@@ -75,19 +75,19 @@ def render(**values) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        # A line that holds only {% ... %} leaves no empty line: one would end a table.
+        # A line with only {% ... %} must leave no empty line, which would end a table.
         trim_blocks=True,
-        # jinja drops the last line break of a template otherwise.
+        # Otherwise jinja drops the last line break of a template.
         keep_trailing_newline=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
-    # HTML's escapes would be wrong in Markdown: in the template values pass this filter.
+    # HTML escapes would be wrong in Markdown, so the template uses this filter for values.
     environment.filters["plain"] = plain
     return environment.get_template("card.md.jinja").render(values)
 
 
 def write_card(directory: Path, prompt: str) -> None:
-    """Writes the card into the run's directory. Its example loads a folder."""
+    """Writes README.md into the run's directory. Its example loads the adapter from a folder."""
     with files.replacing(Path(directory) / "README.md") as temporary:
         temporary.write_text(card(directory, prompt), encoding="utf-8")
 
@@ -97,7 +97,7 @@ def write_card(directory: Path, prompt: str) -> None:
 
 
 def public_args(directory: Path) -> dict:
-    """Returns of args.json the settings, the versions and the dataset's public name."""
+    """Returns the settings and versions in args.json, and the dataset's public name."""
     args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
     public = {key: args[key] for key in SETTINGS if key in args}
     return public | {
@@ -115,7 +115,7 @@ def public_config(directory: Path) -> dict:
 
 
 def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
-    """Reads a JSON file. Raises ValueError when a key of `needed` is missing."""
+    """Returns the contents of a JSON file. Raises ValueError if a key in `needed` is missing."""
     contents = files.read_json(path)
     for key in needed:
         if key not in contents:
@@ -124,24 +124,24 @@ def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
 
 
 def public_name(name: str, directory: Path) -> str:
-    """Returns a name on the Hub as it is, and the last part of a path."""
+    """Returns a name on the Hub unchanged, and of a path only the last part."""
     if is_on_hub(name, directory):
         return name
-    # A Windows path may hold / as well as \, so this reads the paths of any system.
+    # Windows paths may contain both / and \, so this class can read the paths of any system.
     # A path such as / has no last part.
     return PureWindowsPath(name).name or "unnamed"
 
 
 def is_on_hub(name: str, directory: Path) -> bool:
-    """Returns whether a name is one on the Hub: owner/name, and not a directory here.
+    """Returns whether a name is on the Hub: owner/name, and not a directory here.
 
-    "tiny/data" could be either.
+    "tiny/data" alone could be either.
     """
     return hub.is_repository(name) and not origin.places(name, directory)
 
 
 def plain(value) -> str:
-    """Returns a value as one line of Markdown, with ? for whatever could be markup."""
+    """Returns a value as one line of Markdown, with ? for each character that could be markup."""
     return "".join(
         character if character.isalnum() or character in " ._-/+" else "?"
         for character in str(value)
@@ -153,7 +153,7 @@ def plain(value) -> str:
 
 
 def metadata(directory: Path, args: dict, config: dict, results: dict, name: str) -> str:
-    """Returns the YAML at the head of a card, by which the Hub lists the model."""
+    """Returns the YAML at the top of a card, which the Hub uses to list the model."""
     from huggingface_hub import ModelCardData
 
     base = config["base_model_name_or_path"]
@@ -161,8 +161,8 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
     tags = ["lora", "nli"]
     if args["quant"] == "nf4":
         tags.append("qlora")
-    # What is None is left out. The Hub makes links of base_model and datasets, so a
-    # directory is left out too.
+    # None values are left out. The Hub turns base_model and datasets into links, so directories
+    # are left out too.
     data = ModelCardData(
         language="en",
         base_model=base if is_on_hub(base, directory) else None,
@@ -183,12 +183,12 @@ def evaluations(dataset: str, results: dict, on_hub: bool) -> list:
 
     return [
         EvalResult(
-            # one of the Hub's own names for tasks
+            # one of the Hub's task names
             task_type="text-classification",
             task_name="Natural language inference",
             dataset_type=dataset if on_hub else plain(dataset),
             dataset_name=plain(dataset),
-            # GLUE holds several datasets, of which MNLI is one.
+            # MNLI is one of several datasets in GLUE.
             dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
             dataset_split=plain(split),
             metric_type="accuracy",

@@ -1,7 +1,7 @@
-"""A base model that others have made: found or downloaded, and judged before it is loaded.
+"""Finds or downloads a base model, and checks it before its weights are loaded.
 
-phi2.py raises errors for what it cannot compute and cannot read. Here are those that come
-before gigabytes are downloaded.
+phi2.py raises errors for models that it cannot run or read. This file raises those that should
+come before gigabytes are downloaded.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ def find(
     patterns: tuple[str, ...] = MODEL,
     revision: str | None = None,
 ) -> Path:
-    """Returns the directory of a model: `name` itself, or its download from the Hub.
+    """Returns the directory of a model: `name` itself, or the download from the Hub.
 
-    `read_config` is phi2's, which support cannot import; `patterns` are the files that are
-    wanted. Raises ValueError when there is no such model, and for a config.json with which
-    no phi can be made.
+    `read_config` is phi2.read_config, which support cannot import; `patterns` selects the files
+    to download. Raises ValueError if there is no such model, or if its config.json does not
+    describe a supported phi model.
     """
     directory = Path(name)
     if directory.is_file():
@@ -33,7 +33,7 @@ def find(
     if is_here:
         hub.refuse_revision("model", name, revision)
     else:
-        # First this file alone: gigabytes may be of a kind that is not read.
+        # Only this file at first, because the model may be of a kind that is not supported.
         directory = hub.download("model", name, ("config.json",), revision)
 
     path = directory / "config.json"
@@ -45,12 +45,12 @@ def find(
 
 
 def hub_commit(name: str, directory: Path) -> str | None:
-    """Returns the commit of a model that was downloaded into `directory`, None of one here."""
-    return None if Path(name).is_dir() else directory.name  # the Hub's cache calls it so
+    """Returns the commit of a model that was downloaded, or None if `name` is a directory here."""
+    return None if Path(name).is_dir() else directory.name  # in the Hub's cache, the commit
 
 
 def check_quantization(path: Path) -> None:
-    """Raises ValueError where the checkpoint is quantised, but not in bitsandbytes' NF4."""
+    """Raises ValueError if the model's weights are quantised, but not in bitsandbytes' NF4."""
     raw = files.read_json(path)
     quantization = raw.get("quantization_config") or raw.get("quantization")
     known = quantization if isinstance(quantization, dict) else {}
@@ -58,5 +58,5 @@ def check_quantization(path: Path) -> None:
     if quantization and not is_nf4:
         raise ValueError(
             f"{path}: weights quantised as {str(quantization)[:300]} are not supported, only "
-            "bitsandbytes' NF4; take the model that they were made from"
+            "bitsandbytes' NF4; use the model that they were made from"
         )

@@ -1,7 +1,7 @@
-"""One process at a time writes into a folder: that of a run, an evaluation or a merged model.
+"""Claims a folder, of a run, an evaluation or a merged model, so that one process writes there.
 
-The process holds a lock of the operating system on a file in the folder. The lock ends with
-its process, whatever ends that, so a killed run blocks nothing.
+The process locks a file in the folder through the operating system. The lock ends with the
+process, however that ends, so a killed run blocks nothing.
 """
 
 import itertools
@@ -20,16 +20,16 @@ LOCK = ".lock"  # the file in the folder
 def claimed(
     folder: Path, check: Callable[[Path], None] | None = None, is_new: bool = False
 ) -> Iterator[Path]:
-    """Yields a folder that no other process claims until the end; it is made where it is not.
+    """Yields a folder that no other process can claim meanwhile. Creates it if necessary.
 
-    With `is_new` it is one that was not there: `folder`, or folder-2, folder-3 and so on.
-    `check` may raise a ValueError about what the folder holds. It is called once the folder
-    is claimed, so no other process changes that any more. A folder that was made and is
-    still empty at the end is removed.
+    With `is_new` the folder must be new: it is `folder`, or else folder-2, folder-3 and so on.
+    `check` may raise a ValueError about the contents of the folder. It is called once the
+    folder is claimed, when no other process can change them. A folder that was created here
+    and is still empty at the end is removed.
 
-    Of several processes of a run the first alone claims, after processes.start. All of them
-    yield the same folder. Raises ValueError where another run has it, in the first process; the
-    others end.
+    If a run has several processes, call this after processes.start: only the first one claims
+    the folder, and all of them yield the same one. If another run holds the folder, the first
+    process raises ValueError and the others exit.
     """
     refusal = None
     with ExitStack() as stack:
@@ -48,7 +48,7 @@ def claimed(
 
 @contextmanager
 def locked(folder: Path, is_new: bool) -> Iterator[Path]:
-    """Makes a folder and holds its lock, as `claimed` says."""
+    """Creates a folder if necessary and holds its lock, as `claimed` describes."""
     made = [path for path in folder.parents if not path.exists()]
     if is_new:
         folder = make_new(folder)
@@ -59,26 +59,26 @@ def locked(folder: Path, is_new: bool) -> Iterator[Path]:
     lock = FileLock(folder / LOCK)
     try:
         acquire(lock, folder)
-        files.remove_unfinished(folder)  # of a process that was killed while it wrote
+        files.remove_unfinished(folder)  # from a process that was killed while writing
         yield folder
     finally:
         if lock.is_locked:
-            # Before the release, or it could be another process's. Windows removes no file
-            # that is open; there the release removes it.
+            # Before the release: after it the file could be another process's. Windows does
+            # not remove open files; there the release removes it.
             with suppress(OSError):
                 (folder / LOCK).unlink()
             lock.release()
-        with suppress(OSError):  # the first that is not empty
+        with suppress(OSError):  # stops at the first folder that is not empty
             for path in made:
                 path.rmdir()
 
 
 def make_new(folder: Path) -> Path:
-    """Makes and returns the first of `folder`, folder-2, folder-3 ... that is not there."""
+    """Creates and returns the first of `folder`, folder-2, folder-3 ... that does not exist."""
     files.make_folder(folder.parent)
     for number in itertools.count(1):
         path = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        # mkdir decides: of several processes one makes it.
+        # mkdir decides: if several processes try, it succeeds in only one.
         with suppress(FileExistsError):
             path.mkdir()
             return path
@@ -97,7 +97,7 @@ def acquire(lock: FileLock, folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Returns whether a folder is not there, or holds nothing but what a killed process left."""
+    """Returns whether a folder is missing, or holds only what a killed process has left."""
     return not folder.exists() or all(
         path.name == LOCK or path.name.endswith(files.UNFINISHED) for path in folder.iterdir()
     )

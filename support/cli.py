@@ -1,11 +1,11 @@
-"""Command lines: the flags of the scripts, what they may hold, and their defaults.
+"""Command lines: parses the flags of the scripts, checks them, and fills in defaults.
 
-A value that is not typed comes from the first of these that has it: the run that --resume
-names, the adapter that --adapter names, tiny/args (where there is no GPU and no --model),
-the parser.
+A value that is not given on the command line comes from the first of these that has it: the run
+that --resume names, the adapter that --adapter names, tiny/args (if there is no GPU and no
+--model), the parser.
 
-torch takes seconds to import, so it is imported where a default depends on the machine:
-neither --help nor a mistake has to wait for it.
+torch takes seconds to import, so it is only imported where a default depends on the machine.
+Neither --help nor a mistake has to wait for it.
 """
 
 import argparse
@@ -43,15 +43,15 @@ no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
 
-# The arguments of a training that its adapter is also evaluated and merged with.
+# Arguments of a training that are also defaults when its adapter is evaluated or merged.
 OF_AN_ADAPTER = (
     "model_revision", "dataset", "dataset_revision", "columns", "labels", "validation",
     "quant", "double_quant", "keep_dequantized", "dtype", "max_length",
 )
 
-# What may be typed beside --resume. Any other flag would change what the run computes.
+# Flags that may be given with --resume. Any other flag would change what the run computes.
 FREE = (
-    # where the model and the rows are now; digests tell whether they are the same
+    # where the model and the rows are now; digests show whether they are the same
     "model", "model_revision", "dataset", "dataset_revision",
     # how long it trains, and what it writes on the way
     "steps", "epochs", "eval_every", "log_every", "keep_best", "save_every",
@@ -66,7 +66,7 @@ FREE = (
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Adds its default to the help text of a flag that takes a value, where it has one."""
+    """Adds the default to the help text of each flag that takes a value and has a default."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.nargs == 0 or action.default is None or "default:" in action.help:
@@ -75,10 +75,10 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with full words only, @FILE for flags from a file, and --debug.
+    """An ArgumentParser without abbreviations, with @FILE for flags from a file, and --debug.
 
-    @FILE holds words as a shell reads them, and lines of # comments. A mistake is one line on
-    stderr and exit status 2.
+    An @FILE contains words as in a shell, and comment lines that begin with #. A mistake gives
+    one line on stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -91,24 +91,24 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **options,
         )
-        # A word like -1=contradiction is a value, as -1 is. argparse has no public way to say so.
+        # -1=contradiction is a value, like -1, not a flag. argparse has no public way to say so.
         self._negative_number_matcher = re.compile(r"-\d+(\.\d+)?(=.*)?$")
         self.add_argument(
             "--debug", action="store_true", help="show the traceback of an error"
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        # argparse makes one line of an @FILE that it cannot open, and of no other one.
+        # argparse reports an @FILE that it cannot open in one line, but not these errors.
         try:
             return super().parse_known_args(args, namespace)
         except UnicodeDecodeError as error:
             self.error(f"an @FILE is not UTF-8: {error}")
         except RecursionError:
-            self.error("an @FILE names itself")
+            self.error("an @FILE includes itself")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the words of a line of an @FILE."""
-        line = line.removeprefix("\ufeff")  # with which editors on Windows begin a file
+        """Returns the words in a line of an @FILE."""
+        line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
         if line.lstrip().startswith("#"):
             return []
         try:
@@ -120,23 +120,23 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("[Errno") or "expected one argument" in message:
             # argparse takes @text for an @FILE and -text for a flag.
             message += " (a value that begins with @ or - is typed as --flag=value)"
-        # argparse would print the whole usage before the mistake.
+        # argparse itself would print the whole usage before the message.
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
     def typed(self, argv: list[str] | None = None) -> dict:
-        """Returns what is typed, without any default."""
+        """Returns the arguments given on the command line, without any default."""
         return not_none(self.parse_args(argv, self.nothing()))
 
     def nothing(self) -> argparse.Namespace:
         """Returns a namespace in which no default is filled in."""
-        # argparse fills in no attribute that is there already, even one that is None.
+        # argparse leaves an attribute that already exists as it is, even if it is None.
         # It has no public list of a parser's arguments, hence _actions here and below.
         return argparse.Namespace(**{action.dest: None for action in self._actions})
 
     def check_saved(self, values: dict, source: Path) -> dict:
-        """Returns those values from a JSON file that are arguments here, as if typed.
+        """Returns those values from a JSON file that are arguments of this parser, as if typed.
 
-        Raises ValueError, which names `source`, for a value that could not be typed.
+        Raises ValueError, with `source` in its message, if a value would be invalid as a flag.
         """
         saved = {}
         for action in self._actions:
@@ -152,7 +152,7 @@ class Parser(argparse.ArgumentParser):
 
 def command_name() -> str:
     """Returns the command of this script: "python train.py", "python -m scripts.merge"."""
-    # Of a script that -m has started, argv[0] is its path too.
+    # With -m too, argv[0] is the path of the script.
     return f"python {commands.quoted(*commands.name_of(Path(sys.argv[0]).absolute()))}"
 
 
@@ -164,18 +164,18 @@ def not_none(args: argparse.Namespace) -> dict:
 def as_typed(action: argparse.Action, value):
     """Returns a value from JSON as `action` would read it from a command line.
 
-    Raises ValueError or ArgumentTypeError, without the flag's name, where it could not.
+    Raises ValueError or ArgumentTypeError, without the flag's name, if the value is invalid.
     """
     if value is None and action.default is None:  # it was not given
         return None
     if action.nargs == 0:  # a flag that is on or off
         return require(value, bool, "true or false")
     if action.nargs in ("+", 3):
-        if isinstance(value, str):  # --targets all-linear is saved as one text
+        if isinstance(value, str):  # --targets all-linear is saved as one string
             return [value]
         values = require(value, list, "a list")
         return [action.type(require(item, str, "text")) for item in values]
-    # By way of a text, so that the flag's own check decides what is valid.
+    # Converted to a string first, so that the flag's own check decides what is valid.
     typed = action.type(str(value)) if action.type else str(value)
     if isinstance(typed, str | Path):
         require(value, str, "text")
@@ -185,14 +185,14 @@ def as_typed(action: argparse.Action, value):
 
 
 def require(value, kind: type, name: str):
-    """Returns the value if it is of this kind. Raises ValueError for any other."""
+    """Returns the value if it is of this type. Raises ValueError otherwise."""
     if not isinstance(value, kind):
         raise ValueError(f"must be {name}, not {value!r}")
     return value
 
 
 # -----------------------------------------------------------------------------
-# Defaults, from a run, from tiny/args, from the machine
+# Defaults from a run, from tiny/args, and from the machine
 
 
 def parse_arguments(
@@ -200,14 +200,14 @@ def parse_arguments(
     argv: list[str] | None = None,
     check: Callable[[Parser, argparse.Namespace], None] | None = None,
 ) -> argparse.Namespace:
-    """Parses a command line with --model and --dataset, and fills in every default.
+    """Returns the arguments of a command line with --model and --dataset, with all defaults.
 
-    Where the parser has --adapter, the adapter's own arguments are defaults. `check` may
-    refuse arguments that do not go together; what it raises comes before any notice.
+    With --adapter, the arguments of the adapter's training become defaults. `check` may reject
+    arguments that do not go together; it is called before any notice is printed.
     """
-    # First pass: what is typed decides where the defaults come from.
+    # First pass: the flags that are given decide where the defaults come from.
     typed = parser.typed(argv)
-    source = None  # of the adapter
+    source = None  # where the adapter comes from
     if "adapter" in typed:
         adapter = hub.find_adapter(typed["adapter"])
         defaults, source = adapter_defaults(parser, adapter, typed)
@@ -217,7 +217,7 @@ def parse_arguments(
     embedded = embedded_defaults(parser, typed)
     parser.set_defaults(**embedded)
 
-    # Second pass: the same command line over these defaults.
+    # Second pass: the same command line, with these defaults.
     args = parser.parse_args(argv)
     if "adapter" in typed:
         args.adapter = adapter
@@ -231,28 +231,28 @@ def parse_arguments(
     notice = f"this runs on the CPU: {unused}" if unused else NOTICE
     if processes.IS_FIRST and (embedded or unused):
         print(notice, file=sys.stderr)
-    # It may be that of a run, or of an adapter, from another machine.
+    # The dtype may come from a run or an adapter of another machine.
     if processes.IS_FIRST and "dtype" in args:
         warn_of_emulation(args.dtype, args.device)
     return args
 
 
 def warn_of_emulation(dtype: str, device: str) -> None:
-    """Prints a line where a device has no instructions for --dtype."""
+    """Prints a warning if the device has no instructions for --dtype."""
     if not machine.emulates(dtype, device):
         return
     print(
-        f"{device} has no instructions for {dtype}: the results are right, but slower to come "
-        f"than with --dtype {machine.fast_dtype(device)}",
+        f"{device} has no instructions for {dtype}: the results are right, but come more "
+        f"slowly than with --dtype {machine.fast_dtype(device)}",
         file=sys.stderr,
     )
 
 
 def embedded_defaults(parser: Parser, typed: dict) -> dict:
-    """Returns what tiny/args says where nothing names a model and no GPU could run phi-2.
+    """Returns the defaults in tiny/args if nothing names a model and there is no GPU for phi-2.
 
-    Its paths are right from the current directory. Anywhere else there are no such defaults.
-    Raises ValueError where there is a GPU, and torch cannot use it.
+    Otherwise returns no defaults. The paths are relative to the current directory. Raises
+    ValueError if there is a GPU that torch cannot use.
     """
     if "model" in typed or parser.get_default("model") is not None:
         return {}
@@ -263,7 +263,7 @@ def embedded_defaults(parser: Parser, typed: dict) -> dict:
     reason = unused_gpu(parser, typed)
     if reason:
         raise ValueError(f"{reason}; or --device cpu, which takes the small model in tiny/")
-    # It is written for train.py; other scripts have not all of its flags.
+    # The file is written for train.py; other scripts do not have all of its flags.
     known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
     values = not_none(known)
     for name in ("model", "dataset"):
@@ -272,7 +272,7 @@ def embedded_defaults(parser: Parser, typed: dict) -> dict:
 
 
 def unused_gpu(parser: Parser, typed: dict) -> str | None:
-    """Returns a line on a GPU that torch cannot use, unless --device says what to use."""
+    """Returns a message if there is a GPU that torch cannot use, unless --device is given."""
     has_device = "device" in parser.nothing()  # describe.py computes nothing
     if not has_device or "device" in typed or parser.get_default("device") is not None:
         return None
@@ -281,7 +281,7 @@ def unused_gpu(parser: Parser, typed: dict) -> str | None:
 
 def fill_in(args: argparse.Namespace) -> None:
     """Fills in the defaults that depend on the machine."""
-    # Not defaults of the parser: embedded_defaults asks whether anything names a model.
+    # Not defaults of the parser, because embedded_defaults checks whether anything names a model.
     if args.model is None:
         args.model = MODEL
     if args.dataset is None:
@@ -298,11 +298,11 @@ def fill_in(args: argparse.Namespace) -> None:
 def adapter_defaults(
     parser: Parser, adapter: Path, typed: dict
 ) -> tuple[dict, origin.Origin]:
-    """Returns those arguments of an adapter's training that a user of it needs.
+    """Returns the arguments of an adapter's training that a later use needs, and its origin.
 
-    A directory that PEFT has written holds no args.json, or another program's; then only the
-    model is known, and where our adapter file is alone, the quantisation. How the rows were
-    read is not among them: it stands in the second value, and holds for these rows alone.
+    A directory that PEFT has written has no args.json, or another program's. Then only the
+    model is known, and the quantisation if our train.py wrote the adapter file. How the rows
+    were read is part of the origin, because it only applies to the rows of the training.
     """
     path = adapter / "args.json"
     arguments = files.read_json(path) if path.is_file() else {}
@@ -310,7 +310,7 @@ def adapter_defaults(
         arguments = {}
     values = fingerprint.recorded_quantization(adapter)
     values |= {name: arguments[name] for name in OF_AN_ADAPTER if name in arguments}
-    # PEFT's file has the last word on the model: its writer may have no args.json at all.
+    # The model in PEFT's file takes precedence, and there may be no args.json at all.
     config = files.read_json(adapter / "adapter_config.json")
     if config.get("base_model_name_or_path"):
         values["model"] = config["base_model_name_or_path"]
@@ -340,16 +340,16 @@ def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_eval(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together, and an --out that holds other results."""
+    """Rejects flags that do not go together, and an --out that already holds results."""
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
     if args.dataset == "-" and processes.COUNT > 1:
-        # Each process would take a part of the lines, and tear them.
+        # Each process would read a part of the lines, and some lines would be torn apart.
         parser.error("--dataset - is for one process: start python eval.py, not torchrun")
     if args.dataset == "-" or args.premise is not None:
-        # These flags are about rows with labels; a typed pair has none.
+        # These flags are for rows with labels, and a typed pair has no label.
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
@@ -378,10 +378,10 @@ def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") 
 def train_arguments(
     argv: list[str] | None = None, parser: Parser | None = None
 ) -> argparse.Namespace:
-    """Returns the arguments of train.py: a new run's, or those of the run that it resumes.
+    """Returns the arguments of train.py: for a new run, or for the run that it resumes.
 
-    `targets` is a list of names or the word "all-linear". `steps` or `epochs` is None. `out` is
-    None where a new run is to have a folder of its own, below out/ and called `new_name`.
+    `targets` is a list of names or the string "all-linear". Either `steps` or `epochs` is None.
+    `out` is None if a new run should get a new folder in out/, with the name from `new_name`.
     """
     parser = parser or train_parser()
     typed = parser.typed(argv)
@@ -390,27 +390,27 @@ def train_arguments(
         arguments = resume.saved_arguments(run)
         saved = parser.check_saved(arguments, run)
         refuse_another_run(parser, run, saved, typed)
-        # What a restart by torchrun types again is the run's own.
+        # A restart by torchrun repeats the run's own arguments: those do not count as typed.
         others = {name: value for name, value in typed.items() if value != saved.get(name)}
         source = origin.origin(run, arguments, saved)
         parser.set_defaults(**origin.locate(saved, source, others))
         parser.set_defaults(resume=run, out=run)
     args = parse_arguments(parser, argv, check_train)
-    # A default of the one, from a run or from tiny/args, must not stand beside the other.
-    # argparse's exclusive groups look at what is typed and not at defaults.
+    # --steps excludes --epochs. argparse only checks this for flags that are typed, not for
+    # defaults that come from a run or from tiny/args.
     if "epochs" in typed:
         args.steps = None
     elif "steps" in typed:
         args.epochs = None
     elif args.epochs is None and args.steps is None:
         args.steps = STEPS
-    if args.targets == ["all-linear"]:  # PEFT's file holds this word as a text, no list
+    if args.targets == ["all-linear"]:  # in PEFT's file this is a string, not a list
         args.targets = "all-linear"
     return args
 
 
 def run_to_resume(parser: Parser, typed: dict) -> Path | None:
-    """Returns the run that --resume names, or that torchrun has started again."""
+    """Returns the run that --resume names, or that torchrun has restarted."""
     run = typed.get("resume")
     out = typed.get("out")
     if run and out and out.resolve() != run.resolve():
@@ -419,8 +419,8 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
         return run
     if processes.MAX_RESTARTS and not out:
         parser.error("torchrun --max-restarts needs --out, so that a restart finds its run")
-    # A restart has the command line of the start, without --resume. Where the start was refused
-    # the folder is another one's.
+    # A restart has the command line of the first start, without --resume. If that start was
+    # rejected, the folder belongs to another run.
     if processes.RESTARTS and (out / "args.json").is_file():
         owner = files.read_json(out / "args.json").get("torchrun", processes.TORCHRUN)
         return out if owner == processes.TORCHRUN else None
@@ -428,10 +428,10 @@ def run_to_resume(parser: Parser, typed: dict) -> Path | None:
 
 
 def refuse_another_run(parser: Parser, run: Path, saved: dict, typed: dict) -> None:
-    """Raises ValueError when a typed flag would change what the resumed run computes."""
+    """Raises ValueError if a typed flag would change what the resumed run computes."""
     differences = []
     for name, value in typed.items():
-        # An older run may lack a flag that is new: it was trained with the default.
+        # A run of an older version may lack a newer flag: it was trained with the default.
         before = saved.get(name, parser.get_default(name))
         if name not in FREE and value != before:
             flag = "--" + name.replace("_", "-")
@@ -443,21 +443,21 @@ def refuse_another_run(parser: Parser, run: Path, saved: dict, typed: dict) -> N
 
 
 def as_text(value) -> str:
-    """Returns a value as it is typed."""
+    """Returns a value as one would type it."""
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
 def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Refuses flags that do not go together, and a new run that would write over another one."""
+    """Rejects flags that do not go together, and a new run that would overwrite another one."""
     if args.keep_best and not args.eval_every:
-        parser.error("--keep-best needs --eval-every, which says when to look")
-    # Only the first process looks, because it is the one that writes there.
+        parser.error("--keep-best needs --eval-every, which says when to evaluate")
+    # Only the first process checks this, because only it writes to the folder.
     if processes.IS_FIRST and args.out and not args.resume:
         check_out(args.out)
 
 
 def check_out(out: Path) -> None:
-    """Raises ValueError where a new run or evaluation would write over what --out holds."""
+    """Raises ValueError if a new run or evaluation would overwrite what --out contains."""
     if out.is_file():
         raise ValueError(f"--out {out} is a file: pass a folder")
     if (out / "args.json").exists():
@@ -465,14 +465,14 @@ def check_out(out: Path) -> None:
             f"{out} holds a run already: choose another --out, or resume it: "
             f"{commands.resume(out)}"
         )
-    # README.md: as in somebody's project, or with --out "".
+    # A README.md is there in other projects, and in this one if --out is "".
     for name in ("results.json", "README.md", best.FOLDER):
         if (out / name).exists():
             raise ValueError(f"{out} holds a {name} already: choose another --out")
 
 
 def new_name(args: argparse.Namespace) -> str:
-    """Returns a new run's name. The time in it makes it one of its own but for the second."""
+    """Returns the name of a new run. It includes the time, so it is unique to the second."""
     parts = (
         Path(args.model).resolve().name,  # "." has a name too
         Path(args.dataset).resolve().name,
@@ -483,7 +483,7 @@ def new_name(args: argparse.Namespace) -> str:
 
 
 def as_json(args: argparse.Namespace) -> dict:
-    """Returns the arguments as args.json holds them: paths are texts, from `started_in`."""
+    """Returns the arguments for args.json. Paths are strings, relative to `started_in`."""
     arguments = {
         name: str(value) if isinstance(value, Path) else value
         for name, value in vars(args).items()
@@ -492,22 +492,22 @@ def as_json(args: argparse.Namespace) -> dict:
 
 
 # -----------------------------------------------------------------------------
-# The frame of every script
+# What every script does around its main
 
 
 def answer_help(make_parser: Callable[[], Parser]) -> None:
-    """Prints the help of a script and ends it, where --help is typed.
+    """Prints the help of a script and exits, if --help is typed.
 
-    To be called before torch is imported, which takes seconds.
+    Call it before torch is imported, which takes seconds.
     """
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls a script's main. An error that a user can cause is one line and exit status 1.
+    """Calls a script's main. An error that a user can cause gives one line and exit status 1.
 
-    With --debug it is a traceback.
+    With --debug it gives a traceback.
     """
     prepare_outputs()
     try:
@@ -515,8 +515,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as interruption:
         sys.exit(str(interruption) or "interrupted")
     except BrokenPipeError:
-        # Nobody reads standard output any more, as after `| head`. Python flushes it once
-        # more at its end, and would print a second error.
+        # The reader of standard output is gone, as after `| head`. Python flushes it once more
+        # when it exits, and would then print a second error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -527,33 +527,36 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare_outputs() -> None:
-    """Makes standard output and error write UTF-8, line by line, and nowhere where closed."""
+    """Makes standard output and standard error write UTF-8, line by line.
+
+    If one of them is closed, what is written to it is discarded.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed, as by >&-
             setattr(sys, name, open(os.devnull, "w"))
         stream = getattr(sys, name)
         if hasattr(stream, "reconfigure"):
-            # UTF-8 whatever the locale says; JSON can hold what backslashreplace writes. Into a
-            # file or a pipe Python writes in blocks: a log would stay empty for minutes.
+            # UTF-8 whatever the locale is; JSON can hold what backslashreplace writes. By default
+            # Python buffers files and pipes in blocks: a log would stay empty for minutes.
             stream.reconfigure(
                 encoding="utf-8", errors="backslashreplace", line_buffering=True
             )
 
 
 def is_users(error: Exception) -> bool:
-    """Returns whether a user can put an error right. Any other one is a bug."""
-    if type(error).__name__ == "SafetensorError":  # by its name, to import nothing here
+    """Returns whether the user can correct an error. Any other error is a bug."""
+    if type(error).__name__ == "SafetensorError":  # by name, so that nothing is imported here
         return True
     kinds = (ValueError, OSError, OverflowError)
     return isinstance(error, kinds) or full_memory.is_out_of_memory(error)
 
 
 def one_line(error: Exception) -> str:
-    """Returns what `run` prints of an error: one line, with the process if there are more.
+    """Returns what `run` prints for an error: one line, with the process if there are several.
 
-    Before the error's own text stand its notes, such as those of support/full_memory.py.
+    Notes on the error, such as those from support/full_memory.py, precede its own message.
     """
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
     text = ": ".join([*getattr(error, "__notes__", []), str(error)])
-    # Libraries raise errors of several lines, and others quote texts of a dataset.
+    # Some libraries raise errors of several lines, and some errors quote a dataset's texts.
     return f"error: {process}{printable(' '.join(text.split()))}"

@@ -1,6 +1,6 @@
-"""The columns of a dataset: which are premise, hypothesis and label, and what they hold.
+"""The columns of a dataset: which are premise, hypothesis and label, and what they contain.
 
-To read one more name, add it to COLUMNS. --columns says any other.
+To support another column name, add it to COLUMNS. Users name any other with --columns.
 """
 
 from collections.abc import Iterable
@@ -11,33 +11,33 @@ from pyarrow import types
 from support.labels import label_numbers
 from support.letters import plain
 
-# What a column may be called, in any case. The first that a file has is taken.
+# The names that a column may have, in upper or lower case. The first one in a file is used.
 COLUMNS = {
     "premise": ("premise", "sentence1", "context"),
     "hypothesis": ("hypothesis", "sentence2", "hypo"),
     "label": ("label", "gold_label", "gold"),
 }
-KEPT = ("idx", "genre")  # other columns, which predictions_SPLIT.jsonl shows
+KEPT = ("idx", "genre")  # other columns that predictions_SPLIT.jsonl shows
 
-# A column of a file: Arrow's, or Python's values, which may be of several types.
+# A column of a file: an Arrow array, or a list of Python values that may differ in type.
 Column = pyarrow.ChunkedArray | list
 
 
 def has_texts(names: Iterable[str]) -> bool:
-    """Returns whether both texts are among columns of these names, under usual names."""
+    """Returns whether these names of columns include usual names for both texts."""
     words = set(map(plain, names))
     return all(words & set(COLUMNS[column]) for column in ("premise", "hypothesis"))
 
 
 def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[str, str]:
-    """Returns what a file that has the columns `names` calls premise, hypothesis and label.
+    """Returns which of the columns `names` are premise, hypothesis and label.
 
-    `given` is what --columns says. An error begins with `place`.
+    `given` is the value of --columns. Error messages begin with `place`.
     """
     columns = {}
     for number, (column, aliases) in enumerate(COLUMNS.items()):
         wanted = given[number : number + 1] or aliases
-        # What --columns says is first looked for as it is typed.
+        # A name from --columns is first looked for exactly as it is typed.
         found = [name for name in given[number : number + 1] if name in names]
         for alias in wanted:
             found = found or [name for name in names if plain(name) == plain(alias)]
@@ -47,7 +47,7 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
                 f"{str(names)[:300]} (a table's first line); --columns P H L says which are meant"
             )
         columns[column] = found[0]
-    if len(set(columns.values())) < len(columns):  # "text Text" are one column, too
+    if len(set(columns.values())) < len(columns):  # "text" and "Text" may be one column too
         raise ValueError(f"--columns names one column twice: {' '.join(given)}")
     return columns
 
@@ -55,10 +55,11 @@ def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[s
 def table_of(
     part: dict[str, Column], columns: dict[str, str], given: tuple[str, ...], place: str
 ) -> tuple[pyarrow.Table, list]:
-    """Returns the rows of a file as a table, and the different labels that it has.
+    """Returns the rows of a file as a table, and the distinct labels in the file.
 
-    The table has premise, hypothesis, label as a number, and the label as `written`. `given`
-    is what --labels says. Raises ValueError, with `place`, for a row that does not fit.
+    The table's columns are premise, hypothesis, label (a number) and written (the label as the
+    file has it). `given` is the value of --labels. Raises ValueError, with `place` in its
+    message, for a row that is not valid.
     """
     values = {
         column: as_texts(part[columns[column]], column, place)
@@ -66,7 +67,7 @@ def table_of(
     }
     try:
         labels, label_of_row = different(part[columns["label"]])
-    except pyarrow.ArrowException as error:  # bytes that are no UTF-8
+    except pyarrow.ArrowException as error:  # bytes that are not UTF-8
         raise ValueError(f"{place}: the label: {error}") from None
     numbers = label_numbers(labels, label_of_row, given, place)
     values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
@@ -76,14 +77,14 @@ def table_of(
 
 
 def joined(tables: list[pyarrow.Table]) -> pyarrow.Table:
-    """Returns the rows of all tables. Their columns may be of two types, as int32 and int64."""
+    """Returns the rows of all tables, whose columns may differ in type, as int32 and int64."""
     return pyarrow.concat_tables(tables, promote_options="permissive").unify_dictionaries()
 
 
 def shown_columns(parts: Iterable[dict[str, Column]]) -> dict[str, pyarrow.ChunkedArray]:
-    """Returns those columns of KEPT that hold whole numbers in all parts, or texts in all.
+    """Returns those columns of KEPT that contain only whole numbers, or only texts, in all parts.
 
-    They are only shown, so one that holds anything else is left out.
+    They are only shown, so a column with anything else is left out.
     """
     shown = {}
     for name in KEPT:
@@ -97,15 +98,15 @@ def shown_columns(parts: Iterable[dict[str, Column]]) -> dict[str, pyarrow.Chunk
 
 
 def as_texts(values: Column, column: str, place: str) -> pyarrow.ChunkedArray:
-    """Returns a column of texts in Arrow. Raises ValueError for the first row that has none."""
+    """Returns a column of texts as Arrow strings. Raises ValueError for the first other value."""
     try:
         texts = in_arrow(values)
-        if not is_text(texts.type):  # other types may hold texts, too
+        if not is_text(texts.type):  # other types may contain texts too
             texts = pyarrow.chunked_array([texts.to_pylist()], pyarrow.string())
         if not texts.null_count:
             return texts
     except (pyarrow.ArrowException, OverflowError, UnicodeError):
-        pass  # which row it is, the next lines find
+        pass  # the next lines find the row
     for row, value in enumerate(values):
         problem = problem_of(value)
         if problem:
@@ -117,17 +118,17 @@ def is_text(kind: pyarrow.DataType) -> bool:
 
 
 def in_arrow(values: Column) -> pyarrow.ChunkedArray:
-    """Returns a column in Arrow. Raises ArrowException and others where it cannot."""
+    """Returns a column as an Arrow array. Raises ArrowException or other errors on failure."""
     if isinstance(values, list):
         return pyarrow.table({"": values})[""]  # chunked, whatever its length
     if types.is_dictionary(values.type):
         values = values.cast(values.type.value_type)
-    values.validate(full=True)  # files may hold bytes that are no UTF-8
+    values.validate(full=True)  # files may contain bytes that are not UTF-8
     return values
 
 
 def problem_of(value) -> str | None:
-    """Returns why a value, Python's or Arrow's, is no text; None where it is one."""
+    """Returns why a Python or Arrow value is not a text, or None if it is one."""
     try:
         text = value.as_py() if isinstance(value, pyarrow.Scalar) else value
         if text is None:
@@ -135,21 +136,21 @@ def problem_of(value) -> str | None:
         if not isinstance(text, str):
             return f"is {str(text)[:60]}, not text"
         text.encode()
-    except UnicodeError as error:  # a damaged file, or half of an emoji that was cut
+    except UnicodeError as error:  # a damaged file, or an emoji that was cut in half
         return f"is not UTF-8: {error}; remove that character"
     return None
 
 
 def different(values: Column) -> tuple[list, pyarrow.IntegerArray]:
-    """Returns the different values of a column, in their order, and which of them a row has."""
+    """Returns the distinct values of a column, in order, and for each row the index of its own."""
     if isinstance(values, pyarrow.ChunkedArray):
         try:
-            # In one chunk: Arrow cannot unify the dictionaries of several where a value is missing.
+            # One chunk, because Arrow cannot unify dictionaries of several with missing values.
             encoded = in_arrow(values).combine_chunks().dictionary_encode("encode")
             return encoded.dictionary.to_pylist(), encoded.indices
-        except pyarrow.ArrowNotImplementedError:  # of lists, for example
+        except pyarrow.ArrowNotImplementedError:  # for a column of lists, for example
             values = values.to_pylist()
-    # By how they are written: 1, 1.0 and True are equal, and a list has no hash.
+    # Distinguished by repr, because 1, 1.0 and True are equal, and a list has no hash.
     written = list(map(repr, values))
     value_of = dict(zip(written, values))
     encoded = pyarrow.array(written, pyarrow.string()).dictionary_encode()

@@ -1,11 +1,11 @@
-"""Files of rows as other tools have written them: which split a file holds, and how it is read.
+"""Files of rows, as other tools write them: which split each file holds, and how to read it.
 
-To read one more form, add a word to SPLITS, or a suffix and its function to READERS at the
-end. What a row must hold is the matter of columns.py and labels.py.
+To support another form, add a word to SPLITS, or a suffix and its function to READERS at the
+end. columns.py and labels.py check the contents of the rows; text_files.py reads JSON and tables
+of text.
 
-Local files are read here, and not by load_dataset: its cache knows a file by its name and
-time alone, and gives the rows of another that has the same, and its readers guess at types
-and quotes. JSON and tables of text are the matter of text_files.py.
+Local files are read here rather than by load_dataset. Its cache identifies a file by name and
+time only, so it may return the rows of another file, and its readers guess types and quotes.
 """
 
 import gzip
@@ -25,14 +25,14 @@ from support.columns import Column, different
 from support.labels import as_word
 from support.text_files import read_json, read_table
 
-# The word in a file's name that says its split. What follows it is kept: dev_matched is
+# Words in a file's name that name its split. What follows the word is kept: dev_matched becomes
 # validation_matched.
 SPLITS = {"train": "train", "test": "test"}
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-# The number of a part: train-00000-of-00002, also with -a09b74b3ef9c3b56 behind it; 0000;
+# The number of a part: train-00000-of-00002, also with -a09b74b3ef9c3b56 after it; 0000;
 # train_0, but not train_v1.0; part-00000-...-c000.snappy (Spark).
 PART = re.compile(r"(?:^|[-_]|(?<!\d)\.)(\d+)(?:-of-(\d+))?(?:-[0-9a-f-]{16,36}(?:-c\d+.*)?)?$")
-# How the file begins that stands for another in a clone without Git LFS.
+# The start of the placeholder for a file in a clone without Git LFS.
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -41,11 +41,11 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def find_files(directory: Path) -> dict[str, list[Path]]:
-    """Returns the files of each split: those in the directory, or up to two folders below."""
+    """Returns the files of each split, from the directory itself or up to two levels below it."""
     folders = [directory]
     others = []
     for _ in range(3):
-        # Not by glob, which leaves out in silence what may not be read.
+        # Not glob, which silently leaves out folders that cannot be read.
         paths = [path for folder in folders for path in folder.iterdir()]
         paths = [path for path in paths if not path.name.startswith(".")]
         splits = group_by_split(paths, directory)
@@ -61,9 +61,9 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
 
 
 def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
-    """Returns those of the files that hold a split, by its name."""
+    """Returns the files that hold a split, by the name of the split."""
     splits = {}
-    # Sorted, because a folder has no order and the order of the rows decides the batches.
+    # Sorted, because a folder has no order, but the order of rows decides the batches.
     for path in sorted(paths, key=by_numbers):
         split = split_of(path, directory)
         if split:
@@ -74,26 +74,26 @@ def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
 
 
 def with_train(splits: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Returns the splits, of which train_en, say, is called train where it is the only one."""
+    """Returns the splits; one such as train_en is called train if there is no other."""
     trains = [split for split in splits if split.startswith("train")]
     return {"train" if trains == [split] else split: parts for split, parts in splits.items()}
 
 
 def by_numbers(path: Path) -> list[str | int]:
-    """Returns what sorts train_2 before train_10."""
+    """Returns a sort key that puts train_2 before train_10."""
     return [int(word) if word.isdecimal() else word for word in re.split(r"(\d+)", str(path))]
 
 
 def split_of(path: Path, directory: Path) -> str | None:
-    """Returns the split that a file of a dataset holds, or None when its name does not say."""
+    """Returns the split that a file of a dataset holds, or None if its name does not say."""
     stem, suffix = stem_and_suffix(path)
     if suffix not in READERS or path.is_dir():
         return None
     stem = PART.sub("", stem)
     if stem not in ("", "data", "part"):
         return split_name(stem)
-    # The folder says it: train/0000.parquet, train/part-00000.parquet,
-    # train/data-00000-of-00001.arrow. save_to_disk of one split writes into any folder.
+    # The folder names the split: train/0000.parquet, train/part-00000.parquet,
+    # train/data-00000-of-00001.arrow. save_to_disk may write a single split into any folder.
     is_one_split = suffix == ".arrow" and path.parent == directory
     return split_name(path.parent.absolute().name) or ("train" if is_one_split else None)
 
@@ -108,9 +108,9 @@ def split_name(name: str) -> str | None:
 
 
 def check_parts(split: str, paths: list[Path]) -> None:
-    """Raises ValueError unless the files are one, or all the parts of one.
+    """Raises ValueError unless there is one file, or all parts of one.
 
-    Otherwise they are two formats of the same rows, or parts of two datasets.
+    Otherwise the files may be the same rows in two formats, or parts of two datasets.
     """
     total = len(paths)
     kinds = set()
@@ -123,12 +123,12 @@ def check_parts(split: str, paths: list[Path]) -> None:
         if part:
             numbers.append(int(part[1]))
             counts.add(int(part[2] or total))
-    is_one = total == 1 and counts <= {1}  # whatever number is in its name
+    is_one = total == 1 and counts <= {1}  # whatever part number is in its name
     is_whole = sorted(numbers) in (list(range(total)), list(range(1, total + 1)))
     if not is_one and not (is_whole and len(kinds) == 1 and counts == {total}):
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
-            f"the split {split}; remove what is not meant, or pass the folder that is"
+            f"the split {split}; remove the files that you do not mean, or pass another folder"
         )
 
 
@@ -139,23 +139,23 @@ def stem_and_suffix(path: Path) -> tuple[str, str]:
 
 
 # -----------------------------------------------------------------------------
-# Reading them: each function returns the columns of a file, by name
+# Reading files: each function returns the columns of a file, by name
 
 
 def read_file(path: Path) -> dict[str, Column]:
-    """Reads a file by its suffix. Raises ValueError where it cannot, or finds no columns."""
+    """Returns the columns of a file, read by its suffix. Raises ValueError on failure."""
     try:
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
             file.seek(0)
             if start == LFS_POINTER:
                 raise ValueError("it is a Git LFS pointer; `git lfs pull` fetches the file itself")
-            is_packed = start.startswith(b"\x1f\x8b")  # .gz, and some that are not called so
+            is_packed = start.startswith(b"\x1f\x8b")  # gzip, whatever the file's suffix
             content = io.BytesIO(gzip.decompress(file.read())) if is_packed else file
             columns = READERS[stem_and_suffix(path)[1]](content)
         if not columns:
             raise ValueError("it holds no rows")
-    # gzip raises EOFError and zlib's, json RecursionError.
+    # gzip may raise EOFError and zlib.error, json RecursionError.
     except (
         OSError, ValueError, EOFError, zlib.error, RecursionError, pyarrow.ArrowException
     ) as error:
@@ -166,7 +166,7 @@ def read_file(path: Path) -> dict[str, Column]:
 
 
 def read_parquet(file: BinaryIO) -> dict[str, Column]:
-    # A megabyte and a column at a time: otherwise much of the file would be in memory twice.
+    # One megabyte and one column at a time. Otherwise much of the file would be in memory twice.
     with parquet.ParquetFile(file, buffer_size=2**20, pre_buffer=False) as content:
         batches = content.iter_batches(use_threads=False)
         return table_columns(pyarrow.Table.from_batches(batches, content.schema_arrow))
@@ -177,12 +177,12 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
     if content.startswith(b"ARROW1"):  # as pandas' to_feather writes it
         return table_columns(ipc.open_file(content).read_all())
     if not content.endswith(b"\xff\xff\xff\xff\0\0\0\0"):
-        raise ValueError("it is no Arrow file of version 2, or its end is missing")
+        raise ValueError("it is not an Arrow file of version 2, or its end is missing")
     return table_columns(ipc.open_stream(content).read_all())
 
 
 def table_columns(table: pyarrow.Table) -> dict[str, Column]:
-    """Returns the columns of a table. Numbers that have names in it become the names."""
+    """Returns the columns of a table. Numbers that the table has names for become these names."""
     twice = {name for name in table.column_names if table.column_names.count(name) > 1}
     if twice:
         raise ValueError(f"it has two columns of one name: {', '.join(sorted(twice))}")
@@ -194,7 +194,7 @@ def table_columns(table: pyarrow.Table) -> dict[str, Column]:
 
 
 def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """Returns for each column of labels that `datasets` has written what 0, 1, ... are called."""
+    """Returns the names of 0, 1, ... for each label column that `datasets` has written."""
     content = (schema.metadata or {}).get(b"huggingface")
     if content is None:
         return {}
@@ -206,14 +206,14 @@ def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("its metadata, huggingface, are not as `datasets` writes them") from None
+        raise ValueError("its huggingface metadata is not as `datasets` writes it") from None
 
 
 def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
-    """Returns the name of each number as a text. What has none, such as -1, is its own."""
+    """Returns the name of each number. A number without one, such as -1, becomes its text."""
     values, value_of_row = different(numbers)
     name_of = dict(enumerate(names))
-    name_of |= {str(number): name for number, name in enumerate(names)}  # in a table of text
+    name_of |= {str(number): name for number, name in enumerate(names)}  # for a table of text
     keys = [value if isinstance(value, (int, float)) else as_word(value) for value in values]
     texts = [
         None if value is None else str(name_of.get(key, value))
@@ -224,9 +224,9 @@ def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
 
 
 def read_text(read: Callable[[str], dict[str, list]], file: BinaryIO) -> dict[str, list]:
-    """Reads a file of UTF-8, without the mark that Excel puts first.
+    """Reads a UTF-8 file, without the byte order mark that Excel writes first.
 
-    Zeros at its end are what a crash of the machine leaves.
+    Also drops zero bytes at the end, which a crash of the machine can leave.
     """
     return read(file.read().decode("utf-8-sig").rstrip("\0\r\n"))
 

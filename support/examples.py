@@ -1,10 +1,10 @@
 """Premises, hypotheses and labels from people's files, or from the Hub.
 
-What files, columns and labels may be called stands in tables in dataset_files.py, columns.py
-and labels.py: to read one more form, add a word there. `python -m scripts.describe` shows
-how a dataset is read.
+Tables in dataset_files.py, columns.py and labels.py list the names that files, columns and labels
+may have; to support another name, add it there. `python -m scripts.describe` shows how a
+dataset is read.
 
-A dataset on the Hub is downloaded (hub_datasets.py), and read like any other folder.
+A dataset on the Hub is downloaded (hub_datasets.py) and read like any other folder.
 """
 
 import ast
@@ -35,7 +35,7 @@ from support.rows import Rows, cut_by_premise
 
 
 class Reading(NamedTuple):
-    """What the flags say about a dataset that the tables do not."""
+    """How a dataset is read: what its flags say beyond the tables."""
 
     columns: tuple[str, ...] = ()  # the names of premise, hypothesis and label
     labels: tuple[str, ...] = ()  # the meanings of 0, 1 and 2, or three VALUE=MEANING
@@ -44,14 +44,14 @@ class Reading(NamedTuple):
 
     @classmethod
     def of(cls, args: Namespace) -> "Reading":
-        """Returns what these arguments say. One that is missing says nothing."""
+        """Returns what these arguments say. An argument may be missing."""
         columns = tuple(getattr(args, "columns", None) or ())
         labels = tuple(getattr(args, "labels", None) or ())
         validation = getattr(args, "validation", None)
         return cls(columns, labels, validation, getattr(args, "dataset_revision", None))
 
     def flags(self) -> list[str]:
-        """Returns the words of a command line that say the same."""
+        """Returns the same settings as words of a command line."""
         words = []
         if self.columns:
             words += ["--columns", *self.columns]
@@ -71,10 +71,10 @@ BY_THE_TABLES = Reading()
 # Splits
 
 
-# Cached, because a run asks for the names and for each split.
+# Cached, because a run needs the names of the splits and then each split.
 @functools.cache
 def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
-    """Returns the files of each split. Raises ValueError when there is no such dataset."""
+    """Returns the files of each split. Raises ValueError if there is no such dataset."""
     directory = Path(dataset)
     try:
         if directory.is_file():
@@ -87,19 +87,19 @@ def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Pat
             return hub_datasets.find_splits(dataset, revision)
         hub.refuse_revision("dataset", dataset, revision)
         return find_files(directory)
-    except OSError as error:  # a permission that is denied, or a repository without such files
+    except OSError as error:  # permission is denied, or a repository has no such files
         raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
-    """Returns the commit of a dataset that has come from the Hub, None of a directory."""
+    """Returns the commit of a dataset from the Hub, or None for a directory."""
     if Path(dataset).is_dir():
         return None
-    return hub_datasets.download(dataset, revision).name  # the Hub's cache calls it so
+    return hub_datasets.download(dataset, revision).name  # in the Hub's cache, the commit
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
-    """Returns the names of all splits, also of one that --validation cuts from train."""
+    """Returns the names of all splits, including one that --validation takes from train."""
     names = list(find_splits(dataset, reading.revision))
     is_cut = reading.validation and not any(name.startswith("validation") for name in names)
     return [*names, "validation"] if is_cut else names
@@ -108,14 +108,14 @@ def split_names(dataset: str, reading: Reading) -> list[str]:
 def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[str]:
     """Returns the names of the splits that are evaluated by default.
 
-    In MNLI they are validation_matched and validation_mismatched.
+    In MNLI these are validation_matched and validation_mismatched.
     """
     names = split_names(dataset, reading)
     found = [name for name in names if name.startswith("validation")]
     if not found:
         cure = "--split names the one to evaluate"
         if "train" in names:
-            cure = "--validation 0.05 (of a few hundred rows 0.2) takes a part of train for it"
+            cure = "--validation 0.05 (0.2 for a few hundred rows) takes a part of train for it"
         raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
     return found
 
@@ -129,9 +129,9 @@ def load_examples(
 ) -> Rows:
     """Returns the first `limit` labelled rows: premise, hypothesis, label (0, 1, 2).
 
-    All rows are checked here, so that none stops a training in its middle. Raises ValueError
-    for a split or a column that is missing, a text that is missing, a label that has no
-    meaning, and when no row is left.
+    All rows are checked here, so that none can stop a training halfway. Raises ValueError for
+    a missing split, column or text, for a label without a meaning, and if no labelled row is
+    left.
     """
     every_row, _ = read_split(dataset, split, reading)
     table = every_row.table.drop_columns("written")
@@ -144,13 +144,13 @@ def load_examples(
         line = f"{split}: {describe_rows(table, labelled, taken)}"
         splits = find_splits(dataset, reading.revision)
         if reading.validation and split.startswith("validation") and split in splits:
-            line += "; there is this split, so --validation takes nothing of train"
+            line += "; the dataset has this split, so --validation takes nothing from train"
         print(line, file=sys.stderr)
     return Rows(taken)
 
 
 def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.Table) -> str:
-    """Returns a line on all rows of a split, those that have a label, and those that are taken."""
+    """Returns a line that counts a split's rows, those without a label, and those taken."""
     line = f"{len(table):,} rows"
     if len(labelled) < len(table):
         line += f", {len(table) - len(labelled):,} without a label dropped"
@@ -159,14 +159,14 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     absent = [name for number, name in enumerate(LABELS) if number not in present]
     if absent:
         line += f", none of {' or '.join(absent)}"
-        # They are the first ones, and of rows that are sorted these are all alike.
+        # The first rows are taken; in sorted rows the first ones all have the same label.
         if len(taken) < len(labelled):
             line += ": take more, or shuffle the rows"
     return line
 
 
 def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
-    """Returns for each split how many rows it has, how many without a label, and how many used."""
+    """Returns for each split its number of rows, of rows without a label, and of rows used."""
     counts = {}
     for split, rows in used.items():
         every_row, _ = read_split(dataset, split, reading)
@@ -176,10 +176,10 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
 
 
 def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
-    """Returns what the rows of a split call the labels 0, 1 and 2.
+    """Returns the words for the labels 0, 1 and 2 in the rows of a split.
 
-    Of several words it is the most frequent one. LABELS has it where the rows have numbers, and
-    where all words are read without --labels.
+    If there are several words for a label, returns the most frequent. Returns those of LABELS
+    if the rows have numbers, or if all their words are understood without --labels.
     """
     rows, _ = read_split(dataset, split, reading)
     counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
@@ -188,7 +188,7 @@ def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
         if row["label"] == NO_LABEL or row["written"][0] not in "'\"":  # which repr gives texts
             continue
         word = ast.literal_eval(row["written"])
-        # Another number would be taken for the one that the model answers.
+        # A number here could be mistaken for the number that the model answers.
         if not is_number(word):
             words[row["label"]] = word
     is_known = all(as_word(word) in NUMBERS for word in words.values())
@@ -196,16 +196,16 @@ def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:
-    """Returns a digest of all rows of a split, whatever --limit takes of them."""
+    """Returns a digest of all rows of a split, regardless of --limit."""
     rows, _ = read_split(dataset, split, reading)
     return digest_rows(rows)
 
 
 @functools.cache
 def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
-    """Returns all rows of a split, and which columns of its files they are.
+    """Returns all rows of a split, and the names of the file's columns that they come from.
 
-    A row has premise, hypothesis, label, and the label as `written`.
+    A row has premise, hypothesis, label, and the label as `written` in the file.
     """
     splits = find_splits(dataset, reading.revision)
     names = split_names(dataset, reading)
@@ -220,7 +220,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
 
 @functools.cache
 def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str]]:
-    """Returns what --validation leaves of train, what it takes from it, and the columns."""
+    """Returns what --validation leaves of train, what it takes, and the names of the columns."""
     rows, columns = read_split(dataset, "train", reading._replace(validation=None))
     try:
         train, validation = cut_by_premise(rows, reading.validation)
@@ -230,9 +230,9 @@ def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str
 
 
 def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
-    """Returns what `read_split` does, of a split that is there.
+    """Returns what `read_split` returns, for a split that the dataset has.
 
-    An error begins with the file or the split that it is about.
+    Error messages begin with the file or the split that they are about.
     """
     parts = read_parts(find_splits(dataset, reading.revision)[split])
     first = next(iter(parts))
@@ -256,9 +256,9 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
 
 
 def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...]:
-    """Returns what the numbers of a column are called by the card of a dataset on the Hub.
+    """Returns the names for a column's numbers in the card of a dataset on the Hub.
 
-    It returns nothing where --labels says what the numbers mean.
+    Returns no names for a directory, or if --labels says what the numbers mean.
     """
     said = said_labels(reading.labels) if reading.labels else {}
     if Path(dataset).is_dir() or any(map(str.isdigit, said)):
@@ -267,10 +267,10 @@ def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...
 
 
 def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:
-    """Returns the columns of each file. Raises ValueError where they are not the same."""
+    """Returns the columns of each file. Raises ValueError if they are not the same."""
     parts = {path: read_file(path) for path in paths}
     first = paths[0]
-    # Spark writes parts without a row: a header, or a type for each column.
+    # Spark writes some parts without rows, with only a header or a type for each column.
     if not any(len(values) for columns in parts.values() for values in columns.values()):
         raise ValueError(f"cannot read {first}: it holds no rows")
     for path, columns in parts.items():

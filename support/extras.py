@@ -1,7 +1,6 @@
-"""What a run can do without: its pictures, page and card, W&B, an upload.
+"""The optional parts of a run: pictures, page and card, W&B, an upload.
 
-Whatever goes wrong there is one line, and neither ends the run nor keeps the rest of it from
-being done.
+If one of them fails, that is reported in one line. The run goes on, and so do the other parts.
 """
 
 import sys
@@ -13,26 +12,26 @@ from support.stopping import discard_closed_outputs
 
 
 class Extras:
-    """Attempts that may fail. `failed` holds the names of those that did, at their last try."""
+    """Attempts that may fail. `failed` lists the names of those whose last attempt failed."""
 
     def __init__(self):
         self.failed = []
-        self.said = set()  # a page that is written again and again may fail as often
+        self.said = set()  # lines already printed; a page is written many times and may fail each
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Turns an error in here into one line on stderr; with --debug into a traceback."""
+        """Turns an error in its body into one line on stderr, and with --debug a traceback."""
         try:
             yield
             if what in self.failed:
                 self.failed.remove(what)
-        # Any error of any library: a bug in one that draws is not worth a finished run.
+        # Any error of any library: a bug in a drawing library must not cost a finished run.
         except Exception as error:
             if what not in self.failed:
                 self.failed.append(what)
             if "--debug" in sys.argv:
                 traceback.print_exc()
-            # Libraries raise errors of several lines, and some without a word.
+            # Some libraries raise errors of several lines, and some without a message.
             reason = " ".join(str(error).split()) or type(error).__name__
             if isinstance(error, ModuleNotFoundError):  # matplotlib or wandb
                 reason += f": pip install {error.name}"

@@ -1,7 +1,7 @@
-"""What an adapter was trained over, in a few digits: it is not used over anything else.
+"""Fingerprints: what an adapter was trained over, so that it is not used over anything else.
 
-Another prompt, tokenizer, base or quantisation raises no error by itself: accuracy would be
-lower, and nobody would know why.
+Another prompt, tokenizer, base or quantisation would raise no error by itself. Accuracy would
+be lower, and nobody would know why.
 """
 
 import hashlib
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from support.rows import Rows
 
 FILE = "adapter_model.safetensors"
-# Words, digits, an apostrophe, white space: tokenizers may cut these in different places.
+# Words, digits, an apostrophe, white space: tokenizers split these in different places.
 SAMPLE = "One quick fox isn't 12,345 of them.\n\n"
 
 
 def compute(
     weight_files: list[Path], tokenizer: Tokenizer, prompt: str, quantization: str
 ) -> dict[str, str]:
-    """Returns a fingerprint: quantisation, and digests of prompt, tokenizer and base's weights."""
-    # What the tokenizer does, not its file: versions of the library write that differently.
-    # get_vocab has no fixed order.
+    """Returns a fingerprint: quantisation, and digests of prompt, tokenizer and base weights."""
+    # The tokenizer's behaviour, not its file, which library versions write differently.
+    # Sorted, because get_vocab has no fixed order.
     vocabulary = sorted(tokenizer.get_vocab().items())
     behaviour = json.dumps([vocabulary, tokenizer.encode(SAMPLE).ids])
     return {
@@ -37,10 +37,10 @@ def compute(
 
 
 def stamp(adapter: Path, record: dict[str, str]) -> None:
-    """Adds texts, such as a fingerprint, to the metadata of an adapter's file.
+    """Adds strings, such as a fingerprint, to the metadata of an adapter's file.
 
-    A safetensors file begins with the length of its header, in 8 bytes, and the header as
-    JSON. The library writes metadata in any order; here it is sorted, so that the same
+    A safetensors file begins with the length of its header, in 8 bytes, and then the header, in
+    JSON. The library writes metadata in no fixed order; here it is sorted, so that the same
     adapter gives the same bytes.
     """
     path = adapter / FILE
@@ -54,30 +54,30 @@ def stamp(adapter: Path, record: dict[str, str]) -> None:
 
 
 def recorded(adapter: Path) -> dict[str, str]:
-    """Returns the metadata of an adapter's file, {} where there is none."""
+    """Returns the metadata of an adapter's file, or {} if there is none."""
     try:
         with safe_open(adapter / FILE, framework="numpy") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError):  # who loads the adapter says what is wrong
+    except (SafetensorError, OSError):  # loading the adapter will report what is wrong
         return {}
 
 
 def check(adapter: Path, here: dict[str, str]) -> None:
-    """Raises ValueError where an adapter was trained over something else than `here` says.
+    """Raises ValueError if an adapter's fingerprint differs from `here`.
 
-    A file of PEFT has no fingerprint: then there is nothing to compare.
+    A file from PEFT has no fingerprint, so there is nothing to compare.
     """
     there = recorded(adapter)
     for name, value in here.items():
         if there.get(name, value) != value:
             raise ValueError(
                 f"{adapter} was trained with another {name.replace('_', ' ')} "
-                f"({there[name]}, here {value}); --force uses it all the same"
+                f"({there[name]}, here {value}); --force uses it anyway"
             )
 
 
 def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
-    """Returns the arguments that an adapter's file says it was quantised with, if it does."""
+    """Returns the quantisation flags that an adapter's file records, or {} if it has none."""
     quantization = recorded(adapter).get("quantization", "")
     if not quantization:
         return {}
@@ -86,23 +86,23 @@ def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
 
 
 def digest_weights(weight_files: list[Path]) -> str:
-    """Returns a digest of all names and of the first values of each tensor.
+    """Returns a digest of the names of all tensors and of each tensor's first values.
 
-    A fine-tune changes the first row of nearly every tensor, so this tells two models
-    apart, and it reads a few megabytes instead of all.
+    Fine-tuning changes the first row of nearly every tensor, so this distinguishes two models,
+    and it reads only a few megabytes.
     """
     rows = {}
     for path in weight_files:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
-                # A slice reads its own part of the file, not the whole tensor.
+                # A slice reads only its part of the file, not the whole tensor.
                 rows[key] = first_values(file.get_slice(key))
-    # Sorted by name: how a model is split into files makes no difference.
+    # Sorted by name, so that it does not matter how a model is split into files.
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
 
 
 def digest_rows(*splits: "Rows") -> str:
-    """Returns a digest of what a run sees of its rows: both texts and the label."""
+    """Returns a digest of the parts of the rows that a run uses: both texts and the label."""
     import pyarrow
     from pyarrow import compute
 
@@ -112,7 +112,7 @@ def digest_rows(*splits: "Rows") -> str:
             for batch in rows.table.select([column]).to_batches(max_chunksize=10_000):
                 if not len(batch):
                     continue
-                # Arrow joins the texts of a list: each has a zero byte behind it.
+                # Arrow joins the texts in a list. A zero byte follows each text.
                 texts = batch.column(0).cast(pyarrow.string())
                 one_list = pyarrow.ListArray.from_arrays([0, len(texts)], texts)
                 content.update(compute.binary_join(one_list, "\0")[0].as_buffer())
@@ -121,11 +121,11 @@ def digest_rows(*splits: "Rows") -> str:
 
 
 def first_values(tensor) -> bytes:
-    """Returns up to 64 values of a tensor's first row, as fp32."""
-    # numpy has no bf16; fp32 holds each value of bf16 and fp16 exactly.
+    """Returns up to 64 values from a tensor's first row, as fp32 bytes."""
+    # numpy has no bf16; fp32 represents every bf16 and fp16 value exactly.
     return tensor[:1].flatten()[:64].float().numpy().tobytes()
 
 
 def digest(content: bytes) -> str:
-    """Returns the first 16 hex digits of the SHA-256: enough, and readable in an error."""
+    """Returns the first 16 hex digits of the SHA-256, enough for this and short in an error."""
     return hashlib.sha256(content).hexdigest()[:16]

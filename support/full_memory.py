@@ -1,7 +1,8 @@
-"""What happens where the memory is full: an evaluation goes on with fewer rows at a time.
+"""What happens if memory runs out: an evaluation continues with fewer rows at a time.
 
-Where nothing can go on, the error gets a note, which cli.run prints: what did not fit, and which
-flags help. They are found in the model and in the arguments, so what is off already is not named.
+If nothing can continue, the error gets a note, which cli.run prints: what did not fit, and which
+flags help. The flags depend on the model and the arguments: a cure that is already in use is
+not suggested.
 
 torch is imported where it is used, so that --help need not wait for it.
 """
@@ -20,14 +21,14 @@ from support import commands, processes
 if TYPE_CHECKING:
     from torch import nn
 
-# In the texts of torch's errors: on a CPU; on a Mac's GPU, or where CUDA itself finds no memory;
-# where cuBLAS finds none.
+# Parts of torch's error messages: on a CPU; on a Mac's GPU, or if CUDA itself finds no memory;
+# if cuBLAS finds none.
 TEXTS = ("DefaultCPUAllocator", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Returns whether an error says that there is no memory left for a tensor or a library."""
-    # By its name: to ask for the class would import torch.
+    """Returns whether an error means that there is no memory left for a tensor or a library."""
+    # By name, because using the class would import torch.
     if type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in TEXTS)
@@ -40,10 +41,10 @@ def is_out_of_memory(error: Exception) -> bool:
 def run_in_parts(
     run: Callable[[list], list], prompts: list[list[int]], protocol, model: nn.Module
 ) -> list:
-    """Returns a result for each prompt, from run(part) for parts of protocol.batch_size prompts.
+    """Returns a result for each prompt, by calling run(part) on protocol.batch_size prompts each.
 
-    Where a part does not fit, protocol.batch_size is halved, which a line on stderr says. It
-    stays so: later calls begin with it. Raises the error of a part of one prompt.
+    If a part does not fit, halves protocol.batch_size and prints a line on stderr. Later calls
+    start with the smaller size. Raises the error if even a single prompt does not fit.
     """
     results = []
     is_halved = False
@@ -55,7 +56,7 @@ def run_in_parts(
             is_halved = True
             continue
         results += found
-        if is_halved:  # said once, when it is known how far
+        if is_halved:  # printed once, when a size has worked
             say_how_many(protocol.batch_size, model)
             is_halved = False
     return results
@@ -64,7 +65,7 @@ def run_in_parts(
 def run_if_it_fits(
     run: Callable[[list], list], prompts: list[list[int]], model: nn.Module
 ) -> list | None:
-    """Returns run(prompts), or None where several prompts do not fit."""
+    """Returns run(prompts), or None if memory runs out with more than one prompt."""
     import torch
 
     try:
@@ -75,20 +76,20 @@ def run_if_it_fits(
         if len(prompts) == 1:
             error.add_note(about_a_prompt(prompts[0], model))
             raise
-    # Only now: the error held the functions that it went through, and they the tensors.
+    # Not earlier: the error referred to the frames it passed through, and these to tensors.
     gc.collect()
-    torch.cuda.empty_cache()  # what was cut up for one size is whole again for another
+    torch.cuda.empty_cache()  # memory divided into blocks of one size can then serve another size
     return None
 
 
 def say_how_many(rows: int, model: nn.Module) -> None:
-    """Prints how many rows an evaluation takes at a time. Each process settles on its own."""
+    """Prints how many rows an evaluation now runs at a time. Each process has its own number."""
     from tqdm import tqdm
 
     process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
     number = "1 row" if rows == 1 else f"{rows} rows"
-    with suppress(OSError):  # nobody can read it, and the evaluation is worth more
-        # print would write into the progress bar.
+    with suppress(OSError):  # if stderr is closed, the evaluation still goes on
+        # print would break the progress bar.
         tqdm.write(
             f"{process}{memory_of(model)} is full: evaluation goes on with {number} at a time",
             file=sys.stderr,
@@ -101,9 +102,9 @@ def say_how_many(rows: int, model: nn.Module) -> None:
 
 @contextmanager
 def explained(describe: Callable[..., str], *details) -> Iterator[None]:
-    """Adds describe(*details) to an error that says that the memory is full.
+    """Adds describe(*details) as a note to an error that means that the memory is full.
 
-    An error that has a note already stays as it is.
+    An error that already has a note is left as it is.
     """
     try:
         yield
@@ -114,23 +115,23 @@ def explained(describe: Callable[..., str], *details) -> Iterator[None]:
 
 
 def about_loading(model: nn.Module) -> str:
-    """Returns what helps where the base does not fit."""
+    """Returns what helps if the base does not fit."""
     cures = [*kept_values(model), *quantization(model), *another_device(model)]
     return f"the model does not fit into {memory_of(model)}{either(cures)}"
 
 
 def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
-    """Returns what helps where one prompt does not fit beside the model."""
+    """Returns what helps if a single prompt does not fit beside the model."""
     cures = kept_values(model)
     if not any(".lora_" in name for name, _ in model.named_parameters()):
-        cures += quantization(model)  # an adapter belongs to the one that it was trained over
+        cures += quantization(model)  # with an adapter, the quantisation is fixed
     cures += [f"a --max-length below {len(prompt)}", *another_device(model)]
     row = f"a row of {len(prompt)} tokens"
     return f"not even {row} fits into {memory_of(model)} beside the model{either(cures)}"
 
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
-    """Returns what helps where a step of train.py does not fit."""
+    """Returns what helps if a step of train.py does not fit."""
     resumed, anew = flags_of_a_step(args, model)
     cures = [f"a new run with {' or '.join(anew)}"]
     if resumed:
@@ -139,18 +140,18 @@ def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
 
 
 def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
-    """Returns the flags with which a step needs less: those that a resume may change, and others.
+    """Returns flags that save memory in a step: those that a resume may change, and the others.
 
-    In each list those that cost the least time come first.
+    In each list the flags that cost the least time come first.
     """
     resumed = kept_values(model)
     if not args.checkpointing:
         if not resumed and not model.model.recomputes_attention and args.device != "cpu":
-            resumed.append("--no-keep-dequantized")  # for attention, which is then computed twice
+            resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
     anew = []
     if args.batch_size > 1:
-        # The steps keep their rows.
+        # The number of rows in a step stays the same.
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
         anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
@@ -163,7 +164,7 @@ def either(cures: list[str]) -> str:
 
 
 def kept_values(model: nn.Module) -> list[str]:
-    """Returns the flag that drops the dequantised weights, where some are stored."""
+    """Returns the flag that drops the kept values, the dequantised weights, if any are stored."""
     is_kept = any(layer.kept is not None for layer in nf4_layers(model))
     return ["--no-keep-dequantized"] if is_kept else []
 
@@ -185,6 +186,6 @@ def another_device(model: nn.Module) -> list[str]:
 
 
 def memory_of(model: nn.Module) -> str:
-    """Returns what the memory is called in which a model is, or so far a part of it."""
+    """Returns the name of the memory that holds a model, which may be partly loaded."""
     devices = {parameter.device.type for parameter in model.parameters()}
     return "the memory" if devices <= {"cpu", "meta"} else "the GPU"

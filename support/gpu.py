@@ -1,28 +1,28 @@
-"""NVIDIA's GPUs that are there and that this torch cannot use: why not, and what helps.
+"""NVIDIA GPUs that are present but that this torch cannot use: why, and what helps.
 
-Where the driver is too old torch says that there is no CUDA device, and a run would train on the
-CPU. Where a card is too old, or too new, it says nothing before the first kernel.
+If the driver is too old, torch reports no CUDA device, and a run would train on the CPU. If a
+GPU is too old or too new, torch reports nothing before the first kernel runs.
 
-torch takes seconds to import, so the functions that ask it import it.
+torch takes seconds to import, so only the functions that need it import it.
 """
 
 import os
 import shutil
 import subprocess
 
-# The quotes are for bash, for cmd and for PowerShell. By force, because pip takes the torch that
-# is installed for the one that is asked for.
+# The quotes work in bash, cmd and PowerShell. --force-reinstall, because otherwise pip considers
+# the installed torch to be the requested one.
 INSTALL = (
     'pip install --force-reinstall "torch<2.15" --index-url https://download.pytorch.org/whl/{}'
 )
-OLDEST = "cu126"  # the wheels for the oldest drivers and cards. torch 2.14 is the last to have it
+OLDEST = "cu126"  # the wheels for the oldest drivers and GPUs; torch 2.14 is the last with them
 NEWEST = "cu130"
 
 
 def unusable() -> str | None:
-    """Returns a line on a GPU that is there, and why torch finds no CUDA device, with the cure.
+    """Returns a line that says why torch cannot use the GPU that is present, with the cure.
 
-    Returns None where torch finds one, where there is none, and where the user hides it.
+    Returns None if torch finds a CUDA device, if there is no GPU, or if the user has hidden it.
     """
     if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
@@ -42,19 +42,19 @@ def unusable() -> str | None:
 
 
 def listed_by_driver() -> str | None:
-    """Returns the name of the first GPU that nvidia-smi lists, None where it lists none."""
+    """Returns the name of the first GPU that nvidia-smi lists, or None if it lists none."""
     try:
         command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         done = subprocess.run(command, capture_output=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):  # it finds no driver, or waits for one
+    except (OSError, subprocess.SubprocessError):  # it finds no driver, or hangs
         return None
     name = done.stdout.decode(errors="replace").strip().partition("\n")[0]
-    # Some drivers say so instead of a name, without a failure.
+    # Some drivers print this message instead of a name, without an error status.
     return None if name in ("", "No devices were found") else name
 
 
 def reason() -> str:
-    """Returns torch's own words on why there is no CUDA device, without its advice."""
+    """Returns torch's own explanation why there is no CUDA device, without its advice."""
     import torch
 
     try:
@@ -65,12 +65,12 @@ def reason() -> str:
 
 
 def cure(error: Exception, device: str) -> str:
-    """Returns what helps where a GPU's first kernel has failed."""
+    """Returns what helps if the first kernel on a GPU has failed."""
     if "no kernel image" not in str(error):
         return "pass --device cpu"
     import torch
 
     major, minor = torch.cuda.get_device_capability(device)
-    # CUDA 13 has dropped what is below 7.5, and the last wheels for CUDA 12.6 lack what is above 8.
+    # CUDA 13 dropped capabilities below 7.5; the last CUDA 12.6 wheels lack those above 8.
     build = NEWEST if major >= 9 else OLDEST
     return f"it has none for compute capability {major}.{minor}: {INSTALL.format(build)}"

@@ -1,4 +1,4 @@
-"""Names on the Hugging Face Hub, and what is downloaded from it. (Uploads: support/upload.py.)"""
+"""Names on the Hugging Face Hub, and downloads from it. (Uploads are in support/upload.py.)"""
 
 import argparse
 from pathlib import Path
@@ -7,7 +7,7 @@ ADAPTER = "adapter_config.json"  # the file that makes a folder an adapter
 
 
 def is_repository(name: str) -> bool:
-    """Returns whether a name has the form of a repository on the Hub, owner/name."""
+    """Returns whether a name has the form of a repository on the Hub: owner/name."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -20,28 +20,28 @@ def is_repository(name: str) -> bool:
 
 
 def repository(name: str) -> str:
-    """Returns a repository's name, for argparse. Raises ArgumentTypeError for any other."""
+    """Returns a repository's name, as a type for argparse. Raises ArgumentTypeError otherwise."""
     if not is_repository(name):
         raise argparse.ArgumentTypeError(
-            f"{name!r} is no repository on the Hub: "
+            f"{name!r} is not a repository on the Hub: "
             "owner/name, of letters, digits, - _ and ."
         )
     return name
 
 
 # -----------------------------------------------------------------------------
-# What is downloaded: a model, a dataset or an adapter. In errors these are `kind`, whose
-# flag is called like it
+# Downloads of a model, a dataset or an adapter. `kind` is one of these words, for errors. The
+# flag has the same name
 
 
 def refuse_revision(kind: str, name: str, revision: str | None) -> None:
-    """Raises ValueError where a revision is typed for what is a directory here."""
+    """Raises ValueError if a revision is given for a local directory."""
     if revision:
         raise ValueError(f"--{kind}-revision is for a {kind} on the Hub, and {name} is a folder")
 
 
 def require_repository(kind: str, name: str) -> None:
-    """Raises ValueError for a name that is no folder here, if it cannot be one on the Hub."""
+    """Raises ValueError if `name`, which is not a folder, cannot be a repository either."""
     if not is_repository(name):
         raise ValueError(
             f"no {kind} directory {name!r}, and it is not a Hub id (owner/name): "
@@ -52,14 +52,14 @@ def require_repository(kind: str, name: str) -> None:
 def download(
     kind: str, name: str, patterns: tuple[str, ...], revision: str | None = None
 ) -> Path:
-    """Returns the local folder of a repository, with those of its files that match `patterns`.
+    """Returns the local folder of a repository, with the files that match `patterns`.
 
-    What is there is not downloaded again. Raises ValueError where the Hub does not give it.
+    Files in the cache are not downloaded again. Raises ValueError if a download fails.
     """
     require_repository(kind, name)
     from huggingface_hub import snapshot_download
 
-    repo_type = "dataset" if kind == "dataset" else "model"  # an adapter is a model to the Hub
+    repo_type = "dataset" if kind == "dataset" else "model"  # for the Hub an adapter is a model
     try:
         folder = snapshot_download(
             name, repo_type=repo_type, revision=revision, allow_patterns=list(patterns)
@@ -70,12 +70,12 @@ def download(
 
 
 def errors() -> tuple[type[Exception], ...]:
-    """Returns what the Hub's libraries raise where they fail for a reason outside.
+    """Returns the exceptions that the Hub's libraries raise for external failures.
 
-    Most errors are OSErrors, a full disk too, or ValueErrors. A lost connection, and a proxy
-    that refuses, are errors of the library below: the Hub's own error is derived from that
-    library's, which is requests, httpx or httpx2, as old as the Hub's is. An ImportError is a
-    SOCKS proxy without the package that it needs.
+    Most errors are OSErrors (a full disk too) or ValueErrors. A lost connection or a refusing
+    proxy raises an error of the HTTP library, which is requests, httpx or httpx2, depending on
+    the version of huggingface_hub. HfHubHTTPError is derived from that library's base error. An
+    ImportError means a SOCKS proxy without the package that it needs.
     """
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -83,11 +83,11 @@ def errors() -> tuple[type[Exception], ...]:
 
 
 def failure(kind: str, name: str, revision: str | None, error: Exception) -> ValueError:
-    """Returns the error of one line for what the Hub has not given."""
+    """Returns a one-line error for a failed download."""
     at_revision = f" at revision {revision!r}" if revision else ""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
     return ValueError(
-        f"cannot load the {kind} {name!r}{at_revision} from the Hub, and it is no directory "
+        f"cannot load the {kind} {name!r}{at_revision} from the Hub, and it is not a directory "
         f"here ({reason}); without a network, pass a directory: --{kind} path/to/it"
     )
 
@@ -95,9 +95,9 @@ def failure(kind: str, name: str, revision: str | None, error: Exception) -> Val
 def find_adapter(name: str) -> Path:
     """Returns the folder of an adapter.
 
-    It is `name` itself, the one folder below it that holds an adapter (such as a
-    checkpoint), or the download of a repository on the Hub. Raises ValueError when there is
-    none, or more than one.
+    This is `name` itself, the only folder below it that holds an adapter (such as a save
+    of another trainer, checkpoint-500), or the download of a repository on the Hub. Raises
+    ValueError if there is no adapter, or more than one.
     """
     directory = Path(name)
     if directory.is_file():
@@ -108,7 +108,7 @@ def find_adapter(name: str) -> Path:
         return directory
     found = sorted([*directory.glob(f"*/{ADAPTER}"), *directory.glob(f"*/*/{ADAPTER}")])
     below = [path.parent for path in found]
-    # Of a run and its best/ it is the run.
+    # If a run also has a best/, the run itself is taken.
     below = [path for path in below if path.parent not in below]
     if len(below) == 1:
         return below[0]

@@ -1,8 +1,8 @@
-"""Datasets on the Hub: which of a repository's files are which split, and what its labels mean.
+"""Datasets on the Hub: which of a repository's files hold which split, and what labels mean.
 
-A repository's card, README.md, may say both, and `datasets` knows how to read it. The rows
-themselves are read like those of any folder (dataset_files.py): the readers of `datasets`
-guess at types and quotes, and of GLUE's own tsv files they lose rows.
+A repository's card, README.md, may say both, and `datasets` can read it. The rows themselves
+are read like those of any folder (dataset_files.py), because the readers of `datasets` guess
+types and quotes, and lose rows of GLUE's own tsv files.
 """
 
 import functools
@@ -22,14 +22,14 @@ from support.dataset_files import (
 )
 from support.labels import CARDS
 
-# The configuration that is meant, of a repository with several. Its folder is called like it,
-# and nothing else is downloaded. (So `datasets` cannot read the card, which lists all.)
+# The configuration to use in a repository with several. Its folder has the same name, and nothing
+# else is downloaded. (So `datasets` cannot read the card, which lists all of them.)
 CONFIGURATIONS = {"nyu-mll/glue": "mnli"}
 
 
 @functools.cache
 def download(dataset: str, revision: str | None) -> Path:
-    """Returns the local copy of a repository. What is there is not downloaded again."""
+    """Returns the local copy of a repository. Files in the cache are not downloaded again."""
     patterns = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
     if dataset in CONFIGURATIONS:
         patterns = [f"{CONFIGURATIONS[dataset]}/*"]
@@ -38,7 +38,7 @@ def download(dataset: str, revision: str | None) -> Path:
     if all(path.name in CARDS for path in rows):
         raise ValueError(
             f"the dataset {dataset!r} holds no files of rows on the Hub ({', '.join(READERS)}); "
-            "--dataset-revision refs/convert/parquet takes those that the Hub itself has made of "
+            "--dataset-revision refs/convert/parquet uses the files that the Hub itself makes for "
             "most datasets"
         )
     return folder
@@ -47,13 +47,13 @@ def download(dataset: str, revision: str | None) -> Path:
 class Card(NamedTuple):
     """What the card of a dataset says."""
 
-    splits: dict[str, list[Path]]  # the files of each; none where the card does not list them
-    names: dict[str, tuple[str, ...]]  # by column, what its numbers 0, 1 and so on mean
+    splits: dict[str, list[Path]]  # the files of each split; empty if the card lists none
+    names: dict[str, tuple[str, ...]]  # by column, the names of its numbers 0, 1 and so on
 
 
 @functools.cache
 def read_card(dataset: str, revision: str | None) -> Card:
-    """Returns what a dataset's card says. Raises ValueError where that is several datasets."""
+    """Returns what a dataset's card says. Raises ValueError if the card is ambiguous or damaged."""
     if dataset in CONFIGURATIONS:
         return Card({}, {})
     import datasets
@@ -61,15 +61,15 @@ def read_card(dataset: str, revision: str | None) -> Card:
 
     folder = download(dataset, revision)
     path, infos = (folder / name for name in CARDS)
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told below
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are reported below
     try:
         metadata = (metadata_load(path) if path.is_file() else None) or {}
         if not metadata.keys() & {"configs", "dataset_info"} and not infos.is_file():
             return Card({}, {})
-        # It locks a folder of its cache, which may be read-only.
+        # It locks a folder in its cache, and the user's cache may be read-only.
         with tempfile.TemporaryDirectory() as cache:
             builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
-    # A card that is no YAML, one with several configurations, a repository without rows.
+    # For example invalid YAML, a card with several configurations, a repository without rows.
     except Exception as error:  # noqa: BLE001 (the library raises whatever its parsers raise)
         reason = " ".join(str(error).split("Example of usage")[0].split())
         raise ValueError(
@@ -89,14 +89,15 @@ def read_card(dataset: str, revision: str | None) -> Card:
 
 
 def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
-    """Returns the files of each split of a repository, by its card or else by their names."""
+    """Returns the files of each split in a repository, as its card says or by the files' names."""
     listed = read_card(dataset, revision).splits
     if not listed:
         return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
     for name, paths in listed.items():
         refuse_missing_parts(name, paths)
-    called = {name: split_name(name) or name for name in listed}  # dev is validation
-    # snli_dev and mnli_dev are both validation: validation_snli_dev and validation_mnli_dev.
+    called = {name: split_name(name) or name for name in listed}  # dev becomes validation
+    # snli_dev and mnli_dev would both become validation. They become validation_snli_dev and
+    # validation_mnli_dev.
     for name, split in called.items():
         if list(called.values()).count(split) > 1 and name != split:
             called[name] = f"{split}_{name}"
@@ -104,9 +105,9 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
 
 
 def refuse_missing_parts(split: str, paths: list[Path]) -> None:
-    """Raises ValueError where one of train-00000-of-00002 and train-00001-of-00002 is missing.
+    """Raises ValueError if one of train-00000-of-00002 and train-00001-of-00002 is missing.
 
-    Without a network, what another program has left in the cache may be a part of a dataset.
+    Without a network, the cache may contain only what another program needed of a dataset.
     """
     wholes = {}
     for path in paths:

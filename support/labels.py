@@ -1,7 +1,7 @@
-"""Labels as people write them, as 0, 1 and 2.
+"""Converts labels as people write them to 0, 1 and 2.
 
-To read one more word, add it to MEANINGS. --labels says what words of any other meaning
-stand for.
+To support another word, add it to MEANINGS. Users give the meaning of any other word with
+--labels.
 """
 
 import itertools
@@ -11,9 +11,9 @@ from pathlib import Path
 from support.letters import plain
 
 LABELS = ("entailment", "neutral", "contradiction")  # stored and answered as 0, 1, 2
-NO_LABEL = -1  # of a row without one
+NO_LABEL = -1  # stands for the label of a row that has none
 
-# What a label may be called, in any case.
+# The words for each label, in upper or lower case.
 MEANINGS = {
     0: ("0", "entailment", "entails", "entail", "e"),
     1: ("1", "neutral", "n"),
@@ -24,12 +24,12 @@ NUMBERS = {word: number for number, words in MEANINGS.items() for word in words}
 
 
 def as_word(label) -> str:
-    """Returns a label as MEANINGS has it: "1" for 1, 1.0, "1.00"; for a missing one ""."""
+    """Returns a label in the form that MEANINGS uses: "1" for 1, 1.0 and "1.00"; "" for None."""
     return "" if label is None else re.sub(r"\.0+$", "", plain(str(label)))
 
 
 def is_number(word: str) -> bool:
-    """Returns whether people read a word as a number: 3, -1, 1.5, or 1 in another script."""
+    """Returns whether a word is a number to people: 3, -1, 1.5, or 1 in another script."""
     try:
         float(as_word(word))
     except ValueError:
@@ -38,14 +38,15 @@ def is_number(word: str) -> bool:
 
 
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
-    """Returns the different labels of a column as 0, 1, 2, or NO_LABEL.
+    """Returns the distinct labels of a column as 0, 1, 2, or NO_LABEL.
 
-    `label_of_row` is an array of Arrow: for each row, which of `labels` it has. `given` is what
-    --labels says. Raises ValueError for any other label, with `place` and the first such row.
+    `label_of_row` is an Arrow array with the index into `labels` of each row. `given` is the
+    value of --labels. Raises ValueError for any other label, with `place` and the first such
+    row in its message.
     """
     words = [as_word(label) for label in labels]
     meanings = NUMBERS
-    if given:  # then a number that is not among them has no meaning
+    if given:  # then numbers that --labels does not mention have no meaning
         said = said_labels(given)
         meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
     for number, word in enumerate(words):
@@ -60,25 +61,25 @@ def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str
 
 
 def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: str) -> None:
-    """Raises ValueError where --labels has no effect on a split's labels, or would be needed."""
+    """Raises ValueError if --labels has no effect on a split's labels, or seems to be needed."""
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
     said = said_labels(given) if given else {}
     if given and not said.keys() & words:
-        raise ValueError(f"{listed}, none of those that --labels says: {', '.join(said)}")
-    # Where no label is 2, 0 and 1 may be two classes, or -1, 0 and 1 three. Signs of that:
-    # both 0 and 1, a -1, and so many rows that a 2 would be among them. One may be chance.
+        raise ValueError(f"{listed}, none of which --labels mentions: {', '.join(said)}")
+    # If no label is 2, then 0 and 1 may be two classes, or -1, 0 and 1 three classes. Signs of
+    # that: both 0 and 1 occur, -1 occurs, so many rows without a 2. One sign may be chance.
     numbers = words & {"0", "1", "2"}
     signs = [numbers == {"0", "1"}, "-1" in words, rows > 30]
     if not given and numbers and "2" not in numbers and sum(signs) > 1:
         raise ValueError(
-            f"{listed}, which may be two classes, that are not read, or other three than "
-            "entailment, neutral and contradiction; --labels entailment neutral contradiction says "
-            "that 0, 1 and 2 mean these, --labels -1=contradiction 0=neutral 1=entailment others"
+            f"{listed}, which may be two classes, which are not supported, or three in another "
+            "order; --labels entailment neutral contradiction says what 0, 1 and 2 mean, --labels "
+            "-1=contradiction 0=neutral 1=entailment what other numbers mean"
         )
 
 
 def said_labels(given: tuple[str, ...]) -> dict[str, int]:
-    """Returns what --labels says: the number of each word."""
+    """Returns the number that --labels gives to each word."""
     said = {}
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
@@ -88,14 +89,14 @@ def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     return said
 
 
-# The card of a dataset on the Hub, and how it says that its labels have names: above the
-# second line of dashes in README.md, or in JSON.
+# The files of a dataset's card on the Hub, and a pattern that shows that labels have names there:
+# above the second line of dashes in README.md, or in the JSON file.
 CARDS = ("README.md", "dataset_infos.json")
 NAMED = re.compile(rb'(?s)(?:\xef\xbb\xbf)?---\s(?:(?!\n---).)*\bclass_label\b|\{.*"ClassLabel"')
 
 
 def refuse_names_in_card(directory: Path) -> None:
-    """Raises ValueError where the card of a dataset, there or above, has names for its numbers."""
+    """Raises ValueError if a dataset's card, in its folder or two above, has names for labels."""
     directory = directory.resolve()
     for folder, name in itertools.product((directory, *directory.parents[:2]), CARDS):
         card = folder / name

@@ -1,4 +1,4 @@
-"""What letters of people's texts do to a terminal, and to a comparison of words."""
+"""Handles characters in people's texts that affect a terminal or the comparison of words."""
 
 import json
 import unicodedata
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    r"""Returns a text for a terminal, with each letter that it would obey, or not show, escaped.
+    r"""Returns a text for a terminal, with the characters that it would obey, or hide, escaped.
 
-    They are those that Python's repr escapes: control characters (\u001b, \n), what turns the
-    direction of writing (\u202e), letters of no width, half a surrogate pair. The escapes are
-    JSON's, so JSON stays what it was.
+    These are the ones that Python's repr escapes: control characters (\u001b, \n), a change of
+    writing direction (\u202e), characters without width, half a surrogate pair. The escapes are
+    JSON's, so a JSON text keeps its meaning.
     """
     if text.isprintable():
         return text
@@ -18,18 +18,18 @@ def printable(text: str) -> str:
 
 
 def ends(texts: Sequence[str], length: int) -> list[str]:
-    """Returns the last letters of each text, or all of them where two would look the same.
+    """Returns the last `length` characters of each text, or whole texts if two would look equal.
 
-    It is the end by which the paths of runs differ most often.
+    The ends are shown because the paths of runs usually differ there.
     """
     short = [text[-length:] for text in texts]
     return short if len(set(short)) == len(set(texts)) else list(texts)
 
 
 def plain(word: str) -> str:
-    """Returns a word in small letters, without white space around it or letters of no width.
+    """Returns a word in lower case, without surrounding white space or invisible characters.
 
-    The latter, a byte order mark for example, are there by mistake, and nobody sees them.
+    Invisible characters, such as a byte order mark, are there by mistake.
     """
     seen = "".join(letter for letter in word if unicodedata.category(letter) != "Cf")
     return seen.strip().lower()

@@ -1,4 +1,4 @@
-"""The bytes of the tensors that are alive, counted as an allocator on a GPU gives them out."""
+"""Counts the bytes of live tensors as a GPU's allocator would."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ROUNDING = 512  # bytes: PyTorch's allocator on a GPU gives out multiples of it
+ROUNDING = 512  # bytes: PyTorch's GPU allocator rounds sizes up to multiples of this
 
 
 class LiveBytes:
-    """Is told of the storage of each new tensor, and sees for itself when it is freed.
+    """Counts the storages that `add` is called with, each until it is freed.
 
-    now: bytes that are alive; most: the largest that `now` has been. The storages in `known`
-    are not counted. limit: how many bytes there are; for one more `add` raises what a GPU's
-    allocator raises.
+    now: the bytes that are alive; most: the largest value of `now` so far. Storages in `known`
+    are not counted. limit: how many bytes there are; beyond it, `add` raises the error that a
+    GPU's allocator raises.
     """
 
     def __init__(self, known: list[torch.UntypedStorage] = (), limit: int | None = None):
@@ -27,7 +27,7 @@ class LiveBytes:
 
     def add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        if key in self.alive:  # that of a view, or of a tensor that was changed in place
+        if key in self.alive:  # from a view, or from a tensor that was changed in place
             return
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
         if self.limit is not None and self.now + size > self.limit:

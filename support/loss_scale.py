@@ -1,11 +1,11 @@
-"""The scale of the loss, which training in fp16 needs. In bf16 and fp32 there is none.
+"""Loss scaling, which training in fp16 needs. bf16 and fp32 do not need it.
 
-fp16 holds numbers from 6e-8 to 65,504, and many gradients are smaller. So the loss is multiplied
-by a scale, and with it each gradient; what the adapter gets is divided by it again, in fp32. Where
-a gradient goes beyond 65,504 on the way, the step changes nothing, and the next ones have half of
-the scale. (Micikevicius et al., Mixed Precision Training, 2018, section 3.2.)
+fp16 represents magnitudes from 6e-8 to 65,504, and many gradients are smaller. So the loss, and
+with it each gradient, is multiplied by a scale; the adapter's gradients are divided by it again,
+in fp32. If a gradient exceeds 65,504 on the way, the step is skipped and the scale is halved for
+the next steps. (Micikevicius et al., Mixed Precision Training, 2018, section 3.2.)
 
-torch's GradScaler does all of this, and waits for no GPU.
+torch's GradScaler does all of this without waiting for the GPU.
 """
 
 from __future__ import annotations
@@ -18,44 +18,44 @@ from support import processes
 if TYPE_CHECKING:
     import torch
 
-START = 2.0**12  # gradients measured in fp16 are as near to fp32's at 2^0 as at 2^15
-LEAST = 2.0**-4  # from here on fp16 loses small gradients: a run that needs less goes wrong
-STEPS_TO_GROW = 1000  # without an overflow, until the scale is doubled
+START = 2.0**12  # measured fp16 gradients are equally close to fp32's from 2^0 to 2^15
+LEAST = 2.0**-4  # below this fp16 loses small gradients: a run that needs less has gone wrong
+STEPS_TO_GROW = 1000  # after so many steps without overflow the scale is doubled
 
 
 def new_scaler(dtype: str, device: torch.device) -> torch.amp.GradScaler:
-    """Returns the scaler of a run in this --dtype: one that does nothing but in fp16."""
+    """Returns the scaler of a run in this --dtype. It does nothing unless the dtype is fp16."""
     import torch
 
     scaler = torch.amp.GradScaler(
         device.type, init_scale=START, growth_interval=STEPS_TO_GROW, enabled=dtype == "fp16"
     )
-    # It puts its scale on the device when it first scales something there. A process without a
-    # row in its first step would scale nothing.
+    # The scaler creates its scale on the device when it first scales something. A process
+    # without a row in its first step would scale nothing.
     scaler.scale(torch.zeros((), device=device))
     return scaler
 
 
 def is_overflow(scaler: torch.amp.GradScaler, loss: float) -> bool:
-    """Returns whether a gradient that is not finite is one that only the scale made too large.
+    """Returns whether the scale alone can explain a gradient that is not finite.
 
-    Then the scaler has skipped its step. A loss that is not finite is none of the scale's doing,
-    and where the scale is below LEAST already, another cause is likelier.
+    Then the scaler has skipped the step. The scale cannot explain a loss that is not finite,
+    and if it is already below LEAST, another cause is likelier.
     """
     return scaler.is_enabled() and math.isfinite(loss) and scaler.get_scale() >= LEAST
 
 
 def hint(scaler: torch.amp.GradScaler) -> str:
-    """Returns what the error on a step that is not finite ends with."""
+    """Returns the end of the error message about a step that is not finite."""
     if not scaler.is_enabled():
         return ""
-    return "; fp16 holds nothing beyond 65,504: --dtype fp32, in a new run, does"
+    return "; fp16 cannot hold numbers beyond 65,504: start a new run with --dtype fp32"
 
 
 def check_same(dtype: str) -> None:
-    """Raises ValueError where --dtype, by default the GPU's, is not the same in all processes.
+    """Raises ValueError if --dtype, which by default depends on the GPU, differs among processes.
 
-    A gradient in fp16 is scaled before it is summed over the processes, and others are not.
+    In fp16 gradients are scaled before they are summed over the processes, otherwise not.
     """
     names = sorted(set(processes.gather(dtype)))
     if len(names) > 1:

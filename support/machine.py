@@ -1,6 +1,6 @@
 """What a run depends on besides its arguments: processor or GPU, versions, memory.
 
-torch takes seconds to import, so the functions that ask it import it.
+torch takes seconds to import, so only the functions that need it import it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 # The libraries whose versions can change a result or a file.
 PACKAGES = ("torch", "bitsandbytes", "safetensors", "tokenizers", "pyarrow")
 STATUS = Path("/proc/self/status")  # what Linux says about this process
-RESET = Path("/proc/self/clear_refs")  # a "5" written here resets its peak of memory
+RESET = Path("/proc/self/clear_refs")  # writing "5" here resets the process's memory peak
 
 
 # -----------------------------------------------------------------------------
-# What it runs on
+# Hardware and versions
 
 
 def fast_dtype(device: str) -> str:
-    """Returns the --dtype of 16 bits that a device has instructions for, bf16 before fp16.
+    """Returns the fastest --dtype with instructions on a device: "bf16", "fp16" or "fp32".
 
-    Returns "fp32" where there is none. A GPU that is not here counts as a recent one.
+    fp16 is only chosen on GPUs that lack bf16. A missing GPU counts as a recent one.
     """
     if device.startswith("cuda"):
         return dtype_of_gpu(device)
@@ -39,12 +39,12 @@ def fast_dtype(device: str) -> str:
 
 
 def dtype_of_gpu(device: str) -> str:
-    """Returns `fast_dtype` of a CUDA device, by its compute capability."""
+    """Returns the `fast_dtype` of a CUDA device, from its compute capability."""
     import torch
 
     try:
         major, _ = torch.cuda.get_device_capability(device)
-    except (RuntimeError, AssertionError):  # no such GPU, which processes.start will say
+    except (RuntimeError, AssertionError):  # no such GPU; processes.start will report it
         return "bf16"
     # 7 is Volta and Turing, with tensor cores for fp16. torch emulates bf16 there.
     if major == 7:
@@ -53,9 +53,10 @@ def dtype_of_gpu(device: str) -> str:
 
 
 def cpu_computes(dtype: str) -> bool:
-    """Returns whether torch has kernels with this CPU's own instructions for bf16 or fp16.
+    """Returns whether torch has kernels that use this CPU's instructions for bf16 or fp16.
 
-    Others are ten and more times slower than fp32. Only these private operators say it.
+    Without such kernels a 16-bit dtype is ten times slower than fp32 or worse. Only these private
+    operators tell.
     """
     import torch
 
@@ -65,10 +66,10 @@ def cpu_computes(dtype: str) -> bool:
 
 
 def emulates(dtype: str, device: str) -> bool:
-    """Returns whether a device has no instructions for a --dtype, which makes it slow there."""
+    """Returns whether a device has no instructions for a --dtype, so that it is slow."""
     if device.startswith("cpu"):
         return dtype != "fp32" and not cpu_computes(dtype)
-    # A GPU that is older than fp16's tensor cores still computes with fp16.
+    # A GPU without tensor cores for fp16 still has instructions for fp16.
     return device.startswith("cuda") and dtype == "bf16" and dtype_of_gpu(device) != "bf16"
 
 
@@ -83,8 +84,8 @@ def environment(device: torch.device) -> dict:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions of Python and of those libraries that are installed."""
-    # From the packages' metadata: importing them would take seconds.
+    """Returns the versions of Python and of those PACKAGES that are installed."""
+    # From the packages' metadata, because importing them would take seconds.
     numbers = {}
     for package in PACKAGES:
         try:
@@ -101,9 +102,9 @@ def commit() -> str | None:
             ["git", "rev-parse", "HEAD"],
             capture_output=True,
             text=True,
-            # the project's repository, not one that the user works in
+            # this project's repository, not the user's current one
             cwd=Path(__file__).parent,
-            # outside a repository git fails, with nothing on standard output
+            # outside a repository git fails and prints nothing on standard output
             check=False,
         )
     except OSError:  # no git
@@ -112,7 +113,7 @@ def commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Returns the name of a GPU, or what is known of the CPU."""
+    """Returns the name of a GPU, or what is known about the CPU."""
     import torch
 
     if device.type == "cuda":
@@ -126,24 +127,24 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
-    """Returns the most bytes so far: allocated on a GPU, resident on a CPU.
+    """Returns the peak of memory so far in bytes: allocated on a GPU, resident on a CPU.
 
-    With `reset` it starts again from what is in use now, but on macOS, where it is always that
-    of the whole process. Returns None where the system does not say, as on Windows.
+    With `reset`, starts a new peak from what is in use now. (Not on macOS, where the peak is
+    always that of the whole process.) Returns None if the system does not tell, as on Windows.
     """
     if device.type == "cuda":
         import torch
 
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
-        # By tensors. nvidia-smi shows more: the CUDA context, and what torch reserves.
+        # Only tensors. nvidia-smi also shows the CUDA context and what torch reserves.
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "darwin":
         import resource  # which Windows lacks
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     try:
-        # First, so that the number returned is what is in use now: a level to compare with.
+        # Reset first, so that the number returned is what is in use now, as a baseline.
         if reset:
             RESET.write_text("5")
         # "high water mark"; its kB are 1024 bytes
@@ -154,7 +155,7 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
 
 
 def free_memory(device: str | torch.device) -> int:
-    """Returns how many bytes a GPU has left. Of a CPU's nothing is promised: 0."""
+    """Returns how many bytes of memory a GPU has free, or 0 for a CPU."""
     import torch
 
     if torch.device(device).type != "cuda":

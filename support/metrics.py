@@ -1,14 +1,14 @@
-"""The statistics of an evaluation, and the tables that a terminal shows of them.
+"""The statistics of an evaluation, and tables of them for a terminal.
 
 A prediction is one line of predictions_<split>.jsonl, a dictionary:
 
-    idx, prompt, label     the row's number, the text that the model read, the right answer
-    prediction             the number that the model wrote; -1 where it wrote none
-    completion             what it wrote, in mode "generate"
-    scores                 its probabilities of the three answers
-    tokens, genre          the prompt's length in tokens; the kind of text, where known
+    idx, prompt, label     the row's number, the text of the prompt, the right answer
+    prediction             the number that the model wrote, or -1 if it wrote none
+    completion             what the model wrote, in mode "generate"
+    scores                 the model's probabilities of the three answers
+    tokens, genre          the prompt's length in tokens; the kind of text, if known
 
-The few statistics are written out in numpy. tests/test_metrics.py compares them with scipy and
+The statistics are computed with numpy. tests/test_metrics.py compares them with scipy and
 scikit-learn.
 """
 
@@ -22,7 +22,7 @@ from support import files
 from support.labels import LABELS
 from support.letters import printable
 
-Z = 1.959963984540054  # 95 % of a normal distribution lie within Z deviations of its mean
+Z = 1.959963984540054  # 95 % of a normal distribution is within Z standard deviations of the mean
 OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 1 or 2
 
 
@@ -31,19 +31,18 @@ OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 
 
 
 def statistics(predictions: list[dict]) -> dict:
-    """Returns what results.json says about one split, as JSON can hold it.
+    """Returns the statistics of one split for results.json.
 
-    accuracy, ci95, n, correct, unparsed, majority, confusion, labels and macro_f1 are
-    always there; majority is the accuracy of always answering the most frequent label;
-    score_accuracy, ties and nll where the rows have scores; genres where a row has one; lengths
-    where the rows have tokens.
-    Raises ValueError when there are no predictions.
+    accuracy, ci95, n, correct, unparsed, majority (the accuracy of always answering the most
+    frequent label), confusion, labels and macro_f1 are always present. score_accuracy, ties and
+    nll are present if all rows have scores, genres if any row has one, and lengths if all rows
+    have tokens. Raises ValueError if there are no predictions.
     """
     if not predictions:
         raise ValueError("there are no predictions to count; is --limit above 0?")
     result = count_correct(predictions) | by_label(predictions)
-    # Scores depend on the mode, genres on the dataset. A mean over some rows would mislead,
-    # hence `all`; a genre is a mean over its own rows.
+    # A mean over only some of the rows would mislead, hence `all`. For genres `any` is enough,
+    # because each genre has its own mean.
     if all("scores" in row for row in predictions):
         result |= by_scores(predictions)
     if any(row.get("genre") is not None for row in predictions):
@@ -54,12 +53,12 @@ def statistics(predictions: list[dict]) -> dict:
 
 
 def is_right(row: dict) -> bool:
-    """Returns whether the model wrote the right number; none (-1) is wrong."""
+    """Returns whether the model wrote the right number. No number (-1) is wrong."""
     return row["prediction"] == row["label"]
 
 
 def accuracy(rows: list[dict]) -> dict:
-    """Returns the accuracy over these rows, and their number."""
+    """Returns the accuracy over these rows, and the number of rows."""
     return {"accuracy": sum(map(is_right, rows)) / len(rows), "n": len(rows)}
 
 
@@ -75,24 +74,24 @@ def count_correct(predictions: list[dict]) -> dict:
 
 
 def wilson_interval(correct: int, n: int) -> list[float]:
-    """Returns the ends of the 95 % confidence interval of a share, correct / n.
+    """Returns the ends of the 95 % confidence interval of the share correct / n.
 
-    It is Wilson's: unlike the usual p +- 2 sqrt(p (1 - p) / n) it stays within 0 and 1, and
-    does not shrink to nothing when all rows are right or all are wrong.
+    This is Wilson's interval. Unlike the usual p +- 2 sqrt(p (1 - p) / n), it stays between 0
+    and 1, and does not shrink to a point if all rows are right or all are wrong.
     """
     share = correct / n
     shrinkage = 1 + Z**2 / n
     middle = (share + Z**2 / (2 * n)) / shrinkage
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / shrinkage
-    # At 0 and at 1 an end is the share itself, but for its last bit.
+    # If the share is 0 or 1, one end must equal it, also in the last bit.
     return [min(middle - half, share), max(middle + half, share)]
 
 
 def by_label(predictions: list[dict]) -> dict:
-    """Returns the confusion matrix; each label's precision, recall and F1; the mean F1; and
-    the share of the most frequent label.
+    """Returns the confusion matrix; precision, recall and F1 of each label; and their summaries.
 
-    confusion[i][j] counts the rows of label i answered j; the last column is `OTHER`.
+    confusion[i][j] counts the rows with label i and answer j; the last column is `OTHER`. The
+    summaries are macro_f1, the mean F1, and majority, the share of the most frequent label.
     """
     confusion = numpy.zeros((3, 4), dtype=int)
     for row in predictions:
@@ -101,12 +100,12 @@ def by_label(predictions: list[dict]) -> dict:
     right = confusion.diagonal()
     counts = confusion.sum(axis=1)  # rows of each label
     answered = confusion.sum(axis=0)[:3]  # how often each label was the answer
-    # A label that has no rows, or is never answered, has 0 there.
+    # A label without rows gets recall 0, and one that is never answered gets precision 0.
     precision = right / numpy.maximum(answered, 1)
     recall = right / numpy.maximum(counts, 1)
     f1 = 2 * right / numpy.maximum(counts + answered, 1)
 
-    # numpy's numbers become Python's, which json can write.
+    # numpy numbers are converted to Python numbers, which json can write.
     figures = {}
     for label, name in enumerate(LABELS):
         figures[name] = {
@@ -125,20 +124,20 @@ def by_label(predictions: list[dict]) -> dict:
 
 
 def by_scores(predictions: list[dict]) -> dict:
-    """Returns what the probabilities say, whatever the model writes.
+    """Returns statistics of the probabilities, regardless of what the model wrote.
 
-    score_accuracy takes the likeliest of the three answers; ties counts the rows in which two
-    are the likeliest, of which it takes the first; nll is the mean negative log-likelihood of
-    the label among the three.
+    score_accuracy is the accuracy of the likeliest of the three answers. ties counts the rows
+    in which two answers are equally likely and likeliest; score_accuracy uses the first of them.
+    nll is the mean negative log-likelihood of the label among the three answers.
     """
     labels = numpy.array([row["label"] for row in predictions])
     scores = numpy.array([row["scores"] for row in predictions], dtype=float)
     ordered = numpy.sort(scores, axis=1)
     ties = ordered[:, 2] == ordered[:, 1]
-    scores /= scores.sum(axis=1, keepdims=True)  # stored rounded
+    scores /= scores.sum(axis=1, keepdims=True)  # they are rounded in the file
     likeliest = scores.argmax(axis=1)
     of_labels = scores[numpy.arange(len(labels)), labels]
-    of_labels = numpy.maximum(of_labels, numpy.finfo(float).eps)  # a 0 has no logarithm
+    of_labels = numpy.maximum(of_labels, numpy.finfo(float).eps)  # 0 has no logarithm
     return {
         "ties": int(ties.sum()),
         "score_accuracy": float((likeliest == labels).mean()),
@@ -151,7 +150,7 @@ def by_genre(predictions: list[dict]) -> dict[str, dict]:
     genres: dict[str, list[dict]] = {}
     for row in predictions:
         if row.get("genre") is not None:
-            # A text, because JSON has no other keys.
+            # A string, because JSON has no other keys.
             genres.setdefault(str(row["genre"]), []).append(row)
     return {genre: accuracy(genres[genre]) for genre in sorted(genres)}
 
@@ -160,12 +159,12 @@ def by_length(predictions: list[dict]) -> list[dict]:
     """Returns the accuracy of each quarter of the rows, the shortest prompts first."""
     ordered = sorted(predictions, key=lambda row: row["tokens"])
     quarters = []
-    # Cut by rows, not by tokens: each quarter is as certain as the others.
+    # Quarters of the rows, not of the range of lengths, so that each is equally reliable.
     for number in range(4):
         start = len(ordered) * number // 4
         end = len(ordered) * (number + 1) // 4
         rows = ordered[start:end]
-        if rows:  # there are empty quarters below four rows
+        if rows:  # with fewer than four rows some quarters are empty
             tokens = {"from": rows[0]["tokens"], "to": rows[-1]["tokens"]}
             quarters.append(tokens | accuracy(rows))
     return quarters
@@ -178,13 +177,13 @@ def by_length(predictions: list[dict]) -> list[dict]:
 def compare(first: list[dict], second: list[dict]) -> dict:
     """Returns McNemar's exact test: could two models' accuracies differ by chance alone?
 
-    Rows that both models answer correctly, or both wrongly, say nothing about that. If the
-    models were equally good, each of the other rows would be a toss of a coin. There is no
-    p where most answers of one model hold no number: such a test would compare forms of
-    answers. Raises ValueError unless both sets of predictions are of the same rows.
+    Rows that both models answer correctly, or both wrongly, say nothing about this. If the
+    models were equally good, each of the other rows would be the toss of a fair coin. p is None
+    if most completions of one model contain no number, because the test would then compare the
+    form of the answers. Raises ValueError unless both sets of predictions are for the same rows.
     """
     check_same_rows(first, second)
-    # Both sets may be in any order, so rows are paired by their content.
+    # The two sets may differ in order, so rows are paired by their content.
     is_second_right = {row_of(row): is_right(row) for row in second}
     pairs = [(is_right(row), is_second_right[row_of(row)]) for row in first]
     only_first = pairs.count((True, False))
@@ -202,7 +201,7 @@ def compare(first: list[dict], second: list[dict]) -> dict:
 
 
 def coin_p(heads: int, tails: int) -> float:
-    """Returns how likely a fair coin falls at least as unevenly; 1 where it is never tossed."""
+    """Returns the probability that a fair coin falls at least as unevenly; 1 without a toss."""
     tosses = heads + tails
     ways = 1  # to get `number` heads
     total = 1  # to get up to `number` heads
@@ -213,24 +212,24 @@ def coin_p(heads: int, tails: int) -> float:
 
 
 def is_unreadable(predictions: list[dict]) -> bool:
-    """Returns whether most completions hold no number."""
+    """Returns whether most completions contain no number."""
     return sum(row["prediction"] == -1 for row in predictions) > len(predictions) / 2
 
 
 def check_same_rows(first: list[dict], second: list[dict]) -> None:
-    """Raises ValueError unless both are of the same rows, whatever their order."""
+    """Raises ValueError unless both are for the same rows, in any order."""
     rows = {row_of(row) for row in first}
     others = {row_of(row) for row in second}
     if rows != others:
         raise ValueError(
             f"the two sets of predictions are not of the same rows: {len(rows):,} and "
-            f"{len(others):,} rows, {len(rows & others):,} of them in both; both have to be of "
-            "one --dataset, with one --limit (--eval-limit of train.py)"
+            f"{len(others):,} rows, {len(rows & others):,} of them in both; both must use the "
+            "same --dataset and --limit (--eval-limit in train.py)"
         )
 
 
 def row_of(prediction: dict) -> tuple:
-    """Returns what a row is known by: its number alone could be one of another dataset."""
+    """Returns what identifies a row. Its number alone could be that of another dataset's row."""
     return prediction["idx"], prediction["prompt"], prediction["label"]
 
 
@@ -239,7 +238,7 @@ def row_of(prediction: dict) -> tuple:
 
 
 def read_predictions(path: Path) -> list[dict]:
-    """Returns the predictions in a file. Raises ValueError where a line is none."""
+    """Returns the predictions in a file. Raises ValueError if a line is not a prediction."""
     predictions = files.read_lines(path)
     for number, row in enumerate(predictions, 1):
         if not is_prediction(row):
@@ -251,7 +250,7 @@ def read_predictions(path: Path) -> list[dict]:
 
 
 def is_prediction(row: dict) -> bool:
-    """Returns whether a line has all that statistics, comparison and page rely on."""
+    """Returns whether a line has everything that statistics, comparison and page rely on."""
     return (
         isinstance(row.get("idx"), int | str)
         and isinstance(row.get("prompt"), str)
@@ -266,7 +265,7 @@ def is_prediction(row: dict) -> bool:
 
 
 def stages(results: dict) -> Iterable[tuple[str, str, dict]]:
-    """Yields (stage, split, statistics) of results.json, the baseline first."""
+    """Yields (stage, split, statistics) from results.json, the baseline first."""
     for stage in ("baseline", "finetuned"):
         for split, result in results.get(stage, {}).items():
             yield stage, split, result
@@ -280,7 +279,7 @@ def accuracies(splits: dict[str, dict]) -> str:
 
 def table(results: dict) -> str:
     """Returns a line for each stage and split of results.json, and for each comparison."""
-    # validation_mismatched, the longest name in MNLI, has 21 letters.
+    # validation_mismatched, the longest name in MNLI, has 21 characters.
     lines = [
         f"{'':21} {'accuracy':>8} {'majority':>8} {'95% interval':>13} "
         f"{'rows':>6} {'unparsed':>8} {'scored':>6}"
@@ -313,7 +312,7 @@ def table_line(split: str, result: dict) -> str:
 
 def details(result: dict) -> str:
     """Returns the other statistics of a split: by label, by length, by genre."""
-    # A confusion matrix: how often each label was answered 0, 1, 2 or anything else.
+    # The confusion matrix: how often rows of each label were answered 0, 1, 2 or anything else.
     lines = [
         f"{'label':13} {'->0':>6} {'->1':>6} {'->2':>6} {'other':>6} "
         f"{'precision':>10} {'recall':>7} {'F1':>7}"
@@ -324,7 +323,7 @@ def details(result: dict) -> str:
             f"{name:13} {columns} "
             f"{figures['precision']:10.4f} {figures['recall']:7.4f} {figures['f1']:7.4f}"
         )
-    # Means over the split. `loss` is train.py's, on all target tokens.
+    # Means over the split. `loss` is from train.py, over all predicted tokens.
     summary = f"macro F1 {result['macro_f1']:.4f}"
     for name, key in (("negative log-likelihood", "nll"), ("loss", "loss")):
         if key in result:
@@ -332,7 +331,7 @@ def details(result: dict) -> str:
     lines.append(summary)
     if result.get("ties"):
         lines.append(f"{result['ties']:,} rows in which two answers are equally likely")
-    # Quarters by length, then genres, in one column so that accuracies stand below another.
+    # Quarters by length, then genres, in one column so that accuracies line up.
     for part in result.get("lengths", []):
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
         lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")

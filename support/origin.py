@@ -1,8 +1,8 @@
-"""What a run's names mean from here: its model, its dataset, and how its rows are read.
+"""Finds a run's model and dataset from the current folder, and how the run's rows are read.
 
-A run's files hold paths as they were typed in the folder where it was started. Here other models
-and rows may have the same names, and the run may have moved. Where several folders could be
-meant, digests decide: that of the base's weights, and those of the rows of each split.
+A run's files contain paths as they were typed, in the folder where it was started. Since then the
+run may have moved, and here other models and datasets may have the same names. If several folders
+could be meant, digests of the base's weights and of each split's rows decide.
 """
 
 import os
@@ -17,7 +17,7 @@ from support import examples, fingerprint, hub, processes, records
 from support.commands import quoted
 from support.examples import Reading
 
-# How the rows of one dataset are read. What they are called, those of another may mean.
+# Settings for reading one dataset. Under the same names another dataset may mean something else.
 SETTINGS = ("columns", "labels", "validation")
 
 
@@ -25,10 +25,10 @@ class Origin(NamedTuple):
     """Where a run comes from."""
 
     run: Path
-    started_in: Path | None  # PEFT does not say it
-    digests: dict[str, str]  # of the rows of each split; none from PEFT and older versions
-    settings: dict  # those of SETTINGS that were typed for the training
-    words: list[str]  # what its rows call the labels 0, 1 and 2
+    started_in: Path | None  # None for an adapter from PEFT
+    digests: dict[str, str]  # of each split's rows; empty from PEFT and older versions
+    settings: dict  # those of SETTINGS that were given for the training
+    words: list[str]  # the words in its rows for the labels 0, 1 and 2
 
     def reading(self, revision: str | None) -> Reading:
         """Returns how the run has read its rows."""
@@ -36,7 +36,7 @@ class Origin(NamedTuple):
 
 
 def origin(run: Path, arguments: dict, saved: dict) -> Origin:
-    """Returns where a run comes from. `saved` are those of its arguments that are checked."""
+    """Returns where a run comes from. `saved` are its arguments that have been checked."""
     folder = arguments.get("started_in")
     digests = arguments.get("digests")
     return Origin(
@@ -53,16 +53,16 @@ def origin(run: Path, arguments: dict, saved: dict) -> Origin:
 
 
 def places(name: str, run: Path, started_in: Path | None = None) -> list[str]:
-    """Returns the paths from here of the directories that a run's name may mean, likeliest first.
+    """Returns the directories that a name in a run's files may mean, as paths, likeliest first.
 
-    A run's files hold paths as they were typed, in the folder where it was started. It may
-    have moved since, with the folders around it or without.
+    The name is a path as it was typed in the folder where the run was started. The run may
+    have moved since, with or without the folders around it.
     """
     above = run.resolve().parents
     found = {}
     for folder in (*above, Path()) if started_in is None else (started_in, *above, Path()):
         path = str(folder / name)
-        # Unlike Path.is_dir this answers for any text, one too long for a path too.
+        # Unlike Path.is_dir, this accepts any string, even one too long for a path.
         if os.path.isdir(path):
             is_here = os.path.isdir(name) and os.path.samefile(name, path)
             found.setdefault(os.path.realpath(path), name if is_here else path)
@@ -70,10 +70,10 @@ def places(name: str, run: Path, started_in: Path | None = None) -> list[str]:
 
 
 def locate(saved: dict, source: Origin, typed: dict) -> dict:
-    """Returns a run's arguments with the paths of its model and its dataset from here.
+    """Returns a run's arguments, with paths to its model and dataset that are valid from here.
 
-    A name with a revision is one on the Hub, whatever folder has the same name. Where another
-    model or dataset is typed, the run's revision is not that one's.
+    A name with a revision is on the Hub, even if a folder has the same name. If another model
+    or dataset is typed, the run's revision is dropped, because it does not apply to that one.
     """
     found = dict(saved)
     for name, is_right in (("model", has_its_weights), ("dataset", has_its_rows)):
@@ -96,11 +96,11 @@ def has_its_weights(source: Origin, directory: str) -> bool:
     recorded = fingerprint.recorded(source.run).get("base_weights")
     if recorded is None:
         return (Path(directory) / "config.json").is_file()
-    # (With files of an earlier save beside them they are not recognised.)
+    # (If files of an earlier save are still in the directory, the base is not recognised.)
     paths = sorted(Path(directory).glob("*.safetensors"))
     try:
         return fingerprint.digest_weights(paths) == recorded
-    except (OSError, SafetensorError):  # no model
+    except (OSError, SafetensorError):  # not a model
         return False
 
 
@@ -111,9 +111,10 @@ def has_its_weights(source: Origin, directory: str) -> bool:
 def has_its_rows(
     source: Origin, dataset: str, revision: str | None = None, splits: list[str] | None = None
 ) -> bool:
-    """Returns whether the splits that are evaluated hold the rows of the run.
+    """Returns whether the splits to evaluate hold the same rows as in the run.
 
-    Of splits that the run has not read, such as test, nothing is known: then the others tell.
+    Nothing is known about splits that the run has not read, such as test; then the other
+    splits decide.
     """
     reading = source.reading(revision)
     try:
@@ -129,26 +130,27 @@ def has_its_rows(
 
 
 def reading_of(args: Namespace) -> Reading:
-    """Returns how the rows of an evaluation are read: as typed, else as those of the run were.
+    """Returns how the rows of an evaluation are read: as typed, or else as in the run.
 
-    Other rows are not read like the run's. Then it prints what of the run is not used.
+    The run's settings apply only to the run's own rows. For other rows the function prints
+    which settings are not used.
     """
     typed = Reading.of(args)
     source = args.origin
     if source is None:
         return typed
-    examples.find_splits(args.dataset, typed.revision)  # one that is not there is another matter
+    examples.find_splits(args.dataset, typed.revision)  # raises if there is no such dataset
     untyped = {
         name: value for name, value in source.settings.items() if getattr(args, name) is None
     }
     splits = getattr(args, "split", None)
-    # A run of an older version has no digests: its name of a dataset has to do.
+    # A run of an older version has no digests, so the name of the dataset must do.
     is_its = not source.digests and not args.is_dataset_typed
     if is_its or has_its_rows(source, args.dataset, typed.revision, splits):
         return Reading.of(Namespace(**(vars(args) | untyped)))
     if processes.IS_FIRST and (untyped or not args.is_dataset_typed):
         flags = quoted(*Reading.of(Namespace(**untyped)).flags())
-        consequence = f", so what it was read with is not used: {flags}" if flags else ""
+        consequence = f", so these flags of the run are not used: {flags}" if flags else ""
         print(
             f"{args.dataset} does not hold the rows that {source.run} was trained with"
             f"{consequence}",

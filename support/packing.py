@@ -1,15 +1,15 @@
-"""Many rows in one forward pass: without padding, behind a prefix, with a cache for generation.
+"""Many rows in one forward pass: without padding, with a shared prefix, and a cache to generate.
 
-phi2.py's model runs on flat tokens. It asks one object, the layout, where they stand and
-what each of them sees. phi2.MaskedRows says it by one mask. This file has two more: PackedRows,
-which does the same without the empty part of the mask, and NewTokens for the next token of each
-row.
+The model in phi2.py runs on a flat sequence of tokens. A layout holds their positions and defines
+what each of them sees. phi2.MaskedRows does this with one mask. This file has two more layouts:
+PackedRows computes the same without the empty part of the mask, and NewTokens is for the next
+token of each row in generation.
 
     layout = PackedRows([5, 3], prefix_length=51)      # ids: the prefix, then row after row
     logits = model(ids, layout, last=1)                # (2, vocabulary)
 
-Tests hold them equal to MaskedRows. In the comments N is the number of tokens in a forward
-pass, B that of rows, and H that of heads, of D dimensions each.
+Tests check that both give the results of MaskedRows. In the comments N is the number of tokens in
+a forward pass, B the number of rows, and H the number of attention heads, with D dimensions each.
 """
 
 import copy
@@ -23,16 +23,16 @@ from torch.nn.attention.bias import causal_lower_right
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint as recompute  # activation checkpointing
 
-ROWS_AT_ONCE = 8  # in attention on a CPU
+ROWS_AT_ONCE = 8  # rows per grid in attention on a CPU
 
 
 def fold(rows: list[list[int]]) -> tuple[list[int], list[int]]:
-    """Returns the distinct tokens of rows that may begin alike, and which of them each row has.
+    """Returns the ids of rows with their common beginnings merged, and each row's indices.
 
-    Two tokens are one when their rows are the same up to and including them. They need to go
-    through a model once, because a token sees only what is before it. The rows x y and x z
-    have the ids x y z. The second list says which of them stand in the rows, row after row:
-    0 1 0 2.
+    Tokens of two rows are merged if the rows are equal up to and including them. They need to go
+    through the model only once, because a token sees only what is before it. For the rows x y
+    and x z the ids are x y z. The second list says which of these the rows consist of, row
+    after row: 0 1 0 2.
     """
     index_of = {}  # (index of the token before, id) -> index, in the order of the indices
     token_of = []
@@ -49,30 +49,30 @@ def fold(rows: list[list[int]]) -> tuple[list[int], list[int]]:
 
 
 class PackedRows:
-    """The layout of a prefix that all rows share (it may be empty), and of the rows behind it.
+    """The layout of a prefix that all rows share (it may be empty), and of the rows after it.
 
-    Who sees whom is as in phi2.MaskedRows, whose picture shows it. The prefix's keys and values
-    are what each row would have computed for itself, and the gradients that reach them are the
-    sum over the rows: without dropout the result is that of whole prompts. (With dropout all
-    rows share what is drawn on the prefix.)
+    Tokens see each other as in the picture of phi2.MaskedRows. The prefix's keys and values are
+    those that each row would have computed for itself, and their gradients are summed over the
+    rows. So without dropout the result is the same as with whole prompts. (With dropout, the
+    dropout on the prefix is drawn once for all rows.)
 
-    In evaluation rows share more, because several hypotheses belong to one premise: then
-    `token_of` is what `fold` returns, and a token that rows share is there once.
+    In evaluation rows share more, because several hypotheses belong to one premise. Then
+    `token_of` comes from `fold`, and a token that rows share is among the N tokens only once.
 
-    Only for attention, the smallest part of the work, are the rows put side by side again,
-    in grids (rows, width). The prefix is a grid by itself, the first. On a GPU all rows are
-    the other one. On a CPU a grid has a few rows; where they come sorted by length, as in
-    training and evaluation, little is padded.
+    Only for attention, the smallest part of the work, are rows placed side by side, in padded
+    grids (rows, width). The first grid is the prefix alone. On a GPU one more grid holds all
+    rows. On a CPU each grid holds a few rows; in training and evaluation the rows are sorted by
+    length, so there is little padding.
 
     Attributes:
-        rows: which of the N tokens each row has behind the prefix.
-        positions: (N,) each token's place in its own text.
-        queries, keys: which token stands where in the grids. In those of the keys the
-            prefix stands before each row.
-        masks: of each grid, as `attention` takes it.
-        recomputes: whether the backward pass computes attention again. Then q, k and v are
-            stored, and no grid is.
-        new_tokens: the layout with which a generation goes on, if there is room for any.
+        rows: for each row, which of the N tokens it has after the prefix.
+        positions: (N,) each token's position in its own text.
+        queries, keys: which token is in which cell of the grids. In the grids of keys the
+            prefix precedes each row.
+        masks: the mask of each grid, as `attention` takes it.
+        recomputes: whether the backward pass recomputes attention. Then q, k and v are stored,
+            but no grids.
+        new_tokens: the layout with which generation continues, if there is room for tokens.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class PackedRows:
         room: int = 0,
         recomputes: bool = False,
     ):
-        """`lengths` are those of the rows; a generation may add `room` tokens to each."""
-        # Indices are made on the CPU and then moved. To make them on a GPU is to wait for it.
+        """`lengths` are the rows' lengths; generation may add up to `room` tokens to each row."""
+        # Indices are computed on the CPU and then moved. Computing them on a GPU would wait for it.
         device = torch.device(device)
         prefix = torch.arange(prefix_length)
         own = prefix_length + torch.tensor(token_of or range(sum(lengths)))
@@ -101,7 +101,7 @@ class PackedRows:
         keys = list(queries)
         at_once = ROWS_AT_ONCE if device.type == "cpu" else len(lengths)
         for first in range(0, len(lengths), at_once):
-            # Behind a short row stands token 0. Nobody looks there.
+            # The padding after a short row is token 0. No other token sees it.
             grid = pad_sequence(self.rows[first : first + at_once], batch_first=True)
             queries.append(grid)
             keys.append(torch.cat((prefix.expand(len(grid), -1), grid), dim=1))
@@ -116,7 +116,7 @@ class PackedRows:
     def only_last(self, count: int) -> "PackedRows":
         shortest = min(map(len, self.rows))
         if shortest < count:
-            raise ValueError(f"a row of {shortest} tokens has no last {count}")
+            raise ValueError(f"a row has {shortest} tokens, fewer than the last {count}")
         device = self.positions.device
         last = torch.stack([row[-count:] for row in self.rows])  # (B, count)
         shapes = self.keys.behind_prefix(self.keys.shapes)
@@ -127,13 +127,13 @@ class PackedRows:
         return narrowed
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns those lines of x (N, ...) whose tokens have a query."""
+        """Returns the part (queries, ...) of x (N, ...) whose tokens have a query."""
         return self.queries.select(x)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns softmax(q k^T / sqrt(D)) v over the tokens that each query sees.
 
-        k and v are (N, H, D); q and the result have a line for each token with a query.
+        k and v are (N, H, D); q and the result are (queries, H, D).
         """
         if self.recomputes and torch.is_grad_enabled():
             # Attention has no dropout, so there is no random state to restore.
@@ -148,7 +148,7 @@ class PackedRows:
         if self.new_tokens is not None:
             self.new_tokens.keep((layer, "k"), self.keys.behind_prefix(keys))
             self.new_tokens.keep((layer, "v"), self.keys.behind_prefix(values))
-        if len(queries) < len(keys):  # the prefix has none
+        if len(queries) < len(keys):  # the prefix has no queries
             keys = self.keys.behind_prefix(keys)
             values = self.keys.behind_prefix(values)
         outputs = [attention(*grid) for grid in zip(queries, keys, values, self.masks)]
@@ -156,15 +156,15 @@ class PackedRows:
 
 
 class Cells:
-    """The cells of grids, one grid after another, and which of the N tokens stands in each.
+    """The cells of all grids, one grid after another, and which of the N tokens is in each cell.
 
     Attributes:
         tokens: (cells,) the token in each cell.
-        places: (N,) each token's own cell, the first that it stands in. Others are copies.
+        places: (N,) each token's own cell, the first one that contains it; others are copies.
         shapes: (rows, width) of each grid.
-        prefix_length: how many tokens of the prefix stand first in each row, but for the
-            first grid, which is the prefix itself.
-        is_shared: whether rows share tokens behind the prefix.
+        prefix_length: how many prefix tokens precede each row. (The first grid is then the
+            prefix itself.)
+        is_shared: whether rows share tokens after the prefix.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Cells:
 
     def put(self, x: Tensor) -> list[Tensor]:
         """Returns the grids (rows, width, H, D) that hold x (N, H, D)."""
-        # (Of tokens that rows share the gradients are added up by index_select.)
+        # If rows share tokens, the backward pass of index_select adds up their gradients.
         cells = x.index_select(0, self.tokens) if self.is_shared else Put.apply(x, self)
         return self.split(cells)
 
@@ -195,20 +195,20 @@ class Cells:
         return [part.unflatten(0, shape) for part, shape in zip(parts, self.shapes)]
 
     def behind_prefix(self, grids: list) -> list:
-        """Returns the grids of rows, without that of the prefix."""
+        """Returns the grids of rows, without the grid of the prefix."""
         return grids[1:] if self.prefix_length else grids
 
     def take(self, grids: list[Tensor]) -> Tensor:
-        """Returns what stands in the tokens' own cells of the grids, (N, H, D)."""
+        """Returns the contents of the tokens' own cells in the grids, (N, H, D)."""
         return join([grid.flatten(0, 1) for grid in grids]).index_select(0, self.places)
 
 
 class Put(torch.autograd.Function):
     """Puts x (N, H, D) into cells, as x.index_select(0, cells.tokens) does.
 
-    Its backward pass would add up what comes from each cell of a token: zeros from behind
-    short rows, and a gradient of the prefix from each row, rounded each time. This one takes
-    each token's gradient from its own cell, and adds up the prefix's in one sum.
+    The backward pass of index_select would add up the gradients of all cells of a token one by
+    one: zeros from the padding, and for the prefix one gradient per row, rounding each time.
+    This one takes each token's gradient from its own cell, and sums the prefix's in one step.
     """
 
     @staticmethod
@@ -228,14 +228,14 @@ class Put(torch.autograd.Function):
 
 
 class LastTokens:
-    """Stands for the queries' `Cells` where each row's last tokens alone have a query.
+    """Replaces the queries' `Cells` if only the last tokens of each row have a query.
 
-    It is the same number of tokens in each row, so the grids have no padding, and whatever
-    has a line for each query has them row by row already.
+    Every row has the same number of these tokens, so the grids have no padding, and a tensor
+    over the queries is already in row order.
     """
 
     def __init__(self, tokens: Tensor, shapes: list[tuple[int, int]]):
-        """`tokens` (B, count) are these tokens, `shapes` those of the rows' grids."""
+        """`tokens` (B, count) are these tokens, `shapes` the shapes of the rows' grids."""
         self.tokens = tokens
         self.rows_of_grids = [rows for rows, _ in shapes]
 
@@ -250,13 +250,13 @@ class LastTokens:
 
 
 def join(tensors: list[Tensor]) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # it would copy a single one
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # cat would copy a single tensor
 
 
 def causal_mask(positions: Tensor, keys: int) -> Tensor:
-    """Returns the mask (rows or 1, 1, T, keys) of queries at positions (rows or 1, T).
+    """Returns the mask (rows or 1, 1, T, keys) for queries at `positions` (rows or 1, T).
 
-    It is 0 where a query sees a key, and -inf where the key is later.
+    It is 0 where a query sees a key, and -inf where the key comes later.
     """
     is_later = torch.arange(keys, device=positions.device) > positions[:, None, :, None]
     return torch.zeros_like(is_later, dtype=torch.float32).masked_fill(is_later, -math.inf)
@@ -265,23 +265,23 @@ def causal_mask(positions: Tensor, keys: int) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Returns softmax(q k^T / sqrt(D) + mask) v, (rows, T, H, D).
 
-    q is (rows, T, H, D), k and v are (rows, keys, H, D). On a GPU the mask may be None: then
-    each row's T queries are the last of its keys. Its kernels know that form, and need no
-    mask in memory.
+    q is (rows, T, H, D), k and v are (rows, keys, H, D). On a GPU the mask may be None, which
+    means that the T queries of each row are at its last T keys. The GPU's kernels support this
+    form without a mask in memory.
     """
     q = q.transpose(1, 2)  # (rows, H, T, D)
     k = k.transpose(1, 2)
     v = v.transpose(1, 2)
-    # On a CPU torch's fused kernel is faster than two products and a softmax in fp32 forward,
-    # but slower in bf16 and backward.
+    # On a CPU torch's fused kernel is faster than two products and a softmax for fp32 in the
+    # forward pass, but slower for bf16 and in the backward pass.
     is_fast_on_cpu = q.dtype is torch.float32 and not torch.is_grad_enabled()
     if q.device.type != "cpu" or is_fast_on_cpu:
         if mask is None:
             mask = causal_lower_right(q.shape[2], k.shape[2])
         elif q.device.type != "cpu":
-            mask = mask.to(q.dtype)  # a GPU's kernels want it so
+            mask = mask.to(q.dtype)  # as a GPU's kernels require
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-    # All is in fp32, as within the kernel.
+    # Everything is in fp32, as inside the kernel.
     attention_scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(2, 3)
     weights = attention_scores.add_(mask).softmax(dim=-1)
     return (weights @ v.float()).to(v.dtype).transpose(1, 2)
@@ -292,54 +292,54 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class NewTokens:
-    """The layout of one new token of each row, which sees the tokens before it in its row.
+    """The layout of one new token per row, which sees the tokens before it in its row.
 
-    Their keys and values are kept: (B, H, width, D), by (layer, "k") or (layer, "v"). In
-    memory each head's keys stand together, because one query at a time reads them.
+    The keys and values of these are cached as (B, H, width, D), by (layer, "k") and
+    (layer, "v"). The keys of a head are contiguous in memory, because one query reads them all.
 
     Attributes:
-        positions: (B,) each token's place in its own text.
+        positions: (B,) each new token's position in its own text.
         room: how many tokens a row may get.
-        width: of the longest row, with its prefix and this room.
-        kept: keys and values of all layers.
-        places: where the new ones go in each of `kept`, as it lies in memory.
-        mask: which of the keys each token sees.
+        width: the length of the longest row, with its prefix and `room`, rounded up.
+        kept: the cached keys and values of all layers.
+        places: the indices of the new tokens' keys and values in each cache, if flattened.
+        mask: which of the keys each new token sees.
     """
 
     def __init__(self, positions: Tensor, room: int, device: torch.device):
-        """`positions` are those of the rows' last tokens so far; `advance` comes next."""
+        """`positions` are those of the rows' last tokens so far; call `advance` next."""
         self.positions = positions.to(device, non_blocking=True)
         self.room = room
-        # Up to a multiple of 16. Otherwise a GPU's kernel copies the mask into such a one, in
-        # each layer.
+        # Rounded up to a multiple of 16. Otherwise a GPU's kernel would copy the mask to such a
+        # width in each layer.
         self.width = math.ceil((int(positions.max()) + 1 + room) / 16) * 16
         self.kept = {}
         self.places = None
         self.mask = None
 
     def keep(self, name: tuple[int, str], grids: list[Tensor]) -> None:
-        """Keeps the keys, or the values, of whole rows in grids (rows, width, H, D)."""
+        """Caches the keys, or the values, of whole rows, from grids (rows, width, H, D)."""
         rows = [len(grid) for grid in grids]
         _, _, heads, head_dim = grids[0].shape
         kept = grids[0].new_empty(sum(rows), heads, self.width, head_dim)
         for part, grid in zip(kept.split(rows), grids):
             width = grid.shape[1]
             part[:, :, :width] = grid.transpose(1, 2)
-            part[:, :, width:] = 0  # no query sees it, but 0 times what stands there must be 0
+            part[:, :, width:] = 0  # no query sees this, but weight 0 times it must be 0, not NaN
         self.kept[name] = kept
 
     def select_rows(self, rows: Tensor) -> None:
-        """Goes on with the rows at these indices alone."""
+        """Keeps only the rows at these indices."""
         self.positions = self.positions[rows]
-        # One by one: the old and the new of all layers may not fit.
+        # One by one, because the old and new caches of all layers may not fit together.
         for name, kept in self.kept.items():
             self.kept[name] = kept.index_select(0, rows)
 
     def advance(self) -> None:
-        """Goes on to the next token of each row.
+        """Moves on to the next token of each row.
 
-        A CUDA graph can repeat it, because nothing is computed on the CPU, and because what
-        counts is one tensor that changes in place: a repetition finds it one further.
+        A CUDA graph can replay this: nothing is computed on the CPU, and the positions are a
+        tensor that changes in place, so each replay finds them one further.
         """
         self.positions += 1
         kept = self.kept[0, "k"]
@@ -357,7 +357,7 @@ class NewTokens:
         return x
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Returns what PackedRows.attend does; q, k, v and the result are (B, H, D)."""
+        """Returns what PackedRows.attend returns; q, k, v and the result are (B, H, D)."""
         keys = self.kept[layer, "k"]
         values = self.kept[layer, "v"]
         keys.flatten(0, 2).index_copy_(0, self.places, k.flatten(0, 1))
@@ -368,26 +368,26 @@ class NewTokens:
 
 
 class Decoder:
-    """Runs the model on one new token of each row at a time, behind whole rows.
+    """Runs the model on one new token per row at a time, after whole rows have been run.
 
-    On a GPU such a step is hundreds of kernels, each shorter than Python takes to launch
-    it. So when the same rows take a second step, it is recorded as a CUDA graph, and from
-    then on the GPU repeats it at one launch. A repetition does the same with the same
-    memory: it reads the ids, the weights, the cache and the positions, writes into the
-    cache, moves the positions on, and leaves the logits. The first step cannot be recorded,
-    because kernels are loaded at their first use, which a recording forbids.
+    On a GPU such a step is hundreds of kernels, each of which runs for less time than Python
+    takes to launch it. So when the same rows take a second step, it is recorded as a CUDA graph,
+    and from then on the GPU replays it with a single launch. A replay does the same work in
+    the same memory: it reads ids, weights, cache and positions, writes to the cache, advances
+    the positions, and leaves the logits. The first step cannot be recorded, because kernels are
+    loaded at their first use, which is not allowed while recording.
 
     Attributes:
         records: whether steps are recorded.
-        steps_left: for how many steps there is room.
-        layout: where the new tokens stand.
+        steps_left: the number of further steps that there is room for.
+        layout: the layout of the new tokens.
         ids: (B,) the new tokens.
-        logits: (B, vocabulary) what follows them; None before the first step of these rows.
+        logits: (B, vocabulary) for what follows them; None before the first step of these rows.
         graph: the recorded step, once there is one.
     """
 
     def __init__(self, model: nn.Module, rows: PackedRows):
-        """`rows` have room, and have been in the model's forward pass, without gradients."""
+        """`rows` must have room, and must have been run through the model without gradients."""
         self.model = model
         self.layout = rows.new_tokens
         self.steps_left = self.layout.room
@@ -397,16 +397,16 @@ class Decoder:
         self.graph = None
 
     def keep(self, rows: list[int]) -> None:
-        """Keeps the rows at these indices alone. Their next step is the first of these rows."""
-        self.graph = None  # before all else, so that its memory is free
+        """Keeps only the rows at these indices. Their next step counts as a first step."""
+        self.graph = None  # before anything else, to free its memory
         self.logits = None
         self.layout.select_rows(torch.tensor(rows).to(self.ids.device, non_blocking=True))
         self.ids = torch.zeros_like(self.layout.positions)
 
     def run(self, ids: list[int]) -> Tensor:
-        """Returns the logits (B, vocabulary) after a new token of each row.
+        """Returns the logits (B, vocabulary) after one new token in each row.
 
-        They are good until the next step, which may write over them.
+        They are valid until the next step, which may overwrite them.
         """
         if not self.steps_left:
             raise ValueError(f"there is no room for more than {self.layout.room} new tokens")
@@ -421,18 +421,18 @@ class Decoder:
         return self.logits
 
     def record(self) -> None:
-        """Records a step, without running it. Where that fails, steps are run one by one."""
+        """Records a step without running it. If this fails, steps are never recorded again."""
         stream = torch.cuda.current_stream()
         try:
             graph = torch.cuda.CUDAGraph()
-            # In here kernels are recorded, and none runs. Other threads may go on meanwhile.
+            # Kernels launched here are recorded, not run. Other threads may use the GPU meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.logits = self.step()
         except RuntimeError as error:
-            # torch leaves the stream of a recording that has failed as the current one.
+            # After a failed recording, torch leaves its stream as the current one.
             torch.cuda.set_stream(stream)
             if isinstance(error, torch.OutOfMemoryError):
-                raise  # fewer rows may fit, and be recorded
+                raise  # with fewer rows a recording may fit
             warnings.warn(f"no CUDA graph, so generation is slower: {error}", stacklevel=2)
             self.records = False
             self.model.uses_graphs = False

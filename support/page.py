@@ -1,7 +1,7 @@
-"""report.html: a run on one page, which needs no other file, and can be watched while it grows.
+"""report.html: a run on one page, which needs no other file and can be watched during training.
 
-The page is the template report.html.jinja. A model or a dataset may hold any text, HTML and
-scripts too, so the template escapes every text: none can act on the page.
+The template is report.html.jinja. Texts from models and datasets may contain HTML and scripts, so
+the template escapes every text.
 """
 
 import base64
@@ -13,24 +13,24 @@ from pathlib import Path
 from support import files, metrics, pictures, records
 from support.records import Record
 
-MISTAKES = 20  # how many of the most confident ones are shown
+MISTAKES = 20  # how many of the most confident mistakes are shown
 UNPARSED = 20  # how many completions without a number are shown
-COMPLETIONS = 6  # how many of what the base wrote most often are shown
-RELOAD = 20  # seconds after which a browser reads the page of an unfinished run again
+COMPLETIONS = 6  # how many of the base's most frequent completions are shown
+RELOAD = 20  # seconds after which a browser reloads the page of an unfinished run
 
 
 def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
-    """Writes report.html from the other files of a run, as far as it has come.
+    """Writes report.html from the other files of a run, finished or not.
 
-    `stopped` is the last step of a run that has been stopped, and the command that resumes it.
+    For a run that was stopped, `stopped` is its last step and the command that resumes it.
     """
     directory = Path(directory)
     run = records.read(directory)
 
-    # The rows to read.
+    # The rows that are shown.
     rows = predictions_of(run, "finetuned", "predictions")
-    # A confident mistake says more than a close one: a wrong label, a pattern missed.
-    # -1 is not an answer, so it has no confidence and a list of its own.
+    # A confident mistake is more informative than a close one: it may be a wrong label or a
+    # pattern that was not learned. -1 is not an answer, so it has no confidence.
     wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
     wrong.sort(key=confidence, reverse=True)
     unparsed = [row for row in rows if row["prediction"] == -1]
@@ -48,7 +48,7 @@ def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
         stopped=stopped,
         reload=RELOAD,
         chance=chance(run.args),
-        # A page can hold a picture so; as a picture no SVG runs a script.
+        # Embedded in the page. Scripts in an SVG do not run if it is shown as a picture.
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None,
         example=of_base[0] if of_base else None,
         of_base=len(of_base),
@@ -59,24 +59,24 @@ def write(directory: Path, stopped: tuple[int, str] | None = None) -> None:
         unparsed_count=len(unparsed),
     )
     with files.replacing(directory / "report.html") as temporary:
-        # Half of a surrogate pair, which a tokenizer can produce, has no form in UTF-8.
+        # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode.
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
 def draw_pictures(directory: Path) -> None:
-    """Draws the losses of a run, where it has some."""
+    """Draws the losses of a run, if it has any."""
     directory = Path(directory)
     entries = files.read_lines(directory / "metrics.jsonl")
-    # "loss" is the training loss; a line of an evaluation has SPLIT_loss.
+    # "loss" is the training loss; a line about an evaluation has SPLIT_loss instead.
     if any("loss" in entry for entry in entries):
         paths = [directory / name for name in pictures.PICTURES]
         pictures.draw_loss(entries, chance(files.read_json(directory / "args.json")), *paths)
 
 
 def chance(args: dict) -> float | None:
-    """Returns the loss of guessing evenly among three labels; None for a loss on all tokens.
+    """Returns the loss of guessing evenly among three labels, or None for the full loss.
 
-    The loss is a mean over two ids, the label and the end of text, and the latter is certain.
+    The loss is a mean over two ids, the label and the end of text, and the second is certain.
     """
     return math.log(3) / 2 if args.get("loss") == "answer" else None
 
@@ -86,7 +86,7 @@ def chance(args: dict) -> float | None:
 
 
 def verdict(run: Record) -> str:
-    """Returns what fine-tuning has changed, over the rows of all splits together."""
+    """Returns sentences on what fine-tuning has changed, over the rows of all splits."""
     base = total(run.results.get("baseline", {}))
     tuned = total(run.results.get("finetuned", {}))
     if not base["n"]:
@@ -99,7 +99,7 @@ def verdict(run: Record) -> str:
         return f"Of {base['n']:,} validation rows {of_base}. {guessing}"
     low, high = metrics.wilson_interval(tuned["correct"], tuned["n"])
     majority = tuned["majority"] / tuned["n"]
-    comparison = "No difference from guessing can be told from so few rows."
+    comparison = "No difference from guessing can be shown with so few rows."
     if low > majority:
         comparison = "The fine-tuned model is better than guessing."
     elif high < majority:
@@ -112,7 +112,7 @@ def verdict(run: Record) -> str:
 
 
 def total(splits: dict[str, dict]) -> dict:
-    """Returns rows, right answers, and rows of each split's most frequent label, in all."""
+    """Returns the total number of rows, right answers, and rows with the most frequent label."""
     return {
         "n": sum(result["n"] for result in splits.values()),
         "correct": sum(result["correct"] for result in splits.values()),
@@ -121,7 +121,7 @@ def total(splits: dict[str, dict]) -> dict:
 
 
 def progress(run: Record) -> str | None:
-    """Returns how far a run has come, with its last loss and accuracies; None of a finished one."""
+    """Returns how far a run is, with its last loss and accuracies, or None if it is finished."""
     if run.is_finished:
         return None
     text = f"Step {run.step:,}"
@@ -143,17 +143,17 @@ def progress(run: Record) -> str | None:
 
 
 def percent(share: float) -> str:
-    """Returns a share in percent. A digit more would be within the interval of any test set."""
+    """Returns a share in percent, with one digit; more would be noise on any test set."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
 
 
 def arguments(command) -> list[str]:
-    """Returns the arguments of a command line, with their quotes."""
+    """Returns the words of a command line, with their quotes."""
     return re.findall(r"""(?:'[^']*'|"[^"]*"|\S)+""", str(command))
 
 
 def duration(seconds: float) -> str:
-    """Returns a time as people say it."""
+    """Returns a duration in seconds, minutes or hours, whichever is readable."""
     if seconds < 100:
         return f"{seconds:.0f} seconds"
     if seconds < 6000:
@@ -166,7 +166,7 @@ def duration(seconds: float) -> str:
 
 
 def predictions_of(run: Record, stage: str, prefix: str) -> list[dict]:
-    """Returns the predictions of all splits of a stage, each with its split."""
+    """Returns the predictions of all splits in a stage, each with the name of its split."""
     return [
         row | {"split": split}
         for split in run.results.get(stage, {})
@@ -175,14 +175,14 @@ def predictions_of(run: Record, stage: str, prefix: str) -> list[dict]:
 
 
 def commonest(rows: list[dict]) -> list[tuple[str, int, int]]:
-    """Returns (completion, what was read of it, number of rows) of the commonest completions."""
+    """Returns (completion, its prediction, number of rows) for the most frequent completions."""
     counts = Counter((row.get("completion", ""), row["prediction"]) for row in rows)
     return [(text, read, count) for (text, read), count in counts.most_common(COMPLETIONS)]
 
 
 def confidence(row: dict) -> float:
-    """Returns the probability of the answer that was given, and 0 where it is not known."""
-    # `scores` has a place for 0, 1 and 2 only, and a model may answer 7.
+    """Returns the probability of the answer that was given, or 0 if it is not known."""
+    # `scores` only covers 0, 1 and 2, but a model may answer 7.
     if "scores" not in row or row["prediction"] not in (0, 1, 2):
         return 0.0
     return row["scores"][row["prediction"]]
@@ -193,8 +193,8 @@ def render(**values) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True,  # jinja's default is False, and would let every text act
-        # These two leave no empty lines where a line holds only {% ... %}.
+        autoescape=True,  # jinja's default, False, would let scripts in texts run
+        # These two prevent empty lines from lines with only {% ... %}.
         trim_blocks=True,
         lstrip_blocks=True,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

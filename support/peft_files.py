@@ -1,8 +1,8 @@
-"""adapter_config.json as other programs write it: what it says for lora.py, or that it says more.
+"""Reads an adapter_config.json that any program has written, and rejects unsupported options.
 
 PEFT has about forty options, of which lora.py implements four. An option that is off, or at its
-default, changes nothing. Any other is refused by name, because to ignore it would give another
-model than the trained one, in silence.
+default, changes nothing. Any other option is rejected by name, because ignoring it would silently
+give a different model from the trained one.
 """
 
 from collections.abc import Callable
@@ -13,22 +13,22 @@ from safetensors import SafetensorError, safe_open
 from support import files
 
 REQUIRED = {"r", "lora_alpha", "target_modules"}
-# Keys that change nothing in what a trained adapter computes.
+# Keys that do not change what a trained adapter computes.
 HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
     "peft_version", "revision", "ensure_weight_tying",
-    "fan_in_fan_out",  # about layers that hold W transposed; PEFT ignores it on nn.Linear
-    "rank_pattern",  # where it changes a rank, a tensor has another shape: see check_ranks
-    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # how A and B began
+    "fan_in_fan_out",  # for layers that store W transposed; PEFT ignores it on nn.Linear
+    "rank_pattern",  # if it changes a rank, a tensor has another shape, which check_ranks rejects
+    "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # initial values of A and B
 }
-# The values of an option that are not "off" (None, False, 0, "none", empty) and change nothing.
+# Values that are not "off" (None, False, 0, "none", empty), but do not change anything either.
 ACCEPTED = {
     "peft_type": ("LORA",),
-    # A classifier (SEQ_CLS, TOKEN_CLS) has another head, which its file would have to hold.
+    # A classifier (SEQ_CLS, TOKEN_CLS) has another output head, which would be in the file.
     "task_type": ("CAUSAL_LM", "SEQ_2_SEQ_LM", "QUESTION_ANS", "FEATURE_EXTRACTION"),
-    # How A and B began, while the base stayed as it is. Other ways change its weights too.
+    # Initial values of A and B that leave the base unchanged. Other ways change the base too.
     "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica"),
-    # What PEFT 0.21 takes where the key is not there.
+    # The defaults of PEFT 0.21.
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
@@ -37,10 +37,10 @@ CURE = "merge the adapter with PEFT (merge_and_unload), and use the merged model
 
 
 def read_config(directory: Path, make: Callable):
-    """Returns make(rank=, alpha=, dropout=, targets=) of the adapter in `directory`.
+    """Returns make(rank=, alpha=, dropout=, targets=) for the adapter in `directory`.
 
-    `make` is lora.LoRAConfig. Raises ValueError where the files are not an adapter or
-    damaged, and for an option that changes what the adapter computes.
+    `make` is lora.LoRAConfig. Raises ValueError if there is no adapter, if its files are
+    damaged, or if an option changes what the adapter computes.
     """
     path = Path(directory) / "adapter_config.json"
     if not path.is_file():
@@ -61,7 +61,7 @@ def read_config(directory: Path, make: Callable):
 
 
 def check_options(raw: dict) -> None:
-    """Raises ValueError for an option that is not implemented."""
+    """Raises ValueError if an option is set that is not implemented."""
     for key in ("peft_type", *REQUIRED):
         if raw.get(key) is None:
             raise ValueError(f"it lacks {key}")
@@ -73,9 +73,9 @@ def check_options(raw: dict) -> None:
 
 
 def read_targets(targets) -> tuple[str, ...] | str:
-    """Returns target_modules as lora.LoRAConfig has it."""
+    """Returns target_modules in the form of lora.LoRAConfig."""
     if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        return tuple(sorted(targets))  # PEFT keeps a set, so their order in the file means nothing
+        return tuple(sorted(targets))  # PEFT has a set, so the order in the file means nothing
     if isinstance(targets, str):
         return targets
     raise ValueError(
@@ -84,7 +84,7 @@ def read_targets(targets) -> tuple[str, ...] | str:
 
 
 def check_ranks(path: Path, rank: int) -> None:
-    """Raises ValueError unless each A has this rank, before anything of that size is allocated."""
+    """Raises ValueError unless each A has this rank, before anything is allocated for it."""
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {path.name}; PEFT writes one with safe_serialization=True"
@@ -95,9 +95,9 @@ def check_ranks(path: Path, rank: int) -> None:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error})") from None
     for key, shape in shapes.items():
-        # [:1], because a damaged file may hold a single number here, which has no first size.
+        # [:1], because in a damaged file A may be a single number, which has no first dimension.
         if ".lora_A." in key and shape[:1] != [rank]:
             raise ValueError(
                 f"{path}: {key} has shape {tuple(shape)}, adapter_config.json says rank {rank}; "
-                f"layers with a rank of their own are not supported; {CURE}"
+                f"layers with different ranks are not supported; {CURE}"
             )

@@ -1,9 +1,8 @@
-"""Pictures of losses: of one run, for its page and its card, and of several runs together.
+"""Draws losses: of one run, for its page and its card, and of several runs together.
 
-Lines that are drawn together differ in their dashes or markers and not in their colour alone.
-The colours are of middle lightness and the background is transparent, so that a picture can be
-read on a light page and on a dark one. matplotlib takes about a second to import, so only
-`draw` imports it.
+Lines in one picture differ in dashes or markers, not only in colour. The colours are of medium
+lightness and the background is transparent, so that a picture is readable on light and dark
+pages. matplotlib takes about a second to import, so only the functions that draw import it.
 """
 
 import itertools
@@ -15,45 +14,48 @@ from pathlib import Path
 from support import files
 from support.letters import ends
 
-# What a run's losses are drawn into: for report.html, which is sharp at any width, and for the
-# model card.
+# The files of a run's losses: an SVG for report.html, which is sharp at any width, and a PNG for
+# the model card.
 PICTURES = ("loss.svg", "loss.png")
-GREY = "#7a7a7a"  # contrasts with white 4.3 to 1, with black 4.9 to 1
-# matplotlib's names of what is drawn in it
+GREY = "#7a7a7a"  # its contrast is 4.3 to 1 with white and 4.9 to 1 with black
+# matplotlib's names for the parts that are drawn in grey
 COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#c44fa0")
 DASHES = ("-", "--", ":", "-.")
-# Of validation losses, which have few points: square, diamond, triangle
+# For validation losses, which have few points: square, diamond, triangle
 MARKERS = ("s", "D", "^")
-WIDE_RANGE = 5  # the largest loss over the smallest, from which on the axis is logarithmic
-NAME_LENGTH = 32  # letters of a name in the legend
+WIDE_RANGE = 5  # if the largest loss is so many times the smallest, the axis is logarithmic
+NAME_LENGTH = 32  # characters of a name in the legend
 
 
 @contextmanager
 def draw(*paths: Path) -> Iterator:
-    """Yields the axes of a picture, and writes it into each path in the form of its suffix."""
-    # A notebook leaves in MPLBACKEND how it shows pictures, which its scripts cannot import.
-    # A figure that is only written needs no backend.
+    """Yields the axes of a picture, then writes it to each path, in the format of its suffix."""
+    # A notebook sets MPLBACKEND to its own backend, which scripts started there cannot import.
+    # A figure that is only written to files needs no backend.
     os.environ.pop("MPLBACKEND", None)
     import matplotlib
     from matplotlib.figure import Figure
 
-    # matplotlib's own settings, not those of the user's matplotlibrc, such as TeX for texts.
+    # matplotlib's defaults, not the user's matplotlibrc, which may use TeX for texts, say.
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         for part in COLORED:
             matplotlib.rcParams[part] = GREY
-        # Texts as they are: a split may hold $, and what is between two of them would be read
-        # as a formula.
+        # Texts are shown as they are. In a split's name a part between two $ would otherwise be
+        # read as a formula.
         matplotlib.rcParams["text.parse_math"] = False
         matplotlib.rcParams["svg.hashsalt"] = "flora"  # the same picture gives the same bytes
-        # Small, so that its texts are still read where a telephone shows it at half the size.
+        # Small, so that texts are still readable when a phone shows it at half the size.
         figure = Figure(figsize=(5.5, 3.6), layout="constrained")
         axis = figure.subplots()
         yield axis
         axis.spines[["top", "right"]].set_visible(False)
-        # Outside the axes: in them no place is free in every run.
+        # Outside the axes, because no place inside them is free in every run.
         figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
+        # Laid out once: matplotlib would do it twice for each form, which takes half of the time.
+        figure.draw_without_rendering()
+        figure.set_layout_engine(None)
         for path in paths:
             metadata = {"Date": None} if path.suffix == ".svg" else None
             with files.replacing(path) as temporary:
@@ -67,9 +69,9 @@ def draw(*paths: Path) -> Iterator:
 
 
 def draw_loss(entries: list[dict], chance: float | None, *paths: Path) -> None:
-    """Draws the losses of metrics.jsonl, with a line at the loss `chance` of guessing."""
+    """Draws the losses in metrics.jsonl, with a line at `chance`, the loss of guessing."""
     with draw(*paths) as axis:
-        # The dots are for a run so short that it has only one of them.
+        # The dots are for a run so short that its line has only one point.
         plot(axis, entries, "loss", label="training", color=COLORS[0], marker=".", markersize=3)
         splits = sorted({key for entry in entries for key in entry if key.endswith("_loss")})
         names = ends([key.removesuffix("_loss") for key in splits], NAME_LENGTH)
@@ -87,7 +89,7 @@ def draw_loss(entries: list[dict], chance: float | None, *paths: Path) -> None:
 def draw_runs(runs: dict[str, list[dict]], *paths: Path) -> None:
     """Draws the training losses of several runs, from {name: lines of metrics.jsonl}."""
     with draw(*paths) as axis:
-        # All colours with the first dashes, then all of them with the next.
+        # All colours with the first dashes, then all colours with the next dashes.
         styles = itertools.cycle(itertools.product(DASHES, COLORS))
         names = ends(list(runs), NAME_LENGTH)
         for name, entries, (dashes, color) in zip(names, runs.values(), styles):
@@ -96,22 +98,22 @@ def draw_runs(runs: dict[str, list[dict]], *paths: Path) -> None:
 
 
 def plot(axis, entries: list[dict], key: str, label: str, **style) -> None:
-    """Draws a line through those entries that have a number for the key."""
+    """Draws a line through the entries that have a number for `key`."""
     shown = [entry for entry in entries if entry.get(key) is not None]
     steps = [entry["step"] for entry in shown]
-    # A label that begins with _ would be left out of the legend.
+    # matplotlib leaves labels that begin with _ out of the legend.
     label = f" {label}" if label.startswith("_") else label
     axis.plot(steps, [entry[key] for entry in shown], label=label, **style)
 
 
 def set_axes(axis) -> None:
-    """Labels the axes. Losses of a wide range are on a logarithmic axis, others from 0 on."""
+    """Labels the axes. The loss axis is logarithmic for a wide range, otherwise it starts at 0."""
     axis.set(xlabel="step", ylabel="loss per predicted token")
     losses = [loss for line in axis.get_lines() for loss in line.get_ydata()]
     if not losses or min(losses) <= 0 or max(losses) < WIDE_RANGE * min(losses):
         axis.set_ylim(0, None)  # so that a small change does not look like a large one
         return
-    # The base's loss is so large that it would flatten all that training does after it.
+    # The base's loss may be so large that all progress after it would look flat.
     from matplotlib import ticker
 
     axis.set_yscale("log")

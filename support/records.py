@@ -1,5 +1,4 @@
-"""What a run's folder says about the run, under way or finished: for its page and its card, and
-for the comparison of several."""
+"""Reads the folder of a run, unfinished or finished, for its page and to compare several runs."""
 
 import functools
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from support.labels import LABELS
 class Record:
     """The files of a run.
 
-    results: of results.json. A run that is under way has the base's statistics alone.
+    results: from results.json. An unfinished run only has the base's statistics.
     entries: the lines of metrics.jsonl.
     """
 
@@ -30,32 +29,32 @@ class Record:
 
     @property
     def step(self) -> int:
-        """Returns the last step that metrics.jsonl has a line of."""
+        """Returns the last step with a line in metrics.jsonl, or 0."""
         return self.entries[-1]["step"] if self.entries else 0
 
     @property
     def steps(self) -> int | None:
-        """Returns how many steps the run is to take; None where an older version wrote it."""
+        """Returns how many steps the run should take, or None if an older version wrote it."""
         return self.args.get("total_steps") or self.args.get("steps")
 
     @property
     def seconds(self) -> float | None:
-        """Returns how long training took, without evaluations.
+        """Returns how long training took in seconds, without evaluations.
 
-        Returns None where an older version has written lines, be it of a part of the run.
+        Returns None if an older version has written any of the lines.
         """
         spans = [entry.get("seconds") for entry in self.entries if "loss" in entry]
         return sum(spans) if spans and None not in spans else None
 
     @property
     def memory(self) -> float | None:
-        """Returns the most memory that training took, in GiB; None where it is not known."""
+        """Returns the peak of memory in training, in GiB, or None if it is not known."""
         peaks = [entry.get("peak_memory_gib") for entry in self.entries]
         return max((peak for peak in peaks if peak is not None), default=None)
 
     @functools.cached_property
     def trained(self) -> int | None:
-        """Returns how many numbers A and B of all adapters have; None where there is no adapter."""
+        """Returns the number of parameters in all adapters, or None if there is no adapter file."""
         path = self.folder / "adapter_model.safetensors"
         if not path.is_file():
             return None
@@ -68,12 +67,12 @@ class Record:
 
     @property
     def words(self) -> list[str]:
-        """Returns what the labels 0, 1 and 2 are called in the rows of the run."""
+        """Returns the words for the labels 0, 1 and 2 in the rows of the run."""
         return words_of(self.args)
 
 
 def words_of(arguments: dict) -> list[str]:
-    """Returns the words for 0, 1 and 2 that args.json holds, or the usual ones."""
+    """Returns the words for 0, 1 and 2 in args.json, or else the usual ones."""
     words = arguments.get("label_words")
     if not isinstance(words, list) or len(words) != len(LABELS):
         return list(LABELS)
@@ -81,19 +80,19 @@ def words_of(arguments: dict) -> list[str]:
 
 
 def check_entry(entry: dict) -> None:
-    """Raises ValueError for a line of metrics.jsonl that train.py has not written.
+    """Raises ValueError for a line of metrics.jsonl that train.py cannot have written.
 
-    In those that it writes all values are numbers, or null where there is none.
+    In the lines that train.py writes, all values are numbers, or null.
     """
     if not isinstance(entry.get("step"), int):
         raise ValueError("it has no step")
     for name, value in entry.items():
         if not isinstance(value, int | float | None):
-            raise ValueError(f"its {name} is no number")
+            raise ValueError(f"its {name} is not a number")
 
 
 def read(folder: Path) -> Record:
-    """Returns what a folder holds of a run. Raises ValueError where it is none, or is damaged."""
+    """Returns the run in a folder. Raises ValueError if there is none, or if it is damaged."""
     folder = Path(folder)
     if not (folder / "args.json").is_file():
         raise ValueError(f"{folder} is not a run of train.py: it has no args.json")

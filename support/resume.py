@@ -1,16 +1,16 @@
-"""What a run resumes from: trainer.safetensors, and nothing else.
+"""The save that a run resumes from: trainer.safetensors, and nothing else.
 
-Its tensors, for adapter parameters numbered n in the order of lora_parameters:
+It contains these tensors, where n is the index of a parameter in lora_parameters:
 
     adapter.NAME                        the parameter called NAME
     optimizer.n.step                    () fp32: how often AdamW has updated parameter n
     optimizer.n.exp_avg, .exp_avg_sq    its two moments, shaped like the parameter
     random                              (processes, bytes) uint8: each process's random generators
 
-Everything else is JSON in the metadata (`State`): no pickle, which could run code. The
-order of the rows needs nothing, because it is a function of seed and step.
+Everything else is JSON in the metadata (`State`); pickle could run code. The order of the
+rows need not be saved, because it is a function of seed and step.
 
-torch takes seconds to import, so the functions that use it import it.
+torch takes seconds to import, so only the functions that use it import it.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ NAME = "trainer.safetensors"
 
 @dataclass
 class Progress:
-    """How far a run has come, and its sums since the last line of metrics.jsonl.
+    """How far a run is, and its sums since the last line of metrics.jsonl.
 
-    Rows, tokens and losses are of all processes together.
+    Rows, tokens and losses are those of all processes together.
     """
 
     step: int = 0  # optimiser steps taken
-    cut: int = 0  # prompts that --max-length has cut so far
+    cut: int = 0  # prompts cut to --max-length so far
     logged: int = 0  # the step of the last line
-    # Saved too, so that the first line after a resume is over as many steps as any other.
-    loss: float = 0.0  # sum of the steps' losses since then, each a mean over its targets
+    # Saved too, so that the first line after a resume covers as many steps as any other line.
+    loss: float = 0.0  # sum of the steps' losses since then, each a mean over its predicted ids
     rows: int = 0  # rows since then
     tokens: int = 0  # ids that the model has read since then
-    skipped: int = 0  # steps since then that changed nothing: their gradient overflowed in fp16
+    skipped: int = 0  # steps since then that were skipped: their gradient overflowed in fp16
 
     def add(self, loss: float, rows: int, tokens: int, cut: int, is_skipped: bool) -> None:
         """Counts one more step."""
@@ -61,7 +61,7 @@ class Progress:
         self.skipped += is_skipped
 
     def start_line(self) -> None:
-        """Starts the sums of the next line."""
+        """Resets the sums for the next line."""
         self.logged = self.step
         self.loss = 0.0
         self.rows = 0
@@ -69,12 +69,12 @@ class Progress:
         self.skipped = 0
 
 
-# The fields of a state that make two runs one run, and what is said where they differ.
+# The fields of a state that must be equal for a resume, and the error message if they differ.
 SAME = {
     # The order of rows depends on these two numbers.
-    "train_rows": "{run} was trained on {saved:,} rows, now there are {here:,}",
+    "train_rows": "{run} was trained on {saved:,} rows, but now there are {here:,}",
     "rows_per_step": (
-        "{run} was trained with {saved:,} rows a step, "
+        "{run} was trained with {saved:,} rows a step, but "
         "with this number of processes there are {here:,}"
     ),
     "rows_digest": (
@@ -82,28 +82,28 @@ SAME = {
     ),
     "validation_digest": (
         "the base of {run} was measured on other validation rows ({saved}, here {here}): "
-        "what was trained could not be compared with it"
+        "the adapter's results could not be compared with it"
     ),
 }
 
 
 @dataclass
 class State:
-    """All that is saved beside tensors."""
+    """Everything that is saved besides tensors."""
 
-    arguments: dict  # of train.py, as args.json holds them
-    steps: int  # that the run is to take
+    arguments: dict  # of train.py, as in args.json
+    steps: int  # how many steps the run should take
     train_rows: int  # after --limit
     rows_per_step: int  # batch size * accumulate * processes
-    rows_digest: str  # of the rows' content
-    validation_digest: str  # the same of what the base was measured on
+    rows_digest: str  # digest of the training rows
+    validation_digest: str  # digest of the validation rows, on which the base was measured
     fingerprint: dict  # what the adapter is trained over: support/fingerprint.py
     baseline: dict = field(default_factory=dict)  # statistics of the base, by split
     progress: Progress = field(default_factory=Progress)
-    scaler: dict = field(default_factory=dict)  # in fp16 the state of support/loss_scale.py's
+    scaler: dict = field(default_factory=dict)  # the state of the loss scaler in fp16, else {}
 
     def check(self, run: Path, now: State) -> None:
-        """Raises ValueError when the state `now` belongs to another run than this one."""
+        """Raises ValueError if the state `now` belongs to a different run."""
         for name, sentence in SAME.items():
             saved = getattr(self, name)
             here = getattr(now, name)
@@ -114,7 +114,7 @@ class State:
             raise ValueError(
                 f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
             )
-        # What a fingerprint of an older version lacks cannot be compared.
+        # Entries that the fingerprint of an older version lacks cannot be compared.
         for name, here in now.fingerprint.items():
             there = self.fingerprint.get(name, here)
             if there != here:
@@ -124,7 +124,7 @@ class State:
                 )
 
     def describe_resumption(self, steps: int) -> str:
-        """Returns what a run prints when it resumes from here to take `steps` in all."""
+        """Returns what a run prints when it resumes from this state towards `steps` steps."""
         text = f"resuming after step {self.progress.step:,} of {steps:,}"
         if self.progress.step == steps:
             text += ": only the evaluation is left to do"
@@ -151,36 +151,36 @@ class Saved:
     def restore(
         self, adapter: dict[str, Tensor], optimizer, scaler, process: int, device: torch.device
     ) -> None:
-        """Puts adapter, optimiser, scaler and the random generators of this process back.
+        """Restores adapter, optimiser, scaler and the random generators of this process.
 
-        Raises ValueError when what was saved does not fit them.
+        Raises ValueError if the saved values do not fit them.
         """
         import torch
 
-        # All shapes first, so that no copy fails half-way.
+        # Check all shapes first, so that no copy fails halfway.
         self.check_shapes(adapter, process)
 
-        # Copied in place, because the layers and the optimiser hold these very tensors.
+        # Copied in place, because the layers and the optimiser refer to these tensors.
         with torch.no_grad():
             for name, tensor in adapter.items():
                 tensor.copy_(self.tensors[f"adapter.{name}"])
 
-        # AdamW numbers the parameters in their order and keeps three entries for each.
+        # AdamW numbers the parameters in order and has three entries for each.
         entries = {}
         for name, tensor in self.tensors.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".")
                 entries.setdefault(int(number), {})[key] = tensor
-        # The groups hold this run's flags, such as the weight decay: they stay.
+        # The parameter groups hold this run's flags, such as the weight decay, and are kept.
         # load_state_dict moves the entries to the device of their parameters.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
         try:
-            scaler.load_state_dict(self.state.scaler)  # which does nothing but in fp16
+            scaler.load_state_dict(self.state.scaler)  # does nothing except in fp16
         except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} holds no scale of the loss ({error!r})") from None
+            raise ValueError(f"{self.path} holds no loss scale ({error!r})") from None
 
-        # Last, because nothing here may draw from the generators any more.
+        # Last, because nothing here may draw random numbers after this.
         try:
             set_random_state(self.tensors["random"][process], device)
         except (RuntimeError, TypeError) as error:
@@ -191,14 +191,14 @@ class Saved:
     def check_shapes(self, adapter: dict[str, Tensor], process: int) -> None:
         """Raises ValueError unless the tensors fit this adapter and this process."""
         expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
-        # Before step 1 the optimiser has no entries.
+        # Before the first step the optimiser has no entries.
         if any(name.startswith("optimizer.") for name in self.tensors):
             for number, tensor in enumerate(adapter.values()):
                 expected[f"optimizer.{number}.step"] = ()
                 expected[f"optimizer.{number}.exp_avg"] = tensor.shape
                 expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
-        # Its second size depends on the device and on torch: the generators check it.
+        # The second size depends on the device and on torch. set_random_state checks it.
         random = shapes.pop("random", ())  # (processes, bytes)
         if shapes != expected or len(random) != 2 or random[0] <= process:
             raise ValueError(f"{self.path} does not hold the tensors of this adapter")
@@ -216,27 +216,27 @@ def write(
     for number, entry in optimizer.state_dict()["state"].items():
         for key, value in entry.items():
             tensors[f"optimizer.{number}.{key}"] = value
-    # safetensors refuses views whose values are not one after the other.
+    # safetensors rejects tensors that are not contiguous.
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    # The metadata may hold texts only. One entry: safetensors writes several in any order,
-    # and the same run is to give the same bytes.
+    # Metadata can only hold strings. One entry, because safetensors writes several in no fixed
+    # order, and the same run should give the same bytes.
     save_file(tensors, path, {"state": json.dumps(asdict(state))})
 
 
 def load(run: Path) -> Saved:
-    """Returns what a run that has_begun has saved. Raises ValueError for a damaged file."""
+    """Returns the save of a run for which has_begun is true. Raises ValueError if it is damaged."""
     path = run / NAME
     try:
         with safe_open(path, framework="pt") as file:
-            # Copies: a tensor of the file's own keeps it mapped into memory as long as it is
-            # used, by the optimiser to the end, and Windows replaces no file that is mapped.
+            # Cloned, because a tensor from the file keeps the file mapped into memory as long as
+            # it is used, here until the end, and Windows cannot replace a mapped file.
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
             metadata = file.metadata() or {}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error})") from None
     place = f"{path}: its state"
     raw = files.parse_line(metadata.get("state", ""), place)
-    # Fields that another version has added or dropped are a TypeError of the dataclass.
+    # If another version has added or dropped fields, the dataclass raises TypeError.
     try:
         state = State(**(raw | {"progress": Progress(**raw["progress"])}))
         check_types(state)
@@ -249,7 +249,7 @@ def load(run: Path) -> Saved:
 
 
 def check_types(record: State | Progress) -> None:
-    """Raises TypeError where a field holds a value of another type than it says."""
+    """Raises TypeError if the value of a field does not have the field's type."""
     for part in fields(record):
         kind = type(getattr(record, part.name)).__name__
         if kind != part.type and (kind, part.type) != ("int", "float"):
@@ -262,10 +262,10 @@ def has_begun(run: Path) -> bool:
 
 
 def take_up(run: Path | None, state: State) -> Saved | None:
-    """Returns what a run has saved, and gives `state` its progress and its baseline.
+    """Returns what a run has saved, and copies its progress and baseline into `state`.
 
-    Returns None without a run, or before its first save. Raises ValueError where `state` is
-    that of another run.
+    Returns None without a run, or before its first save. Raises ValueError if `state` belongs
+    to a different run.
     """
     if run is None or not has_begun(run):
         return None
@@ -277,13 +277,13 @@ def take_up(run: Path | None, state: State) -> Saved | None:
 
 
 def saved_arguments(run: Path) -> dict:
-    """Returns the arguments of a run. Raises ValueError when the folder holds no run."""
+    """Returns the arguments of a run. Raises ValueError if the folder holds no run to resume."""
     if has_begun(run):
         return load(run).state.arguments
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(
             f"{run} holds a finished adapter and no {NAME}: there is nothing to resume from, "
-            "and starting again would write over the adapter"
+            "and starting again would overwrite the adapter"
         )
     if (run / "args.json").is_file():  # it was stopped before its first save
         return files.read_json(run / "args.json")
@@ -295,9 +295,9 @@ def saved_arguments(run: Path) -> dict:
 
 
 def random_state(device: torch.device) -> Tensor:
-    """Returns the state of the CPU's generator and, on a GPU, that GPU's: (bytes,) uint8.
+    """Returns the states of the CPU's generator and, for a GPU, of that GPU's: (bytes,) uint8.
 
-    Dropout draws from the generator of its device, the order of rows from neither.
+    Dropout uses the generator of its device. The order of rows uses neither.
     """
     import torch
 
@@ -308,11 +308,11 @@ def random_state(device: torch.device) -> Tensor:
 
 
 def set_random_state(state: Tensor, device: torch.device) -> None:
-    """Sets the generators to a `random_state`. A GPU's part is ignored on a CPU."""
+    """Sets the generators to a `random_state`. On a CPU, the part of a GPU is ignored."""
     import torch
 
     size = len(torch.get_rng_state())
     torch.set_rng_state(state[:size].clone())
-    # A run that was begun on a CPU has no state for a GPU: its generator stays as it is.
+    # A run that began on a CPU has no state for a GPU, whose generator is then left as it is.
     if len(state) > size and device.type == "cuda":
         torch.cuda.set_rng_state(state[size:].clone(), device)

@@ -1,4 +1,4 @@
-"""Rows as Arrow stores them: millions take little more memory than their file."""
+"""Rows in an Arrow table: even millions take little more memory than their file."""
 
 import random
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from pyarrow import compute
 
 
 class Rows:
-    """The rows of a table. Values become Python's when they are asked for.
+    """The rows of a table. Values are converted to Python on access.
 
-    rows[3] is a row as a dictionary, rows["premise"] the list of a column's values.
+    rows[3] is a row as a dictionary; rows["premise"] is a column as a list.
     """
 
     def __init__(self, table: pyarrow.Table):
@@ -38,18 +38,18 @@ class Rows:
 
 
 def essence(texts: pyarrow.Array) -> pyarrow.Array:
-    """Returns the letters and digits of texts, in small letters: by them texts are the same."""
-    # NFKC: an e with an accent may be one character or two.
+    """Returns only the letters and digits of texts, in lower case, to compare texts by."""
+    # NFKC, because an accented e may be one character or two.
     small = compute.utf8_lower(compute.utf8_normalize(texts, "NFKC"))
     return compute.replace_substring_regex(small, r"[^\pL\pM\pN]+", "")
 
 
 def cut_by_premise(rows: Rows, share: float) -> tuple[Rows, Rows]:
-    """Returns the rows without about `share` of them, and those. A premise is in one part alone.
+    """Splits off about `share` of the rows. Returns the rest, and the rows split off.
 
-    So no row of one part gives away an answer of the other. The cut depends on the rows and
-    on nothing else: runs that differ in their seeds are measured on the same rows. Raises
-    ValueError where all rows have one premise.
+    Rows with the same premise stay together, so no row in one part reveals an answer in the
+    other. The split depends only on the rows, so runs with different seeds are measured on the
+    same rows. Raises ValueError if all rows have the same premise.
     """
     premises = rows.table["premise"].dictionary_encode().unify_dictionaries().combine_chunks()
     groups = essence(premises.dictionary).dictionary_encode()
@@ -58,7 +58,7 @@ def cut_by_premise(rows: Rows, share: float) -> tuple[Rows, Rows]:
     if len(sizes) < 2:
         raise ValueError("--validation keeps a premise together, and all rows have the same")
 
-    # Premises in any order, as long as they fit into what is asked for.
+    # Premises are taken in random order, as long as their rows fit into the share.
     draw = random.Random(0)
     premises_drawn = draw.sample(range(len(sizes)), len(sizes))
     room = max(1, min(round(share * len(rows)), len(rows) - 1))
@@ -73,5 +73,5 @@ def cut_by_premise(rows: Rows, share: float) -> tuple[Rows, Rows]:
     is_taken = is_taken[premise_of_row]
     rest = Rows(rows.table.filter(pyarrow.array(~is_taken)))
     taken = Rows(rows.table.filter(pyarrow.array(is_taken)))
-    # The first of them are then as good as any, even where rows are sorted by their labels.
+    # Shuffled, so that --eval-limit takes a fair sample even if the rows are sorted by label.
     return rest, taken.select(draw.sample(range(len(taken)), len(taken)))

@@ -1,9 +1,9 @@
 """What a run reports: on the console, in metrics.jsonl, and to Weights & Biases.
 
-A line of metrics.jsonl is a JSON object with "step". A line of training also has loss,
-learning_rate, grad_norm, seconds, examples_per_second, tokens_per_second and peak_memory_gib, in
-fp16 skipped_steps too; a line of an evaluation has SPLIT_accuracy and SPLIT_loss for each split.
-What a line of training says is of the steps since the one before.
+Each line of metrics.jsonl is a JSON object with "step". A line about training also has loss,
+learning_rate, grad_norm, seconds, examples_per_second, tokens_per_second and peak_memory_gib, and
+in fp16 skipped_steps; it covers the steps since the previous one. A line about an evaluation has
+SPLIT_accuracy and SPLIT_loss for each split.
 """
 
 import argparse
@@ -38,16 +38,16 @@ from support.extras import Extras
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
 
-# How many steps a line is of, by the last step of which that holds
+# By default a line covers 1 step up to step 10, 10 steps up to step 100, then 50 steps.
 LOG_EVERY = {10: 1, 100: 10, math.inf: 50}
-# Of the time of a run, what its page may take while it grows. Each time it takes 0.3 seconds of a
-# CPU, and 0.8 with the 19,647 validation rows of MNLI.
+# The share of a run's time that updates of its page may take. Each update takes 0.3 seconds of
+# CPU time, or 0.8 with the 19,647 validation rows of MNLI.
 PAGE_SHARE = 0.01
-PAGE_AFTER = 10  # seconds: a run that ends before has its page at its end alone
+PAGE_AFTER = 10  # seconds before the first update; a shorter run only has its page at the end
 
 
 class RunLog:
-    """The log of a run in its folder. Of several processes the first alone writes.
+    """The log of a run in its folder. If there are several processes, only the first one writes.
 
     A resumed run keeps the lines of metrics.jsonl up to the step that it resumes from.
     """
@@ -57,20 +57,20 @@ class RunLog:
         self.state = state
         self.device = device
         self.folder = Path(args.out)
-        self.peak_memory = None  # of training above that of the empty process, in GiB
+        self.peak_memory = None  # the peak in training, above the empty process's, in GiB
         self.memory_before = machine.peak_memory(device, reset=True)  # bytes
-        self.started = time.perf_counter()  # of this process, not of a run that it resumes
-        self.clock = self.started  # when training began, or began again after an evaluation
-        self.seconds = 0.0  # of training since the last line, before the clock was stopped
-        self.untimed = 0  # rows since the last line that an earlier process has taken
+        self.started = time.perf_counter()  # when this process began, even if it resumes a run
+        self.clock = self.started  # when training began, or continued after an evaluation
+        self.seconds = 0.0  # of training since the last line, until the clock was stopped
+        self.untimed = 0  # rows since the last line that were trained on before the resume
         self.page_due = self.started + PAGE_AFTER
         self.file = None  # metrics.jsonl
-        self.evaluated = set()  # the steps whose evaluation was in it when it was opened
+        self.evaluated = set()  # the steps with an evaluation in metrics.jsonl when it was opened
         self.wandb_run = None  # with --wandb
         self.extras = Extras()
 
     def open(self) -> None:
-        """Writes args.json, and opens metrics.jsonl. Until then nothing in the folder changes."""
+        """Writes args.json, and opens metrics.jsonl. Before this nothing in the folder changes."""
         if not processes.IS_FIRST:
             return
         record = self.state.arguments | machine.environment(self.device)
@@ -83,14 +83,14 @@ class RunLog:
         files.write_json(self.folder / "args.json", record)
         self.untimed = self.state.progress.rows
 
-        # A new run has no baseline yet, and keeps no line of what was there before it.
+        # A new run has no baseline yet, and keeps none of the lines that were there before.
         path = self.folder / "metrics.jsonl"
         lines = []
         if self.state.baseline:
             lines = lines_up_to(path, self.state.progress.step, self.state.steps)
         self.evaluated = {line["step"] for line in lines if is_evaluation(line)}
         files.write_lines(path, lines)
-        # Line by line, so that a kill loses none and `tail -f` shows each at once.
+        # Line buffered, so that a kill loses no line and `tail -f` shows each one at once.
         self.file = open(path, "a", buffering=1, encoding="utf-8")
         if self.args.wandb:
             with self.extras.attempt("W&B"):
@@ -99,13 +99,13 @@ class RunLog:
     def lacks_evaluation(self, step: int) -> bool:
         """Returns whether metrics.jsonl had no evaluation of this step when it was opened.
 
-        Of several processes all must ask: the first knows, and tells the others.
+        All processes must call this: the first one knows, and tells the others.
         """
         return processes.gather(step not in self.evaluated)[0]
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """Lets a Ctrl-C in here say how the run goes on."""
+        """Adds the command that resumes the run to the message of a Ctrl-C in its body."""
         try:
             yield
         except KeyboardInterrupt:
@@ -115,7 +115,7 @@ class RunLog:
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say_stopped(self) -> None:
-        """Prints, and writes into report.html, after which step the run stops."""
+        """Prints after which step the run has stopped, and writes it into report.html."""
         self.say(
             f"stopped and saved after step {self.state.progress.step:,} of {self.state.steps:,}; "
             f"to resume: {commands.resume(self.folder)}"
@@ -123,12 +123,12 @@ class RunLog:
         self.write_stopped_page()
 
     def forget_results(self) -> None:
-        """Removes what a finished run says of its adapter, which the next save replaces."""
+        """Removes a finished run's files about its adapter, which the next save replaces."""
         if not (self.folder / "results.json").is_file():
             return
         predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
         pages = (*pictures.PICTURES, "report.html", "README.md")
-        pages += ("confusion.png",)  # an older version has drawn it
+        pages += ("confusion.png",)  # from older versions
         for name in (*predictions, *pages, "results.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -137,12 +137,12 @@ class RunLog:
         if not processes.IS_FIRST:
             return
         try:
-            tqdm.write(text)  # print would write into the bar
-        except OSError:  # nobody can read it any more, and the run is worth more
+            tqdm.write(text)  # print would break the bar
+        except OSError:  # the output is closed, but the run goes on
             discard_closed_outputs()
 
     def say_baseline(self) -> None:
-        """Prints what the base can do alone, and whether it has read less than there was."""
+        """Prints the accuracy of the base alone, and how many of its prompts were cut."""
         for split, statistics in self.state.baseline.items():
             if statistics["cut"]:
                 self.say(
@@ -153,24 +153,24 @@ class RunLog:
 
     def bar(self, steps: range, total: int) -> tqdm:
         """Returns a progress bar over the steps that are left of `total`."""
-        # To tqdm None means: no bar where the output is not a terminal.
+        # For tqdm, None means no bar if the output is not a terminal.
         disable = None if processes.IS_FIRST else True
         return tqdm(
             steps, "training", total, initial=steps.start, unit="step", disable=disable
         )
 
     def stop_clock(self) -> None:
-        """Counts the time until now as training's. What follows is an evaluation."""
+        """Counts the time until now as training time. Call it before an evaluation."""
         self.seconds += time.perf_counter() - self.clock
 
     def start_clock(self) -> None:
-        """Starts to measure speed and memory again, after an evaluation."""
+        """Starts measuring speed and memory, at the beginning and after an evaluation."""
         self.update_page()
         self.clock = time.perf_counter()
         machine.peak_memory(self.device, reset=True)
 
     def is_due(self, step: int) -> bool:
-        """Returns whether a step ends a line: first each, as the loss falls fast, then fewer."""
+        """Returns whether a step ends a line. Early steps do so more often by default."""
         every = self.args.log_every
         if every is None:
             every = next(every for until, every in LOG_EVERY.items() if step <= until)
@@ -186,26 +186,26 @@ class RunLog:
 
     @property
     def is_sent(self) -> bool:
-        """Returns whether there is a W&B run, and nothing has gone wrong with it yet."""
+        """Returns whether there is a W&B run, and no attempt to use it has failed."""
         return self.wandb_run is not None and "W&B" not in self.extras.failed
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
         self.stop_clock()
-        # How long the rows before a resume took is not saved, or two equal runs would save other
-        # bytes: as long as those after it.
+        # The time of rows before a resume is not saved, because then equal runs would save
+        # different bytes. They are assumed to be as fast as the rows after the resume.
         seconds = self.seconds * progress.rows / (progress.rows - self.untimed)
-        # A mean over steps: the loss of one says more about its rows than about the model.
+        # A mean over steps, because the loss of one step depends too much on its rows.
         loss = progress.loss / (progress.step - progress.logged)
         rows_per_second = progress.rows / seconds
-        # Above the empty process: the interpreter and torch take memory for any model.
+        # Above the empty process, because the interpreter and torch take memory anyway.
         if self.memory_before is not None:
             peak = (machine.peak_memory(self.device) - self.memory_before) / 2**30
             self.peak_memory = max(peak, self.peak_memory or 0)
         values = {
             "loss": loss,
             "learning_rate": rate,
-            # JSON has no number for that of a step which was skipped.
+            # JSON has no number for infinity, the norm of a skipped step.
             "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
             "seconds": seconds,
             "examples_per_second": rows_per_second,
@@ -229,7 +229,7 @@ class RunLog:
         self.clock = time.perf_counter()
 
     def write_evaluation(self, step: int, results: dict[str, dict]) -> None:
-        """Adds a line with accuracy and loss of each split."""
+        """Adds a line with the accuracy and the loss of each split."""
         values = {
             f"{split}_{key}": statistics[key]
             for split, statistics in results.items()
@@ -238,27 +238,27 @@ class RunLog:
         self.write(step, **values)
 
     def update_page(self) -> None:
-        """Writes report.html as far as the run has come, in at most PAGE_SHARE of its time."""
+        """Updates report.html, unless updates would take more than PAGE_SHARE of the time."""
         if self.file is None or time.perf_counter() < self.page_due:
             return
         started = time.perf_counter()
         before = machine.peak_memory(self.device, reset=True)
         self.write_page()
-        # What matplotlib keeps in memory is no part of training.
+        # Memory that matplotlib holds does not count as training's.
         if before is not None:
             self.memory_before += machine.peak_memory(self.device, reset=True) - before
         ended = time.perf_counter()
         self.page_due = ended + (ended - started) / PAGE_SHARE
 
     def write_page(self, stopped: tuple[int, str] | None = None) -> None:
-        """Draws the pictures, and writes report.html with those that are there."""
+        """Draws the pictures, and writes report.html with those that exist."""
         with self.extras.attempt("the pictures"):
             page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
             page.write(self.folder, stopped)
 
     def write_stopped_page(self) -> None:
-        """Writes the page once more, as one that a browser does not read again and again."""
+        """Writes the page once more, so that browsers no longer reload it."""
         if self.file is not None:
             self.write_page((self.state.progress.step, commands.resume(self.folder)))
 
@@ -270,16 +270,16 @@ class RunLog:
             files.write_lines(self.folder / f"{stage}_{split}.jsonl", rows)
 
     def finish(self, results: dict, predictions: dict[str, list[dict]], prompt: str) -> bool:
-        """Writes results.json and prints the table. Then follows what a run can do without.
+        """Writes results.json, prints the table, then does the optional parts of a run.
 
-        That is the predictions, the pictures, the page, the model card, and what --wandb and
-        --push ask for. Returns whether all of it was done.
+        These are the predictions, pictures, page and model card, and what --wandb and --push
+        ask for. Returns whether all of them succeeded.
         """
         if self.state.progress.cut:
             self.say(
                 f"{self.state.progress.cut:,} prompts were cut to --max-length "
                 f"{self.args.max_length}, at the end of their premise, and of their hypothesis "
-                "where that was not enough"
+                "if that was not enough"
             )
         try:
             files.write_json(self.folder / "results.json", results)
@@ -302,7 +302,7 @@ class RunLog:
         return not self.extras.failed
 
     def say_what_is_left(self, results: dict) -> None:
-        """Prints where the files of the run are, what has failed, and how to use the adapter."""
+        """Prints where the files are, how to repeat what failed, and how to use the adapter."""
         if "best" in results:
             kept = results["best"]
             self.say(
@@ -316,20 +316,20 @@ class RunLog:
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
         self.say(f"{named} are in {self.folder} ({duration})")
         if "the predictions" in failed:
-            self.say(f"all of them once more: {commands.resume(self.folder)}")
+            self.say(f"to write all of them again: {commands.resume(self.folder)}")
         elif "the pictures" in failed or "report.html" in failed:
             again = commands.command("scripts.report", self.folder)
-            self.say(f"pictures and report.html once more: {again}")
+            self.say(f"to make the pictures and report.html again: {again}")
         pair = ("--premise", "...", "--hypothesis", "...")
         self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
 
 
 # -----------------------------------------------------------------------------
-# The files of a run that is resumed
+# Reading the files of a run that is resumed
 
 
 def start_command(folder: Path, is_resumed: bool) -> str:
-    """Returns the command that a run was started with, also where it is resumed."""
+    """Returns the command that started a run, even if this process resumes it."""
     path = folder / "args.json"
     if is_resumed and path.is_file():
         saved = files.read_json(path).get("command")
@@ -340,9 +340,9 @@ def start_command(folder: Path, is_resumed: bool) -> str:
 
 
 def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
-    """Returns the lines of a metrics.jsonl up to `step`: later steps are taken again.
+    """Returns the lines of a metrics.jsonl up to `step`. Later steps will be repeated.
 
-    The final evaluation, at step `steps`, is left out, because it will be repeated.
+    The final evaluation, at step `steps`, is left out, because it will be repeated too.
     """
     if not path.is_file():
         return []
@@ -354,20 +354,20 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
             is_repeated = is_evaluation(line) and line["step"] >= steps
             if line["step"] <= step and not is_repeated:
                 kept.append(line)
-        except ValueError:  # cut short by a kill, or no line of ours
+        except ValueError:  # a line that was cut short by a kill, or is not ours
             continue
     return kept
 
 
 def is_evaluation(line: dict) -> bool:
-    """Returns whether a line is of an evaluation, which has SPLIT_loss and no "loss"."""
+    """Returns whether a line is about an evaluation, with SPLIT_loss instead of "loss"."""
     return "loss" not in line
 
 
 # -----------------------------------------------------------------------------
 # Weights & Biases, a library that only --wandb needs and imports
 
-# What a run is called there, and the variables by which a user decides on it
+# The names of a run there, and the environment variables with which a user can set them
 IDENTITY = {
     "id": "WANDB_RUN_ID",
     "name": "WANDB_NAME",
@@ -377,7 +377,7 @@ IDENTITY = {
 
 
 def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
-    """Returns what a run is called: as a variable says, as before its resume, or by default."""
+    """Returns a run's names: from variables, or from before a resume, or the defaults."""
     identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"}
     path = folder / "args.json"
     if is_resumed and path.is_file():
@@ -392,19 +392,19 @@ def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
 def start_wandb(folder: Path, record: dict):
     """Returns a W&B run that never asks for a key.
 
-    Without a key it is kept offline, in a folder beside the run's other files. What is no
-    option here, such as the tags, W&B takes from its variables.
+    Without a key, the W&B run is kept offline, in a folder beside the run's other files. W&B
+    takes other settings, such as tags, from its own environment variables.
     """
     import wandb
 
     options = {
         "config": record,
         "dir": os.environ.get("WANDB_DIR") or folder,
-        "resume": os.environ.get("WANDB_RESUME") or "allow",  # if there is one of this id
+        "resume": os.environ.get("WANDB_RESUME") or "allow",  # if a run with this id exists
         **record["wandb_run"],
     }
     mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":  # a user who has chosen another one has decided
+    if mode != "online":  # the user has chosen another mode
         return wandb.init(**options)
     try:
         # prompt=False: a batch job cannot type a key.

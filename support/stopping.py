@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and warnings of other kinds let a training finish its step and save."""
+"""On Ctrl-C, SIGTERM or a warning signal, a training finishes its step, saves, and stops."""
 
 import os
 import signal
@@ -6,21 +6,21 @@ import sys
 
 
 def known(*names: str) -> tuple[signal.Signals, ...]:
-    """Returns those signals that this system has. Windows lacks most of them."""
+    """Returns the signals with these names that the system has. Windows lacks most of them."""
     return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
 
 
 class StopRequest:
-    """Becomes true at the first signal that asks for an end.
+    """Becomes true at the first signal that asks the process to end.
 
-    A signal that was ignored when the process began, as nohup ignores SIGHUP, stays ignored.
+    Signals that were already ignored stay ignored, such as SIGHUP under nohup.
     """
 
-    # Ctrl-C, and what torchrun, Slurm and Docker send before they kill. The second one of
-    # them ends the process.
+    # Ctrl-C, and what torchrun, Slurm and Docker send before they kill. If one of these arrives
+    # after the first signal, it ends the process.
     ENDS = known("SIGINT", "SIGTERM")
-    # A terminal that is closed, and the warnings of Slurm and Grid Engine. They may come
-    # twice: the shell and the system both say that a terminal is closed.
+    # A closed terminal, and the warnings of Slurm and Grid Engine. These may arrive twice: the
+    # shell and the system both report a closed terminal.
     WARNS = known("SIGHUP", "SIGUSR1", "SIGUSR2")
     SIGNALS = ENDS + WARNS
 
@@ -32,25 +32,25 @@ class StopRequest:
     def receive(self, _number: int, _frame) -> None:
         if self.received:
             return
-        # Nothing is saved here: a signal may come in the middle of a step.
+        # Nothing is saved here, because a signal may arrive in the middle of a step.
         self.received = True
         for number in self.ENDS:
             listen(number, signal.default_int_handler)
         try:
-            message = "\nstopping after this step; once more ends it at once"
+            message = "\nstopping after this step; a second Ctrl-C stops at once"
             print(message, file=sys.stderr, flush=True)
         except OSError:  # the terminal is closed
             discard_closed_outputs()
-        except RuntimeError:  # the signal came while something else was printed
+        except RuntimeError:  # the signal arrived while something else was being printed
             pass
 
     def __bool__(self) -> bool:
         return self.received
 
     def release(self) -> None:
-        """Lets a signal end the process again; so does one that came after the last step.
+        """Lets signals end the process again, including one that came after the last step.
 
-        It raises KeyboardInterrupt, whichever it is, so temporary files are removed.
+        All of them raise KeyboardInterrupt, so that temporary files are removed.
         """
         for number in self.SIGNALS:
             listen(number, signal.default_int_handler)
@@ -59,18 +59,20 @@ class StopRequest:
 
 
 def listen(number: signal.Signals, handler) -> None:
-    """Makes `handler` receive a signal, unless that is ignored."""
+    """Makes `handler` receive a signal, unless the signal is ignored."""
     if signal.getsignal(number) is not signal.SIG_IGN:
         signal.signal(number, handler)
 
 
 def discard_closed_outputs() -> None:
-    """Lets what is printed go nowhere where nobody can read it: a closed terminal or pipe.
+    """Discards further output to a terminal or pipe that has been closed.
 
-    Otherwise each further line would raise an error, the last flush of Python too.
+    Otherwise each further line would raise an error, and so would Python's flush at exit.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except RuntimeError:  # a signal came while a line is printed there, which fails by itself
+            pass

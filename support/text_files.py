@@ -1,7 +1,7 @@
-"""Rows from files of text, as other tools write them: JSON, and tables with a separator.
+"""Reads rows from text files, as other tools write them: JSON, and tables with a separator.
 
 The functions take the whole text of a file and return its columns by name, as lists. All
-fields of a table are texts, or None. Raises ValueError where there are no rows to be seen.
+fields of a table are strings or None. They raise ValueError if they cannot find rows.
 """
 
 import csv
@@ -18,17 +18,17 @@ ROWS_AT_ONCE = 1000
 # -----------------------------------------------------------------------------
 # JSON
 
-# What may stand between two values. Files that were put one behind another hold marks.
+# What may be between two values. Concatenated files contain byte order marks.
 BETWEEN = re.compile("[ \t\n\r\ufeff]*")
-# What is wrong where this letter is the first that is no JSON.
+# Advice, by the first character that is not JSON.
 CURES = {
-    "'": "; a text stands in double quotes, as json.dumps writes it",
-    ",": "; no comma stands between objects, unless all are within [ ]",
+    "'": "; texts must be in double quotes, as json.dumps writes them",
+    ",": "; there is no comma between objects, unless all are within [ ]",
 }
 
 
 def read_json(text: str) -> dict[str, list]:
-    """Reads objects one after another, on a line each or on several, or what one value holds."""
+    """Reads objects that follow one another, on one line each or on several, or a single value."""
     values = json_values(text.strip())
     if len(values) == 1 and isinstance(values[0], dict):
         return columns_of_object(values[0])
@@ -39,13 +39,13 @@ def read_json(text: str) -> dict[str, list]:
 
 
 def json_values(text: str) -> list:
-    """Returns all values of a text. Raises ValueError with the line and, where known, the cure."""
+    """Returns all values in a text. Raises ValueError with the line and, if known, the cure."""
     decoder = json.JSONDecoder()
     values = []
     end = BETWEEN.match(text).end()
     try:
         while end < len(text):
-            # Over the whole text, so that an error says its line.
+            # Decoded from the whole text, so that an error gives the line.
             value, end = decoder.raw_decode(text, end)
             values.append(value)
             end = BETWEEN.match(text, end).end()
@@ -56,7 +56,7 @@ def json_values(text: str) -> list:
 
 
 def columns_of_rows(rows: list) -> dict[str, list]:
-    """Returns the columns of a list of objects, each of which is a row or has one in a field."""
+    """Returns the columns of a list of objects, each a row or an object with a row in a field."""
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
             raise ValueError(
@@ -72,7 +72,7 @@ def columns_of_rows(rows: list) -> dict[str, list]:
 
 
 def columns_of_object(value: dict) -> dict[str, list]:
-    """Returns the columns of a file's only object. It may have one of these forms:
+    """Returns the columns of an object that is the whole file, in one of these forms:
 
     {"premise": ["a", "b"], ...}                            a list for each column
     {"premise": {"0": "a", "1": "b"}, ...}                  pandas' to_json(path)
@@ -90,7 +90,7 @@ def columns_of_object(value: dict) -> dict[str, list]:
         inner = value[field]
         return columns_of_rows(inner) if isinstance(inner, list) else columns_of_object(inner)
     for kind, columns_of in ((list, columns_of_lists), (dict, columns_of_objects)):
-        # All fields are columns or rows, or those are that count.
+        # Either all fields are columns or rows, or those of this type include the usual texts.
         fields = {name: inner for name, inner in value.items() if isinstance(inner, kind)}
         if has_texts(fields) or len(fields) == len(value):
             return columns_of(fields)
@@ -98,11 +98,11 @@ def columns_of_object(value: dict) -> dict[str, list]:
 
 
 def field_of_rows(value: dict) -> str | None:
-    """Returns the name of the field of an object that holds a file's rows, if one does."""
+    """Returns the name of the field that holds a file's rows, or None if there is none."""
     if has_texts(value):
         return None
     fields = [name for name, inner in value.items() if has_usual_texts(inner)]
-    # Under other names: a list of objects. Beside usual names it may describe the columns.
+    # With unusual names: a list of objects. Beside usual names such a list may describe columns.
     fields = fields or [name for name, inner in value.items() if is_list(inner) or is_split(inner)]
     if len(fields) > 1:
         names = " and in ".join(fields)
@@ -111,7 +111,7 @@ def field_of_rows(value: dict) -> str | None:
 
 
 def has_usual_texts(value) -> bool:
-    """Returns whether a value is rows, or columns, with both texts under their usual names."""
+    """Returns whether a value is rows or columns that have both texts under usual names."""
     if isinstance(value, dict):
         columns = (name for name, inner in value.items() if isinstance(inner, (list, dict)))
         return has_texts(columns) or any(map(is_row, value.values()))
@@ -119,14 +119,14 @@ def has_usual_texts(value) -> bool:
 
 
 def is_row(value) -> bool:
-    """Returns whether a value is an object with two texts under their usual names."""
+    """Returns whether a value is an object with both texts under usual names."""
     return isinstance(value, dict) and has_texts(
         name for name, inner in value.items() if isinstance(inner, str)
     )
 
 
 def is_list(value, kind: type = dict) -> bool:
-    """Returns whether a value is a list of objects, or of another kind. An empty one is none."""
+    """Returns whether a value is a list, not empty, whose elements are all of type `kind`."""
     return isinstance(value, list) and bool(value) and all(isinstance(row, kind) for row in value)
 
 
@@ -140,17 +140,17 @@ def is_split(value) -> bool:
 
 
 def columns_of_lists(columns: dict[str, list]) -> dict[str, list]:
-    """Returns columns as they are. Raises ValueError unless all have as many values."""
+    """Returns columns unchanged. Raises ValueError unless all have the same number of values."""
     if len(set(map(len, columns.values()))) > 1:
         lengths = ", ".join(f"{name} {len(values)}" for name, values in columns.items())
-        raise ValueError(f"its columns are not of one length: {lengths}")
+        raise ValueError(f"its columns differ in length: {lengths}")
     return columns
 
 
 def columns_of_objects(objects: dict[str, dict]) -> dict[str, list]:
     """Returns the columns of objects that are columns, {row: value}, or rows, {column: value}."""
     inner_names = dict.fromkeys(itertools.chain.from_iterable(objects.values()))
-    # Under other names than the usual a table is taken to have more rows than columns.
+    # Without usual names, a table is assumed to have more rows than columns.
     are_rows = has_texts(inner_names) or len(inner_names) < len(objects)
     if are_rows and not has_texts(objects):
         return columns_of_rows(list(objects.values()))
@@ -166,19 +166,20 @@ ALL_QUOTED = re.compile(rf'(?:(?:{QUOTED.pattern}|[^"\t\n]*+)(?:\t|\r?\n|\Z))*+'
 
 
 def read_table(text: str) -> dict[str, list]:
-    """Reads a table whose separator is what its header has most of: , ; | or a tab.
+    """Reads a table. The separator is the most frequent of , ; | and tab in its header.
 
-    Between tabs a quote is a character like any other, as in GLUE's files.
+    In a table with tabs a quote is an ordinary character, as in GLUE's files, unless a
+    spreadsheet has written it.
     """
-    # Files that were put one behind another hold marks, and some for Excel begin with "sep=;".
+    # Concatenated files contain byte order marks, and some files for Excel begin with "sep=;".
     text = re.sub("\\Asep=.[\r\n]+", "", text.strip("\r\n").replace("\n\ufeff", "\n"))
     header = re.match(r"[^\r\n]*", text)[0]
     separator = max(",;|\t", key=header.count)
     if separator == "\t":
-        if "\n" not in text:  # as an old Mac, and Excel for it, ends lines
+        if "\n" not in text:  # line ends of old Macs, and of Excel for them
             text = text.replace("\r", "\n")
         lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
-        # A CR may stand for a quote behind a backslash: either gives a field a reason for quotes.
+        # A CR stands in for a quote after a backslash: both are reasons to quote a field.
         forms = (text, text.replace('\\"', "\r"))
         if not any(has_spreadsheets_quotes(form, lines) for form in forms):
             return as_columns(lines)
@@ -187,8 +188,8 @@ def read_table(text: str) -> dict[str, list]:
     except ValueError as error:
         if '\\"' not in text:
             raise
-        # As MySQL and Spark write a quote within a field: behind a backslash, and not doubled.
-        # A backslash before any other letter is a letter: it becomes two.
+        # MySQL and Spark write a quote within a field after a backslash, and do not double it. A
+        # backslash before any other character is an ordinary character, so it is doubled.
         escaped = re.sub(r'(\\["\\])|\\', lambda found: found[1] or r"\\", text)
         try:
             return as_columns(split_quoted(escaped, separator, header, escapechar="\\"))
@@ -197,12 +198,11 @@ def read_table(text: str) -> dict[str, list]:
 
 
 def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
-    """Returns whether a spreadsheet has put the quotes into a table with tabs.
+    """Returns whether the quotes in a table with tabs come from a spreadsheet.
 
-    It puts a field in quotes where it holds a quote, which is then doubled, a tab, a line
-    end or a comma, where it is empty, or it puts all texts in quotes. So all quotes have to
-    be of that kind, and one of these reasons has to be there. `lines` are the fields without
-    regard to quotes.
+    A spreadsheet quotes a field that is empty or contains a quote (which is doubled), a tab, a
+    line end or a comma, or it quotes all texts. So every quote must be of this form, and one of
+    these reasons must be present. `lines` are the fields if quotes are ordinary characters.
     """
     if '"' not in text or not ALL_QUOTED.fullmatch(text):
         return False
@@ -217,27 +217,26 @@ def has_spreadsheets_quotes(text: str, lines: list[list[str]]) -> bool:
 
 
 def is_even(lines: list[list[str]]) -> bool:
-    """Returns whether all lines have as many fields as the first."""
+    """Returns whether all lines that are not empty have as many fields as the first one."""
     return all(len(line) == len(lines[0]) for line in lines if any(line))
 
 
 def split_quoted(
     text: str, separator: str, header: str, escapechar: str | None = None
 ) -> Iterator[list[str]]:
-    """Yields the fields of each row, of which some stand in quotes. A quote in these is doubled.
+    """Yields the fields of each row. Some may be in quotes, and a quote in these is doubled.
 
-    Raises ValueError with the line where a wrong row begins.
+    Raises ValueError with the line where an invalid row begins.
     """
-    # No field is longer than the text. Python's limit is at 131,072.
+    # No field is longer than the text. Python's default limit is 131,072.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     lines = csv.reader(
-        # (A StringIO takes four bytes for each letter, and longer.)
+        # (A StringIO takes four bytes per character, and more time.)
         io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline=""),
         delimiter=separator,
         escapechar=escapechar,
         skipinitialspace=has_spaces(text, separator, header),
-        # Most quotes that are left open, which take the next rows into their field, are
-        # then errors.
+        # With strict, most unclosed quotes, which would swallow the rows after them, are errors.
         strict=True,
     )
     start = 1
@@ -247,14 +246,15 @@ def split_quoted(
             start = lines.line_num + 1
     except csv.Error as error:
         raise ValueError(
-            f"line {start}: {error}; a quote within a field in quotes is doubled"
+            f"line {start}: {error}; a quote within a field in quotes must be doubled"
         ) from None
 
 
 def has_spaces(text: str, separator: str, header: str) -> bool:
-    """Returns whether a space stands behind each separator, so that a quote after it opens a field.
+    """Returns whether a space follows each separator, so that a quote after it opens a field.
 
-    It does if the header has them, or if a row has one behind a field in quotes, or its first.
+    This is the case if the header has such spaces, or if a row has one before its first quoted
+    field, or before its second field if the first one is quoted.
     """
     if all(name[:1] == " " for name in header.split(separator)[1:]):
         return True
@@ -267,23 +267,23 @@ def has_spaces(text: str, separator: str, header: str) -> bool:
 
 
 def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
-    """Returns the columns of lines of fields, of which the first is the header.
+    """Returns the columns of lines of fields. The first line is the header.
 
-    All fields are text: 007 is not 7, and null is a word. An empty field is a missing one,
-    and so is one at the end of a row that has fewer fields than the header.
+    All fields are text: 007 is not 7, and null is a word. An empty field becomes None, and so
+    does a missing field at the end of a row.
     """
     lines = filter(any, lines)
     first = next(lines, [])
     header = list(first)
-    while header and not header[-1]:  # fields that a spreadsheet puts at the end of each line
+    while header and not header[-1]:  # empty fields that a spreadsheet adds to each line
         header.pop()
     for number, name in enumerate(header):
         if name and name in header[:number]:
             raise ValueError(f"its header has {name} twice")
-    # Where files were put one behind another the header comes again.
+    # In concatenated files the header occurs again.
     rows = of_one_length((row for row in lines if row != first), len(header))
     columns = [[] for _ in header]
-    # Some at a time: as lists of fields the rows take much more memory than as columns.
+    # Some rows at a time, because lists of fields take much more memory than columns.
     while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
         for column, fields in zip(columns, zip(*some)):
             column += [field or None for field in fields]
@@ -291,7 +291,7 @@ def as_columns(lines: Iterable[list[str]]) -> dict[str, list]:
 
 
 def of_one_length(rows: Iterable[list], length: int) -> Iterator[list]:
-    """Yields rows with as many fields as the header: empty ones at the end come, or go."""
+    """Yields rows with `length` fields each: adds empty fields at the end, or removes them."""
     for number, row in enumerate(rows):
         if len(row) != length:
             if any(row[length:]):

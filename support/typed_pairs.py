@@ -1,4 +1,4 @@
-"""Pairs of premise and hypothesis that are typed, or come in through standard input."""
+"""Pairs of premise and hypothesis from the command line or from standard input."""
 
 from collections.abc import Iterator
 from io import BufferedIOBase
@@ -8,18 +8,18 @@ from threading import Thread
 from support import files
 from support.letters import printable
 
-CHUNK = 2**20  # bytes that are read at once, where as many have come
-AHEAD = 16  # chunks that are read before they are needed
+CHUNK = 2**20  # the most bytes that are read at once
+AHEAD = 16  # how many chunks are read ahead
 
 
 def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
-    """Yields the pairs in a stream of JSON lines, `size` at a time, or as many as have come.
+    """Yields the pairs in a stream of JSON lines, `size` at a time or as many as have arrived.
 
-    So a program may write a line, wait for its answer, and write the next one. Empty lines are
-    skipped. Raises ValueError, with the line's number, for a line that is no pair, once the
-    pairs before it have been yielded.
+    So a program may write a line, wait for its answer, and write the next line. Empty lines
+    are skipped. For a line that is not a pair, raises ValueError with the line number, after
+    the pairs before it have been yielded.
     """
-    # A thread waits for the stream: Windows cannot ask a pipe whether more has come.
+    # A thread waits for the stream, because Windows cannot tell whether a pipe has more data.
     chunks = Queue(AHEAD)
     Thread(target=read_ahead, args=(stream, chunks), daemon=True).start()
     batch = []
@@ -46,16 +46,16 @@ def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
 
 
 def read_ahead(stream: BufferedIOBase, chunks: Queue) -> None:
-    """Puts the lines of a stream into a queue as they come; at its end None, or the error."""
-    # Without the buffer of a file: it would wait until it is full, and lock while it waits.
+    """Puts the lines of a stream into a queue as they arrive, and at the end None or an error."""
+    # Unbuffered, because a buffer would wait until it is full, and would hold a lock meanwhile.
     read_some = getattr(stream, "raw", stream).read
-    begun = b""  # a line whose end is still to come
+    begun = b""  # a line whose end has not arrived yet
     try:
         while chunk := read_some(CHUNK):
             *lines, begun = (begun + chunk).split(b"\n")
             chunks.put(lines)
         if chunk is None:
-            raise OSError("standard input does not wait")
+            raise OSError("standard input is in non-blocking mode")
         chunks.put([begun])
         chunks.put(None)
     except OSError as error:
@@ -63,7 +63,7 @@ def read_ahead(stream: BufferedIOBase, chunks: Queue) -> None:
 
 
 def read(line: bytes, place: str) -> list[dict]:
-    """Returns the pair in a line, or none of an empty line. Raises ValueError for another one."""
+    """Returns [pair] for a line, or [] for an empty one. Raises ValueError if it holds no pair."""
     if not line.strip():
         return []
     pair = files.parse_line(line, place)
@@ -72,7 +72,7 @@ def read(line: bytes, place: str) -> list[dict]:
 
 
 def check(pair: dict, place: str) -> None:
-    """Raises ValueError where a pair holds what no tokenizer can read."""
+    """Raises ValueError if a text is missing from a pair, or contains invalid Unicode."""
     for key in ("premise", "hypothesis"):
         if not isinstance(pair.get(key), str):
             there = printable(", ".join(pair))[:60] or "none"
@@ -80,6 +80,6 @@ def check(pair: dict, place: str) -> None:
                 f"{place} has no text as {key}: it needs premise and hypothesis; its keys are "
                 f"{there}"
             )
-        # Half of a surrogate pair, from JSON, or bytes of a command line that are no UTF-8.
+        # Half of a surrogate pair, from JSON or from command-line bytes that are not UTF-8.
         if any("\ud800" <= letter <= "\udfff" for letter in pair[key]):
             raise ValueError(f"{place} has a {key} that is not Unicode, {pair[key]!r}")

@@ -1,6 +1,6 @@
 """Uploads a run to the Hugging Face Hub: the adapter, its card and its results.
 
-No row of the data is uploaded, no path of this machine, and nothing that only --resume needs.
+It uploads no rows of the data, no paths of this machine, and nothing that only --resume needs.
 """
 
 import shutil
@@ -9,19 +9,19 @@ from pathlib import Path
 
 from support import card, commands, files, hub
 
-# What makes a directory a run that can be used by others.
+# The files that a run must have to be useful to others.
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "args.json")
-# What holds no path and no row of the data, and is copied as it is, where it is there.
+# Files without paths and rows of the data. Those that exist are copied as they are.
 COPIED = ("adapter_model.safetensors", "results.json", "metrics.jsonl", "loss.png")
-# All that may be uploaded; the first three are written anew.
+# Everything that may be uploaded. The first three are written for the upload.
 UPLOADED = ("README.md", "adapter_config.json", "args.json", *COPIED)
 
 
 def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
-    """Uploads a run into a repository and returns its address.
+    """Uploads a run to a repository and returns the repository's address.
 
-    A repository that does not exist is created. Raises ValueError when the directory holds
-    no run, when the Hub refuses or cannot be reached, and with `private` for a public one.
+    Creates the repository if it does not exist. Raises ValueError if the directory holds no
+    run, if the Hub refuses or cannot be reached, or if `private` is set and it is public.
     """
     from huggingface_hub import HfApi
 
@@ -30,14 +30,14 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
         if not (directory / name).is_file():
             raise ValueError(f"{directory} is not a run of train.py: it has no {name}")
 
-    # The upload is of a folder with what others may see, so no other file can slip in.
+    # A temporary folder with only what others may see is uploaded, so no other file can slip in.
     api = HfApi()
     with tempfile.TemporaryDirectory() as folder:
         stage(directory, repo, prompt, Path(folder))
         try:
-            # None is the owner's default, which may be private; False would be public.
+            # None means the owner's default, which may be private; False would mean public.
             api.create_repo(repo, private=private or None, exist_ok=True)
-            # One that is there already stays public where it is.
+            # A public repository that already exists stays public.
             is_public = private and not api.model_info(repo).private
             if not is_public:
                 api.upload_folder(
@@ -46,35 +46,35 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
         except hub.errors() as error:  # a refusal is an OSError, a bad card a ValueError
             raise ValueError(failure(error, directory, repo, private)) from None
     if is_public:
-        raise ValueError(f"{repo} is there already, and is public: nothing was uploaded")
+        raise ValueError(f"{repo} already exists and is public: nothing was uploaded")
     return f"{api.endpoint}/{repo}"
 
 
 def stage(directory: Path, repo: str, prompt: str, folder: Path) -> None:
-    """Fills an empty folder with what is uploaded of a run."""
+    """Fills an empty folder with the files of a run to upload."""
     for name in COPIED:
         if (directory / name).is_file():
             shutil.copy(directory / name, folder)
-    # These two hold paths of this machine, which their public versions leave out.
+    # These two contain paths of this machine, which their public versions leave out.
     files.write_json(folder / "args.json", card.public_args(directory))
     files.write_json(folder / "adapter_config.json", card.public_config(directory))
 
-    # The run's card does not know the repository, so a new one is written with its name.
+    # The run's card does not have the repository's name, so a new card is written.
     readme = directory / "README.md"
     written = card.card(directory, prompt)
     if readme.is_file() and readme.read_text(encoding="utf-8") != written:
-        shutil.copy(readme, folder)  # somebody has edited it, so it is uploaded as it is
+        shutil.copy(readme, folder)  # somebody has edited it, so it is uploaded unchanged
     else:
         text = card.card(directory, prompt, repo)
         (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def failure(error: Exception, directory: Path, repo: str, private: bool) -> str:
-    """Returns one line on a failed upload, with its cure."""
-    # The Hub's errors have several lines, the first of which says what happened.
+    """Returns a one-line message about a failed upload, with the cure."""
+    # The Hub's errors have several lines; the first one says what happened.
     lines = str(error).splitlines() or [""]
     line = f"cannot upload to {repo} ({type(error).__name__}: {lines[0][:120]}); "
-    # Without a connection there is no response, and a new token would not help.
+    # Without a connection there is no response, and then a new token would not help.
     response = getattr(error, "response", None)
     if response is not None and response.status_code in (401, 403):
         return line + (
@@ -82,6 +82,6 @@ def failure(error: Exception, directory: Path, repo: str, private: bool) -> str:
         )
     words = ["--adapter", directory, "--repo", repo]
     if private:
-        words.append("--private")  # or the next try would publish it
+        words.append("--private")  # otherwise the next attempt would publish it
     command = commands.command("scripts.push", *words)
     return line + f"{directory} is unchanged, try again with: {command}"

@@ -74,17 +74,17 @@ def tiny() -> Path:
 def wide(tmp_path_factory) -> Path:
     """A random model of phi-2's widths, saved in fp16 in two shards, as phi-2 is on the Hub.
 
-    It has two layers: all widths and the 32 heads are phi-2's, and a second layer shows what goes
-    from one to the next. A third would compute the same once more, as would more words.
+    It has one layer: all widths and the 32 heads are phi-2's. What goes from one layer to the next
+    shows in the embedded model, and more words would compute the same once more.
     """
     from transformers import PhiConfig, PhiForCausalLM
 
     torch.manual_seed(0)
     config = PhiConfig(
-        vocab_size=8192,
+        vocab_size=2048,
         hidden_size=2560,
         intermediate_size=10240,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=32,
         partial_rotary_factor=0.4,
         resid_pdrop=0.0,
@@ -101,7 +101,7 @@ def wide(tmp_path_factory) -> Path:
         if "layernorm.weight" in name:
             parameter.data.add_(1)
     directory = tmp_path_factory.mktemp("wide")
-    model.to(torch.float16).save_pretrained(directory, max_shard_size="200MB")
+    model.to(torch.float16).save_pretrained(directory, max_shard_size="100MB")
     return directory
 
 

@@ -179,7 +179,7 @@ def test_keep_best_without_evaluations_is_refused(capsys, tmp_path):
         with pytest.raises(SystemExit) as stopped:
             in_process(train, *flags, "--keep-best")
         assert stopped.value.code == 2
-        line = "error: --keep-best needs --eval-every, which says when to look; "
+        line = "error: --keep-best needs --eval-every, which says when to evaluate; "
         assert capsys.readouterr().err.startswith(line)
     assert not (tmp_path / "run").exists()
 

@@ -94,10 +94,10 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--alpha", "1e37", "must be a number of at most 1,000,000, not 1e37"),
         ("train.py", "--epochs", "1e308", "must be a number of at most 1,000,000, not 1e308"),
         ("train.py", "--learning-rate", "1e30", "must be a number of at most 1,000,000, not 1e30"),
-        ("train.py", "--targets", "q_proj,v_proj", "must be names with blanks between them, not q"),
+        ("train.py", "--targets", "q_proj,v_proj", "must be names separated by spaces, not q"),
         ("train.py", "--device", "0", "must be cpu, cuda, or one GPU such as cuda:0, not '0'"),
         ("train.py", "--device", "gpu", "must be cpu, cuda, or one GPU such as cuda:0, not 'gpu'"),
-        ("train.py", "--push", "phi-2", "'phi-2' is no repository on the Hub: owner/name"),
+        ("train.py", "--push", "phi-2", "'phi-2' is not a repository on the Hub: owner/name"),
         ("eval.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
         ("eval.py", "--max-new-tokens", "-3", "must be a whole number of at least 1, not -3"),
@@ -334,7 +334,7 @@ def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
     "content, message",
     [
         (b"--out=\xe9t\xe9\n", "an @FILE is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
-        (b"@flags\n", "an @FILE names itself"),
+        (b"@flags\n", "an @FILE includes itself"),
     ],
 )
 def test_a_file_of_flags_that_cannot_be_read_is_one_line(

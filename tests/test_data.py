@@ -151,7 +151,7 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(tmp_path):
     with pytest.raises(ValueError, match="has no tokenizer.json"):
         data.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ValueError, match="is no tokenizer that can be read") as raised:
+    with pytest.raises(ValueError, match="cannot be read as a tokenizer") as raised:
         data.load_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
 

@@ -271,7 +271,7 @@ def test_where_there_is_a_validation_split_a_line_says_that_none_is_cut(write, c
     reading = Reading(validation=0.05)
     assert len(load_examples(directory, "train", reading=reading)) == 100
     assert len(load_examples(directory, "validation", reading=reading)) == 1
-    assert capsys.readouterr().err.endswith("so --validation takes nothing of train\n")
+    assert capsys.readouterr().err.endswith("so --validation takes nothing from train\n")
 
 
 def test_a_train_split_that_cannot_be_cut_is_named(tmp_path):
@@ -520,8 +520,8 @@ def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
         ("train.jsonl.gz", gzip.compress(b"", mtime=0), "holds no rows"),
         ("train.tsv.gz", gzip.compress(b"a" * 999, mtime=0)[:-12], "cannot read"),
         ("train.jsonl.gz", b"no gzip", "cannot read"),
-        ("train.jsonl", str(ROW).encode(), "line 1 .*a text stands in double quotes"),
-        ("train.jsonl", f"{LINE},\n{LINE},\n".encode(), "line 1 .*no comma stands between objects"),
+        ("train.jsonl", str(ROW).encode(), "line 1 .*texts must be in double quotes"),
+        ("train.jsonl", f"{LINE},\n{LINE},\n".encode(), "line 1 .*no comma between objects"),
         ("train.csv", f"# mine\n{COMMAS}a,b,0\n".encode(), "row 0 .* header .its first line. 1$"),
         # The line is that in which the wrong row begins, not the last of the file.
         ("train.csv", f'{COMMAS}a,b,0\n"c,d,1\ne,f,2\n'.encode(), "line 3: .*end of data"),
@@ -567,7 +567,7 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
     """Here the file has names for its numbers, and they decide."""
     save_with_names(tmp_path / "train.parquet", ["contradiction", "neutral", "entailment"], [0, 1])
     reading = Reading(labels=("0=entailment", "1=neutral", "2=contradiction"))
-    message = "its labels are contradiction, neutral, none of those that --labels says: 0, 1, 2$"
+    message = "its labels are contradiction, neutral, none of which --labels mentions: 0, 1, 2$"
     with pytest.raises(ValueError, match=message):
         load_examples(str(tmp_path), "train", reading=reading)
 
@@ -723,7 +723,7 @@ def test_json_of_pandas(tmp_path, orient, names):
         (json.dumps(ROW), "holds no JSON object for each row: row 0 is"),
         ({"train": ROWS, "dev": ROWS}, "rows in train and in dev: write each into a file of its"),
         ({"train": COLUMNS, "dev": COLUMNS}, "rows in train and in dev: write each into a file"),
-        (COLUMNS | {"label": [0]}, "not of one length: premise 3, hypothesis 3, label 1"),
+        (COLUMNS | {"label": [0]}, "differ in length: premise 3, hypothesis 3, label 1"),
         ({"columns": list(ROW), "data": [["a", "x", 0, 1]]}, "row 0 has 4 fields, the header"),
     ],
     ids=str,
@@ -833,7 +833,7 @@ def test_dates_and_bytes_are_no_idx_and_no_genre(tmp_path):
 def test_metadata_that_do_not_give_the_names_of_labels_are_one_line(tmp_path, metadata):
     table = arrow_columns().replace_schema_metadata({"huggingface": metadata})
     pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="train.parquet: its metadata, huggingface, are not"):
+    with pytest.raises(ValueError, match="train.parquet: its huggingface metadata is not as"):
         load_examples(str(tmp_path), "train")
 
 

@@ -290,5 +290,5 @@ def test_two_arms_differ_where_no_seed_of_one_is_within_the_others():
     assert compare("high", "low") == "high is better than low (0.820 and 0.743)"
     assert compare("low", "high").startswith("low is worse than high (0.743 and 0.820")
     assert compare("high", "between").startswith("high and between do not differ by more than")
-    assert compare("high", "low", "X", "better").endswith("), as X has it")
-    assert compare("high", "low", "X", "equal").endswith("); in X they are equal")
+    assert compare("high", "low", "X", "better").endswith("), as X finds")
+    assert compare("high", "low", "X", "equal").endswith("); X finds them equal")

@@ -59,7 +59,7 @@ def test_an_error_while_writing_leaves_the_old_file_and_nothing_else(tmp_path, e
 def test_a_full_disk_is_one_line_that_names_the_file_which_stays_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"a": 1})
-    message = f"cannot write {path}: File too large; what was saved before is as it was"
+    message = f"cannot write {path}: File too large; what was saved before is unchanged"
     with full_disk(1000), pytest.raises(OSError) as raised:
         files.write_json(path, {"a": "x" * 2000})
     assert str(raised.value) == message
@@ -165,7 +165,7 @@ def test_a_line_that_is_no_object_is_named(tmp_path, content, message):
 
 
 def test_missing_lines_are_named(tmp_path):
-    with pytest.raises(ValueError, match="rows.jsonl is not there"):
+    with pytest.raises(ValueError, match="rows.jsonl does not exist"):
         files.read_lines(tmp_path / "rows.jsonl")
 
 

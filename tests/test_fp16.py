@@ -208,7 +208,7 @@ def test_a_run_of_a_version_without_fp16_resumes(tmp_path):
 def test_a_scale_that_is_none_is_refused(tmp_path, scale):
     saved = saved_run(tmp_path, lambda raw: raw["scaler"].update(scale=scale))
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="trainer.safetensors holds no scale of the loss"):
+    with pytest.raises(ValueError, match="trainer.safetensors holds no loss scale"):
         saved.restore({}, optimizer, loss_scale.new_scaler("fp16", CPU), 0, CPU)
 
 

@@ -198,7 +198,7 @@ def test_what_has_no_effect_in_peft_has_none_here(tiny, tmp_path, options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank_pattern": {"v_proj": 2}}, "layers with a rank of their own are not supported"),
+        ({"rank_pattern": {"v_proj": 2}}, "layers with different ranks are not supported"),
         ({"target_modules": ["q_proj", "lm_head"]}, "unknown .*lm_head"),
         ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "exclude_modules = .*not supported"),
     ],
@@ -488,7 +488,7 @@ def test_a_target_that_matches_nothing_lists_the_names(tiny):
     with pytest.raises(ValueError, match="no linear layer .* matches"):
         lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets=("proj",)))
     # A text alone is an expression for a whole path.
-    with pytest.raises(ValueError, match=r"as a whole path matches \['layers.0'\]"):
+    with pytest.raises(ValueError, match=r"has a whole path that matches \['layers.0'\]"):
         lora.inject(ours(tiny, torch.float32), lora.LoRAConfig(targets="layers.0"))
 
 

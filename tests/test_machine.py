@@ -86,7 +86,7 @@ def test_a_dtype_that_a_device_emulates_is_said(gpus, cpu, capsys, device, dtype
     """As that of an adapter, or of a run that is resumed, from another machine."""
     cli.train_arguments(["--model", "tiny/model", "--device", device, "--dtype", dtype])
     fast = fast or {"AVX2": "fp32", "bf16": "bf16"}[cpu]
-    line = f"{device} has no instructions for {dtype}: the results are right, but slower to come"
+    line = f"{device} has no instructions for {dtype}: the results are right, but come more slowly"
     assert capsys.readouterr().err == f"{line} than with --dtype {fast}\n"
 
 

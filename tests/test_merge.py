@@ -70,7 +70,7 @@ def test_an_adapter_that_does_not_say_nf4_is_merged_into_16_bits(run, tiny, tmp_
         command = ("-m", "scripts.merge", "--adapter", adapter, "--dtype", "fp32", "--out", out)
         done = script(*command)
         assert done.returncode == 0, done.stderr
-        assert ("as the NF4 indices say" in done.stdout) == is_nf4
+        assert ("dequantised from NF4" in done.stdout) == is_nf4
     base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     expected = PeftModel.from_pretrained(base, pefts).merge_and_unload().state_dict()
     merged = load_file(tmp_path / "merged pefts" / "model.safetensors")
@@ -248,7 +248,7 @@ def test_merge_says_what_it_cost(run, tmp_path, capsys):
 
     for path in [*cost["layers"], "mean", "worst"]:
         assert f"  {path.removeprefix('model.')} " in printed
-    assert "W as the NF4 indices say, stored in fp32" in printed
+    assert "W dequantised from NF4, stored in fp32" in printed
     assert all(len(line) <= 79 for line in printed.splitlines()[:-1])
 
 
@@ -325,7 +325,7 @@ def test_merging_into_nf4_is_refused_with_the_reason_unless_asked_for(run, tmp_p
     in_process(merge, *command, "--requantize")
     assert "requantising has erased" in capsys.readouterr().out
     assert read_json(out / "merge.json")["requantized"]
-    with pytest.raises(SystemExit, match="is there already"):
+    with pytest.raises(SystemExit, match="exists already"):
         in_process(merge, *command, "--requantize")
 
 

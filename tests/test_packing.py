@@ -239,13 +239,12 @@ def test_rows_may_go_on_in_another_order_as_long_as_there_is_room(tiny):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_recorded_step_of_generation_gives_what_a_new_step_gives(tiny, quantization):
+def test_a_recorded_step_of_generation_gives_what_a_new_step_gives(tiny):
     """A CUDA graph does the same operations with the same tensors again, and nothing of Python's.
 
     So does what make_fx records, on a CPU.
     """
-    mine = with_random_adapters(ours(tiny, torch.float32, quantization)).eval()
+    mine = with_random_adapters(ours(tiny, torch.float32, "nf4")).eval()
 
     def begun() -> packing.Decoder:
         rows = packing.PackedRows([2, 1], prefix_length=2, room=4)
@@ -386,11 +385,15 @@ def test_few_steps_of_a_batch_are_recorded_however_its_rows_end(rows, recordings
 
 def test_a_row_without_that_many_tokens_is_an_error(tiny):
     mine = ours(tiny, torch.float32)
-    with pytest.raises(ValueError, match="a row of 1 tokens has no last 2"):
+    with pytest.raises(ValueError, match="a row has 1 tokens, fewer than the last 2"):
         mine(torch.tensor([5, 6, 7]), packing.PackedRows([2, 1]), last=2)
 
 
-@pytest.fixture(scope="module", params=[8, packing.ROWS_AT_ONCE + 5], ids=["few rows", "many rows"])
+A_FEW = 8
+A_LOT = packing.ROWS_AT_ONCE + 5  # rows, of which a CPU takes that many at once
+
+
+@pytest.fixture(scope="module", params=[A_FEW, A_LOT], ids=["few rows", "many rows"])
 def encoded(tiny, request):
     """Rows of tiny/data, of different lengths."""
     tokenizer = data.load_tokenizer(tiny)
@@ -414,8 +417,19 @@ def adapter_gradients(model: phi2.Phi2, batch: data.Batch) -> tuple[float, list[
     return loss.item(), list(torch.autograd.grad(loss, parameters))
 
 
-@pytest.mark.parametrize("recomputed", [None, "attention", "blocks"])
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+# Each value at least twice, and in one part of rows and in several all that is recomputed.
+@pytest.mark.parametrize(
+    "encoded, quantization, recomputed",
+    [
+        (A_FEW, "none", None),
+        (A_FEW, "nf4", "attention"),
+        (A_FEW, "none", "blocks"),
+        (A_LOT, "nf4", None),
+        (A_LOT, "none", "attention"),
+        (A_LOT, "nf4", "blocks"),
+    ],
+    indirect=["encoded"],
+)
 def test_the_shared_prefix_gives_the_gradients_of_whole_prompts(
     tiny, encoded, prefix, quantization, recomputed
 ):
@@ -444,7 +458,10 @@ def test_a_shared_prefix_gives_the_gradients_of_the_base_too(tiny, encoded, pref
 
 
 @pytest.mark.parametrize("recomputed, most_kept", [("attention", 0.75), ("blocks", 0.4)])
-@pytest.mark.parametrize("loss", ["answer", "full"])
+# In several parts of rows behind a shared prefix, and in one part without it.
+@pytest.mark.parametrize(
+    "encoded, loss", [(A_LOT, "answer"), (A_FEW, "full")], indirect=["encoded"]
+)
 def test_checkpointing_recomputes_the_same_gradients_and_keeps_less(
     tiny, encoded, prefix, loss, recomputed, most_kept
 ):
@@ -524,12 +541,11 @@ def test_a_step_runs_the_ids_of_its_rows_and_one_prefix(tiny, prefix, size):
     not (SHARED / "mnli").is_dir() or not (SHARED / "phi-2-tokenizer").is_dir(),
     reason="../shared/mnli and ../shared/phi-2-tokenizer are not there",
 )
-@pytest.mark.parametrize("size", [16, 128])
-def test_shared_mnli_a_step_runs_the_ids_of_its_rows_and_one_prefix(tiny, size):
+def test_shared_mnli_a_step_runs_the_ids_of_its_rows_and_one_prefix(tiny):
     """Rows as phi-2's tokenizer cuts them. Their ids are folded into the small vocabulary."""
     tokenizer = data.load_tokenizer(SHARED / "phi-2-tokenizer")
     prefix_ids, _, _ = data.fixed_ids(tokenizer)
-    rows = next(data.rows_of_steps(load_examples(str(SHARED / "mnli"), "train"), size, seed=0))
+    rows = next(data.rows_of_steps(load_examples(str(SHARED / "mnli"), "train"), 64, seed=0))
     encoded = []
     for row in rows:
         prompt, answer = data.encode(row, tokenizer)
@@ -576,8 +592,11 @@ def prone_to_end(model: phi2.Phi2) -> phi2.Phi2:
     return model
 
 
-@LENGTHS
-@pytest.mark.parametrize("prefix_length", [0, 5])
+@pytest.mark.parametrize(
+    "lengths, prefix_length",
+    [(FEW, 0), (FEW, 5), (MANY, 5)],
+    ids=["few rows", "few rows behind a prefix", "many rows behind a prefix"],
+)
 def test_generation_is_the_slow_generation_without_a_cache(tiny, lengths, prefix_length):
     mine = prone_to_end(ours(tiny, torch.float32))
     (prefix,) = drawn_ids([prefix_length], seed=1)
@@ -590,8 +609,11 @@ def test_generation_is_the_slow_generation_without_a_cache(tiny, lengths, prefix
     assert generate(mine, prompts, prefix, 1) == [completion[:1] for completion in expected]
 
 
-@pytest.mark.parametrize("stems", [1, 4], ids=["few rows", "many rows"])
-@pytest.mark.parametrize("prefix_length", [0, 5])
+@pytest.mark.parametrize(
+    "stems, prefix_length",
+    [(1, 0), (4, 5)],
+    ids=["few rows", "many rows behind a prefix"],
+)
 def test_generation_of_rows_that_begin_alike_is_the_slow_one(tiny, stems, prefix_length):
     mine = prone_to_end(ours(tiny, torch.float32))
     (prefix,) = drawn_ids([prefix_length], seed=1)
@@ -634,25 +656,28 @@ def test_greedy_completions_of_200_prompts_are_those_of_transformers(tiny):
     prompts = drawn_ids(lengths) + [data.encode(example, tokenizer)[0] for example in examples]
     found = generate(mine, prompts, [], new_tokens)
 
-    # transformers wants the prompts padded on the left.
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    texts = theirs.generate(
-        ids,
-        attention_mask=mask,
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        suppress_tokens=list(range(VOCABULARY, 1024)),
-    )
-    for completion, text in zip(found, texts[:, width:].tolist()):
-        assert completion == text[: len(completion)]
-        assert len(completion) == new_tokens or completion[-1] == EOS
+    # transformers wants the prompts padded on the left. Those of like lengths need least of it.
+    pairs = sorted(zip(prompts, found), key=lambda pair: len(pair[0]))
+    for start in range(0, len(pairs), 50):
+        batch = pairs[start : start + 50]
+        width = len(batch[-1][0])
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, (prompt, _) in enumerate(batch):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        texts = theirs.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=EOS,
+            pad_token_id=EOS,
+            suppress_tokens=list(range(VOCABULARY, 1024)),
+        )
+        for (_, completion), text in zip(batch, texts[:, width:].tolist(), strict=True):
+            assert completion == text[: len(completion)]
+            assert len(completion) == new_tokens or completion[-1] == EOS
     assert len({tuple(row) for row in found}) > 20, "the completions must differ"
 
 

@@ -256,12 +256,12 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     "name, content, message",
     [
         ("predictions_validation_matched.jsonl", '{"idx": 0}\n', "line 1: not a prediction"),
-        ("predictions_validation_matched.jsonl", None, "is not there"),
+        ("predictions_validation_matched.jsonl", None, "does not exist"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "line 2 is not JSON"),
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
         ("metrics.jsonl", "{}\n", "line 1: it has no step"),
-        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: its loss is no number"),
+        ("metrics.jsonl", '{"step": 1, "loss": "x"}\n', "line 1: its loss is not a number"),
     ],
 )
 def test_a_damaged_run_is_one_line(copy, capsys, name, content, message):

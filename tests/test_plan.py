@@ -79,7 +79,7 @@ def test_the_plan_is_what_the_allocator_gives_out(tiny, tokenizer, rows, flags):
     measured = measure(lambda: train.batch_loss(model.train(), batch).backward())
 
     assert planned["base weights"] == weights
-    in_a_step = ("logits", "activations", "passing, at the peak")
+    in_a_step = ("logits", "activations", "temporary, at the peak")
     assert sum(planned[name] for name in in_a_step) == pytest.approx(measured, rel=0.02)
 
 
@@ -124,7 +124,7 @@ def check_sum(printed: str) -> float:
     lines = printed.splitlines()[1:]
     names = [line[:32].rstrip() for line in lines]
     end = names.index("sum") + 1
-    assert names[end - 3 : end] == ["activations", "passing, at the peak", "sum"]
+    assert names[end - 3 : end] == ["activations", "temporary, at the peak", "sum"]
     assert names[end].startswith("evaluation, ")
     lines = lines[:end]
     counts = [float(line[32:].removesuffix("MiB").replace(",", "")) for line in lines]

@@ -18,7 +18,7 @@ RUN = (
     "--model", "tiny/model",
     "--dataset", "tiny/data",
     "--limit", 97,
-    "--eval-limit", 25,
+    "--eval-limit", 13,
     "--max-new-tokens", 3,
     "--learning-rate", 1e-3,
     "--dtype", "fp32",
@@ -28,7 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # as torchrun sets it: the same sums in t
 TWO_RANKS = ("--nproc-per-node", 2)
 TORCHRUN = ("-m", "torch.distributed.run")
 # torchrun then forks the processes, which import nothing again. Without it each is a new Python,
-# as in the tests in which one dies.
+# as in the first test in which one dies.
 FORKED = ("--run-path", "--start-method", "fork")
 
 
@@ -67,12 +67,12 @@ def read_rows(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The same run by one process and by two: 26 steps of 8 rows, of which the 13th has one row.
+    """The same run by one process and by two: 14 steps of 8 rows, of which the 13th has one row.
 
     Returns both folders, and what the two processes printed.
     """
     folder = tmp_path_factory.mktemp("pair")
-    command = ("train.py", *RUN, "--dropout", 0, "--steps", 26, "--eval-every", 10, "--keep-best")
+    command = ("train.py", *RUN, "--dropout", 0, "--steps", 14, "--eval-every", 7, "--keep-best")
     alone = script(*command, "--batch-size", 8, "--out", folder / "one", env=ONE_THREAD)
     assert alone.returncode == 0, alone.stderr
     done = torchrun(*command, "--batch-size", 4, "--out", folder / "two")
@@ -135,7 +135,7 @@ def test_two_processes_train_and_answer_as_one_does(pair):
     for split in ("validation_matched", "validation_mismatched"):
         rows = read_rows(two / f"predictions_{split}.jsonl")
         expected_rows = read_rows(one / f"predictions_{split}.jsonl")
-        assert len(rows) == len(expected_rows) == 25
+        assert len(rows) == len(expected_rows) == 13
         for row, expected_row in zip(rows, expected_rows):
             for key in ("idx", "prompt", "completion", "prediction"):
                 assert row[key] == expected_row[key]
@@ -174,7 +174,7 @@ def test_the_first_process_alone_prints_and_writes(pair):
 
 def test_eval_on_two_processes_counts_every_row_once(pair, tmp_path):
     one, _, _ = pair
-    command = ("eval.py", "--adapter", one, "--limit", 25)
+    command = ("eval.py", "--adapter", one, "--limit", 13)
     alone = script(*command, "--out", tmp_path / "one", env=ONE_THREAD)
     assert alone.returncode == 0, alone.stderr
     done = torchrun(*command, "--out", tmp_path / "two")
@@ -185,7 +185,7 @@ def test_eval_on_two_processes_counts_every_row_once(pair, tmp_path):
     for name in ("one", "two"):
         results = read_json(tmp_path / name / "results.json")
         statistics[name] = results["finetuned"]["validation_matched"]
-    assert statistics["one"]["n"] == 25
+    assert statistics["one"]["n"] == 13
     for key in ("n", "correct", "unparsed"):
         assert statistics["two"][key] == statistics["one"][key]
 
@@ -205,8 +205,9 @@ def test_another_number_of_processes_would_be_another_run(pair):
 def test_a_process_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_resumed(tmp_path):
     out = tmp_path / "run"
     agent = start_training(
-        *RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--out", out
-    )
+        *RUN, "--steps", 2000, "--batch-size", 4, "--save-every", 2, "--eval-limit", 2,
+        "--out", out,
+    )  # fmt: skip
     kill_second_process(agent, out, 2)
     # Within a minute on a quiet machine. Ranks that wait for a dead one would take ten.
     _, errors = agent.communicate(timeout=500)
@@ -222,12 +223,12 @@ def test_a_process_that_dies_ends_the_run_within_a_minute_and_the_last_save_is_r
 
 def test_a_run_that_torchrun_starts_again_ends_with_the_same_adapter(tmp_path):
     """With dropout, which each process draws from a state of its own."""
-    command = (*RUN, "--steps", 30, "--batch-size", 2, "--save-every", 3)
+    command = (*RUN, "--steps", 20, "--batch-size", 2, "--save-every", 2, "--eval-limit", 2)
     whole = torchrun("train.py", *command, "--out", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
     out = tmp_path / "run"
-    agent = start_training(*command, "--out", out, options=("--max-restarts", "1"))
-    kill_second_process(agent, out, 6)
+    agent = start_training(*command, "--out", out, options=(*FORKED, "--max-restarts", "1"))
+    kill_second_process(agent, out, 4)
     output, errors = agent.communicate(timeout=600)
     assert agent.returncode == 0, errors
     assert "resuming after step" in output

@@ -48,8 +48,8 @@ def test_everything_agrees_here(report):
     lines = read_json(report)["lines"]
     states = {line["what"]: line["status"] for line in lines if line["status"] != "ok"}
     assert states == {
-        "CUDA graphs": "skipped: no graphs here",
-        selftest.PEAK: "skipped: only a GPU's allocator tells it",
+        "CUDA graphs": "skipped: only CUDA has graphs",
+        selftest.PEAK: "skipped: only a GPU's allocator reports it",
     }
     compared = [line for line in lines if line["bound"] is not None]
     # NF4's three, attention in two ways, and four results of tiny/ with NF4 and without.
@@ -80,7 +80,7 @@ def test_the_file_gives_the_rows_of_the_table_by_machine(report, capsys):
 
 
 def test_a_file_of_another_kind_is_one_line():
-    with pytest.raises(SystemExit, match="config.json is not what scripts.selftest has written"):
+    with pytest.raises(SystemExit, match="config.json was not written by scripts.selftest"):
         in_process(selftest, "--row", "tiny/model/config.json")
 
 

@@ -448,11 +448,11 @@ def test_a_hypothesis_that_is_too_long_alone_is_trained_on_and_counted(tmp_path,
     folder = tmp_path / "data"
     folder.mkdir()
     rows = list(load_examples("tiny/data", "train", 8))
-    rows[2] |= {"hypothesis": "Anna bought a flower. " * 200}
+    rows[2] |= {"hypothesis": "Anna bought a flower. " * 30}
     for split in ("train", "dev"):
         files.write_lines(folder / f"{split}.jsonl", rows)
-    flags = ["--epochs", 2, "--batch-size", 4, *SHORT, "--out", tmp_path / "run"]
-    in_process(train, *TINY, *flags, "--dataset", folder)
+    flags = ["--epochs", 2, "--batch-size", 4, *SHORT, "--max-length", 128]
+    in_process(train, *TINY, *flags, "--dataset", folder, "--out", tmp_path / "run")
     results = read_json(tmp_path / "run" / "results.json")
     assert results["rows"]["train"]["cut"] == 2
     assert results["baseline"]["validation"]["cut"] == 1

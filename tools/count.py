@@ -1,18 +1,18 @@
-"""Counts what a GPU would do, on a machine without one: launches, waits, bytes, FLOPs, memory.
+"""Counts what a GPU would do, without one: launches, waits, bytes, FLOPs, memory.
 
     python -m tools.count train.py --model tiny/model --dataset tiny/data --steps 3
     python -m tools.count                                    # phi-2 at full size, task by task
-    python -m tools.count --random-phi-2 4 --json new.json   # of 4 layers, to compare two commits
+    python -m tools.count --random-phi-2 4 --json new.json   # with 4 layers, to compare commits
 
-Tensors on the GPU are fake: they have a shape, a type and a device, and no content. Every operation
-on one is noted. So a script runs to its end, an operation on tensors of two devices is an error as
-on a GPU, and what would wait for the GPU shows. It needs a torch without CUDA, and g++ for
+Tensors on the GPU are fake: they have a shape, a dtype and a device, but no content. Every
+operation on them is recorded, and every wait for the GPU. A script runs to its end. An operation on
+tensors of two devices is an error, as on a GPU. This needs a torch without CUDA, and g++ to compile
 fake_gpu.cpp.
 
 The milliseconds are a model, not a measurement. An operation takes the longest of its arithmetic at
-three quarters of the peak, its bytes at the bandwidth, and 2 microseconds for each launch; the CPU
-takes 4 microseconds to give a launch. What is read twice counts twice, as if a GPU had no cache. A
-model says which of two designs is cheaper, and by about how much.
+three quarters of the peak, its bytes at the bandwidth, and 2 microseconds for each launch. The CPU
+takes 4 microseconds to issue a launch. What is read twice counts twice, as if a GPU had no cache.
+The model says which of two designs is cheaper, and by about how much.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/count.py`
 
-from tools import fake_gpu  # noqa: F401  (before torch, which then takes it for a GPU)
+from tools import fake_gpu  # noqa: F401  (before torch, which then finds a GPU)
 
 # isort: split
 import torch
@@ -53,12 +53,12 @@ from tiny import mnli_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# An H100: FLOP/s of bf16 products and of fp32 ones without TF32, bytes a second.
+# An H100: FLOP/s of products in bf16, and in fp32 without TF32; bytes per second.
 PEAK = 790e12 * 0.75
 PEAK_FP32 = 40e12
 BANDWIDTH = 3.35e12
-LAUNCH = 2e-6  # seconds that the shortest kernel takes
-CPU_LAUNCH = 4e-6  # seconds that the CPU takes for a launch
+LAUNCH = 2e-6  # seconds of the shortest kernel
+CPU_LAUNCH = 4e-6  # seconds that the CPU takes to issue a launch
 
 # Operations that launch nothing, and those that launch several kernels.
 FREE = set(
@@ -77,10 +77,10 @@ LAUNCHES = {
     "index_put": 8,
     "index_put_": 8,
 }
-# Operations that read as much as they write, and no more of a larger tensor.
+# Operations that read only as much as they write, even from a larger tensor.
 GATHERS = ("cat", "embedding", "gather", "index", "index_select")
 FILLS = set("arange fill_ full new_zeros ones ones_like zero_ zeros zeros_like".split())
-BY_CONTENT = ("nonzero", "masked_select", "unique", "_unique2")  # the result's shape depends on it
+BY_CONTENT = ("nonzero", "masked_select", "unique", "_unique2")  # their shapes depend on content
 
 
 @dataclass
@@ -97,9 +97,9 @@ class Operation:
 
 
 class FakeGraph:
-    """Stands for torch.cuda.CUDAGraph: one launch for the CPU, all that it holds for the GPU.
+    """Replaces torch.cuda.CUDAGraph: one launch for the CPU, all recorded operations for the GPU.
 
-    As on a GPU, what makes the CPU wait or copy cannot be recorded.
+    As on a GPU, a wait or a copy from the CPU cannot be recorded.
     """
 
     gpu: "FakeGpu"  # install() sets it
@@ -110,7 +110,7 @@ class FakeGraph:
 
     @contextmanager
     def record(self, **options) -> Iterator[None]:
-        """Stands for torch.cuda.graph."""
+        """Replaces torch.cuda.graph."""
         before = len(self.gpu.operations)
         self.gpu.is_recording = True
         yield
@@ -134,17 +134,19 @@ class FakeGraph:
 
 
 class FakeMode(FakeTensorMode):
-    avoid_device_init = True  # whatever torch.cuda.is_available says
+    avoid_device_init = True  # whatever torch.cuda.is_available returns
 
 
 class FakeGpu(TorchDispatchMode):
-    """While it is on, tensors on "cuda" are fake, and what is done with them is noted.
+    """While this mode is on, tensors on "cuda" are fake, and operations on them are recorded.
 
-    operations: in their order. waits: how often which line waits for the GPU. bytes: those
-    that are alive, and the most there have been. What the CPU reads of the GPU is True, 0,
-    or a probability of 0.5; in fp64, in which processes.total adds, 0.
-    `capability` and `memory`, in bytes, are the card's. Where no memory is left, an operation
-    raises what it raises on a GPU.
+    operations: the operations, in order.
+    waits: how often each line of the project waits for the GPU.
+    bytes: the bytes in use, and their peak.
+
+    When the CPU reads from the GPU it gets True, 0, or a probability of 0.5; in fp64, in which
+    processes.total adds, it gets 0. `capability` and `memory` (in bytes) are the card's. When no
+    memory is left, an operation raises the error that it raises on a GPU.
     """
 
     def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30):
@@ -168,10 +170,10 @@ class FakeGpu(TorchDispatchMode):
         if not call.is_on_gpu():
             return function(*args, **call.kwargs)
         if self.is_recording and (call.is_read_by_the_cpu() or call.is_copy_to_the_gpu()):
-            # (No RuntimeError: after one phi2.py would go on without a graph.)
+            # (Not a RuntimeError, after which generation would continue without a graph.)
             raise AssertionError(f"{function} cannot be in a CUDA graph: {caller()}")
         if call.is_read_by_the_cpu():
-            self.wait("the GPU is read")
+            self.wait("a read from the GPU")
             return stand_in(call)
         if call.copies_and_waits():
             self.wait("a copy to the GPU")
@@ -208,7 +210,7 @@ def caller() -> str:
 
 @dataclass
 class Call:
-    """An operator of torch, what it is given, and what it has returned."""
+    """A call of one of torch's operators: its arguments and its result."""
 
     function: torch._ops.OpOverload
     args: tuple
@@ -232,7 +234,7 @@ class Call:
         return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
 
     def device(self) -> str | None:
-        """Returns the kind of device that a result is asked for on."""
+        """Returns the type of the device that the call asks for, if any."""
         device = self.kwargs.get("device")
         return torch.device(device).type if device is not None else None
 
@@ -252,7 +254,7 @@ class Call:
         return is_index and any(tensor.dim() for tensor in self.from_cpu())
 
     def copies_and_waits(self) -> bool:
-        """Without non_blocking the CPU waits until its tensor is there."""
+        """Returns whether this is a copy to the GPU for which the CPU waits."""
         can_go_on = self.name() in ("_to_copy", "copy_") and (
             self.kwargs.get("non_blocking") or True in self.args[2:]
         )
@@ -266,7 +268,7 @@ class Call:
 
 
 def stand_in(call: Call) -> Tensor | int | bool:
-    """Returns what the CPU reads of a tensor without content."""
+    """Returns what the CPU gets when it reads a tensor without content."""
     source = call.args[0]
     if call.name() == "_local_scalar_dense":
         return True if source.dtype is torch.bool else 0
@@ -277,7 +279,7 @@ def stand_in(call: Call) -> Tensor | int | bool:
 
 
 def size_of(tensor: Tensor) -> int:
-    """Returns the bytes that a kernel reads of a tensor: an expanded dimension counts once."""
+    """Returns the bytes that a kernel reads from a tensor. An expanded dimension counts once."""
     count = 1
     for length, stride in zip(tensor.shape, tensor.stride()):
         count *= length if stride else 1
@@ -298,7 +300,7 @@ def cost(call: Call) -> Operation:
 
     launches = LAUNCHES.get(name, 1)
     if name.startswith(("_foreach", "_fused_adam")):
-        launches = math.ceil(len(call.args[0]) / 30)  # that many tensors are done at once
+        launches = math.ceil(len(call.args[0]) / 30)  # one launch handles that many tensors
     flops = 0
     packet = call.function._overloadpacket
     if packet in flop_registry:
@@ -308,13 +310,13 @@ def cost(call: Call) -> Operation:
 
 
 # -----------------------------------------------------------------------------
-# What torch, phi2.py and machine.py ask of a GPU beside operations
+# What torch, phi2.py and machine.py ask a GPU, besides operations
 
-LOWER_RIGHT = "lower right"  # in the place of a mask, for packing.causal_lower_right
+LOWER_RIGHT = "lower right"  # stands for the mask that packing.causal_lower_right makes
 
 
 def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
-    """Stands for F.scaled_dot_product_attention: the kernel that torch takes on a GPU."""
+    """Replaces F.scaled_dot_product_attention by the kernel that torch takes on a GPU."""
     if attn_mask is LOWER_RIGHT:
         attn_mask = None
         is_causal = True
@@ -324,7 +326,7 @@ def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
         return kernel(q, k, v, 0.0, is_causal, scale=scale)[0]
     if attn_mask is not None:
         width = attn_mask.shape[-1]
-        if width % 16:  # the kernel wants rows that begin at multiples of 16
+        if width % 16:  # the kernel needs rows that begin at multiples of 16
             attn_mask = F.pad(attn_mask, (0, -width % 16))[..., :width]
         attn_mask = attn_mask.expand(*q.shape[:3], width)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -333,9 +335,9 @@ def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
 
 
 def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns a function that counts as one launch, as what torch.compile makes of it.
+    """Returns `function`, counted as one launch, like the kernel that torch.compile makes of it.
 
-    So does its backward pass, where that computes anything.
+    Its backward pass counts as one launch too, if it computes anything.
     """
 
     def count_as_one(since: int, moved: int) -> None:
@@ -343,7 +345,7 @@ def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[...
             gpu.operations[since:] = [Operation(function.__name__, 1, moved)]
 
     def run(x: Tensor, *others: Tensor) -> Tensor:
-        x = x.view_as(x)  # its gradient is what this function's backward pass computes
+        x = x.view_as(x)  # the backward pass of this function computes its gradient
         since = len(gpu.operations)
         result = function(x, *others)
         moved = sum(map(size_of, (x, *others, result)))
@@ -359,8 +361,8 @@ def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[...
 
 
 def install(gpu: FakeGpu) -> None:
-    """Puts answers in the places where a script asks for a GPU."""
-    quant.kernels()  # imported while torch still says that there is no GPU
+    """Replaces the functions with which a script asks about a GPU."""
+    quant.kernels()  # imported while torch still finds no GPU
     random_state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "is_available": lambda: True,
@@ -385,7 +387,7 @@ def install(gpu: FakeGpu) -> None:
     torch.cuda.graph = FakeGraph.record
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy too
     FakeTensor.tolist = lambda self: self.cpu().tolist()
-    # It asks whether the gradients are Tensor itself, and no subclass.
+    # It asks whether the gradients are of the class Tensor itself, not of a subclass.
     torch.nn.utils.clip_grad._has_foreach_support = lambda tensors, device: True
     F.scaled_dot_product_attention = attention
     packing.causal_lower_right = lambda queries, keys: LOWER_RIGHT
@@ -400,7 +402,7 @@ def install(gpu: FakeGpu) -> None:
 
 @dataclass
 class Way:
-    """What a model keeps, at the cost of memory or of time."""
+    """Whether a model keeps or recomputes something: memory against time."""
 
     keep: bool  # NF4's values beside the indices
     checkpointing: bool = False
@@ -414,7 +416,7 @@ WAYS = {
 
 
 class Subject:
-    """The model with its adapter, and what is counted of it."""
+    """The model with its adapter, and the tasks that are counted."""
 
     def __init__(self, config: phi2.Phi2Config, way: Way, tokenizer: Tokenizer):
         with torch.device("meta"):
@@ -443,7 +445,7 @@ class Subject:
         evaluation.score(self.model.eval(), self.tokenizer, longest_first(rows))
 
     def write(self, rows: list, limit: int) -> None:
-        """Writes `limit` tokens for each row, whatever they are."""
+        """Generates `limit` tokens for each row, whatever they are."""
         prefix, answers, _ = data.fixed_ids(self.tokenizer)
         num_known_ids = data.num_known_ids(self.tokenizer)
         model = self.model.eval()
@@ -454,7 +456,7 @@ class Subject:
 
 
 def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Puts a model that is on the meta device on the fake GPU."""
+    """Moves a model from the meta device to the fake GPU."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
@@ -466,7 +468,7 @@ def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def longest_first(rows: list) -> list[list[int]]:
-    """Returns the prompts of rows."""
+    """Returns the prompts of rows, the longest first."""
     return sorted((prompt for prompt, _ in rows), key=len, reverse=True)
 
 
@@ -482,12 +484,12 @@ TASKS = {
 def count_tasks(
     gpu: FakeGpu, way: Way, layers: int, tokenizer: Tokenizer, rows: list
 ) -> dict[str, dict]:
-    """Returns the costs of each task. Only training is another with checkpointing."""
+    """Returns the costs of each task. With checkpointing only training differs."""
     config = phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)
     results = {}
     with gpu:
         subject = Subject(config, way, tokenizer)
-        subject.step(rows[:16])  # the optimiser makes its state
+        subject.step(rows[:16])  # in which the optimiser creates its state
         for name, task in TASKS.items():
             if way.checkpointing and not name.startswith("train"):
                 continue
@@ -511,7 +513,7 @@ def summary(gpu: FakeGpu) -> dict:
 
 
 def show(results: dict[str, dict[str, dict]]) -> None:
-    """Prints the costs. The CPU gives launches while the GPU works, so the longer time counts."""
+    """Prints the costs. CPU and GPU work at the same time, so the longer time counts."""
     print(
         f"{'counted, not measured':24} {'launches':>8} {'waits':>5} {'TFLOP':>7} {'GB':>7} "
         f"{'ms':>7} {'GiB':>6}"
@@ -533,19 +535,19 @@ def show(results: dict[str, dict[str, dict]]) -> None:
 
 
 def run_script(gpu: FakeGpu, script: str, arguments: list[str]) -> None:
-    """Runs a script of this project on the fake GPU, and prints what it has cost."""
+    """Runs a script of this project on the fake GPU. Prints its operations and waits."""
     sys.argv = [script, *arguments]
     try:
         with gpu:
             runpy.run_path(script, run_name="__main__")
     finally:
-        print(f"\ncounted: {len(gpu.operations):,} operations on the GPU; it was waited for:")
+        print(f"\ncounted: {len(gpu.operations):,} operations on the GPU, and these waits for it:")
         for place, count in gpu.waits.most_common():
             print(f"{count:6,}  {place}")
 
 
 def read_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list:
-    """Returns encoded rows of the first validation split, or drawn ones."""
+    """Returns encoded rows of the first validation split or, without --dataset, drawn rows."""
     if args.dataset is None:
         pairs = mnli_lengths.validation_rows(tokenizer, args.rows)
     else:
@@ -555,17 +557,17 @@ def read_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments where no script is to be run."""
-    parser = cli.Parser("what a GPU would do, counted without one; or SCRIPT.py and its arguments")
+    """Returns the arguments of a count, task by task."""
+    parser = cli.Parser("counts what a GPU would do, by task; or in a run of SCRIPT.py ARGUMENTS")
     add = parser.add_argument
     add("--random-phi-2", dest="layers", type=flags.count, default=32, metavar="LAYERS",
-        help="layers of phi-2's size")  # fmt: skip
+        help="number of layers of phi-2's size")  # fmt: skip
     add("--dataset", type=flags.name,
         help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)")  # fmt: skip
     add("--tokenizer", type=flags.path, default=ROOT / "tiny" / "model",
-        help="directory of a tokenizer.json (default: tiny/model)")  # fmt: skip
-    add("--rows", type=flags.count, default=256, help="of which up to 128 are used")
-    add("--json", type=flags.path, help="write every figure here")
+        help="directory with a tokenizer.json (default: tiny/model)")  # fmt: skip
+    add("--rows", type=flags.count, default=256, help="number of rows, of which up to 128 are used")
+    add("--json", type=flags.path, help="write all figures to this file")
     return parser.parse_args()
 
 
@@ -581,7 +583,7 @@ def main() -> None:
     for name, way in WAYS.items():
         print(f"counting: {name}", file=sys.stderr, flush=True)
         results[name] = count_tasks(gpu, way, args.layers, tokenizer, rows)
-        gc.collect()  # the model is a circle, and its bytes would count for the next
+        gc.collect()  # the model is part of a cycle; its bytes would count for the next one
     show(results)
     if args.json:
         files.write_json(args.json, results)

@@ -1,5 +1,5 @@
-// What torch asks of a GPU before it computes a gradient, answered without one. fake_gpu.py
-// compiles this file and loads it before torch: then tensors without content can be "on cuda".
+// Answers what torch asks a GPU before it computes a gradient. fake_gpu.py compiles this file and
+// loads it before torch: then tensors without content can be "on cuda".
 
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -28,8 +28,8 @@ struct FakeGuard final : c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA> {
 
 namespace at {
 
-// torch asks these whether there is an accelerator, and which device is the present one. It
-// looks for them under this name.
+// torch asks these hooks whether there is an accelerator, and which device is current. It finds
+// them by this name.
 struct CUDAHooks final : CUDAHooksInterface {
   explicit CUDAHooks(CUDAHooksArgs) {}
   bool hasCUDA() const override {

@@ -1,7 +1,7 @@
-"""Loads fake_gpu.cpp at its import, which has to precede that of torch. It needs g++.
+"""Loads fake_gpu.cpp when it is imported, which must happen before torch is imported. Needs g++.
 
-This is a file of its own so that it can be imported by itself. What the fake GPU is good for stands
-in count.py.
+This is a separate file so that it can be imported alone. count.py explains what the fake GPU is
+for.
 """
 
 import ctypes
@@ -21,11 +21,16 @@ def load() -> None:
     if not shutil.which("g++"):
         sys.exit("error: counting needs the compiler g++, for tools/fake_gpu.cpp")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
+    if (torch_folder / "lib" / "libtorch_cuda.so").exists():
+        sys.exit(
+            "error: counting needs a torch without CUDA, in an environment of its own: "
+            "pip install torch --index-url https://download.pytorch.org/whl/cpu"
+        )
     source = Path(__file__).with_suffix(".cpp")
     known = sha256(source.read_bytes() + metadata.version("torch").encode()).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"flora-{known}.so"
     if not library.is_file():
-        new = library.with_suffix(f".{os.getpid()}")  # others may compile it too
+        new = library.with_suffix(f".{os.getpid()}")  # other processes may compile it too
         command = ["g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include"]
         command += [str(source), "-o", str(new), f"-L{torch_folder}/lib"]
         command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch_folder}/lib"]

@@ -1,11 +1,12 @@
-"""Runs the code of docs/tutorial.md, and writes into it what it prints and where things stand.
+"""Runs the code of docs/tutorial.md, and updates its outputs, line numbers and picture.
 
     python -m tools.tutorial
 
-A block of ```python is run after those before it, with the same names, from the project's folder.
-Where a ```text block follows, it gets what was printed. A link such as [`inject`](../lora.py#L1)
-gets the line that defines the name. docs/nf4.svg, its picture of a layer's weights, is drawn anew.
-tests/test_docs.py fails where one of the two is out of date.
+The ```python blocks run one after another, with the same names, in the project's folder. A ```text
+block that follows one gets what it printed. A link such as [`inject`](../lora.py#L1) gets the
+number of the line that defines the name. A comment such as <!-- experiments.rank --> gets the
+results of that question as a table. docs/nf4.svg, the picture of a layer's weights, is drawn again.
+tests/test_docs.py fails if the page or the picture is out of date.
 """
 
 import contextlib
@@ -17,17 +18,20 @@ import torch
 
 import phi2
 import quant
+from experiments import report
+from support import files
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 PICTURE = ROOT / "docs" / "nf4.svg"
 
 BLOCK = re.compile(r"(```python\n(?P<code>.*?)```\n)(?P<shown>\n```text\n.*?```\n)?", re.DOTALL)
+TABLE = re.compile(r"(<!-- experiments\.(?P<name>\w+) -->\n)(\|.*\n)*")
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)#L\d+\)")
 
 
 def with_outputs(text: str) -> str:
-    """Returns the text of a page with what each of its blocks prints, run one after another."""
+    """Returns the text of a page with the current outputs of its blocks, run in order."""
     names = {"__name__": "tutorial"}
 
     def run(block: re.Match) -> str:
@@ -41,15 +45,30 @@ def with_outputs(text: str) -> str:
     return BLOCK.sub(run, text)
 
 
-def with_lines(text: str, folder: Path) -> str:
-    """Returns the text of a page in `folder` with the line of each name that it links to.
+def with_tables(text: str) -> str:
+    """Returns the text of a page with a table of results below each <!-- experiments.NAME -->."""
 
-    Raises ValueError where a file does not define the name.
+    def table(found: re.Match) -> str:
+        summary = files.read_json(ROOT / "experiments" / "results" / f"{found['name']}.json")
+        lines = ["| arm | trained | best rate | accuracy, and its range |", "|---|---|---|---|"]
+        for name, arm in summary["arms"].items():
+            accuracy = report.spread(arm["accuracy"])
+            rate = f"{arm['learning_rate']:.3g}"
+            lines.append(f"| {name} | {arm['trained']:,} | {rate} | {accuracy} |")
+        return found[1] + "\n".join(lines) + "\n"
+
+    return TABLE.sub(table, text)
+
+
+def with_lines(text: str, folder: Path) -> str:
+    """Returns the text of a page in `folder` with the current line number in each link to a name.
+
+    Raises ValueError if a file does not define the name.
     """
 
     def link(found: re.Match) -> str:
         path = folder / found["path"]
-        *_, name = found["name"].split(".")  # of a method, such as LoRALinear.forward, the last
+        *_, name = found["name"].split(".")  # of LoRALinear.forward it is forward
         lines = path.read_text(encoding="utf-8").splitlines()
         definition = re.compile(rf"\s*(class|def) {name}\b|{name} = ")
         for number, line in enumerate(lines, start=1):
@@ -90,7 +109,7 @@ def picture(model: str = "tiny/model") -> str:
     blocks = phi.model.layers[0].mlp.fc1.weight.detach().reshape(-1, quant.BLOCK)
     scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
     counts = torch.histc(scaled, BARS, -1, 1)
-    # The first and the last bar hold the largest weight of each block, which is 1 or -1.
+    # The first and the last bar hold the largest weight of each block, which is -1 or 1.
     heights = 150 * counts / counts[1:-1].max()
 
     lines = [HEAD]
@@ -109,7 +128,7 @@ def picture(model: str = "tiny/model") -> str:
 
 def main() -> None:
     text = TUTORIAL.read_text(encoding="utf-8")
-    text = with_lines(with_outputs(text), TUTORIAL.parent)
+    text = with_lines(with_tables(with_outputs(text)), TUTORIAL.parent)
     TUTORIAL.write_text(text, encoding="utf-8")
     PICTURE.write_text(picture(), encoding="utf-8")
 
