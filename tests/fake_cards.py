@@ -1,13 +1,12 @@
-"""Run by test_hardware.py: what the scripts do on cards that are not there, of several sizes.
+"""Run by test_count.py: what the scripts do on cards that are not there, of several sizes.
 
     python tests/fake_cards.py FOLDER
 
-Prints JSON. It has to be a process by itself, because the fake GPU precedes torch.
+Writes FOLDER/found.json. It has to be a process by itself, because the fake GPU precedes torch.
 """
 
 import gc
 import io
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -149,7 +148,7 @@ def main() -> None:
         "no room for the model": run(gpu, 7 * MIB, evaluation, *TINY, *PAIR),
         "no room for a pair": run(gpu, 31 * MIB // 4, evaluation, *TINY, *PAIR),
     }
-    print(json.dumps({"cards": cards, "errors": errors}))
+    files.write_json(FOLDER / "found.json", {"cards": cards, "errors": errors})
 
 
 if __name__ == "__main__":

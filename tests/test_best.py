@@ -92,7 +92,7 @@ def test_it_has_the_tensors_of_its_step(run, tmp_path, monkeypatch):
         return training_step(*arguments)
 
     monkeypatch.setattr(train, "training_step", stopped_at_the_step)
-    in_process(train, *RUN, "--out", tmp_path / "run")
+    in_process(train, *RUN, "--eval-limit", 1, "--out", tmp_path / "run")
     expected = load_file(tmp_path / "run" / "adapter_model.safetensors")
     found = load_file(run / "best" / "adapter_model.safetensors")
     last = load_file(run / "adapter_model.safetensors")

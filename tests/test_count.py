@@ -10,29 +10,34 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from subprocess import PIPE
 
 import pytest
 import torch
 from conftest import ROOT, read_json
+from test_hardware import CARDS
 
 import data
 import phi2
 from scripts import plan
-from support import cli, packing
+from support import cli, examples, files, packing
 from tiny import mnli_lengths
 
 pytestmark = pytest.mark.skipif(
     not shutil.which("g++") or torch.version.cuda is not None,
     reason="needs g++, and a torch without CUDA",
 )
-TINY = ["--model", "tiny/model", "--dataset", "tiny/data", "--device", "cuda", "--dtype", "bf16"]
-SHORT = ["--steps", 3, "--limit", 100, "--batch-size", 4, "--eval-limit", 2, "--max-new-tokens", 2]
+TINY = ["--model", "tiny/model", "--device", "cuda", "--dtype", "bf16"]
+SHORT = ["--steps", 2, "--batch-size", 4, "--max-new-tokens", 2]
 
 
 @pytest.fixture(scope="module")
-def count(tmp_path_factory):
-    """Returns what `python -m tools.count ARGUMENTS` prints. One process imports torch for all."""
+def python(tmp_path_factory):
+    """A function that returns what `python ARGUMENTS` prints, which needs the fake GPU.
+
+    One process imports torch for all.
+    """
     folder = tmp_path_factory.mktemp("printed")
     numbers = itertools.count()
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -41,7 +46,7 @@ def count(tmp_path_factory):
         command, stdin=PIPE, stdout=PIPE, text=True, cwd=ROOT, env=environment
     ) as server:
 
-        def count(*arguments) -> str:
+        def python(*arguments) -> str:
             path = folder / f"{next(numbers)}.txt"
             job = {"arguments": list(map(str, arguments)), "path": str(path)}
             print(json.dumps(job), file=server.stdin, flush=True)
@@ -49,8 +54,24 @@ def count(tmp_path_factory):
             assert status == "0\n", path.read_text()
             return path.read_text()
 
-        yield count
+        yield python
         server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def count(python):
+    """A function that returns what `python -m tools.count ARGUMENTS` prints."""
+    return partial(python, "-m", "tools.count")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> list:
+    """The flag for a dataset with the rows of two steps, and two to evaluate."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = list(examples.load_examples(str(ROOT / "tiny" / "data"), "train", 10))
+    files.write_lines(folder / "train.jsonl", rows[:8])
+    files.write_lines(folder / "validation.jsonl", rows[8:])
+    return ["--dataset", folder]
 
 
 def waits(output: str, place: str) -> int:
@@ -59,19 +80,19 @@ def waits(output: str, place: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def run(count, tmp_path_factory):
+def run(count, few, tmp_path_factory):
     """A run of train.py on the fake GPU, and what was counted.
 
     In fp16, where a step does what it does in bf16, and more: the loss is scaled.
     """
     out = tmp_path_factory.mktemp("count") / "run"
-    return out, count("train.py", *TINY, *SHORT, "--dtype", "fp16", "--out", out)
+    return out, count("train.py", *TINY, *few, *SHORT, "--dtype", "fp16", "--out", out)
 
 
 def test_a_step_of_training_waits_for_the_gpu_once(run, tiny):
     _, output = run
-    losses = 2 * 2  # of two splits, before and after the training
-    assert waits(output, "processes.py") == 3 + losses
+    losses = 2  # before and after the training
+    assert waits(output, "processes.py") == 2 + losses
     assert waits(output, "train.py") == waits(output, "data.py") == waits(output, "quant.py") == 0
     # A copy and a look for numbers that are not finite, for each tensor that is loaded.
     assert waits(output, "phi2.py") == 2 * len(phi2.find_tensors(tiny))
@@ -82,21 +103,21 @@ def test_a_step_of_training_waits_for_the_gpu_once(run, tiny):
     [
         ["--loss", "full", "--checkpointing", "--double-quant", "--no-keep-dequantized"],
         ["--no-share-prefix", "--quant", "none", "--dtype", "fp32", "--accumulate", 2]
-        + ["--targets", "all-linear", "--eval-every", 2],
+        + ["--targets", "all-linear", "--eval-every", 1],
     ],
     ids=lambda flags: " ".join(map(str, flags)),
 )
-def test_every_way_of_training_runs_on_a_gpu(count, tmp_path, flags):
-    output = count("train.py", *TINY, *SHORT, *flags, "--out", tmp_path / "run")
+def test_every_way_of_training_runs_on_a_gpu(count, few, tmp_path, flags):
+    output = count("train.py", *TINY, *few, *SHORT, *flags, "--out", tmp_path / "run")
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
     assert "counted: " in output
 
 
-def test_a_run_resumes_and_is_evaluated_on_a_gpu(count, run):
+def test_a_run_resumes_and_is_evaluated_on_a_gpu(count, few, run):
     out, _ = run
-    assert "4 steps" in count("train.py", "--resume", out, "--steps", 4)
-    evaluate = ["eval.py", *TINY, "--adapter", out, "--limit", 4, "--mode", "score"]
-    assert "validation_matched" in count(*evaluate)
+    assert "3 steps" in count("train.py", "--resume", out, "--steps", 3)
+    evaluated = count("eval.py", *TINY, *few, "--adapter", out, "--mode", "score")
+    assert re.search(r"^validation +\d\.\d{4} ", evaluated, re.MULTILINE)
 
 
 # -----------------------------------------------------------------------------
@@ -162,3 +183,57 @@ def test_the_memory_is_that_of_the_plan(costs, rows, prefix_length, tmp_path):
     encoded = sorted(rows[:16], key=lambda row: len(row[0]))
     planned = plan.memory(tmp_path, args, encoded, prefix_length)["sum"] / 2**30
     assert planned == pytest.approx(costs["train16"]["peak_gib"], rel=0.05)
+
+
+# -----------------------------------------------------------------------------
+# Cards of several sizes
+
+
+@pytest.fixture(scope="module")
+def found(python, tmp_path_factory) -> dict:
+    """What tests/fake_cards.py finds."""
+    folder = tmp_path_factory.mktemp("cards")
+    python("tests/fake_cards.py", folder)
+    return read_json(folder / "found.json") | {"folder": folder}
+
+
+def test_on_a_card_an_evaluation_takes_as_many_rows_as_planned(found):
+    """With fewer rows it fits only if nothing is left of the batch that has failed."""
+    assert found["cards"].keys() == {"bf16, 8 GB", "bf16, 24 GB", "fp32, 12 GB"}
+    for name, card in found["cards"].items():
+        dtype, gigabytes, _ = name.replace(",", "").split()
+        capability = (6, 0) if dtype == "fp32" else (8, 0)
+        _, kept, rows, _ = CARDS[capability, int(gigabytes)]
+        assert card["kept"] == kept
+        assert card["recomputes"] == (not kept)
+        assert card["rows"] == rows
+        assert card["answers"] == 64
+        line = f"the GPU is full: evaluation goes on with {rows} rows at a time\n"
+        assert card["printed"] == (line if rows < 64 else "")
+
+
+def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
+    errors = found["errors"]
+    run = found["folder"] / "run"
+    assert errors["too little"].startswith(
+        "error: a step of training does not fit into the GPU; what helps: "
+        f"python train.py --resume {run} --no-keep-dequantized --checkpointing, or a new run with "
+        "--batch-size 32 --accumulate 2 or a --max-length that cuts the longest rows or "
+        "--double-quant (0.37 bit a weight): CUDA out of memory. Tried to allocate "
+    )
+    assert errors["resumed"] == ""
+    assert errors["is finished"]
+
+
+def test_where_nothing_fits_the_line_says_what_does_not_and_what_helps(found):
+    errors = found["errors"]
+    assert errors["no room for the model"].startswith(
+        "error: the model, 2.2 MiB, does not fit into the GPU; what helps: "
+        "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or --device cpu: CUDA out "
+        "of memory."
+    )
+    assert errors["no room for a pair"].startswith(
+        "error: not even a row of 71 tokens fits into the GPU beside the model; what helps: "
+        "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or a --max-length below 71, "
+        "or --device cpu: CUDA out of memory."
+    )

@@ -84,6 +84,22 @@ def test_a_command_ends_as_python_does_and_has_its_streams_and_its_path(program,
     assert "from the pipe" in results[0][1][0]
 
 
+def test_the_script_of_a_command_that_is_killed_is_killed_too(program, tmp_path):
+    with python_command(tmp_path) as command:
+        process = subprocess.Popen(
+            [command, program, "wait"],
+            env=os.environ | ENVIRONMENT,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        while "waiting" not in process.stdout.readline():
+            assert process.poll() is None
+        process.kill()
+        # The script has the pipe too, which is at its end only after it.
+        assert process.communicate(timeout=600) == ("", None)
+
+
 def test_a_fork_can_be_watched_and_ended(program):
     process = start_script(program, "wait", env=ENVIRONMENT)
     while "waiting" not in process.stdout.readline():

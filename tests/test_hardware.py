@@ -1,13 +1,12 @@
 """Cards of several sizes: what is chosen for them, what fits, and what is said where nothing does.
 
-The cards are not there. Their memory is scripts.plan's count on phi-2's sizes, and a limit of the
-fake GPU (tools/count.py); the CPU's memory is a limit of this process.
+The cards are not there. Their memory is scripts.plan's count on phi-2's sizes; test_count.py tries
+some of them on the fake GPU. The CPU's memory is a limit of this process.
 """
 
 import json
 import re
 import resource
-import shutil
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, in_process, ours, script
+from conftest import ROOT, in_process, ours
 
 import data
 import eval as evaluation
@@ -167,63 +166,6 @@ def test_each_flag_that_is_named_makes_a_step_smaller(count, planned, flags):
     before = count.of_layers(4, 0, *flags)
     for flag in named:
         assert count.of_layers(4, 0, *flags, *flag) < before, flag
-
-
-# -----------------------------------------------------------------------------
-# The fake GPU
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory) -> dict:
-    """What tests/fake_cards.py prints."""
-    if not shutil.which("g++") or torch.version.cuda is not None:
-        pytest.skip("needs g++, and a torch without CUDA")
-    folder = tmp_path_factory.mktemp("cards")
-    done = script("tests/fake_cards.py", folder, fresh=True)  # it has to precede torch
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout) | {"folder": folder}
-
-
-def test_on_a_card_an_evaluation_takes_as_many_rows_as_planned(found):
-    """With fewer rows it fits only if nothing is left of the batch that has failed."""
-    assert found["cards"].keys() == {"bf16, 8 GB", "bf16, 24 GB", "fp32, 12 GB"}
-    for name, card in found["cards"].items():
-        dtype, gigabytes, _ = name.replace(",", "").split()
-        capability = (6, 0) if dtype == "fp32" else (8, 0)
-        _, kept, rows, _ = CARDS[capability, int(gigabytes)]
-        assert card["kept"] == kept
-        assert card["recomputes"] == (not kept)
-        assert card["rows"] == rows
-        assert card["answers"] == 64
-        line = f"the GPU is full: evaluation goes on with {rows} rows at a time\n"
-        assert card["printed"] == (line if rows < 64 else "")
-
-
-def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
-    errors = found["errors"]
-    run = found["folder"] / "run"
-    assert errors["too little"].startswith(
-        "error: a step of training does not fit into the GPU; what helps: "
-        f"python train.py --resume {run} --no-keep-dequantized --checkpointing, or a new run with "
-        "--batch-size 32 --accumulate 2 or a --max-length that cuts the longest rows or "
-        "--double-quant (0.37 bit a weight): CUDA out of memory. Tried to allocate "
-    )
-    assert errors["resumed"] == ""
-    assert errors["is finished"]
-
-
-def test_where_nothing_fits_the_line_says_what_does_not_and_what_helps(found):
-    errors = found["errors"]
-    assert errors["no room for the model"].startswith(
-        "error: the model, 2.2 MiB, does not fit into the GPU; what helps: "
-        "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or --device cpu: CUDA out "
-        "of memory."
-    )
-    assert errors["no room for a pair"].startswith(
-        "error: not even a row of 71 tokens fits into the GPU beside the model; what helps: "
-        "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or a --max-length below 71, "
-        "or --device cpu: CUDA out of memory."
-    )
 
 
 # -----------------------------------------------------------------------------
