@@ -34,9 +34,9 @@ TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """An adapter of 60 steps: it ends its answers, and errs often enough."""
+    """An adapter of 40 steps: it ends its answers, and errs often enough."""
     out = tmp_path_factory.mktemp("run") / "run"
-    command = ["train.py", *TINY, "--steps", 60, "--batch-size", 16, "--learning-rate", 2e-3]
+    command = ["train.py", *TINY, "--steps", 40, "--batch-size", 16, "--learning-rate", 2e-3]
     command += ["--dtype", "fp32", "--eval-limit", 8, "--max-new-tokens", 2, "--out", out]
     command += ["--keep-dequantized"]  # the same bits in less time
     done = script(*command)

@@ -35,7 +35,7 @@ def read_rows(path: Path) -> list[dict]:
 # -----------------------------------------------------------------------------
 # A real run
 
-ROWS = 100  # evaluated of each split
+ROWS = 60  # evaluated of each split
 STEPS = 150
 TOKENS = 4  # written to each prompt
 
