@@ -534,6 +534,7 @@ def shared_prefix_length(tokenizer: Tokenizer, args: argparse.Namespace) -> int:
 
 
 def count_predicted(batches: list[data.Batch]) -> int:
+    """Returns on how many ids of these batches there is a loss."""
     return sum(len(batch.next_ids) for batch in batches)
 
 

@@ -25,9 +25,11 @@ STAND_ALONE = ["lora", "quant", "phi2"]
 SUPPORT = sorted(ROOT.glob("support/*.py"))
 SCRIPTS = sorted(ROOT.glob("scripts/*.py"))
 TOOLS = sorted(ROOT.glob("tools/*.py"))
-PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS]
+EXPERIMENTS = sorted(ROOT.glob("experiments/*.py"))
+PROJECT = [*(ROOT / f"{name}.py" for name in SIX), *SUPPORT, *SCRIPTS, *TOOLS, *EXPERIMENTS]
 README = (ROOT / "README.md").read_text()
-EVERY_FILE = [*PROJECT, *sorted(ROOT.glob("tests/*.py")), *sorted(ROOT.glob("tiny/*.py"))]
+OTHERS = [*ROOT.glob("tests/*.py"), *ROOT.glob("tiny/*.py"), *ROOT.glob("exercises/**/*.py")]
+EVERY_FILE = [*PROJECT, *sorted(OTHERS)]
 
 
 def relative(path: Path) -> str:
@@ -35,7 +37,7 @@ def relative(path: Path) -> str:
 
 
 # -----------------------------------------------------------------------------
-# Imports: support <- the six <- scripts, tools
+# Imports: support <- the six <- scripts, tools, experiments
 
 
 def module_name(path: Path) -> str:
@@ -66,7 +68,7 @@ def imports(path: Path) -> set[str]:
 
 def project_imports(path: Path) -> set[str]:
     """Returns the project's modules that a file imports, wherever in the file."""
-    return (imports(path) & MODULES.keys()) - {"support", "scripts", "tools"}
+    return (imports(path) & MODULES.keys()) - {"support", "scripts", "tools", "experiments"}
 
 
 def test_support_imports_nothing_but_support():
@@ -87,7 +89,7 @@ def test_a_file_imports_only_what_comes_before_it_in_the_reading_order(name):
     assert not libraries & {"transformers", "peft", "accelerate", "pickle"}
 
 
-def test_nothing_but_scripts_imports_scripts_and_nothing_imports_tools():
+def test_only_scripts_and_experiments_import_scripts_and_nothing_imports_tools():
     for path in EVERY_FILE:
         if path.parent.name != "tests":  # the tests look into them
             found = {
@@ -95,7 +97,7 @@ def test_nothing_but_scripts_imports_scripts_and_nothing_imports_tools():
             }
             if path.name == "count.py":  # its own first part, which has to precede torch
                 found -= {"tools", "tools.fake_gpu"}
-            if path.parent.name == "scripts":  # one may use another
+            if path.parent.name in ("scripts", "experiments"):  # a script may use another
                 found = {name for name in found if name.split(".")[0] != "scripts"}
             assert not found, relative(path)
 
