@@ -1,7 +1,7 @@
 """Exercise 4: rsLoRA, and its file. 25 minutes.
 
 B A x is a sum of `rank` terms. If they are independent, the sum grows with sqrt(rank), but LoRA
-divides by rank. So at the same alpha a higher rank learns a smaller correction, and learns it
+divides by rank. So at the same alpha a higher rank learns a smaller update, and learns it
 more slowly. rsLoRA (arXiv:2312.03732, section 3, theorem 3.2) divides by sqrt(rank) instead:
 
     scale  =  alpha / rank          LoRA
