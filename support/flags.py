@@ -151,7 +151,7 @@ def add_model_arguments(parser: ArgumentParser) -> None:
     add_dataset(group)
     # Memory: for a GPU that is too small for phi-2, or larger than phi-2 needs.
     add("--quant", choices=["nf4", "none"], default="nf4",
-        help="store the frozen weights in 4 bits (nf4) or in --dtype (none)")
+        help="store the frozen weights in 4 bits, or with none in --dtype")
     add("--double-quant", action="store_true",
         help="quantise NF4's absmax values too, which saves 0.37 bit per weight")
     add("--keep-dequantized", action=BooleanOptionalAction,

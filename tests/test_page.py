@@ -285,7 +285,7 @@ def test_a_damaged_line_of_a_run_is_said_and_all_else_is_shown(copy, capsys, pro
     path.write_bytes(b'{"step": 1, "loss": "x"}\n\n{}\n' + path.read_bytes() + b'{"st')
     in_process(program, copy)
     printed = capsys.readouterr()
-    assert printed.err == f"{path} is read without line 1: its loss is no number, and 2 more\n"
+    assert printed.err == f"{path} is read without line 1: its loss is not a number, and 2 more\n"
     assert copy.name in printed.out
     assert records.read(copy).entries == before
 
