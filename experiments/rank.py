@@ -16,9 +16,12 @@ from experiments.lab import Trial
 RANKS = (1, 4, 8, 16, 64)
 FIXED = [f"rank {rank}, alpha 16" for rank in RANKS]
 GROWING = [f"rank {rank}, alpha {2 * rank}" for rank in RANKS]  # the same at rank 8
+# With these it shows how much of what rank 64 gains is its alpha.
+LARGER = {f"rank 8, alpha {alpha}": Trial(alpha=float(alpha)) for alpha in (32, 128)}
 ARMS = {name: Trial(rank=rank) for rank, name in zip(RANKS, FIXED)} | {
     name: Trial(rank=rank, alpha=2.0 * rank) for rank, name in zip(RANKS, GROWING)
 }
+ARMS |= LARGER
 
 
 def conclude(found: dict[str, report.Finding]) -> list[str]:
@@ -30,6 +33,8 @@ def conclude(found: dict[str, report.Finding]) -> list[str]:
         report.compare(found, FIXED[-1], FIXED[0], "LoRA", "equal"),
         report.compare(found, GROWING[-1], GROWING[0], "LoRA", "equal"),
         report.compare(found, GROWING[-1], FIXED[-1], "rsLoRA", "better"),
+        *(report.compare(found, name, "rank 8, alpha 16") for name in LARGER),
+        report.compare(found, GROWING[-1], "rank 8, alpha 128"),
     ]
 
 
@@ -39,10 +44,14 @@ def rates(name: str, arms: list[report.Finding]) -> str:
         return f"{name}: the best rate of every rank is {arms[0].rate:g}"
     kept = arms[RANKS.index(8)].rate
     ranks = ", ".join(map(str, RANKS))
-    losses = ", ".join(f"{arm.nll_at(kept)} instead of {arm.nll_at(arm.rate)}" for arm in arms)
+    losses = ", ".join(
+        f"{arm.nll_at(kept)} instead of {arm.nll_at(arm.rate)} at rank {rank}"
+        for rank, arm in zip(RANKS, arms)
+        if arm.rate != kept
+    )
     return (
         f"{name}: the best rates of ranks {ranks} are {report.rates(arms)}; at rank 8's, "
-        f"{kept:g}, their nll (first seed) is {losses}"
+        f"{kept:g}, nll (first seed) is {losses}"
     )
 
 

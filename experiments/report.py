@@ -165,14 +165,24 @@ def table(summary: dict) -> str:
 
 
 def failures(summary: dict) -> str:
-    """Returns a sentence that names the trainings that diverged, or "" if none did."""
+    """Returns which trainings diverged and which arms have no best rate, or "" if none."""
+    sentences = []
     places = [
         f"{name} at {rate}"
         for name, arm in summary["arms"].items()
         for rate, values in arm["nll_by_rate"].items()
         if "diverged" in values
     ]
-    return f"Diverged: {', '.join(places)}." if places else ""
+    if places:
+        sentences.append(f"Diverged: {', '.join(places)}.")
+    unfound = [
+        name
+        for name, arm in summary["arms"].items()
+        if arm["learning_rate"] in (lab.LEAST_RATE, lab.MOST_RATE)
+    ]
+    if unfound:
+        sentences.append(f"The best rate is the first or last of the search: {', '.join(unfound)}.")
+    return " ".join(sentences)
 
 
 def spread(values: list[float]) -> str:

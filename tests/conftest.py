@@ -50,9 +50,10 @@ for number in StopRequest.SIGNALS:
 # The files that take longest, the longest first. They begin in this order, so that no process waits
 # for another at the end.
 SLOWEST = (
-    "test_resume.py", "test_packing.py", "test_train.py", "test_plan.py", "test_processes.py",
-    "test_push.py", "test_eval.py", "test_hub.py", "test_notebooks.py", "test_reference.py",
-    "test_bench.py", "test_count.py", "test_loading.py", "test_project.py", "test_hardware.py",
+    "test_resume.py", "test_processes.py", "test_train.py", "test_count.py", "test_eval.py",
+    "test_packing.py", "test_plan.py", "test_bench.py", "test_push.py", "test_hub.py",
+    "test_notebooks.py", "test_reference.py", "test_cli.py", "test_loading.py", "test_docs.py",
+    "test_selftest.py", "test_best.py", "test_project.py", "test_lora.py", "test_hardware.py",
 )  # fmt: skip
 
 

@@ -254,10 +254,20 @@ def test_a_training_that_diverged_is_named(tmp_path):
     full = module.ARMS["full"]
     swept(store, full, full.learning_rate / 16)  # twice the guess is far above the best
     found = report.summary(module, store)
-    assert report.failures(found) == "Diverged: full at 0.00025, full at 0.0005."
+    expected = "Diverged: full at 0.00025, full at 0.0005."
+    assert report.failures(found).startswith(expected)
     assert not found["is_complete"]
     assert not found["conclusion"]
     assert "Not finished" in report.section("full", found)
+
+
+def test_an_arm_whose_best_rate_is_at_the_end_of_the_search_is_named(tmp_path):
+    module = report.question("full")
+    store = lab.Store(tmp_path / "trials.jsonl")
+    swept(store, module.ARMS["full"], lab.LEAST_RATE / 2)
+    swept(store, module.ARMS["LoRA, rank 1"], lab.START)
+    found = report.summary(module, store)
+    assert report.failures(found).endswith("first or last of the search: full.")
 
 
 def test_the_picture_of_a_question_is_the_same_from_the_same_numbers(tmp_path):
