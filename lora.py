@@ -150,8 +150,8 @@ class LoRAConfig:
         one learning rate usable at every rank, because B A sums `rank` terms. So the
         default is 16 at every rank: on tiny/ one learning rate is then the best from rank
         1 to 64, while with alpha = 2 * rank the best one falls eightfold
-        (experiments/README.md). The price is a lower factor at a high rank. There, set
-        alpha = 2 * rank and a lower learning rate to learn more in the same steps.
+        (experiments/README.md). The price is a low factor at a high rank. A larger alpha
+        learns faster in short trainings, whatever the rank.
     dropout: the probability with which each element of the adapter's input is set to
         zero in training. The input of W is not dropped.
     targets: the linear layers that get an adapter. Either a tuple of names, such as

@@ -441,7 +441,7 @@ def load_weights(
             raise
         # For example a shape that does not match config.json, or damaged bytes.
         except (LookupError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
-            if "allocate" in str(error):  # a CPU's memory is full, which is a RuntimeError too
+            if "allocate memory" in str(error):  # on a CPU full memory is a RuntimeError too
                 raise
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(f"{directory}: {path} cannot be loaded: {reason}") from None

@@ -47,7 +47,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import checkpoints, cli, examples, files, flags, machine
+from support import checkpoints, cli, examples, files, flags, machine, processes
 from tiny import mnli_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -395,6 +395,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--json", type=flags.path, help="write all figures to this file")
     # fmt: on
     args = parser.parse_args()
+    processes.own_device(args.device)  # raises ValueError for one that cannot be used
+    if args.against and not (args.against / "lora.py").is_file():
+        parser.error(f"--against {args.against} is not a checkout of this project")
     if args.dtype is None:
         args.dtype = default_dtypes(args.device)
     return args

@@ -43,9 +43,11 @@ no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
 
-# The words in a line of an @FILE, up to a # comment. Quotes hold blanks and # together.
-WORDS = re.compile(r"""(?:\s*(?!#)(?:'[^']*'|"[^"]*"|\S)+)*""")
-ESCAPE = "" if os.name == "nt" else "\\"  # Windows has backslashes in its paths
+# Of an @FILE's line the part before a # comment. Quotes and backslashes may precede # and blanks.
+BEFORE_COMMENT = re.compile(r"""(?:[ \t]*(?!#)(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^ \t])+)*""")
+# The same on Windows, where a backslash is a part of a path.
+ON_WINDOWS = os.name == "nt"
+BEFORE_COMMENT_ON_WINDOWS = re.compile(r"""(?:[ \t]*(?!#)(?:'[^']*'|"[^"]*"|[^ \t])+)*""")
 
 # Arguments of a training that are also defaults when its adapter is evaluated or merged.
 OF_AN_ADAPTER = (
@@ -102,7 +104,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        words = with_home(sys.argv[1:] if args is None else args)
+        words = self.with_paths(sys.argv[1:] if args is None else args)
         # argparse reports an @FILE that it cannot open in one line, but not these errors.
         try:
             return super().parse_known_args(words, namespace)
@@ -114,14 +116,32 @@ class Parser(argparse.ArgumentParser):
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words in a line of an @FILE."""
         line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
-        words = shlex.shlex(WORDS.match(line)[0], posix=True)
+        pattern = BEFORE_COMMENT_ON_WINDOWS if ON_WINDOWS else BEFORE_COMMENT
+        words = shlex.shlex(pattern.match(line)[0], posix=True)
         words.whitespace_split = True
         words.commenters = ""  # shlex would also take a # within a word for a comment
-        words.escape = ESCAPE
+        if ON_WINDOWS:
+            words.escape = ""
         try:
-            return with_home(words)
+            return self.with_paths(words)
         except ValueError as error:
-            self.error(f"cannot read the flags in {line!r} of an @FILE: {error}")
+            cure = "; no line needs a \\ at its end" if line.endswith("\\") else ""
+            self.error(f"cannot read the flags in {line!r} of an @FILE: {error}{cure}")
+
+    def with_paths(self, words: Iterable[str]) -> list[str]:
+        """Returns words with the home folder in @~/FILE: shells expand ~ only where a word begins.
+
+        Refuses a pipe, because an @FILE is read more than once.
+        """
+        found = []
+        for word in words:
+            if word.startswith("@"):
+                path = os.path.expanduser(word[1:])
+                if os.path.exists(path) and not os.path.isfile(path):
+                    self.error(f"{word}: @ needs a file, not a pipe or a folder")
+                word = f"@{path}"
+            found.append(word)
+        return found
 
     def error(self, message: str):
         if message.startswith("[Errno") or "expected one argument" in message:
@@ -155,13 +175,6 @@ class Parser(argparse.ArgumentParser):
                 flag = action.option_strings[0]
                 raise ValueError(f"the arguments in {source}: {flag} {error}") from None
         return saved
-
-
-def with_home(words: Iterable[str]) -> list[str]:
-    """Returns words with the home folder in @~/FILE: shells expand ~ only where a word begins."""
-    return [
-        f"@{os.path.expanduser(word[1:])}" if word.startswith("@~") else word for word in words
-    ]
 
 
 def command_name() -> str:

@@ -142,7 +142,7 @@ def progress(run: Record) -> str | None:
         accuracies = [
             f"{key.removesuffix('_accuracy')} {percent(value)}"
             for key, value in entry.items()
-            if key.endswith("_accuracy")
+            if key.endswith("_accuracy") and value is not None
         ]
         text += f"; accuracy after step {entry['step']:,}: {', '.join(accuracies)}"
     return text + "."

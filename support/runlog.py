@@ -35,6 +35,7 @@ from support import (
     upload,
 )
 from support.extras import Extras
+from support.letters import printable
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
 
@@ -346,7 +347,9 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """
     if not path.is_file():
         return []
-    lines, _ = records.read_entries(path)
+    lines, damage = records.read_entries(path)
+    if damage:
+        print(printable(damage), file=sys.stderr)
     return [
         line
         for line in lines

@@ -81,6 +81,18 @@ def test_what_is_typed_wrong_shows_before_a_model_is_written(monkeypatch, tmp_pa
         bench.prepare(args, tmp_path)
 
 
+def test_a_device_or_a_checkout_that_is_not_there_shows_before_anything_is_written(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "mps"])
+    with pytest.raises(ValueError, match="--device mps: only cpu and cuda are supported"):
+        bench.parse_arguments()
+    monkeypatch.setattr("sys.argv", ["bench", "--against", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        bench.parse_arguments()
+    assert f"--against {tmp_path} is not a checkout of this project" in capsys.readouterr().err
+
+
 def test_ours_and_the_reference_agree(both):
     """Forced to 32 ids a row, whatever ends a text; the gradients are of micro-batches of 16."""
     mine, theirs = both

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -325,8 +326,25 @@ def test_flags_come_from_a_file_as_from_a_shell(tmp_path):
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
 
 
+@pytest.mark.parametrize(
+    "line", ['"a \\" # b"', r"foo\ #bar", r"it\'s # don't", "a\u00a0#x # y", "'a # b'#c", r"\#a"]
+)
+def test_comments_and_backslashes_in_such_a_file_are_those_of_a_shell(tmp_path, line):
+    (tmp_path / "flags").write_text(f"--model\n{line}\n", encoding="utf-8")
+    shell = subprocess.run(
+        ["bash", "-c", f"printf %s {line}"], capture_output=True, text=True, check=True
+    )
+    assert parse("train.py", f"@{tmp_path / 'flags'}").model == shell.stdout
+
+
+def test_a_pipe_of_flags_is_refused_because_it_can_be_read_only_once(capsys, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    assert "@ needs a file, not a pipe or a folder" in mistake(capsys, "train.py", f"@{pipe}")
+
+
 def test_on_windows_a_file_of_flags_may_hold_backslashes(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "ESCAPE", "")
+    monkeypatch.setattr(cli, "ON_WINDOWS", True)
     (tmp_path / "flags").write_text('--model=C:\\phi\n--dataset "D:\\my rows\\"\n')
     args = parse("train.py", f"@{tmp_path / 'flags'}")
     assert (args.model, args.dataset) == ("C:\\phi", "D:\\my rows\\")
@@ -351,6 +369,7 @@ def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
     [
         (b"--out=\xe9t\xe9\n", "an @FILE is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
         (b"@flags\n", "an @FILE includes itself"),
+        (b"--rank 4 \\\n--seed 1\n", "no line needs a \\ at its end"),
     ],
 )
 def test_a_file_of_flags_that_cannot_be_read_is_one_line(

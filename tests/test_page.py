@@ -290,13 +290,14 @@ def test_a_damaged_line_of_a_run_is_said_and_all_else_is_shown(copy, capsys, pro
     assert records.read(copy).entries == before
 
 
-def test_a_resume_drops_the_lines_that_no_page_could_show(copy):
+def test_a_resume_drops_and_names_the_lines_that_no_page_could_show(copy, capsys):
     path = copy / "metrics.jsonl"
     lines = path.read_bytes()
     damaged = (b'{"step": 1.5, "loss": 1}', b'{"step": 2, "loss": "x"}', b"[]", b"\xff", b'{"st')
     path.write_bytes(b"\n".join(damaged) + b"\n" + lines)
     kept = [json.loads(line) for line in lines.splitlines()]
     assert runlog.lines_up_to(path, step=60, steps=61) == kept
+    assert f"{path} is read without line " in capsys.readouterr().err
 
 
 # -----------------------------------------------------------------------------
