@@ -23,7 +23,7 @@ QUESTIONS = (
 )  # fmt: skip
 README = lab.ROOT / "experiments" / "README.md"
 MARK = "<!-- python -m experiments.report writes what follows -->\n"
-STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--")
+STYLES = ("o-", "s--", "^:", "D-.", "v-", "P--", "X:", "<-.", ">-", "h--", "*:")
 
 
 # -----------------------------------------------------------------------------
@@ -222,7 +222,7 @@ def draw(summary: dict, path: Path) -> None:
             right.plot(accuracy, [number] * len(accuracy), style[0] + "-", color=color)
         tried = sorted({float(rate) for arm in arms.values() for rate in arm["nll_by_rate"]})
         left.set_xscale("log", base=2)
-        left.set_xticks(tried, [f"{1000 * rate:.3g}" for rate in tried])
+        left.set_xticks(tried, [f"{1000 * rate:.2g}" for rate in tried])
         left.set(xlabel="learning rate, thousandths", ylabel="nll, first seed")
         left.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
         right.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
