@@ -1,13 +1,14 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
-Fourth in the reading order. A prompt ends in "### Label:". The answer is one token, " 0",
-" 1" or " 2", followed by the end-of-text token, so that the model learns to stop. Prompt
+Fourth in the reading order. A prompt ends in "### Label:". The answer is two tokens: the
+label (" 0", " 1" or " 2") and end of text, so that the model learns to stop. Prompt
 and answer are tokenised separately and joined as lists of ids, so that the prompts of an
 evaluation have exactly the ids seen in training. An example is a dict with a premise, a
 hypothesis and a label from 0 to 2; support/examples.py reads examples from files.
 
-For another task, change PROMPT, the functions that use its texts (`after_prefix`, `cut`),
-the answers (`load_tokenizer`, `fixed_ids`), and how completions are read (`parse`).
+For another task, begin with PROMPT, the functions that use its texts (`after_prefix`, `cut`,
+`title_ids`), the answers (`load_tokenizer`, `fixed_ids`), and how completions are read
+(`parse`, `is_settled`). `collate` expects answers of two tokens.
 """
 
 import functools
@@ -142,7 +143,7 @@ def parse(completion: str) -> int:
     """Returns the first number in a completion without its fraction, or -1 if there is none.
 
     "1" and "1.5" are read as 1. "10" is read as 10, which is a wrong answer. As in the
-    original FLoRA, at most three digits stand before a comma, so "2019" is read as 201.
+    original FLoRA, the first group has at most three digits, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -151,11 +152,11 @@ def parse(completion: str) -> int:
 
 
 def is_settled(completion: str) -> bool:
-    """Returns whether `parse` would read the same number however the completion continues.
+    """Returns True only if `parse` reads the same number however the completion continues.
 
-    This is the case once a further character has ended the first number: "1 " and "1." are
-    settled. "1", "1," and "1,00" are not, because they may become "1,000". A number followed
-    by U+FFFD is not settled either: it stands for a character whose bytes are still incomplete.
+    A further character settles the first number: "1 " and "1." are settled. "1", "1," and
+    "1,00" are not, because they may become "1,000". Nor is a number before U+FFFD, which
+    stands for a character whose bytes are still incomplete. ("1.5" counts as not settled.)
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -199,7 +200,7 @@ def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
     and MNLI has three hypotheses for each premise.
 
     Groups with long prompts come first. So rows in a batch have similar lengths, and a
-    batch that is too large for the memory fails at once instead of after an hour.
+    batch that is too large for the memory shows at once instead of after an hour.
     """
     groups = {}  # row numbers, by premise
     for number, premise in enumerate(examples["premise"]):

@@ -71,8 +71,8 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    The completions are those of phi2.generate, but rows are not run again for each
-    token: the decoder stores the keys and values of all rows (support/packing.py).
+    The tokens are chosen as in phi2.generate, but rows are not run again for each token:
+    the decoder stores the keys and values of all rows (support/packing.py).
 
     A completion ends as soon as is_finished(its ids) is true, or at `max_new_tokens`. The
     hidden states are those of each prompt's last token, from which the output head computes
@@ -109,7 +109,7 @@ def generate(
 def drop_finished(
     decoder: packing.Decoder, prompt_of: list[int], unfinished: set[int]
 ) -> list[int]:
-    """Removes finished rows from the batch. Returns the prompts of the rows that stay.
+    """Removes finished rows from the batch. Returns the prompts' indices of the rows that stay.
 
     On a GPU the decoder records a step of the batch and replays it with a single launch.
     A changed batch must be recorded again, which waits for the GPU and releases its free
@@ -252,7 +252,7 @@ def evaluate(
     # For tqdm, None means no bar if the output is not a terminal.
     disable = None if processes.IS_FIRST else True
     with tqdm(total=len(mine), desc=title, unit="row", leave=False, disable=disable) as bar:
-        batch_size = protocol.batch_size  # which `answer` may halve
+        batch_size = protocol.batch_size  # a copy, because `answer` may halve it
         for start in range(0, len(mine), batch_size):
             numbers = mine[start : start + batch_size]
             batch = [prompts[number] for number in numbers]
@@ -330,7 +330,8 @@ def load_model(
 
 def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
     """Returns whether dequantised weights and training with them fit into `free` bytes."""
-    # With the default flags both take three times the weights' size: README.md's table, 24 GB.
+    # With the default flags both take three times the weights' size (README.md's table, 24 GB).
+    # Four times leaves a margin.
     return free >= 4 * quant.dequantized_size(model)
 
 
@@ -349,7 +350,7 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
 def fingerprint_of(
     args: argparse.Namespace, directory: Path, tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """Returns what an adapter was trained with: digests of base, tokenizer, prompt; and --quant."""
+    """Returns what an adapter depends on: digests of base, tokenizer and prompt; and --quant."""
     # Double quantisation rounds absmax, so the dequantised weights differ.
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
@@ -399,7 +400,7 @@ def load(
 
 
 def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
-    """Prints the completion for one pair, in mode "generate", and each answer's probability."""
+    """Prints each answer's probability for one pair; in mode "generate" first the completion."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
@@ -425,13 +426,13 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
     words = dict(enumerate(words_of(args)))
     for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
         for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, protocol)):
-            # None if the model has written no number, or another one than 0, 1 and 2.
+            # None if the model has written no number, or one other than 0, 1 and 2.
             word = {"answer": words.get(found["prediction"])}
             print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
-    """Returns the words for the labels 0, 1 and 2 in the rows that the adapter was trained on."""
+    """Returns the words for 0, 1 and 2 in the rows that the adapter was trained on, if known."""
     return list(args.origin.words if args.origin else LABELS)
 
 
@@ -483,7 +484,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
         if name in others:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = {"run": str(args.compare)} | compared
-        # Written after each split, so that no result is lost if a later split fails.
+        # Written after each split, so that no prediction is lost if a later split fails.
         if args.out and processes.IS_FIRST:
             files.write_lines(args.out / f"predictions_{name}.jsonl", predictions)
 
@@ -493,7 +494,7 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def read_others(folder: Path | None, splits: dict) -> dict[str, list[dict]]:
-    """Returns by split the predictions to --compare with. Raises ValueError if rows differ."""
+    """Returns by split the predictions that --compare names. Raises ValueError if rows differ."""
     others = {}
     if folder is None:
         return others

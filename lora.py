@@ -96,7 +96,7 @@ class LoRALinear(nn.Module):
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
         # nn.Linear has already drawn A once. PEFT also draws it twice, so a seed gives PEFT's A:
-        # uniform within +- 1 / sqrt(in), where the paper draws from a normal distribution.
+        # uniform within +- 1 / sqrt(in), whereas the paper draws from a normal distribution.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -185,7 +185,8 @@ def inject(
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
     Call it after the weights are loaded. Returns the paths of the wrapped layers. Raises
-    ValueError if a target matches no layer, or if the model already has adapters. With
+    ValueError if a target matches no layer or is not a valid regular expression, or if the
+    model already has adapters. With
     every_target_must_match=False, which load_adapter passes, it is enough that one of
     the targets matches, as in PEFT.
     """
@@ -248,7 +249,8 @@ def match_text(paths: list[str], text: str) -> list[str]:
 def linear_paths(model: nn.Module) -> list[str]:
     """Returns the paths of the layers that can take an adapter.
 
-    These are the layers with in_features, out_features and a weight, quantised or not.
+    These are the layers with in_features, out_features and a weight, quantised or not, but
+    for the output head.
     """
     head = None
     if hasattr(model, "get_output_embeddings"):  # a transformers model
@@ -378,8 +380,8 @@ def save_adapter(
 
     `task_type` selects the class that PEFT wraps the base in; None works with any
     nn.Module. Other weights that you train, such as a new output head, are not saved.
-    Raises ValueError if an adapter is not finite, or has another rank or alpha than
-    `config`. The targets and the dropout are written without such a check.
+    Raises ValueError if there are no adapters, or if one is not finite, or has another
+    rank or alpha than `config`. The targets and the dropout are written without such a check.
     """
     scale = config.alpha / config.rank
     # PEFT computes the scale from the file, so a wrong alpha there would change the adapter.
@@ -416,7 +418,7 @@ def load_adapter(
     files too.) Tensors are converted to the dtype of A and B. Train or eval mode is kept.
 
     Raises ValueError unless the tensors match the model exactly, are finite, and at least
-    one B is not zero. In these cases PEFT may continue with a model that is not the
+    one B is not zero. Where this function raises, PEFT may continue with a model that is not the
     trained one. Do not use the model after an error: its layers may already be wrapped.
     """
     if config is None:
@@ -437,7 +439,8 @@ def load_adapter(
 def read_config(directory: Path) -> LoRAConfig:
     """Returns the config in an adapter_config.json that `save_adapter` has written.
 
-    PEFT has many more options. Raises ValueError if the file contains any of them.
+    PEFT has many more options. Raises ValueError if the file has one that save_adapter does
+    not write, or another value for one that it does.
     """
     path = Path(directory) / "adapter_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))

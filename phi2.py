@@ -73,7 +73,7 @@ class Phi2Config:
         if rotary_dim % 2 or rotary_dim > head_dim:  # they are rotated in pairs
             raise ValueError(
                 f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
-                "it must be an even number of them"
+                f"it must be an even number, at most {head_dim}"
             )
 
     def rotary_dim(self) -> int:
@@ -212,8 +212,8 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # q and k are rotated according to their positions. Their dot product then depends only
-        # on the distance between the two positions.
+        # q and k are rotated according to their positions. Their dot product then depends on the
+        # positions only through their distance.
         q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
         k = rotate(k, cos, sin)
 
@@ -264,8 +264,8 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What the backward pass recomputes instead of storing it in the forward pass: whole
-        # blocks (done here), or only attention (done in the layout of train.batch_loss).
+        # What the backward pass recomputes, so that the forward pass need not store it: whole
+        # transformer blocks (done here), or only attention (done in train.batch_loss's layout).
         self.recomputes_blocks = False
         self.recomputes_attention = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -323,8 +323,8 @@ class Phi2(nn.Module):
 def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
     """Returns `count` ids that continue `ids`, always the likeliest next: greedy generation.
 
-    This is the simple way: each step runs the whole row again. eval.generate returns the
-    same for many rows, but stores keys and values instead (support/packing.py).
+    This is the simple way: each step runs the whole row again. eval.generate chooses
+    the same for many rows, but stores keys and values instead (support/packing.py).
     """
     device = model.lm_head.weight.device
     row = list(ids)
@@ -344,10 +344,11 @@ def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Returns `function` in a form that fuses its element-wise steps into one kernel on a GPU.
 
     Run separately, each step would read and write its whole tensors. torch.compile
-    generates the kernel, and one for the backward pass, at the first call, which takes
-    seconds. The number of tokens may change between calls. Compiling needs Triton (which
-    torch includes for CUDA on Linux), a C compiler and Python.h. The function runs
-    uncompiled if there is no Triton, or, with a warning, if compiling fails.
+    generates the kernel at the first call, and one for the backward pass at the first
+    call with gradients, which takes seconds. The number of tokens may change between
+    calls. Compiling needs Triton (which torch includes for CUDA on Linux), a C compiler
+    and Python.h. The function runs uncompiled if there is no Triton, or, with a warning,
+    if compiling fails.
     """
 
     @functools.cache
@@ -419,9 +420,10 @@ def load_weights(
     """Loads a checkpoint into `model`, layer by layer, as `dtype` on `device`. Returns `model`.
 
     The tensors of each layer are passed to its own `load_state_dict`. There a quantised layer
-    quantises its weight, or uses it as it is if it is in NF4 already. At its peak the memory
-    holds the model and one layer's tensors, both as stored and as `dtype`. Raises ValueError
-    for missing, unknown, misshapen or damaged tensors; the model is then unusable.
+    quantises its weight, or uses it as it is if bitsandbytes has saved it in NF4. At its
+    peak the memory holds the model and one layer's tensors, both as stored and as `dtype`.
+    Raises ValueError for missing, unknown, misshapen or damaged tensors; the model is then
+    unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
@@ -434,7 +436,7 @@ def load_weights(
         try:
             tensors = read_layer(file_of, path, device, dtype)
             if "weight.absmax" in tensors and type(layer) is nn.Linear:
-                raise ValueError("it is in NF4, which --quant nf4 reads")
+                raise ValueError("it is stored in NF4: use --quant nf4")
             layer.load_state_dict(tensors, assign=True)
         # These are RuntimeErrors too, but not the fault of the checkpoint.
         except (torch.OutOfMemoryError, torch.AcceleratorError):
@@ -592,7 +594,7 @@ def read_config(directory: Path) -> Phi2Config:
 
 
 def with_rotary_values(raw: dict, path: Path) -> dict:
-    """Returns config.json with rope_parameters' entries at the top level, as in older versions."""
+    """Returns config.json with rope_parameters' entries at the top level, as phi-2 has them."""
     for key in ("rope_scaling", "rope_parameters"):  # the second in transformers 5
         values = raw.get(key)
         if isinstance(values, dict):

@@ -98,7 +98,8 @@ class NF4Linear(nn.Module):
     `load_state_dict(..., assign=True)` takes a floating-point `weight` (out_features,
     in_features), quantises it and discards the original. (Without `assign`, the result
     would be copied into the existing buffers, which may be on the meta device.) A weight
-    that bitsandbytes or this layer has saved in NF4 is used as it is.
+    that bitsandbytes or this layer has saved in NF4 is used as it is (a double-quantised
+    absmax of bitsandbytes is restored to fp32).
 
     Buffers, with numel = in_features * out_features and all sizes rounded up:
         weight: (numel / 2, 1) uint8, two indices per byte.
@@ -154,7 +155,7 @@ class NF4Linear(nn.Module):
         absmax = self.absmax
         if self.double_quant:
             levels = nested_levels(absmax.device)
-            # levels[index] * nested_absmax[block]; from_bitsandbytes writes this out
+            # levels[index] * nested_absmax[block]; from_bitsandbytes spells this out in torch
             absmax = kernels().dequantize_blockwise(
                 absmax, self.nested_absmax, levels, NESTED_BLOCK, torch.float32
             )
@@ -228,7 +229,7 @@ class DequantizedLinear(torch.autograd.Function):
     In the backward pass the gradient of x is g W, where g (..., out) is the gradient of the
     output. autograd would store W for this, for every layer; in bf16 that takes three and a
     half times the memory of NF4. So W is dequantised a second time instead. W and b are
-    frozen and get no gradient. The gradient of W would need x, so x is not stored either.
+    frozen and get no gradient. Only the gradient of W would need x, so x is not stored either.
     """
 
     @staticmethod
@@ -358,7 +359,7 @@ def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor,
     """
     state = json.loads(bytes(parts["quant_state.bitsandbytes__nf4"].tolist()))
     if state["blocksize"] != BLOCK:
-        raise ValueError(f"its NF4 has blocks of {state['blocksize']} weights, not of {BLOCK}")
+        raise ValueError(f"its NF4 has blocks of {state['blocksize']} values, not of {BLOCK}")
     absmax = parts["absmax"]
     if "nested_offset" in state:  # double quantisation: absmax holds 8-bit indices
         levels = parts["nested_quant_map"][absmax.long()]

@@ -18,7 +18,7 @@ adapters, the rows and the numbers of each step, and evaluation. The flags and t
 defaults are in support/flags.py. The default recipe is: 40,000 steps of 16 rows; AdamW
 with a learning rate that rises to 2e-4 over 3 % of the steps and falls to 0 along a
 cosine; weight decay 0.01; gradients clipped to norm 1; rank 8 and alpha 16 on q and v;
-dropout 0.05; the loss on the answer only.
+dropout 0.05 (beside phi-2's own); the loss on the answer only.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Takes one optimiser step with `batches`, this process's share of the step's rows.
 
-    Gradients are accumulated over the batches: --accumulate of them, of --batch-size rows.
+    Gradients are accumulated over the batches: up to --accumulate, of up to --batch-size rows.
 
     Returns this process's part of the loss, and the norm of the gradient before
     clipping. Both are scalars on the model's device, and a GPU may still be computing
@@ -85,7 +85,8 @@ def training_step(
     means would give the ids in a small batch more weight.)
 
     In fp16 `scaler` keeps small gradients from becoming 0, and skips a step whose
-    gradients overflow (support/loss_scale.py). Otherwise it does nothing.
+    gradients overflow (support/loss_scale.py). With another dtype it only calls
+    optimizer.step().
     """
     parameters = optimizer.param_groups[0]["params"]  # A and B of the adapters; W is frozen
     loss = torch.zeros((), device=model.lm_head.weight.device)
@@ -226,7 +227,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         is_last = progress.step == steps
         if log.is_due(progress.step) or is_last:
             log.write_training(progress, rate, grad_norm)
-        # Also save before an evaluation: it takes long, and if it is killed, no step is lost.
+        # Also save before an evaluation, which takes long: no step is lost if it is killed.
         evaluates_next = is_evaluated(progress.step, steps, args)
         if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
             save(args, model, inputs, optimizer, scaler, log)
@@ -235,7 +236,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             log.say_stopped()
             return
     # From here on Ctrl-C ends the run at once, and prints how to resume it. If Ctrl-C was pressed
-    # after the last step, release raises it.
+    # after the last step, release raises KeyboardInterrupt.
     with log.resumable():
         stop.release()
 
@@ -257,7 +258,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             results["best"] = best.read(args.out)
         with log.resumable():
             is_complete = log.finish(results, predictions, data.PROMPT)
-        if not is_complete:  # something such as a picture or an upload has failed, as printed
+        if not is_complete:  # a picture, an upload or the like has failed, which was printed
             sys.exit(1)
 
 
@@ -431,7 +432,7 @@ class Step:
 
 
 class Feed:
-    """Prepares the rows of each step, and collects the numbers that it returns.
+    """Prepares the rows of each step, and collects the numbers that the step returns.
 
     A GPU works asynchronously: Python only waits for it when it reads a number.
 
@@ -487,9 +488,9 @@ class Feed:
     ) -> tuple[float, bool]:
         """Waits for the step that was taken, counts it, and makes the next step the current one.
 
-        Returns the norm of its gradient, and whether any process was asked to stop. Raises
-        ValueError if loss or norm is not finite, because such a step makes all adapter weights
-        useless. (In fp16 the norm alone may overflow: the step was skipped, and is counted.)
+        Returns the norm of the taken step's gradient, and whether any process was asked to
+        stop. Raises ValueError if loss or norm is not finite, because such a step makes all
+        adapter weights useless. (In fp16 the norm alone may overflow: the step was skipped, and is counted.)
         """
         taken = self.current
         loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
@@ -517,7 +518,7 @@ class Feed:
 def collated(
     encoded: list, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> list[data.Batch]:
-    """Returns batches of --batch-size rows, from rows given as (prompt ids, answer ids)."""
+    """Returns batches of up to --batch-size rows, from rows given as (prompt ids, answer ids)."""
     prefix_length = shared_prefix_length(tokenizer, args)
     return [
         data.collate(encoded[start : start + args.batch_size], prefix_length, args.loss)

@@ -286,7 +286,7 @@ def test_layers_that_an_nf4_checkpoint_holds_in_16_bits_stay_so(tiny, tmp_path, 
 
 def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
     reference(tiny, torch.float32, "nf4").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="it is in NF4, which --quant nf4 reads"):
+    with pytest.raises(ValueError, match="it is stored in NF4: use --quant nf4"):
         ours(tmp_path, torch.float32, "none")
     with pytest.raises(ValueError, match="in NF4 already: load it without double quantisation"):
         ours(tmp_path, torch.float32, "nf4", double_quant=True)
@@ -296,7 +296,7 @@ def test_an_nf4_checkpoint_needs_nf4_layers_and_its_own_blocks(tiny, tmp_path):
     record = json.loads(bytes(tensors[key].tolist())) | {"blocksize": 128}
     tensors[key] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="its NF4 has blocks of 128 weights, not of 64"):
+    with pytest.raises(ValueError, match="its NF4 has blocks of 128 values, not of 64"):
         evaluation.load_model(tmp_path, "nf4", "fp32", "cpu")
 
 
