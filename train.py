@@ -490,7 +490,8 @@ class Feed:
 
         Returns the norm of the taken step's gradient, and whether any process was asked to
         stop. Raises ValueError if loss or norm is not finite, because such a step makes all
-        adapter weights useless. (In fp16 the norm alone may overflow: the step was skipped, and is counted.)
+        adapter weights useless. (In fp16 the norm alone may overflow: the step was skipped,
+        and is counted.)
         """
         taken = self.current
         loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
