@@ -164,7 +164,7 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
     # None values are left out. The Hub turns base_model and datasets into links, so directories
     # are left out too.
     data = ModelCardData(
-        language="en",
+        language="en" if dataset == "nyu-mll/glue" else None,  # rows of your own may have another
         base_model=base if is_on_hub(base, directory) else None,
         library_name="peft",
         datasets=[dataset] if is_on_hub(dataset, directory) else None,

@@ -101,6 +101,7 @@ def test_the_card_is_one_the_hub_reads(run):
     assert read.metrics == ["accuracy"]
     assert read.base_model is None, "a directory is no name on the Hub"
     assert read.datasets is None
+    assert read.language is None, "of rows that are not MNLI's it is not known"
     results = read_json(run / "results.json")["finetuned"]
     assert {result.dataset_split: result.metric_value for result in read.eval_results} == {
         split: result["accuracy"] for split, result in results.items()
@@ -113,6 +114,7 @@ def test_a_base_and_a_dataset_of_the_hub_are_named(run, tmp_path):
     read = metadata(card.card(tmp_path / "run", data.PROMPT))
     assert read.base_model == "microsoft/phi-2"
     assert read.datasets == ["nyu-mll/glue"]
+    assert read.language == "en"
     assert {result.dataset_config for result in read.eval_results} == {"mnli"}
 
 
