@@ -207,9 +207,10 @@ def match_targets(
 ) -> list[str]:
     """Returns the paths of the linear layers that `targets` names, in module order.
 
-    The rules are PEFT's. A name in a tuple matches paths that equal it or end in a dot and
-    the name. A string is a regular expression that must match a whole path. Raises ValueError
-    if a target matches no layer (with every_target_must_match=False, if none of them does).
+    The rules are PEFT's. A name in a tuple matches paths that equal it or end in a dot
+    and the name. A string is a regular expression that must match a whole path. Raises
+    ValueError if a target matches no layer (with every_target_must_match=False, if none
+    of them does).
     """
     linears = linear_paths(model)
     if isinstance(targets, str):
@@ -291,9 +292,10 @@ def merge(model: nn.Module) -> None:
     """Adds each adapter to its base weight, W + scale B A, in place, and unwraps the layers.
 
     W stays frozen. Raises ValueError, before any layer is changed, if the merged model
-    would differ from the adapted one by more than rounding to the dtype of W. This happens
-    over a quantised base, where rounding to 4 bits again erases most of a small update; if
-    a sum is not finite; and if W is recomputed in each forward pass or shared by two layers.
+    would differ from the adapted one by more than rounding to the dtype of W. This
+    happens over a quantised base, where rounding to 4 bits again erases most of a small
+    update; if a sum is not finite; and if W is recomputed in each forward pass or shared
+    by two layers.
     """
     adapted = {
         path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)
@@ -417,9 +419,10 @@ def load_adapter(
     written. (eval.py passes a config, because support/peft_files.py reads other programs'
     files too.) Tensors are converted to the dtype of A and B. Train or eval mode is kept.
 
-    Raises ValueError unless the tensors match the model exactly, are finite, and at least
-    one B is not zero. Where this function raises, PEFT may continue with a model that is not the
-    trained one. Do not use the model after an error: its layers may already be wrapped.
+    Raises ValueError unless the tensors match the model exactly, are finite, and at
+    least one B is not zero. Where this function raises, PEFT may continue with a model
+    that is not the trained one. Do not use the model after an error: its layers may
+    already be wrapped.
     """
     if config is None:
         config = read_config(directory)
@@ -439,8 +442,8 @@ def load_adapter(
 def read_config(directory: Path) -> LoRAConfig:
     """Returns the config in an adapter_config.json that `save_adapter` has written.
 
-    PEFT has many more options. Raises ValueError if the file has one that save_adapter does
-    not write, or another value for one that it does.
+    PEFT has many more options. Raises ValueError if the file has one that save_adapter
+    does not write, or another value for one that it does.
     """
     path = Path(directory) / "adapter_config.json"
     raw = json.loads(path.read_text(encoding="utf-8"))

@@ -419,11 +419,11 @@ def load_weights(
 ) -> Phi2:
     """Loads a checkpoint into `model`, layer by layer, as `dtype` on `device`. Returns `model`.
 
-    The tensors of each layer are passed to its own `load_state_dict`. There a quantised layer
-    quantises its weight, or uses it as it is if bitsandbytes has saved it in NF4. At its
-    peak the memory holds the model and one layer's tensors, both as stored and as `dtype`.
-    Raises ValueError for missing, unknown, misshapen or damaged tensors; the model is then
-    unusable.
+    The tensors of each layer are passed to its own `load_state_dict`. There a quantised
+    layer quantises its weight, or uses it as it is if bitsandbytes has saved it in NF4.
+    At its peak the memory holds the model and one layer's tensors, both as stored and as
+    `dtype`. Raises ValueError for missing, unknown, misshapen or damaged tensors; the
+    model is then unusable.
     """
     directory = locate(name)
     file_of = find_tensors(directory)
@@ -473,8 +473,9 @@ def read_layer(
 ) -> dict[str, Tensor]:
     """Returns the tensors of a layer as `dtype`, by their names in the layer: weight and bias.
 
-    A weight that the checkpoint stores in NF4 comes with more tensors, such as weight.absmax.
-    The weight and these tensors are returned as stored, in the form that quant.NF4Linear loads.
+    A weight that the checkpoint stores in NF4 comes with more tensors, such as
+    weight.absmax. The weight and these tensors are returned as stored, in the form that
+    quant.NF4Linear loads.
     """
     tensors = {}
     for key, file in file_of.items():

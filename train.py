@@ -488,10 +488,10 @@ class Feed:
     ) -> tuple[float, bool]:
         """Waits for the step that was taken, counts it, and makes the next step the current one.
 
-        Returns the norm of the taken step's gradient, and whether any process was asked to
-        stop. Raises ValueError if loss or norm is not finite, because such a step makes all
-        adapter weights useless. (In fp16 the norm alone may overflow: the step was skipped,
-        and is counted.)
+        Returns the norm of the taken step's gradient, and whether any process was asked
+        to stop. Raises ValueError if loss or norm is not finite, because such a step
+        makes all adapter weights useless. (In fp16 the norm alone may overflow: the step
+        was skipped, and is counted.)
         """
         taken = self.current
         loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
