@@ -5,7 +5,7 @@
 # make lowest   installs the lowest versions that requirements.txt allows, and tests with them
 # make newest   installs the newest versions there are, and tests with them
 # make bench    measures speed and memory beside them
-# make experiments    answers the questions of experiments/, in some three hours
+# make experiments    answers the questions of experiments/, in about an hour and a half
 
 PYTHON ?= python3
 BIN = .venv/bin

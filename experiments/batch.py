@@ -6,7 +6,7 @@ from W. All arms see 3,200 rows, so a larger batch leaves fewer steps, and is wo
 With batches of 128, which were tried first, 25 steps teach LoRA to write a digit at every
 learning rate, and not yet which digit.
 
-    python -m experiments.batch             # about 15 minutes on two cores
+    python -m experiments.batch             # about 10 minutes on two cores
 """
 
 from experiments import report

@@ -4,7 +4,7 @@
 can hold what the data teaches; beyond that a higher rank helps. All arms take 320 steps of
 16 rows: they see 320 rows 16 times, or 5,120 rows once.
 
-    python -m experiments.capacity          # about 25 minutes on two cores
+    python -m experiments.capacity          # about 15 minutes on two cores
 """
 
 from dataclasses import replace

@@ -4,7 +4,7 @@ QLoRA (arXiv:2305.14314, appendix A) finds that a dropout of 0.05 helps models o
 billion parameters, but not larger ones. Dropout works against memorising rows, so it is
 tried where rows are seen once (3,200 of 4,000) and where they are seen eight times (400).
 
-    python -m experiments.dropout           # about 15 minutes on two cores
+    python -m experiments.dropout           # about 10 minutes on two cores
 """
 
 from experiments import report

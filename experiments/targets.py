@@ -11,7 +11,7 @@ In the first four arms the ranks make the numbers of parameters equal to within 
 tiny/, as in phi-2, fc1 and fc2 have one side that is four times as wide. alpha is 2 * rank,
 so the scale is the same in all arms.
 
-    python -m experiments.targets           # about 15 minutes on two cores
+    python -m experiments.targets           # about 10 minutes on two cores
 """
 
 from experiments import report
