@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-# Control characters but line breaks and tabs, and what turns the direction of writing
+# Control characters except line breaks and tabs, and changes of the writing direction
 CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -22,12 +22,12 @@ def printable(text: str) -> str:
 
 
 def harmless(value):
-    """Returns a text for a browser, with each letter that it would obey escaped as above.
+    """Returns a text for a browser, with control characters escaped in the same way.
 
-    It shows line breaks and letters of no width, which some languages need. Anything but a plain
-    text stays as it is.
+    Line breaks and characters without width, which some languages need, are kept. A value that is
+    not a plain string is returned unchanged.
     """
-    if type(value) is not str:  # jinja's Markup is a text too, of values that were here before
+    if type(value) is not str:  # jinja's Markup is a string too, but was escaped before
         return value
     return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 

@@ -16,7 +16,7 @@ class Record:
 
     results: from results.json. An unfinished run only has the base's statistics.
     entries: the lines of metrics.jsonl.
-    damage: a line on those of its lines that cannot be read; None where all can.
+    damage: a message on the lines of metrics.jsonl that cannot be read, or None.
     """
 
     folder: Path
@@ -94,9 +94,10 @@ def check_entry(entry: dict) -> None:
 
 
 def read_entries(path: Path) -> tuple[list[dict], str | None]:
-    """Returns the lines of a metrics.jsonl, and a line on those that train.py has not written so.
+    """Returns the entries of a metrics.jsonl, and a message on the lines that cannot be read.
 
-    A kill or a full disk has cut them short. Raises OSError where there is no such file.
+    A kill or a full disk may have cut a line short. The message is None if all can be read. Raises
+    OSError if the file does not exist.
     """
     entries = []
     errors = []
