@@ -205,9 +205,10 @@ def draw(summary: dict, path: Path) -> None:
         # Text stays text, and the same numbers give the same file.
         matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": path.stem})
         matplotlib.rcParams["font.family"] = "sans-serif"
-        height = max(3.4, 1.2 + 0.3 * len(arms))
-        figure = Figure(figsize=(10, height), layout="constrained")
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1))
+        # One above the other, narrow enough to be read on a phone.
+        height = 1 + 0.3 * len(arms)
+        figure = Figure(figsize=(6, 3.4 + height), layout="constrained")
+        rates_axes, accuracy_axes = figure.subplots(2, 1, height_ratios=(3.4, height))
         for number, arm in enumerate(arms.values()):
             style = STYLES[number % len(STYLES)]
             color = f"C{number % 10}"
@@ -217,18 +218,18 @@ def draw(summary: dict, path: Path) -> None:
                 if values[0] != "diverged"
             )
             if points:  # otherwise every rate has diverged
-                left.plot(*zip(*points), style, color=color, markersize=4, linewidth=1)
+                rates_axes.plot(*zip(*points), style, color=color, markersize=4, linewidth=1)
             accuracy = arm["accuracy"]
-            right.plot(accuracy, [number] * len(accuracy), style[0] + "-", color=color)
+            accuracy_axes.plot(accuracy, [number] * len(accuracy), style[0] + "-", color=color)
         tried = sorted({float(rate) for arm in arms.values() for rate in arm["nll_by_rate"]})
-        left.set_xscale("log", base=2)
-        left.set_xticks(tried, [f"{1000 * rate:.2g}" for rate in tried])
-        left.set(xlabel="learning rate, thousandths", ylabel="nll, first seed")
-        left.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
-        right.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
-        right.set_yticklabels(list(arms))
-        right.invert_yaxis()
-        right.grid(axis="x", color="0.9")
+        rates_axes.set_xscale("log", base=2)
+        rates_axes.set_xticks(tried, [f"{1000 * rate:.2g}" for rate in tried])
+        rates_axes.set(xlabel="learning rate, thousandths", ylabel="nll, first seed")
+        rates_axes.axhline(math.log(3), color="0.7", linewidth=0.8)  # guessing
+        accuracy_axes.set(xlabel="accuracy at the best rate, by seed", yticks=range(len(arms)))
+        accuracy_axes.set_yticklabels(list(arms))
+        accuracy_axes.invert_yaxis()
+        accuracy_axes.grid(axis="x", color="0.9")
         with files.replacing(path) as temporary:
             figure.savefig(temporary, format="svg", metadata={"Date": None})
 

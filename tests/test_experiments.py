@@ -302,3 +302,23 @@ def test_two_arms_differ_where_no_seed_of_one_is_within_the_others():
     assert compare("high", "between").startswith("high and between do not differ by more than")
     assert compare("high", "low", "X", "better").endswith("), as X finds")
     assert compare("high", "low", "X", "equal").endswith("); X finds them equal")
+
+
+def test_what_is_said_in_short_is_in_the_results():
+    def rates(question: str, *arms: str) -> set[float]:
+        stored = read_json(lab.RESULTS / f"{question}.json")["arms"]
+        return {stored[arm]["learning_rate"] for arm in arms}
+
+    fixed = [f"rank {rank}, alpha 16" for rank in (1, 4, 8, 16, 64)]
+    assert rates("rank", *fixed) == {0.001}
+    assert rates("full", "full") == {0.00025}
+    assert rates("full", "LoRA, rank 8, q and v alone") == {0.004}
+    assert rates("targets", "q and v, rank 18", "q and v, rank 4") == {0.004, 0.008}
+    # In lora.py: with alpha = 2 * rank the best rate falls eightfold.
+    assert rates("rank", "rank 1, alpha 2") == {8 * 0.0005}
+    assert rates("rank", "rank 64, alpha 128") == {0.0005}
+    model = evaluation.load_model(lab.MODEL, "none", "fp32", "cpu")
+    base = lab.measure(model, 600)
+    # Another processor rounds otherwise, and may answer a row otherwise.
+    assert base["accuracy"] == pytest.approx(0.610, abs=0.003)
+    assert base["nll"] == pytest.approx(0.879, abs=0.001)
