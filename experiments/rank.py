@@ -16,7 +16,7 @@ from experiments.lab import Trial
 RANKS = (1, 4, 8, 16, 64)
 FIXED = [f"rank {rank}, alpha 16" for rank in RANKS]
 GROWING = [f"rank {rank}, alpha {2 * rank}" for rank in RANKS]  # the same at rank 8
-# With these it shows how much of what rank 64 gains is its alpha.
+# These two show how much of rank 64's gain comes from its larger alpha.
 LARGER = {f"rank 8, alpha {alpha}": Trial(alpha=float(alpha)) for alpha in (32, 128)}
 ARMS = {name: Trial(rank=rank) for rank, name in zip(RANKS, FIXED)} | {
     name: Trial(rank=rank, alpha=2.0 * rank) for rank, name in zip(RANKS, GROWING)
