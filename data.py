@@ -1,13 +1,16 @@
 """MNLI as prompts: the wording, the token ids, the order of the rows, and batches.
 
-Fourth in the reading order. A prompt ends in "### Label:". The answer is two tokens: the
-label (" 0", " 1" or " 2") and end of text, so that the model learns to stop. Prompt
-and answer are tokenised separately and joined as lists of ids, so that the prompts of an
-evaluation have exactly the ids seen in training. An example is a dict with a premise, a
-hypothesis and a label from 0 to 2; support/examples.py reads examples from files.
+Fourth in the reading order. MNLI asks whether a premise entails a hypothesis (label 0), is
+neutral to it (1) or contradicts it (2). An example, or pair, is a dict with a premise, a
+hypothesis and a label; support/examples.py reads examples from files.
+
+A prompt ends in "### Label:". The answer is two tokens: the label (" 0", " 1" or " 2") and
+end of text, so that the model learns to stop. Prompt and answer are tokenised separately
+and joined as lists of ids, so that the prompts of an evaluation have exactly the ids seen
+in training.
 
 For another task, begin with PROMPT, the functions that use its texts (`after_prefix`, `cut`,
-`title_ids`), the answers (`load_tokenizer`, `fixed_ids`), and how completions are read
+`heading_ids`), the labels (`load_tokenizer`, `fixed_ids`), and how completions are read
 (`parse`, `is_settled`). `collate` expects answers of two tokens.
 """
 
@@ -22,8 +25,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-# The prompt of the original FLoRA, which this project follows, including its two double
-# spaces: without them the token ids would differ.
+# The prompt of the notebooks that this project follows, including their two double spaces:
+# without them the token ids would differ.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
@@ -45,7 +48,7 @@ NUMBER = re.compile(r"\d{1,3}(?:,\d{3})*(?:\.\d+)?")
 def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     """Returns the tokenizer in tokenizer.json of a model directory.
 
-    Raises ValueError unless each answer is one token and every id is below `vocab_size`,
+    Raises ValueError unless each label is one token and every id is below `vocab_size`,
     the number of rows of the embedding.
     """
     path = Path(directory) / "tokenizer.json"
@@ -70,7 +73,7 @@ def load_tokenizer(directory: Path, vocab_size: int | None = None) -> Tokenizer:
     for label in range(3):
         if len(tokenizer.encode(f" {label}").ids) != 1:
             raise ValueError(
-                f"{path} cuts the answer ' {label}' into several tokens; it must be one"
+                f"{path} cuts the label ' {label}' into several tokens; it must be one"
             )
     return tokenizer
 
@@ -83,13 +86,13 @@ def num_known_ids(tokenizer: Tokenizer) -> int:
 
 @functools.cache
 def fixed_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int], int]:
-    """Returns the ids that are the same for all examples: prefix, the answers, end of text.
+    """Returns the ids that are the same for all examples: prefix, the labels, end of text.
 
-    The answers are " 0", " 1" and " 2", one id each (in phi-2: 657, 352, 362).
+    The labels " 0", " 1" and " 2" are one id each (in phi-2: 657, 352, 362).
     """
     prefix = tokenizer.encode(PREFIX).ids
-    answers = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
-    return prefix, answers, tokenizer.token_to_id(EOS)
+    label_ids = [tokenizer.encode(f" {label}").ids[0] for label in range(3)]
+    return prefix, label_ids, tokenizer.token_to_id(EOS)
 
 
 def after_prefix(example: dict) -> str:
@@ -97,42 +100,37 @@ def after_prefix(example: dict) -> str:
     return " " + example["premise"] + AFTER_PREMISE.format(hypothesis=example["hypothesis"])
 
 
-def encode(
-    example: dict, tokenizer: Tokenizer, max_length: int | None = None
-) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids) of an example with premise, hypothesis and label.
-
-    The prompt is all of PROMPT with the two texts filled in. The answer is the label (0
-    to 2) and the end of text. If both together have more than `max_length` ids, the end
-    of the premise is cut off. If that is not enough, the premise is left out and the end
-    of the hypothesis is cut off.
-    """
-    ids = tokenizer.encode(after_prefix(example)).ids
-    return prompt_and_answer(example, ids, tokenizer, max_length)
-
-
 def encode_batch(
     examples, tokenizer: Tokenizer, max_length: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns what `encode` returns, for many examples. The tokenizer runs on all CPU cores."""
+    """Returns (prompt ids, answer ids) of each example.
+
+    The prompt is all of PROMPT with the two texts filled in. The answer is the label's id
+    and the end of text. If both together have more than `max_length` ids, the end of the
+    premise is cut off. If that is not enough, the premise is left out and the end of the
+    hypothesis is cut off.
+    """
+    prefix, label_ids, eos = fixed_ids(tokenizer)
+    # The tokenizer runs on all CPU cores.
     encodings = tokenizer.encode_batch_fast([after_prefix(example) for example in examples])
-    return [
-        prompt_and_answer(example, encoding.ids, tokenizer, max_length)
-        for example, encoding in zip(examples, encodings)
-    ]
+    encoded = []
+    for example, encoding in zip(examples, encodings):
+        ids = encoding.ids
+        answer = [label_ids[example["label"]], eos]
+        if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
+            ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
+        # Ids are joined, not texts: in a joined text the tokenizer could merge the end of one
+        # part with the start of the next.
+        encoded.append((prefix + ids, answer))
+    return encoded
 
 
-def prompt_and_answer(
-    example: dict, ids: list[int], tokenizer: Tokenizer, max_length: int | None
+def encode(
+    example: dict, tokenizer: Tokenizer, max_length: int | None = None
 ) -> tuple[list[int], list[int]]:
-    """Returns (prompt ids, answer ids), given the `ids` of after_prefix(example)."""
-    prefix, answers, eos = fixed_ids(tokenizer)
-    # Ids are joined, not texts: in a joined text the tokenizer could merge the end of one
-    # part with the start of the next.
-    answer = [answers[example["label"]], eos]
-    if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
-        ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
-    return prefix + ids, answer
+    """Returns (prompt ids, answer ids) of a single example."""
+    (encoded,) = encode_batch([example], tokenizer, max_length)
+    return encoded
 
 
 # -----------------------------------------------------------------------------
@@ -142,8 +140,8 @@ def prompt_and_answer(
 def parse(completion: str) -> int:
     """Returns the first number in a completion without its fraction, or -1 if there is none.
 
-    "1" and "1.5" are read as 1. "10" is read as 10, which is a wrong answer. As in the
-    original FLoRA, the first group has at most three digits, so "2019" is read as 201.
+    "1" and "1.5" are read as 1. "10" is read as 10, which is a wrong answer. As in those
+    notebooks, the first group has at most three digits, so "2019" is read as 201.
     """
     found = NUMBER.search(completion)
     if found is None:
@@ -162,7 +160,8 @@ def is_settled(completion: str) -> bool:
     if found is None:
         return False
     rest = completion[found.end() :]
-    return re.fullmatch(r"(,\d{0,2})?\ufffd*", rest) is None
+    can_grow = re.fullmatch(r"(,\d{0,2})?\ufffd*", rest)
+    return not can_grow
 
 
 # -----------------------------------------------------------------------------
@@ -172,10 +171,12 @@ def is_settled(completion: str) -> bool:
 def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
     """Yields a list of `size` examples for each optimiser step, from step `start` on, forever.
 
-    Each epoch uses every row once, in an order drawn from (seed, epoch) alone. So step n
+    `examples` is a sequence of dicts. Each epoch uses every example once, in an order drawn from (seed, epoch) alone. So step n
     does not depend on earlier steps, and a run can resume at any step. The last step of
-    an epoch has the rows that are left. Within a step the shortest examples come first.
-    Each example gets a key "row", its index in `examples`.
+    an epoch has the examples that are left. Each gets a key "row", its index in `examples`.
+
+    Within a step the shortest examples come first, so that those of one batch have similar
+    lengths: inside attention the rows of a batch may be padded to one length.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -188,26 +189,26 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
             order_epoch = epoch
         chosen = order[place * size : (place + 1) * size].tolist()
         rows = [examples[index] | {"row": index} for index in chosen]
-        # By length, so that the batches of one step hold rows of similar length.
         rows.sort(key=lambda example: len(example["premise"]) + len(example["hypothesis"]))
         yield rows
 
 
 def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
-    """Returns the numbers of an evaluation's rows, in groups of rows with the same premise.
+    """Returns the indices of an evaluation's examples, in groups with the same premise.
 
     A beginning that several prompts of a batch share goes through the model only once,
-    and MNLI has three hypotheses for each premise.
+    and MNLI has three hypotheses for each premise. `prompts` are the examples' prompt ids;
+    examples["premise"] is the column of all premises.
 
-    Groups with long prompts come first. So rows in a batch have similar lengths, and a
+    Groups with long prompts come first. So prompts in a batch have similar lengths, and a
     batch that is too large for the memory shows at once instead of after an hour.
     """
-    groups = {}  # row numbers, by premise
-    for number, premise in enumerate(examples["premise"]):
-        groups.setdefault(premise, []).append(number)
+    groups = {}  # indices, by premise
+    for index, premise in enumerate(examples["premise"]):
+        groups.setdefault(premise, []).append(index)
 
     def longest(group: list[int]) -> int:
-        return max(len(prompts[number]) for number in group)
+        return max(len(prompts[index]) for index in group)
 
     return sorted(groups.values(), key=longest, reverse=True)
 
@@ -215,6 +216,8 @@ def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
 @dataclass
 class Batch:
     """Some examples in the form that the model takes: one row after another, without padding.
+
+    A row is an example's prompt and label. Its end of text is predicted, but is not an input.
 
     For a loss on the answer only, a prefix of two ids, and two rows:
 
@@ -248,7 +251,6 @@ def collate(
     if prefix_length and loss == "full":
         raise ValueError("the full loss is on the prefix too, so rows cannot share it")
     whole = [prompt + answer for prompt, answer in encoded]
-    # The end of text is predicted, but the model predicts nothing from it.
     rows = [sequence[prefix_length:-1] for sequence in whole]
     # All prompts begin with the same prefix. It is taken once, from the first prompt.
     ids = whole[0][:prefix_length] + flat(rows)
@@ -278,20 +280,20 @@ def flat(lists: list[list[int]]) -> list[int]:
 def cut(example: dict, tokenizer: Tokenizer, room: int) -> list[int]:
     """Returns the ids of a prompt after its prefix, shortened to `room` ids.
 
-    The end of the premise is cut off first, then that of the hypothesis. The titles
+    The end of the premise is cut off first, then that of the hypothesis. The headings
     stay, because the last one, "### Label:", asks for the answer.
     """
     premise = tokenizer.encode(" " + example["premise"]).ids
     after = tokenizer.encode(AFTER_PREMISE.format(hypothesis=example["hypothesis"])).ids
     if len(after) <= room:
         return premise[: room - len(after)] + after
-    title, end = title_ids(tokenizer)
+    heading, end = heading_ids(tokenizer)
     hypothesis = tokenizer.encode(" " + example["hypothesis"]).ids
-    return title + hypothesis[: room - len(title) - len(end)] + end
+    return heading + hypothesis[: room - len(heading) - len(end)] + end
 
 
 @functools.cache
-def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+def heading_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Returns the ids of what precedes a hypothesis, and of what follows it."""
     before, after = AFTER_PREMISE.split(" {hypothesis}")
     return tokenizer.encode(before).ids, tokenizer.encode(after).ids
@@ -300,9 +302,9 @@ def title_ids(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
 def check_max_length(tokenizer: Tokenizer, max_length: int | None) -> None:
     """Raises ValueError if --max-length leaves no room for any token of the two texts."""
     prefix, _, _ = fixed_ids(tokenizer)
-    title, end = title_ids(tokenizer)
+    heading, end = heading_ids(tokenizer)
     answer = 2  # the label and the end of text
-    least = len(prefix) + len(title) + len(end) + answer + 1
+    least = len(prefix) + len(heading) + len(end) + answer + 1
     if max_length is not None and max_length < least:
         raise ValueError(
             f"--max-length {max_length} leaves no room for premise and hypothesis: the rest of "

@@ -12,7 +12,6 @@ forward pass. It shows what a model knows even if it would not write it.
 
 import argparse
 import itertools
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -50,10 +49,14 @@ from support import (
     processes,
     typed_pairs,
 )
+from support.fused import fused
 from support.labels import LABELS
-from support.letters import printable
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# On a GPU each of these runs as one kernel from here on. They compute the same as before.
+phi2.rotate = fused(phi2.rotate)
+phi2.add_branches = fused(phi2.add_branches)
 
 
 # -----------------------------------------------------------------------------
@@ -71,8 +74,9 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    The tokens are chosen as in phi2.generate, but rows are not run again for each token:
-    the decoder stores the keys and values of all rows (support/packing.py).
+    As in phi2.generate, each token is the likeliest one. But whole rows are run only once:
+    the layout stores their keys and values, and the decoder runs one new token per row
+    (support/packing.py).
 
     A completion ends as soon as is_finished(its ids) is true, or at `max_new_tokens`. The
     hidden states are those of each prompt's last token, from which the output head computes
@@ -80,8 +84,8 @@ def generate(
     outputs than the tokenizer has ids: ids from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
-    # 1. Run all prompts at once. Their keys and values are stored, with room for completions.
-    #    The output head runs only on each prompt's last token.
+    # 1. Run all prompts at once, with room for completions. The output head runs only on each
+    #    prompt's last token.
     ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
     hidden = model.model(ids, layout, last=1)
 
@@ -102,38 +106,20 @@ def generate(
             return completions, hidden
 
         # 3. Run each row's new token through the model, if possible without finished rows.
-        prompt_of = drop_finished(decoder, prompt_of, unfinished)
+        kept = decoder.drop([number not in unfinished for number in prompt_of])
+        prompt_of = [prompt_of[row] for row in kept]
         logits = decoder.run([completions[number][-1] for number in prompt_of])
-
-
-def drop_finished(
-    decoder: packing.Decoder, prompt_of: list[int], unfinished: set[int]
-) -> list[int]:
-    """Removes finished rows from the batch. Returns the prompts' indices of the rows that stay.
-
-    On a GPU the decoder records a step of the batch and replays it with a single launch.
-    A changed batch must be recorded again, which waits for the GPU and releases its free
-    memory. So on a GPU finished rows stay until seven of eight rows are finished: for 64
-    rows at most three steps are recorded. Meanwhile the last token of a finished row is
-    run again, and its output is ignored.
-    """
-    finished = len(prompt_of) - len(unfinished)
-    if finished == 0 or (decoder.records and finished < 7 * len(unfinished)):
-        return prompt_of
-    kept = [row for row, number in enumerate(prompt_of) if number in unfinished]
-    decoder.keep(kept)
-    return [prompt_of[row] for row in kept]
 
 
 def complete(
     model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], max_new_tokens: int
 ) -> list[dict]:
-    """Returns the completion, the prediction and the scores for each prompt.
+    """Returns the completion, the predicted label and the scores for each prompt.
 
     A completion ends with the end-of-text token, or as soon as its first number is settled,
     because further text would not change the prediction. The scores are those of `score`.
     """
-    prefix, answers, eos = data.fixed_ids(tokenizer)
+    prefix, label_ids, eos = data.fixed_ids(tokenizer)
 
     def is_finished(ids: list[int]) -> bool:
         # All ids are decoded each time, because a token may end within a character.
@@ -147,20 +133,20 @@ def complete(
     texts = tokenizer.decode_batch(ended, skip_special_tokens=False)
     return [
         {"completion": text, "prediction": data.parse(text), "scores": scores}
-        for text, scores in zip(texts, answer_scores(model, hidden, answers))
+        for text, scores in zip(texts, label_scores(model, hidden, label_ids))
     ]
 
 
 @torch.no_grad()
 def score(model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[dict]:
-    """Returns for each prompt the likeliest answer, and the probabilities of all three."""
-    prefix, answers, _ = data.fixed_ids(tokenizer)
+    """Returns for each prompt the likeliest label, and the probabilities of all three."""
+    prefix, label_ids, _ = data.fixed_ids(tokenizer)
     ids, layout = pack_prompts(prompts, prefix, model.lm_head.weight.device)
     # One forward pass. Only the last token of each prompt, before the answer, is needed.
     hidden = model.model(ids, layout, last=1)
     return [
         {"prediction": scores.index(max(scores)), "scores": scores}
-        for scores in answer_scores(model, hidden, answers)
+        for scores in label_scores(model, hidden, label_ids)
     ]
 
 
@@ -181,10 +167,12 @@ def pack_prompts(
     return ids, packing.PackedRows(lengths, len(prefix), device, token_of, room)
 
 
-def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[list[float]]:
-    """Returns the probabilities of the three answers, from prompts' hidden states (B, C).
+def label_scores(
+    model: phi2.Phi2, hidden: Tensor, label_ids: list[int]
+) -> list[list[float]]:
+    """Returns the probabilities of the three labels, from prompts' hidden states (B, C).
 
-    They add up to one: the softmax is over the logits of the three ids in `answers` only.
+    They add up to one: the softmax is over the logits of the labels' three ids only.
     """
     head = model.lm_head
     weight = head.weight
@@ -192,7 +180,7 @@ def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[
         weight = head.dequantize()
     # Three rows of the output head, in fp32. In bf16 a logit has two to three digits: the two
     # best would often be equal, and the smaller label would win because it comes first.
-    logits = hidden.float() @ weight[answers].float().T + head.bias[answers].float()
+    logits = hidden.float() @ weight[label_ids].float().T + head.bias[label_ids].float()
     scores = logits.softmax(dim=-1).tolist()
     if not all(math.isfinite(score) for row in scores for score in row):
         raise ValueError(
@@ -208,8 +196,8 @@ def answer_scores(model: phi2.Phi2, hidden: Tensor, answers: list[int]) -> list[
 
 
 @dataclass
-class Protocol:
-    """How the model's answers are obtained."""
+class Settings:
+    """How predictions are made."""
 
     mode: str = "generate"  # or "score"
     max_new_tokens: int = 32  # the most tokens that the model may write for a prompt
@@ -230,70 +218,71 @@ class Protocol:
 
 
 def evaluate(
-    model: phi2.Phi2, tokenizer: Tokenizer, pairs, protocol: Protocol, title: str = "evaluating"
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs, settings: Settings, title: str = "evaluating"
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and the prediction for each pair, in order.
 
-    Dropout is off during the evaluation. With several processes each one answers its
-    share, and all of them return all answers. An answer depends only on its prompt,
-    apart from rounding: another batch size changes scores in their last digits, and in
-    bf16 two scores that are nearly equal may swap.
+    Dropout is off during the evaluation. With several processes, each of which has the
+    whole model, each one takes a part of the pairs, and all of them return all predictions.
+    A prediction depends only on its prompt, apart from rounding: another batch size changes
+    scores in their last digits, and in bf16 two scores that are nearly equal may swap.
     """
     was_training = model.training
     model.eval()
-    encoded = data.encode_batch(pairs, tokenizer, protocol.max_length)
+    encoded = data.encode_batch(pairs, tokenizer, settings.max_length)
     # The model reads only the prompts.
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
-    # Each process takes every COUNT-th group, so all rows of a premise are in one process.
+    # Each process takes every COUNT-th group, so all pairs of a premise are in one process.
     mine = list(itertools.chain.from_iterable(groups[processes.NUMBER :: processes.COUNT]))
 
-    answers = []  # (row number, answer), in the order of the batches
+    found = []  # (index of the pair, its prediction), in the order of the batches
     # For tqdm, None means no bar if the output is not a terminal.
     disable = None if processes.IS_FIRST else True
     with tqdm(total=len(mine), desc=title, unit="row", leave=False, disable=disable) as bar:
-        batch_size = protocol.batch_size  # a copy, because `answer` may halve it
+        batch_size = settings.batch_size  # a copy, because `predict` may halve it
         for start in range(0, len(mine), batch_size):
-            numbers = mine[start : start + batch_size]
-            batch = [prompts[number] for number in numbers]
-            answers += zip(numbers, answer(model, tokenizer, batch, protocol))
-            bar.update(len(numbers))
+            indices = mine[start : start + batch_size]
+            batch = [prompts[index] for index in indices]
+            found += zip(indices, predict(model, tokenizer, batch, settings))
+            bar.update(len(indices))
     model.train(was_training)
 
-    # Collect the answers of all processes, and restore the order of the rows.
-    answer_of = dict(itertools.chain.from_iterable(processes.gather(answers)))
+    # Collect what all processes have found, and restore the order of the pairs.
+    prediction_of = dict(itertools.chain.from_iterable(processes.gather(found)))
     predictions = [
-        describe(pair, number, len(prompts[number])) | answer_of[number]
-        for number, pair in enumerate(pairs)
+        describe(pair, index, len(prompts[index])) | prediction_of[index]
+        for index, pair in enumerate(pairs)
     ]
-    cut = data.count_cut(pairs, encoded, tokenizer, protocol.max_length)
+    cut = data.count_cut(pairs, encoded, tokenizer, settings.max_length)
     return metrics.statistics(predictions) | {"cut": cut}, predictions
 
 
-def answer(
-    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], protocol: Protocol
+def predict(
+    model: phi2.Phi2, tokenizer: Tokenizer, prompts: list[list[int]], settings: Settings
 ) -> list[dict]:
-    """Returns the answers to prompts, in the protocol's mode.
+    """Returns the predictions for a batch of prompts, in the mode of the settings.
 
-    Halves `protocol.batch_size` as long as a batch does not fit into the memory.
+    If memory runs out, halves settings.batch_size, runs the batch in parts of this size,
+    and keeps the size for later batches.
     """
 
-    def answer_part(prompts: list[list[int]]) -> list[dict]:
-        if protocol.mode == "score":
+    def predict_part(prompts: list[list[int]]) -> list[dict]:
+        if settings.mode == "score":
             return score(model, tokenizer, prompts)
-        return complete(model, tokenizer, prompts, protocol.max_new_tokens)
+        return complete(model, tokenizer, prompts, settings.max_new_tokens)
 
-    return full_memory.run_in_parts(answer_part, prompts, protocol, model)
+    return full_memory.run_in_parts(predict_part, prompts, settings, model)
 
 
-def describe(pair: dict, number: int, tokens: int) -> dict:
-    """Returns what predictions_SPLIT.jsonl records about a pair, apart from the answer.
+def describe(pair: dict, index: int, tokens: int) -> dict:
+    """Returns what predictions_SPLIT.jsonl records about a pair, apart from the prediction.
 
     "prompt" is the whole text; "tokens" is how many tokens of it the model has read.
     """
-    # If the dataset has an idx, it replaces our row number.
+    # If the dataset has an idx, it replaces our index.
     known = {key: pair[key] for key in ("idx", "genre", "label") if pair.get(key) is not None}
-    return {"idx": number, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
+    return {"idx": index, "tokens": tokens} | known | {"prompt": data.PROMPT.format(**pair)}
 
 
 # -----------------------------------------------------------------------------
@@ -311,9 +300,8 @@ def load_model(
     """Returns the base with its weights: three of the four lines that are QLoRA's core.
 
     The fourth, lora.inject(model, config), follows later, once the layers have their
-    weights. `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. If `keep` is
-    true, the dequantised weights are stored beside the indices. None does so only if a
-    GPU has free memory for four times their size, because training needs memory too.
+    weights. `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. For `keep` see
+    `choose_what_is_stored`; None means yes if a GPU has enough free memory.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -329,17 +317,20 @@ def load_model(
 
 
 def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
-    """Returns whether dequantised weights and training with them fit into `free` bytes."""
-    # With the default flags both take three times the weights' size (README.md's table, 24 GB).
-    # Four times leaves a margin.
+    """Returns whether `free` bytes of a GPU hold the dequantised weights and a training.
+
+    Always true without NF4, where no weights are dequantised.
+    """
+    # With the default flags, weights and training together take three times the weights' size
+    # (README.md's table, 24 GB). Four times leaves a margin.
     return free >= 4 * quant.dequantized_size(model)
 
 
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
-    """Stores the dequantised weights beside NF4's indices if `keep`: more memory, less time.
+    """Chooses between time and memory. `keep` stores the dequantised weights beside NF4's indices.
 
-    Otherwise memory matters more, so on a GPU the backward pass recomputes attention
-    instead of storing it.
+    Otherwise W is dequantised each time it is used. Where memory is that short, a GPU also
+    recomputes attention in the backward pass instead of storing it.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -400,20 +391,12 @@ def load(
 
 
 def answer_pair(args: argparse.Namespace, device: torch.device) -> None:
-    """Prints each answer's probability for one pair; in mode "generate" first the completion."""
+    """Prints the completion (in mode "generate") and each label's probability for one pair."""
     pair = {"premise": args.premise, "hypothesis": args.hypothesis}
     typed_pairs.check(pair, "the command line")
     model, tokenizer = load(args, device)
-    (found,) = answer_pairs(model, tokenizer, [pair], protocol_of(args))
-    if "cut" in found:
-        print(f"the pair was cut to --max-length {args.max_length}")
-    if "completion" in found:
-        print(f"completion: {found['completion']!r}")
-    words = list(map(printable, words_of(args)))
-    width = max(map(len, words)) + 1
-    for label, share in enumerate(found["scores"]):
-        mark = "  <-" if share == max(found["scores"]) else ""
-        print(f"{label} {words[label]:{width}} {share:.4f}{mark}")
+    (prediction,) = predict_pairs(model, tokenizer, [pair], settings_of(args))
+    typed_pairs.print_prediction(prediction, words_of(args), args.max_length)
 
 
 def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
@@ -422,13 +405,10 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
         raise ValueError("--dataset - reads standard input, which is closed")
     # Standard output is for answers only.
     model, tokenizer = load(args, device, output=sys.stderr)
-    protocol = protocol_of(args)
-    words = dict(enumerate(words_of(args)))
-    for batch in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
-        for pair, found in zip(batch, answer_pairs(model, tokenizer, batch, protocol)):
-            # None if the model has written no number, or one other than 0, 1 and 2.
-            word = {"answer": words.get(found["prediction"])}
-            print(printable(json.dumps(pair | found | word, ensure_ascii=False)))
+    settings = settings_of(args)
+    for pairs in typed_pairs.batches(sys.stdin.buffer, args.batch_size):
+        predictions = predict_pairs(model, tokenizer, pairs, settings)
+        typed_pairs.print_lines(pairs, predictions, words_of(args))
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
@@ -436,25 +416,22 @@ def words_of(args: argparse.Namespace) -> list[str]:
     return list(args.origin.words if args.origin else LABELS)
 
 
-def answer_pairs(
-    model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], protocol: Protocol
+def predict_pairs(
+    model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], settings: Settings
 ) -> list[dict]:
-    """Returns the answers to pairs without labels.
-
-    If a pair was too long and was cut, its answer has a key "cut".
-    """
-    # The label only affects the ids of the correct answer, which are not used here.
+    """Returns the predictions for pairs without labels, with a key "cut" if a pair was cut."""
+    # Any label will do: it only affects the ids of the correct answer, which are not used here.
     labelled = [pair | {"label": 0} for pair in pairs]
-    encoded = data.encode_batch(labelled, tokenizer, protocol.max_length)
-    answers = answer(model, tokenizer, [prompt for prompt, _ in encoded], protocol)
-    for example, ids, found in zip(labelled, encoded, answers):
-        if data.count_cut([example], [ids], tokenizer, protocol.max_length):
-            found["cut"] = True
-    return answers
+    encoded = data.encode_batch(labelled, tokenizer, settings.max_length)
+    predictions = predict(model, tokenizer, [prompt for prompt, _ in encoded], settings)
+    for example, ids, prediction in zip(labelled, encoded, predictions):
+        if data.count_cut([example], [ids], tokenizer, settings.max_length):
+            prediction["cut"] = True
+    return predictions
 
 
-def protocol_of(args: argparse.Namespace) -> Protocol:
-    return Protocol(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
+def settings_of(args: argparse.Namespace) -> Settings:
+    return Settings(args.mode, args.max_new_tokens, args.batch_size, args.max_length)
 
 
 def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
@@ -469,18 +446,18 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     others = read_others(args.compare, splits)
 
     model, tokenizer = load(args, device)
-    protocol = protocol_of(args)
+    settings = settings_of(args)
     # The names that train.py uses, so that one table can show both.
     stage = "finetuned" if args.adapter else "baseline"
     results = {
-        "protocol": protocol.record(),
+        "protocol": settings.record(),
         "dataset": args.dataset,
         "dataset_revision": examples.hub_commit(args.dataset, args.dataset_revision),
         "rows": examples.count_rows(args.dataset, splits, reading),
         stage: {},
     }
     for name, rows in splits.items():
-        results[stage][name], predictions = evaluate(model, tokenizer, rows, protocol, name)
+        results[stage][name], predictions = evaluate(model, tokenizer, rows, settings, name)
         if name in others:
             compared = metrics.compare(others[name], predictions)
             results.setdefault("compared", {})[name] = {"run": str(args.compare)} | compared
@@ -500,7 +477,7 @@ def read_others(folder: Path | None, splits: dict) -> dict[str, list[dict]]:
         return others
     for name, pairs in splits.items():
         others[name] = metrics.read_predictions(folder / f"predictions_{name}.jsonl")
-        here = [describe(pair, number, tokens=0) for number, pair in enumerate(pairs)]
+        here = [describe(pair, index, tokens=0) for index, pair in enumerate(pairs)]
         metrics.check_same_rows(others[name], here)
     return others
 

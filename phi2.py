@@ -18,13 +18,10 @@ layouts of support/packing.py, which give the same results faster.
 """
 
 import copy
-import functools
 import json
 import math
-import warnings
-from collections.abc import Callable, Set
+from collections.abc import Set
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Protocol
 
@@ -103,7 +100,7 @@ def rotary_tables(
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates each pair of dimensions (i, i + R / 2) of x (N, H, D) by its angle for the token.
 
-    The dimensions after the first R are unchanged. On a GPU this is compiled: see `fused`.
+    The dimensions after the first R are unchanged. On a GPU eval.py has this compiled.
     """
     half = cos.shape[-1]
     first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
@@ -113,10 +110,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Layout(Protocol):
     """The positions of N tokens, and what each of them sees.
 
-    A row is one tokenised text; if rows share a prefix, a row is what follows it. Every
-    token has a key and a value, which other tokens can see. It has a query only if its
-    own output is needed: in the last transformer block only the tokens whose logits are
-    wanted have one, in the other blocks every token has one.
+    A row is one tokenised text; if rows share a prefix, a row is what follows it. (In
+    support/packing.py rows may share further tokens after the prefix.)
+
+    Every token has a key and a value, which later tokens can see. To save work, the last
+    transformer block computes outputs only for the tokens whose logits are wanted: only
+    these have a query there. In the other blocks every token has one.
     """
 
     positions: Tensor  # (N,) the position of each token in its text, counting the prefix
@@ -127,11 +126,11 @@ class Layout(Protocol):
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns the part (queries, ...) of x (N, ...) whose tokens have a query."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, block_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns attention, softmax(q k^T / sqrt(D)) v over the keys that each query sees.
 
-        q and the result are (queries, H, D), k and v are (N, H, D). `layer` is the index of
-        the transformer block. A layout for generation stores keys and values under this index.
+        q and the result are (queries, H, D), k and v are (N, H, D). A layout
+        for generation stores keys and values under the index of the transformer block.
         """
 
 
@@ -156,7 +155,7 @@ class MaskedRows:
     def __init__(
         self, lengths: list[int], prefix_length: int = 0, device: str | torch.device = "cpu"
     ):
-        """`lengths` are the numbers of tokens in each row, without the prefix."""
+        """`lengths` are the numbers of tokens in each row, at least one, without the prefix."""
         row_of = [torch.full((prefix_length,), -1)]  # each token's row; -1 in the prefix
         positions = [torch.arange(prefix_length)]
         for row, length in enumerate(lengths):
@@ -181,7 +180,7 @@ class MaskedRows:
     def select_queries(self, x: Tensor) -> Tensor:
         return x[self.queries]
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, block_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = q.transpose(0, 1)[None]  # (1, H, queries, D), as torch expects
         k = k.transpose(0, 1)[None]
         v = v.transpose(0, 1)[None]
@@ -192,10 +191,10 @@ class MaskedRows:
 class Attention(nn.Module):
     """Causal self-attention: all projections have a bias, and RoPE rotates part of each head."""
 
-    def __init__(self, config: Phi2Config, layer: int):
+    def __init__(self, config: Phi2Config, block_index: int):
         super().__init__()
         size = config.hidden_size
-        self.layer = layer  # the index of the transformer block
+        self.block_index = block_index
         self.num_heads = config.num_attention_heads
         self.q_proj = nn.Linear(size, size)
         self.k_proj = nn.Linear(size, size)
@@ -206,8 +205,6 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))  # (N, C) -> (N, H, D)
 
     def forward(self, h: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
-        # Only tokens whose output is needed have a query. Outside the last block these are
-        # all tokens.
         q = self.split_heads(self.q_proj(layout.select_queries(h)))
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
@@ -218,7 +215,7 @@ class Attention(nn.Module):
         k = rotate(k, cos, sin)
 
         # The only place where tokens see each other.
-        attended = layout.attend(self.layer, q, k, v)
+        attended = layout.attend(self.block_index, q, k, v)
         return self.dense(attended.flatten(1))  # (queries, H, D) -> (queries, C)
 
 
@@ -236,17 +233,17 @@ class MLP(nn.Module):
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
     # In bf16 the order of the sum affects the last bit; this is transformers' order. On a GPU
-    # this function is compiled: see `fused`.
+    # eval.py has this compiled, as `rotate`.
     return attended + transformed + x
 
 
 class Block(nn.Module):
     """phi's parallel transformer block: x + attention(h) + mlp(h), with h = LayerNorm(x)."""
 
-    def __init__(self, config: Phi2Config, layer: int):
+    def __init__(self, config: Phi2Config, block_index: int):
         super().__init__()
         self.input_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, block_index)
         self.mlp = MLP(config)
         self.resid_dropout = nn.Dropout(config.resid_pdrop)
 
@@ -270,7 +267,7 @@ class PhiModel(nn.Module):
         self.recomputes_attention = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, layer) for layer in range(config.num_hidden_layers)
+            Block(config, index) for index in range(config.num_hidden_layers)
         )
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
@@ -284,7 +281,6 @@ class PhiModel(nn.Module):
         x = self.embed_tokens(ids)
         cos, sin = rotary_tables(self.config, layout.positions, x.dtype)
         for block in self.layers:
-            # Only some of the last block's outputs are needed.
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.recomputes_blocks and torch.is_grad_enabled():
@@ -301,7 +297,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # Whether generation on a GPU may use CUDA graphs. support/packing.py uses this.
+        # Read by support/packing.py: whether generation on a GPU may record its steps.
         self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -323,8 +319,8 @@ class Phi2(nn.Module):
 def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
     """Returns `count` ids that continue `ids`, always the likeliest next: greedy generation.
 
-    This is the simple way: each step runs the whole row again. eval.generate chooses
-    the same for many rows, but stores keys and values instead (support/packing.py).
+    This is the simple way: each step runs the whole row again, and the end of text does
+    not end it. eval.generate stores keys and values instead (support/packing.py).
     """
     device = model.lm_head.weight.device
     row = list(ids)
@@ -332,52 +328,6 @@ def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
         logits = model(torch.tensor(row, device=device), last=1)
         row.append(int(logits.argmax()))
     return row[len(ids) :]
-
-
-# -----------------------------------------------------------------------------
-# On a GPU: one kernel for the rotation, and one for the sum of the two branches
-
-CAN_COMPILE = find_spec("triton") is not None  # until it has failed once
-
-
-def fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Returns `function` in a form that fuses its element-wise steps into one kernel on a GPU.
-
-    Run separately, each step would read and write its whole tensors. torch.compile
-    generates the kernel at the first call, and one for the backward pass at the first
-    call with gradients, which takes seconds. The number of tokens may change between
-    calls. Compiling needs Triton (which torch includes for CUDA on Linux), a C compiler
-    and Python.h. The function runs uncompiled if there is no Triton, or, with a warning,
-    if compiling fails.
-    """
-
-    @functools.cache
-    def compiled() -> Callable[..., Tensor]:
-        # Each step rounds as it would on its own: in bf16 a sum of three is rounded twice.
-        options = {"emulate_precision_casts": True}
-        return torch.compile(function, dynamic=True, options=options)
-
-    @functools.wraps(function)
-    def run(*tensors: Tensor) -> Tensor:
-        global CAN_COMPILE
-        if tensors[0].is_cuda and CAN_COMPILE:
-            try:
-                return compiled()(*tensors)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                CAN_COMPILE = False  # from now on every fused function runs uncompiled
-                reason = str(error).partition("\n")[0]
-                warnings.warn(
-                    "slower without torch.compile, which needs a C compiler and Python.h: "
-                    + reason,
-                    stacklevel=2,
-                )
-        return function(*tensors)
-
-    return run
-
-
-rotate = fused(rotate)
-add_branches = fused(add_branches)
 
 
 # -----------------------------------------------------------------------------
@@ -488,16 +438,11 @@ def read_layer(
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         tensors[name] = tensor.to(dtype)  # after the move, so that a GPU converts
-        if not is_finite(tensors[name]):
+        # NaN if any number is NaN. Unlike isfinite() on all numbers, this allocates no memory.
+        low, high = tensors[name].aminmax()
+        if not (low.isfinite() and high.isfinite()):
             raise ValueError(f"{name} holds numbers that are not finite in {dtype}")
     return tensors
-
-
-def is_finite(tensor: Tensor) -> bool:
-    # If any number is NaN, low and high are both NaN; if one is infinite, so is low or high.
-    # Unlike tensor.isfinite(), this allocates no tensor of the same size.
-    low, high = tensor.aminmax()
-    return bool(low.isfinite() & high.isfinite())
 
 
 def find_tensors(directory: Path) -> dict[str, Path]:

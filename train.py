@@ -113,7 +113,7 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     output head runs only on the tokens that predict an id.
     """
     device = model.lm_head.weight.device
-    # phi2.MaskedRows(batch.lengths, batch.prefix_length) gives the same loss, more slowly.
+    # phi2.MaskedRows(batch.lengths, batch.prefix_length, device) gives the same loss, more slowly.
     # If whole transformer blocks are recomputed, that includes their attention.
     recomputes = model.model.recomputes_attention and not model.model.recomputes_blocks
     layout = packing.PackedRows(
@@ -217,21 +217,22 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             loss, grad_norm = training_step(
                 model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
             )
-        # Meanwhile the next rows are prepared. Then the numbers of this step are read: the
-        # loss, which `progress` sums, the norm of the gradient, and whether Ctrl-C was
-        # pressed. After that progress.step is step + 1.
+        # Meanwhile the next rows are prepared. Then the numbers of this step are read, and
+        # added to the sums for the next line of the log. From here on progress.step is step + 1.
         feed.prepare_next()
-        grad_norm, stops = feed.finish_step(loss, grad_norm, stop)
+        numbers = feed.finish_step(step, loss, grad_norm, stop)
+        progress.add(numbers)
 
         # Report, save and stop, each if it is due.
         is_last = progress.step == steps
         if log.is_due(progress.step) or is_last:
-            log.write_training(progress, rate, grad_norm)
+            log.write_training(progress, rate, numbers.grad_norm)
         # Also save before an evaluation, which takes long: no step is lost if it is killed.
         evaluates_next = is_evaluated(progress.step, steps, args)
-        if progress.step % args.save_every == 0 or is_last or stops or evaluates_next:
+        is_due = progress.step % args.save_every == 0 or evaluates_next
+        if is_due or is_last or numbers.stops:
             save(args, model, inputs, optimizer, scaler, log)
-        if stops:
+        if numbers.stops:
             bar.close()
             log.say_stopped()
             return
@@ -248,7 +249,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     rows["train"]["cut"] = progress.cut
     if processes.IS_FIRST:
         results = {
-            "protocol": inputs.protocol.record(),
+            "protocol": inputs.settings.record(),
             "rows": rows,
             "baseline": state.baseline,
             "finetuned": finetuned,
@@ -277,7 +278,7 @@ class Inputs:
     reading: examples.Reading  # how the dataset's files are read
     train: examples.Rows  # premise, hypothesis and label
     validation: dict[str, examples.Rows]  # the same columns, by split
-    protocol: evaluation.Protocol  # how answers to the validation rows are obtained
+    settings: evaluation.Settings  # how predictions for the validation rows are made
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
@@ -307,12 +308,12 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     args.dataset_revision = examples.hub_commit(args.dataset, args.dataset_revision)
 
     # Evaluation has its own batch size, because without a backward pass more rows fit.
-    protocol = evaluation.Protocol(
+    settings = evaluation.Settings(
         max_new_tokens=args.max_new_tokens, max_length=args.max_length
     )
     num_parameters = sum(parameter.numel() for parameter in base.parameters())
     return Inputs(
-        directory, num_parameters, tokenizer, config, reading, train_rows, validation, protocol
+        directory, num_parameters, tokenizer, config, reading, train_rows, validation, settings
     )
 
 
@@ -366,14 +367,9 @@ def load_base(
     )
     model.model.recomputes_blocks = args.checkpointing
     model.uses_graphs = args.graphs
-    set_residual_dropout(model, args.residual_dropout)
-    return model
-
-
-def set_residual_dropout(model: phi2.Phi2, share: float) -> None:
-    """Sets the dropout on what each transformer block of the base adds to the residual stream."""
     for block in model.model.layers:
-        block.resid_dropout.p = share
+        block.resid_dropout.p = args.residual_dropout
+    return model
 
 
 def add_adapters(
@@ -431,15 +427,28 @@ class Step:
     cut: int  # how many prompts of this process were cut to --max-length
 
 
+@dataclass
+class Numbers:
+    """The numbers of one optimiser step, over all processes."""
+
+    loss: float  # the mean over all ids that the step predicts
+    grad_norm: float  # of the whole gradient, before clipping
+    rows: int
+    tokens: int  # ids that the model has read
+    cut: int  # prompts cut to --max-length
+    is_skipped: bool  # the gradient overflowed, which only fp16 allows
+    stops: bool  # whether any process was asked to stop
+
+
 class Feed:
-    """Prepares the rows of each step, and collects the numbers that the step returns.
+    """Prepares the rows of each step, and reads the numbers of the step before.
 
     A GPU works asynchronously: Python only waits for it when it reads a number.
 
         Python   training_step(n) | rows of n + 1 | reads the numbers of n | training_step(n + 1)
         GPU              computes step n ...................................| computes n + 1
 
-    So the next rows are tokenised and packed before the numbers are read. All numbers,
+    So the next rows are tokenised and collated before the numbers are read. All numbers,
     and how many ids the next step predicts, are summed over the processes in one
     message. Receiving it is the only wait in a step.
 
@@ -458,7 +467,6 @@ class Feed:
     ):
         self.args = args
         self.tokenizer = inputs.tokenizer
-        self.progress = state.progress
         self.scaler = scaler
         self.device = device
         # The order of the rows is a function of seed and step, so a resumed run sees the same
@@ -471,7 +479,7 @@ class Feed:
         (self.num_predicted,) = processes.total(device, count_predicted(self.current.batches))
 
     def prepare_next(self) -> None:
-        """Tokenises and packs the rows of the next step."""
+        """Tokenises and collates the rows of the next step."""
         self.next = self.read_step()
 
     def read_step(self) -> Step:
@@ -479,22 +487,21 @@ class Feed:
         rows = next(self.rows_of_steps, [])
         # Each process takes every COUNT-th row. In the last step of an epoch it may get none.
         mine = rows[processes.NUMBER :: processes.COUNT]
-        encoded = [data.encode(row, self.tokenizer, self.args.max_length) for row in mine]
+        encoded = data.encode_batch(mine, self.tokenizer, self.args.max_length)
         cut = data.count_cut(mine, encoded, self.tokenizer, self.args.max_length)
         return Step(rows, collated(encoded, self.tokenizer, self.args), cut)
 
     def finish_step(
-        self, loss: Tensor, grad_norm: Tensor, stop: StopRequest
-    ) -> tuple[float, bool]:
-        """Waits for the step that was taken, counts it, and makes the next step the current one.
+        self, step: int, loss: Tensor, grad_norm: Tensor, stop: StopRequest
+    ) -> Numbers:
+        """Waits for the step that was taken, and makes the next step the current one.
 
-        Returns the norm of the taken step's gradient, and whether any process was asked
-        to stop. Raises ValueError if loss or norm is not finite, because such a step
-        makes all adapter weights useless. (In fp16 the norm alone may overflow: the step
-        was skipped, and is counted.)
+        Returns the numbers of the step. Raises ValueError if loss or norm is not finite,
+        because such a step makes all adapter weights useless. (In fp16 the norm alone may
+        overflow; then the step was skipped.)
         """
         taken = self.current
-        loss, grad_norm, tokens, cut, stops, self.num_predicted = processes.total(
+        loss, grad_norm, tokens, cut, stops, predicted_next = processes.total(
             self.device,
             loss,
             grad_norm / processes.COUNT,  # every process already has the norm of the sum
@@ -504,16 +511,18 @@ class Feed:
             count_predicted(self.next.batches),
         )
         self.current = self.next
+        self.num_predicted = predicted_next
         is_finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if not is_finite and not loss_scale.is_overflow(self.scaler, loss):
-            numbers = sorted(row["row"] for row in taken.rows)
+            indices = sorted(row["row"] for row in taken.rows)
             raise ValueError(
-                f"step {self.progress.step + 1}: the loss is {loss:.4g}, the norm of its "
-                f"gradient {grad_norm:.4g}, with the rows {numbers} of train; "
+                f"step {step + 1}: the loss is {loss:.4g}, the norm of its "
+                f"gradient {grad_norm:.4g}, with the rows {indices} of train; "
                 f"{self.args.out} keeps the last save{loss_scale.hint(self.scaler)}"
             )
-        self.progress.add(loss, len(taken.rows), int(tokens), int(cut), not is_finite)
-        return grad_norm, bool(stops)
+        return Numbers(
+            loss, grad_norm, len(taken.rows), int(tokens), int(cut), not is_finite, bool(stops)
+        )
 
 
 def collated(
@@ -565,7 +574,7 @@ def evaluate(
     with log.resumable(), full_memory.explained(full_memory.about_the_loss, args, model):
         for split, pairs in inputs.validation.items():
             results[split], predictions[split] = evaluation.evaluate(
-                model, inputs.tokenizer, pairs, inputs.protocol, f"{title}, {split}"
+                model, inputs.tokenizer, pairs, inputs.settings, f"{title}, {split}"
             )
             results[split]["loss"] = validation_loss(model, inputs.tokenizer, pairs, args)
         keep_best(args, model, inputs, log, results)
@@ -595,8 +604,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # Sorted by length, because attention pads the rows of a batch to one length on some
-    # devices.
+    # By length, because inside attention the rows of a batch may be padded to one length.
     encoded.sort(key=lambda pair: len(pair[0]))
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
     device = model.lm_head.weight.device
@@ -604,8 +612,8 @@ def validation_loss(
     for batch in batches:
         loss += batch_loss(model, batch)
     model.train(was_training)
-    (total,) = processes.total(device, loss)
-    return total / sum(processes.gather(count_predicted(batches)))
+    total, predicted = processes.total(device, loss, count_predicted(batches))
+    return total / predicted
 
 
 if __name__ == "__main__":

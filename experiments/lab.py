@@ -192,7 +192,7 @@ def load_rows(split: str, count: int) -> examples.Rows:
 
 def measure(model: phi2.Phi2, count: int) -> dict:
     """Returns accuracy and nll on the first `count` rows of the two validation splits."""
-    protocol = evaluation.Protocol(mode="score")
+    protocol = evaluation.Settings(mode="score")
     found = {}
     for split in ("matched", "mismatched"):
         pairs = load_rows(f"validation_{split}", count)

@@ -71,7 +71,7 @@ def token_lengths(rows: Rows, tokenizer, split: str):
     the whole prompt. Only a text that ends in white space may merge with what follows it.
     """
     prefix, _, _ = data.fixed_ids(tokenizer)
-    title, end = data.title_ids(tokenizer)
+    title, end = data.heading_ids(tokenizer)
     lengths = numpy.full(len(rows), len(prefix) + len(title) + len(end) + 2)  # 2: the answer
     may_grow = numpy.zeros(len(rows), dtype=bool)
     columns = [

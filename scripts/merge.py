@@ -191,7 +191,7 @@ def evaluate(
     model: phi2.Phi2,
     tokenizer: Tokenizer,
     splits: dict,
-    protocol: evaluation.Protocol,
+    protocol: evaluation.Settings,
     stage: str,
 ) -> dict[str, dict]:
     """Returns the statistics of each split."""
@@ -235,7 +235,7 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     weights = "dequantised from NF4" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
 
-    protocol = evaluation.Protocol(max_length=args.max_length)
+    protocol = evaluation.Settings(max_length=args.max_length)
     before = evaluate(model, tokenizer, splits, protocol, "adapter")
     dtype = evaluation.DTYPES[stored_as]
     layers = merge(model, dtype, args.requantize, args.double_quant)

@@ -124,7 +124,8 @@ def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     evaluation.choose_what_is_stored(model, keep, args.device)
     model.model.recomputes_blocks = args.checkpointing
     if args.residual_dropout is not None:
-        train.set_residual_dropout(model, args.residual_dropout)
+        for block in model.model.layers:
+            block.resid_dropout.p = args.residual_dropout
     return model
 
 
@@ -273,7 +274,7 @@ def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[li
     """Returns the prompts of the first batch of an evaluation, which has the longest rows."""
     prompts = [prompt for prompt, _ in data.encode_batch(rows, tokenizer, max_length)]
     order = itertools.chain.from_iterable(data.by_premise(rows, prompts))
-    first = itertools.islice(order, evaluation.Protocol.batch_size)
+    first = itertools.islice(order, evaluation.Settings.batch_size)
     return [prompts[number] for number in first]
 
 

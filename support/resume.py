@@ -51,14 +51,14 @@ class Progress:
     tokens: int = 0  # ids that the model has read since then
     skipped: int = 0  # steps since then that were skipped: their gradient overflowed in fp16
 
-    def add(self, loss: float, rows: int, tokens: int, cut: int, is_skipped: bool) -> None:
-        """Counts one more step."""
+    def add(self, numbers) -> None:
+        """Counts one more step, with its train.Numbers."""
         self.step += 1
-        self.loss += loss
-        self.rows += rows
-        self.tokens += tokens
-        self.cut += cut
-        self.skipped += is_skipped
+        self.loss += numbers.loss
+        self.rows += numbers.rows
+        self.tokens += numbers.tokens
+        self.cut += numbers.cut
+        self.skipped += numbers.is_skipped
 
     def start_line(self) -> None:
         """Resets the sums for the next line."""

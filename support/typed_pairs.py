@@ -1,5 +1,6 @@
-"""Pairs of premise and hypothesis from the command line or from standard input."""
+"""Pairs of premise and hypothesis from the command line or from standard input, and answers."""
 
+import json
 from collections.abc import Iterator
 from io import BufferedIOBase
 from queue import Queue
@@ -83,3 +84,30 @@ def check(pair: dict, place: str) -> None:
         # Half of a surrogate pair, from JSON or from command-line bytes that are not UTF-8.
         if any("\ud800" <= letter <= "\udfff" for letter in pair[key]):
             raise ValueError(f"{place} has a {key} that is not Unicode, {pair[key]!r}")
+
+
+# -----------------------------------------------------------------------------
+# Answers
+
+
+def print_prediction(prediction: dict, words: list[str], max_length: int) -> None:
+    """Prints the prediction for one pair, with a line for each label."""
+    if "cut" in prediction:
+        print(f"the pair was cut to --max-length {max_length}")
+    if "completion" in prediction:
+        print(f"completion: {prediction['completion']!r}")
+    words = list(map(printable, words))
+    width = max(map(len, words)) + 1
+    scores = prediction["scores"]
+    for label, share in enumerate(scores):
+        mark = "  <-" if share == max(scores) else ""
+        print(f"{label} {words[label]:{width}} {share:.4f}{mark}")
+
+
+def print_lines(pairs: list[dict], predictions: list[dict], words: list[str]) -> None:
+    """Prints each pair with its prediction, and its label in words, as a JSON object."""
+    for pair, prediction in zip(pairs, predictions):
+        # None if the model has written no number, or one other than 0, 1 and 2.
+        word = dict(enumerate(words)).get(prediction["prediction"])
+        line = pair | prediction | {"answer": word}
+        print(printable(json.dumps(line, ensure_ascii=False)))

@@ -73,11 +73,11 @@ def try_card(gpu: count.FakeGpu, dtype: str, gigabytes: int) -> dict:
     memory = whole + (plan.for_tensors(gigabytes) - whole) // 4
     with card(gpu, memory):
         model = load(directory, dtype)
-        protocol = evaluation.Protocol()
+        protocol = evaluation.Settings()
         printed = io.StringIO()
         with redirect_stderr(printed):
             prompts = mnli_lengths.longest_prompts(PREFIX)
-            answers = evaluation.answer(model, TOKENIZER, prompts, protocol)
+            answers = evaluation.predict(model, TOKENIZER, prompts, protocol)
     return {
         "kept": model.model.layers[0].mlp.fc1.kept is not None,
         "recomputes": model.model.recomputes_attention,

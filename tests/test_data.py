@@ -143,7 +143,7 @@ def test_a_tokenizer_that_cuts_answers_is_refused(tmp_path):
     vocabulary = {"<|endoftext|>": 0, " ": 1, "0": 2}
     cutting = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     cutting.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="cuts the answer ' 0' into several tokens"):
+    with pytest.raises(ValueError, match="cuts the label ' 0' into several tokens"):
         data.load_tokenizer(tmp_path)
 
 

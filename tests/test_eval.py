@@ -79,7 +79,7 @@ def test_an_answer_depends_neither_on_the_batch_size_nor_on_its_neighbours(
     rows = rows.select(range(40))
 
     def answers(some_rows, batch_size: int) -> list[dict]:
-        protocol = evaluation.Protocol(mode, max_new_tokens=4, batch_size=batch_size)
+        protocol = evaluation.Settings(mode, max_new_tokens=4, batch_size=batch_size)
         return evaluation.evaluate(model, tokenizer, some_rows, protocol)[1]
 
     expected = answers(rows, 1)
@@ -103,9 +103,9 @@ def test_an_answer_depends_neither_on_the_batch_size_nor_on_its_neighbours(
 def test_both_modes_give_the_same_scores(tiny, run, rows, tokenizer):
     model = adapted(tiny, run, torch.float32)
     written, written_rows = evaluation.evaluate(
-        model, tokenizer, rows, evaluation.Protocol("generate", max_new_tokens=4)
+        model, tokenizer, rows, evaluation.Settings("generate", max_new_tokens=4)
     )
-    scored, scored_rows = evaluation.evaluate(model, tokenizer, rows, evaluation.Protocol("score"))
+    scored, scored_rows = evaluation.evaluate(model, tokenizer, rows, evaluation.Settings("score"))
     for row, expected in zip(written_rows, scored_rows):
         assert row["scores"] == pytest.approx(expected["scores"], abs=TOLERANCE[torch.float32])
     assert written["score_accuracy"] == scored["accuracy"]
@@ -131,7 +131,7 @@ def test_in_bf16_the_answers_are_weighed_in_fp32(tiny, run, rows, tokenizer, mod
     model = adapted(tiny, run, torch.bfloat16)
     hidden = []
     model.model.register_forward_hook(lambda _, inputs, output: hidden.append(output))
-    protocol = evaluation.Protocol(mode, max_new_tokens=1, batch_size=len(rows))
+    protocol = evaluation.Settings(mode, max_new_tokens=1, batch_size=len(rows))
     statistics, predictions = evaluation.evaluate(model, tokenizer, rows, protocol)
     assert statistics["ties"] == 0
 
@@ -172,7 +172,7 @@ def test_a_premise_is_read_once_for_all_of_its_hypotheses(tiny, tokenizer, mode)
         for who in ("Tom", "Ann", "He")
         for number in ("two", "three", "twenty-seven")
     ]
-    protocol = evaluation.Protocol(mode, max_new_tokens=1)
+    protocol = evaluation.Settings(mode, max_new_tokens=1)
     evaluation.evaluate(model, tokenizer, Dataset.from_list(rows), protocol)
 
     prompts = [data.encode(row, tokenizer)[0] for row in rows]
@@ -188,7 +188,7 @@ def test_an_evaluation_leaves_the_model_in_the_mode_it_was_in(tiny, rows, tokeni
     for is_training in (True, False):
         model.train(is_training)
         few = rows.select(range(2))
-        evaluation.evaluate(model, tokenizer, few, evaluation.Protocol("score"))
+        evaluation.evaluate(model, tokenizer, few, evaluation.Settings("score"))
         assert model.training == is_training
         assert model.model.layers[0].resid_dropout.training == is_training
 
@@ -388,7 +388,7 @@ def test_json_lines_go_in_and_come_out_with_their_answers(
 
     found = [json.loads(line) for line in captured.out.splitlines()]
     model = adapted(tiny, run, torch.float32)
-    _, expected = evaluation.evaluate(model, tokenizer, few, evaluation.Protocol())
+    _, expected = evaluation.evaluate(model, tokenizer, few, evaluation.Settings())
     assert len(found) == len(given)
     for line, pair, answer in zip(found, given, expected):
         for key in ("premise", "hypothesis", "id"):

@@ -221,7 +221,7 @@ def test_an_evaluation_that_fills_the_memory_gives_the_same_answers(tiny, tokeni
     rows = load_examples("tiny/data", "validation_matched", 70)
 
     def evaluate(rows, batch_size: int) -> tuple[list[dict], int]:
-        protocol = evaluation.Protocol(max_new_tokens=1900, batch_size=batch_size)
+        protocol = evaluation.Settings(max_new_tokens=1900, batch_size=batch_size)
         _, predictions = evaluation.evaluate(model, tokenizer, rows, protocol)
         return predictions, protocol.batch_size
 
@@ -270,7 +270,7 @@ def test_of_several_processes_each_says_how_it_goes_on(tiny, monkeypatch, capsys
             raise torch.OutOfMemoryError
         return prompts
 
-    protocol = evaluation.Protocol(batch_size=3)
+    protocol = evaluation.Settings(batch_size=3)
     prompts = [[1], [2], [3]]
     model = phi2.build(tiny)
     assert full_memory.run_in_parts(full_beyond_1, prompts, protocol, model) == prompts
@@ -283,7 +283,7 @@ def test_another_error_is_not_taken_for_a_full_memory(tiny):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        full_memory.run_in_parts(wrong, [[1], [2]], evaluation.Protocol(), phi2.build(tiny))
+        full_memory.run_in_parts(wrong, [[1], [2]], evaluation.Settings(), phi2.build(tiny))
 
 
 def test_what_is_off_already_is_not_named(tiny):

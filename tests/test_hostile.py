@@ -130,7 +130,7 @@ def test_any_config_json_gives_a_phi_or_one_error(tiny, tmp_path, drawn):
         return
     outputs = model(torch.tensor([1, 2, 3, 4]))
     assert outputs.shape == (4, 1024)
-    # Angles by so small a theta are infinite. Its logits are then refused, by eval.answer_scores.
+    # Angles by so small a theta are infinite. Its logits are then refused, by eval.label_scores.
     assert outputs.isfinite().all() or model.config.rope_theta < 1
 
 

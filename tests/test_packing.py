@@ -368,18 +368,22 @@ def test_finished_rows_that_stay_in_the_batch_change_no_completion(tiny, monkeyp
 
 @pytest.mark.parametrize("rows, recordings", [(1, 1), (8, 2), (64, 3), (512, 4)])
 def test_few_steps_of_a_batch_are_recorded_however_its_rows_end(rows, recordings):
-    class Counting:
+    class Counting(packing.Decoder):
         records = True
         kept = 0
+
+        def __init__(self):
+            pass
 
         def keep(self, rows: list[int]) -> None:
             self.kept += 1
 
     decoder = Counting()
-    prompt_of = list(range(rows))
+    in_batch = rows
     for unfinished in range(rows - 1, 0, -1):  # one row after another ends
-        prompt_of = evaluation.drop_finished(decoder, prompt_of, set(range(unfinished)))
-        assert len(prompt_of) < 8 * unfinished
+        kept = decoder.drop([row >= unfinished for row in range(in_batch)])
+        in_batch = len(kept)
+        assert kept == list(range(in_batch)) and unfinished <= in_batch < 8 * unfinished
     assert 1 + decoder.kept == recordings
 
 

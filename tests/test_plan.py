@@ -108,7 +108,7 @@ def test_the_prompts_of_an_evaluation_are_those_that_it_begins_with(tokenizer, r
         return [{"prediction": 0, "scores": [1.0, 0.0, 0.0]} for _ in prompts]
 
     monkeypatch.setattr(evaluation, "answer", answer)
-    evaluation.evaluate(torch.nn.Module(), tokenizer, rows, evaluation.Protocol())
+    evaluation.evaluate(torch.nn.Module(), tokenizer, rows, evaluation.Settings())
     assert plan.first_prompts(rows, tokenizer, None) == batches[0]
     assert len(batches[0]) == 64
 

@@ -197,7 +197,7 @@ def test_scores_are_the_softmax_of_the_references_three_logits(tiny):
     tokenizer = data.load_tokenizer(tiny)
     _, answers, _ = data.fixed_ids(tokenizer)
     rows = load_examples("tiny/data", "validation_matched", 30)
-    protocol = evaluation.Protocol("score", batch_size=7)
+    protocol = evaluation.Settings("score", batch_size=7)
     statistics, predictions = evaluation.evaluate(model, tokenizer, rows, protocol)
     correct = 0
     for prediction, row in zip(predictions, rows, strict=True):

@@ -452,7 +452,7 @@ class Subject:
         _, hidden = evaluation.generate(
             model, longest_first(rows), prefix, limit, num_known_ids, is_finished=lambda ids: False
         )
-        evaluation.answer_scores(model, hidden, answers)
+        evaluation.label_scores(model, hidden, answers)
 
 
 def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
