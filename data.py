@@ -2,7 +2,8 @@
 
 Fourth in the reading order. MNLI asks whether a premise entails a hypothesis (label 0), is
 neutral to it (1) or contradicts it (2). An example, or pair, is a dict with a premise, a
-hypothesis and a label; support/examples.py reads examples from files.
+hypothesis and a label; support/examples.py reads examples from files. In a batch each
+example is a row of ids.
 
 A prompt ends in "### Label:". The answer is two tokens: the label (" 0", " 1" or " 2") and
 end of text, so that the model learns to stop. Prompt and answer are tokenised separately
@@ -171,9 +172,10 @@ def is_settled(completion: str) -> bool:
 def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[list[dict]]:
     """Yields a list of `size` examples for each optimiser step, from step `start` on, forever.
 
-    `examples` is a sequence of dicts. Each epoch uses every example once, in an order drawn from (seed, epoch) alone. So step n
-    does not depend on earlier steps, and a run can resume at any step. The last step of
-    an epoch has the examples that are left. Each gets a key "row", its index in `examples`.
+    `examples` is a sequence of dicts. Each epoch uses every example once, in an order drawn
+    from (seed, epoch) alone. So step n does not depend on earlier steps, and a run can
+    resume at any step. The last step of an epoch has the examples that are left. Each
+    example gets a key "row", its index in `examples`.
 
     Within a step the shortest examples come first, so that those of one batch have similar
     lengths: inside attention the rows of a batch may be padded to one length.

@@ -1,9 +1,10 @@
 """LoRA in one file: low-rank adapters beside the linear layers of a frozen model.
 
 This is the first of six files; read them in the order lora, quant, phi2, data, eval,
-train. Together they implement QLoRA. Its core is four lines:
+train. Together they implement QLoRA: LoRA beside weights that are stored in 4 bits. Its
+core is four lines:
 
-    model = phi2.build(name)                  # shapes, no weights yet
+    model = phi2.build(name)                  # on the meta device: shapes without memory
     quant.quantize_linears(model)             # linear layers become empty 4-bit layers
     phi2.load_weights(model, name, device)    # weights are quantised as they are loaded
     lora.inject(model, config)                # W x becomes W x + (alpha / rank) B A x
@@ -78,8 +79,7 @@ class LoRALinear(nn.Module):
 
     A and B are stored and trained in fp32 even over a 16-bit or 4-bit base, as in PEFT:
     a bf16 number has 8 significant bits, so small updates would be rounded away. For the
-    product they are cast to the dtype of x, as PEFT does under autocast. (Over an fp64
-    base they are in fp64.)
+    product they are cast to the dtype of x. (Over an fp64 base they are in fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -95,8 +95,9 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # nn.Linear has already drawn A once. PEFT also draws it twice, so a seed gives PEFT's A:
-        # uniform within +- 1 / sqrt(in), whereas the paper draws from a normal distribution.
+        # With a = sqrt(5), A is uniform within +- 1 / sqrt(in). (The paper draws from a normal
+        # distribution.) nn.Linear has drawn A before. PEFT draws it twice too, and in this
+        # order, so a seed gives PEFT's A.
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -148,10 +149,7 @@ class LoRAConfig:
         1 to 8 is enough on q and v, for its models and tasks.
     alpha: B A is multiplied by alpha / rank (section 4.1). The division is meant to keep
         one learning rate usable at every rank, because B A sums `rank` terms. So the
-        default is 16 at every rank: on tiny/ one learning rate is then the best from rank
-        1 to 64, while with alpha = 2 * rank the best one falls eightfold
-        (experiments/README.md). The price is a low factor at a high rank. A larger alpha
-        learns faster in short trainings, whatever the rank.
+        default is 16 at every rank. experiments/README.md compares it with 2 * rank.
     dropout: the probability with which each element of the adapter's input is set to
         zero in training. The input of W is not dropped.
     targets: the linear layers that get an adapter. Either a tuple of names, such as
@@ -185,10 +183,7 @@ def inject(
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
     Call it after the weights are loaded. Returns the paths of the wrapped layers. Raises
-    ValueError if a target matches no layer or is not a valid regular expression, or if the
-    model already has adapters. With
-    every_target_must_match=False, which load_adapter passes, it is enough that one of
-    the targets matches, as in PEFT.
+    ValueError if the model already has adapters, and as `match_targets`.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already has adapters: merge them first, or rebuild it")
@@ -209,8 +204,8 @@ def match_targets(
 
     The rules are PEFT's. A name in a tuple matches paths that equal it or end in a dot
     and the name. A string is a regular expression that must match a whole path. Raises
-    ValueError if a target matches no layer (with every_target_must_match=False, if none
-    of them does).
+    ValueError if it is not a valid one, or if a target matches no layer. (With
+    every_target_must_match=False, as in PEFT, only if none of them does.)
     """
     linears = linear_paths(model)
     if isinstance(targets, str):
@@ -220,17 +215,15 @@ def match_targets(
     chosen = set().union(*matched.values())
     missing = [target for target, paths in matched.items() if not paths]
     if not chosen or (missing and every_target_must_match):
-        raise ValueError(describe_missing(missing, isinstance(targets, str), linears))
+        how = "has a whole path that " if isinstance(targets, str) else ""
+        names = sorted({path.rpartition(".")[2] for path in linears})
+        raise ValueError(
+            f"no linear layer that takes an adapter {how}matches {missing}; there are "
+            f"{', '.join(names) or 'none'}; 'all-linear' means them all"
+        )
     # In module order, as in PEFT. Adapters are initialised one after another, so the order
     # decides which random numbers each of them gets from a seed.
     return [path for path in linears if path in chosen]
-
-
-def describe_missing(targets: list[str], is_pattern: bool, linears: list[str]) -> str:
-    how = "has a whole path that " if is_pattern else ""
-    names = sorted({path.rpartition(".")[2] for path in linears})
-    text = f"no linear layer that takes an adapter {how}matches {targets}"
-    return f"{text}; there are {', '.join(names) or 'none'}; 'all-linear' means them all"
 
 
 def match_name(paths: list[str], name: str) -> list[str]:
@@ -263,8 +256,7 @@ def linear_paths(model: nn.Module) -> list[str]:
         is_linear = has_sizes and isinstance(getattr(module, "weight", None), Tensor)
         # The output head is left out: PEFT would save its whole weight beside the adapter.
         is_head = module is head or path.rpartition(".")[2] == "lm_head"
-        # The out_proj of nn.MultiheadAttention has this class. It is never called; only its
-        # weight is read. A PEFT adapter on it has no effect.
+        # The out_proj of nn.MultiheadAttention is not called, so PEFT's adapter has no effect.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -311,14 +303,11 @@ def merge(model: nn.Module) -> None:
 def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
     """Raises ValueError if the model would compute something else once this layer is merged."""
     base = layer.base_layer
-    if not is_plain(base):
-        kind = type(base).__name__
-        raise ValueError(f"{path}: cannot merge into {kind}; dequantise the layers first")
-    # weight_norm and prune recompute W in each forward pass, and overwrite what is there.
-    if "weight" not in base.state_dict():
+    # weight_norm and prune recompute W in each forward pass. The state_dict has other tensors.
+    if not is_plain(base) or "weight" not in base.state_dict():
         raise ValueError(
-            f"{path}: cannot merge, W is computed from other tensors, as by weight_norm or "
-            "prune; remove these first"
+            f"{path}: cannot merge into {type(base).__name__}, which does not store W itself: "
+            "dequantise the layer, or remove weight_norm or prune from it, first"
         )
     if not layer.weight.isfinite().all():
         raise ValueError(
@@ -343,9 +332,9 @@ def is_plain(layer: nn.Module) -> bool:
 # -----------------------------------------------------------------------------
 # Files: adapter_config.json and adapter_model.safetensors, as PEFT writes and loads them
 
-# PEFT puts this prefix before each parameter name:
+# PEFT puts this before each parameter name. phi-2's own names begin with "model." too:
 # base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight
-PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 
 
 def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> dict:
@@ -394,7 +383,7 @@ def save_adapter(
                 f"not rank {config.rank} and alpha {config.alpha:g}"
             )
     tensors = {
-        PREFIX + name: parameter.detach().cpu().contiguous()
+        PEFT_PREFIX + name: parameter.detach().cpu().contiguous()
         for name, parameter in lora_parameters(model).items()
     }
     if not tensors:
@@ -430,7 +419,7 @@ def load_adapter(
     tensors = load_file(file)
     # As in PEFT, some targets may match nothing. But check_tensors needs every tensor to fit.
     inject(model, config, every_target_must_match=False)
-    parameters = {PREFIX + name: value for name, value in lora_parameters(model).items()}
+    parameters = {PEFT_PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)
     with torch.no_grad():
         for key, parameter in parameters.items():

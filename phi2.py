@@ -232,8 +232,8 @@ class MLP(nn.Module):
 
 
 def add_branches(attended: Tensor, transformed: Tensor, x: Tensor) -> Tensor:
-    # In bf16 the order of the sum affects the last bit; this is transformers' order. On a GPU
-    # eval.py has this compiled, as `rotate`.
+    """Returns what a transformer block adds up. On a GPU eval.py has this compiled, as `rotate`."""
+    # In bf16 the order of the sum affects the last bit; this is transformers' order.
     return attended + transformed + x
 
 

@@ -22,8 +22,8 @@ absmax itself in 8 bits, in blocks of 256, for a total of 4 + 8/64 + 32/(64 * 25
 bits per value.
 
 `quantize` and `dequantize` below are NF4 in plain torch, for reading and testing. The
-layers use bitsandbytes' kernels, which are faster; a test shows that they return the same
-bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4; and
+layers use the routines (kernels) of the library bitsandbytes, which are faster; a test
+shows that they return the same bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4; and
 `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode.
 
     quant.quantize_linears(model)  # before phi2.load_weights, which then quantises the weights
@@ -43,9 +43,8 @@ from torch import Tensor, nn
 # weights stay zero. The others, scaled to [-1, 1], are
 #   7 below it:  -Q(0.5 + i / 7 * (p - 0.5)) / Q(p)  for i = 7 to 1,
 #   8 above it:   Q(0.5 + i / 8 * (p - 0.5)) / Q(p)  for i = 1 to 8.
-# The outermost share p cannot be 1, because Q(1) is infinite. The paper stops half a step before
-# 1. A step is 1/15 of the range from 0 to 1 for one sign and 1/16 for the other, so p is the mean
-# of 1 - 1/30 and 1 - 1/32, which is 0.9677.
+# The outermost share p cannot be 1, because Q(1) is infinite. The paper takes the mean of 1 - 1/30
+# and 1 - 1/32, which is 0.9677.
 LEVELS = torch.tensor(
     [-1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.091050036, 0.0]
     + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
@@ -163,36 +162,39 @@ class NF4Linear(nn.Module):
         shape = (self.out_features, self.in_features)
         # On a CPU bitsandbytes starts a new block with each row, which is only right if a row
         # is a whole number of blocks. Otherwise the weight is passed as one long row.
-        flat = shape if self.in_features % BLOCK == 0 else (self.out_features * self.in_features,)
-        weight = kernels().dequantize_4bit(self.weight, absmax, BLOCK, "nf4", flat, self.dtype)
+        numel = self.out_features * self.in_features
+        shape_for_kernel = shape if self.in_features % BLOCK == 0 else (numel,)
+        weight = kernels().dequantize_4bit(
+            self.weight, absmax, BLOCK, "nf4", shape_for_kernel, self.dtype
+        )
         return weight.reshape(shape)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Loads a weight into the buffers. load_state_dict calls this method for each module.
 
-        The weight may be in floating point, in NF4 from this layer, or in NF4 from
-        bitsandbytes.
+        The weight comes in one of three forms: in floating point; in NF4 from bitsandbytes,
+        with more tensors, such as weight.absmax; or as the buffers of this layer.
         """
         # load_state_dict passes a copy of its dictionary, so the copy may be changed.
         key = prefix + "weight"
-        weight = state_dict.get(key)
-        parts = {}  # what bitsandbytes stores beside an NF4 weight, such as weight.absmax
+        weight = state_dict.get(key)  # None if it is missing, which super() reports below
+        parts = {}  # what bitsandbytes stores beside an NF4 weight
         for name in list(state_dict):
             if name.startswith(f"{key}."):
                 parts[name.removeprefix(f"{key}.")] = state_dict.pop(name)
-        buffers = {}
-        if parts:  # quantised by bitsandbytes
+
+        buffers = {}  # of the third form, there is nothing to convert
+        if parts:
             if self.double_quant:
                 raise ValueError("it is in NF4 already: load it without double quantisation")
             buffers["weight"], buffers["absmax"] = from_bitsandbytes(weight, parts)
-        elif weight is not None and weight.is_floating_point():  # not quantised yet
+        elif weight is not None and weight.is_floating_point():
             buffers = self.buffers_of(weight)
             self.dtype = weight.dtype
         state_dict.update({prefix + name: tensor for name, tensor in buffers.items()})
         if weight is not None:
             self.kept = None  # dequantised from the previous weight
-        # Loads the buffers, including any from this layer's own state_dict, and the bias.
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # loads buffers and bias
         if self.bias is not None:
             self.dtype = self.bias.dtype
 
@@ -226,10 +228,11 @@ class NF4Linear(nn.Module):
 class DequantizedLinear(torch.autograd.Function):
     """Computes x W^T + b for x (..., in), with tokens as rows. W exists in full only while used.
 
-    In the backward pass the gradient of x is g W, where g (..., out) is the gradient of the
-    output. autograd would store W for this, for every layer; in bf16 that takes three and a
-    half times the memory of NF4. So W is dequantised a second time instead. W and b are
-    frozen and get no gradient. Only the gradient of W would need x, so x is not stored either.
+    In the backward pass the gradient of x, which the adapters of earlier layers need, is
+    g W, where g (..., out) is the gradient of the output. autograd would store W for this,
+    for every layer; in bf16 that takes three and a half times the memory of NF4. So W is
+    dequantised a second time instead. W and b are frozen and get no gradient. Only the
+    gradient of W would need x, so x is not stored here. (An adapter stores it for A.)
     """
 
     @staticmethod

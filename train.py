@@ -9,8 +9,9 @@
 
 A run writes into --out: the adapter in PEFT's format with a model card, args.json,
 metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
-and with --keep-best the adapter of the best evaluation, in best/. With several processes
-(support/processes.py) each one takes a part of every step, and only the first one writes.
+and with --keep-best the adapter of the best evaluation, in best/. torchrun starts several
+processes (support/processes.py), one for each GPU. Each has the whole model and takes a
+part of the rows of every step; their gradients are added up. Only the first one writes.
 
 `training_step` is one optimiser step, and `run` is the whole training. The functions
 that `run` calls come after it: the inputs and the state of a run, the base and the

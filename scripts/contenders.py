@@ -218,7 +218,7 @@ class Reference(Contender):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         self.parameters = {
-            name.removeprefix(lora.PREFIX).replace(".default", ""): parameter
+            name.removeprefix(lora.PEFT_PREFIX).replace(".default", ""): parameter
             for name, parameter in self.model.named_parameters()
             if "lora_" in name
         }
@@ -308,7 +308,7 @@ class LitGPT(Contender):
         if self.job.adapter:
             saved = load_file(Path(self.job.adapter) / "adapter_model.safetensors")
             for name, part in self.parts(lambda parameter: parameter.data).items():
-                part.copy_(saved[lora.PREFIX + name])
+                part.copy_(saved[lora.PEFT_PREFIX + name])
 
     def parts(self, tensor_of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """Returns views, by our names, of its tensors, which hold q and then v."""

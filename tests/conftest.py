@@ -164,7 +164,7 @@ def peft_model(base, targets=TARGETS, dropout: float = 0.0, **options):
 def peft_tensors(model) -> dict[str, Tensor]:
     """PEFT's adapter tensors, under our names."""
     return {
-        name.removeprefix(lora.PREFIX).replace(".default", ""): parameter
+        name.removeprefix(lora.PEFT_PREFIX).replace(".default", ""): parameter
         for name, parameter in model.named_parameters()
         if "lora_" in name
     }

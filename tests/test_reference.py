@@ -111,7 +111,7 @@ def test_indices_and_absmax_are_bit_equal_to_those_transformers_loads(both):
     expected_layers = 6 * both.mine.config.num_hidden_layers if both.quantization == "nf4" else 0
     assert len(layers) == expected_layers
     for path, layer in layers.items():
-        expected = both.theirs.get_submodule(lora.PREFIX + path).weight
+        expected = both.theirs.get_submodule(lora.PEFT_PREFIX + path).weight
         assert torch.equal(layer.weight, expected.data)
         assert torch.equal(layer.absmax, expected.quant_state.absmax)
 

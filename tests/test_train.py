@@ -330,8 +330,10 @@ def test_a_feed_prepares_the_rows_of_each_step_and_counts_the_step_before(tiny):
         assert feed.num_predicted == 2 * len(step)  # the label and the end of text of each row
         taken += len(step)
         feed.prepare_next()
-        numbers = feed.finish_step(torch.tensor(0.5), torch.tensor(0.25), number == 2)
-        assert numbers == (0.25, number == 2)
+        loss, norm = torch.tensor([0.5, 0.25])
+        numbers = feed.finish_step(progress.step, loss, norm, number == 2)
+        assert (numbers.grad_norm, numbers.stops) == (0.25, number == 2)
+        progress.add(numbers)
         assert (progress.step, progress.rows, progress.loss) == (2 + number, taken, number / 2)
     assert feed.current.rows == feed.current.batches == []
     assert feed.num_predicted == 0
@@ -487,7 +489,7 @@ def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path, monkeypatch
     saved = resume.load(out)
     assert saved.state.progress.step == 3
     for key, tensor in load_file(out / "adapter_model.safetensors").items():
-        assert torch.equal(tensor, saved.tensors["adapter." + key.removeprefix(lora.PREFIX)])
+        assert torch.equal(tensor, saved.tensors["adapter." + key.removeprefix(lora.PEFT_PREFIX)])
     in_process(evaluation, "--adapter", out, "--limit", 4, "--mode", "score")
 
 
