@@ -613,8 +613,8 @@ def validation_loss(
     for batch in batches:
         loss += batch_loss(model, batch)
     model.train(was_training)
-    total, predicted = processes.total(device, loss, count_predicted(batches))
-    return total / predicted
+    (total,) = processes.total(device, loss)
+    return total / sum(processes.gather(count_predicted(batches)))
 
 
 if __name__ == "__main__":

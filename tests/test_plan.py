@@ -103,11 +103,11 @@ def test_the_plan_of_an_evaluation_is_what_the_allocator_gives_out(tiny, tokeniz
 def test_the_prompts_of_an_evaluation_are_those_that_it_begins_with(tokenizer, rows, monkeypatch):
     batches = []
 
-    def answer(model, tokenizer, prompts, protocol):
+    def predict(model, tokenizer, prompts, settings):
         batches.append(prompts)
         return [{"prediction": 0, "scores": [1.0, 0.0, 0.0]} for _ in prompts]
 
-    monkeypatch.setattr(evaluation, "answer", answer)
+    monkeypatch.setattr(evaluation, "predict", predict)
     evaluation.evaluate(torch.nn.Module(), tokenizer, rows, evaluation.Settings())
     assert plan.first_prompts(rows, tokenizer, None) == batches[0]
     assert len(batches[0]) == 64
