@@ -440,7 +440,7 @@ def read_layer(
         tensors[name] = tensor.to(dtype)  # after the move, so that a GPU converts
         # NaN if any number is NaN. Unlike isfinite() on all numbers, this allocates no memory.
         low, high = tensors[name].aminmax()
-        if not (low.isfinite() and high.isfinite()):
+        if not (low.isfinite() & high.isfinite()):
             raise ValueError(f"{name} holds numbers that are not finite in {dtype}")
     return tensors
 
