@@ -34,7 +34,7 @@ Because B starts at zero, training starts exactly from the base model. In phi-2 
 and B hold 32 blocks * 2 layers * 8 * (2560 + 2560) = 2.6 million numbers, beside 2.8
 billion frozen ones.
 
-In formulas x is a column vector. In the code each token is a row, so W x is x @ W.T.
+In formulas x is a column vector. In the code it is the last dimension: W x is x @ W.T.
 
 The wrapped layer may be a linear layer of any model, including a quantised one. Saved
 adapters use the file names and tensor names of PEFT, Hugging Face's adapter library, so

@@ -53,25 +53,7 @@ class Phi2Config:
     resid_pdrop: float = 0.1  # dropout after attention and MLP, in train mode
 
     def __post_init__(self):
-        """Raises ValueError if a value is not a valid number, or if sizes do not fit together."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int,) if field.type is int else (int, float)
-            least = 1 if field.type is int else 0
-            if type(value) not in kinds or not least <= value < math.inf:
-                raise ValueError(f"{field.name} cannot be {value!r}")
-        head_dim, rest = divmod(self.hidden_size, self.num_attention_heads)
-        if rest:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} is not a multiple of "
-                f"num_attention_heads {self.num_attention_heads}"
-            )
-        rotary_dim = self.rotary_dim()
-        if rotary_dim % 2 or rotary_dim > head_dim:  # they are rotated in pairs
-            raise ValueError(
-                f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
-                f"it must be an even number, at most {head_dim}"
-            )
+        check_sizes(self)
 
     def rotary_dim(self) -> int:
         """Returns how many dimensions of each head carry the position."""
@@ -558,3 +540,25 @@ def check_options(raw: dict, path: Path) -> None:
     for key, value in accepted.items():
         if raw.get(key, value) not in (value, None):
             raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported, only {value!r}")
+
+
+def check_sizes(config: Phi2Config) -> None:
+    """Raises ValueError if a value is not a valid number, or if sizes do not fit together."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        kinds = (int,) if field.type is int else (int, float)
+        least = 1 if field.type is int else 0
+        if type(value) not in kinds or not least <= value < math.inf:
+            raise ValueError(f"{field.name} cannot be {value!r}")
+    head_dim, rest = divmod(config.hidden_size, config.num_attention_heads)
+    if rest:
+        raise ValueError(
+            f"hidden_size {config.hidden_size} is not a multiple of "
+            f"num_attention_heads {config.num_attention_heads}"
+        )
+    rotary_dim = config.rotary_dim()
+    if rotary_dim % 2 or rotary_dim > head_dim:  # they are rotated in pairs
+        raise ValueError(
+            f"{rotary_dim} of a head's {head_dim} dimensions cannot be rotated; "
+            f"it must be an even number, at most {head_dim}"
+        )
