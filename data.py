@@ -246,9 +246,9 @@ def collate(
 ) -> Batch:
     """Returns a batch of examples, each given as (prompt ids, answer ids), for a loss.
 
-    Loss "answer" covers two ids per row, the label and the end of text. Loss "full"
-    covers every id but the first of each row. These include the prefix, once for each
-    row, so a shared prefix raises ValueError.
+    Loss "answer" is on two ids per row: the label and the end of text. Loss "full" is on
+    every id of the example but the first. These include the prefix, once for each row, so
+    a shared prefix raises ValueError.
     """
     if prefix_length and loss == "full":
         raise ValueError("the full loss is on the prefix too, so rows cannot share it")

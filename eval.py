@@ -54,7 +54,8 @@ from support.labels import LABELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# On a GPU each of these runs as one kernel from here on. They compute the same as before.
+# On a GPU each of these runs as one kernel from here on, with the same bits: every step within it
+# rounds as it would on its own.
 phi2.rotate = fused(phi2.rotate)
 phi2.add_branches = fused(phi2.add_branches)
 
@@ -74,9 +75,10 @@ def generate(
 ) -> tuple[list[list[int]], Tensor]:
     """Returns a greedy completion of each of B prompts, and hidden states (B, C).
 
-    As in phi2.generate, each token is the likeliest one. But whole rows are run only once:
-    the layout stores their keys and values, and the decoder runs one new token per row
-    (support/packing.py).
+    As in phi2.generate, each token is the likeliest one. (As in transformers, the logits are
+    in the model's dtype, and of equal ones the lowest id is taken.) But whole rows are run
+    only once: the layout stores their keys and values, and the decoder runs one new token
+    per row (support/packing.py).
 
     A completion ends as soon as is_finished(its ids) is true, or at `max_new_tokens`. The
     hidden states are those of each prompt's last token, from which the output head computes
@@ -105,7 +107,8 @@ def generate(
         if not unfinished:
             return completions, hidden
 
-        # 3. Run each row's new token through the model, if possible without finished rows.
+        # 3. Run each row's new token through the model, without finished rows if dropping them
+        #    pays. `kept` are the indices of the rows that stay.
         kept = decoder.drop([number not in unfinished for number in prompt_of])
         prompt_of = [prompt_of[row] for row in kept]
         logits = decoder.run([completions[number][-1] for number in prompt_of])
@@ -160,7 +163,8 @@ def pack_prompts(
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
     # Equal beginnings are folded into one. For the rows 5 6 7 and 5 6 8, own_ids is 5 6 7 8 and
-    # token_of is 0 1 2 0 1 3, the indices of the rows' tokens in own_ids.
+    # token_of is 0 1 2 0 1 3, the indices of the rows' tokens in own_ids. (The last token of two
+    # equal rows is one token; its hidden state is returned for both.)
     own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
     ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
@@ -301,7 +305,7 @@ def load_model(
 
     The fourth, lora.inject(model, config), follows later, once the layers have their
     weights. `quantization` is "nf4" or "none"; `dtype` is a key of DTYPES. For `keep` see
-    `choose_what_is_stored`; None means yes if a GPU has enough free memory.
+    `choose_what_is_stored`. None, the default of the scripts, asks `has_room_to_keep`.
     """
     model = phi2.build(directory)  # empty, on the meta device
     if quantization == "nf4":
@@ -317,20 +321,22 @@ def load_model(
 
 
 def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
-    """Returns whether `free` bytes of a GPU hold the dequantised weights and a training.
+    """Returns whether `free` bytes hold the dequantised weights and a training beside them.
 
-    Always true without NF4, where no weights are dequantised.
+    machine.free_memory returns 0 for a CPU. Without NF4 there is nothing to dequantise, and
+    the result is True.
     """
-    # With the default flags, weights and training together take three times the weights' size
-    # (README.md's table, 24 GB). Four times leaves a margin.
+    # With the default flags, phi-2's dequantised weights (5 GB) and the training take 16 GB, three
+    # times as much as the weights alone (README.md). Four times leaves a margin.
     return free >= 4 * quant.dequantized_size(model)
 
 
 def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.device) -> None:
-    """Chooses between time and memory. `keep` stores the dequantised weights beside NF4's indices.
+    """Chooses less time (`keep`) or less memory.
 
-    Otherwise W is dequantised each time it is used. Where memory is that short, a GPU also
-    recomputes attention in the backward pass instead of storing it.
+    With `keep` the dequantised weights of NF4 layers are stored. Without it W is dequantised
+    each time it is used, and a GPU recomputes attention in the backward pass instead of
+    storing it, over a base of any kind.
     """
     if keep:
         quant.keep_dequantized(model)

@@ -79,7 +79,8 @@ class LoRALinear(nn.Module):
 
     A and B are stored and trained in fp32 even over a 16-bit or 4-bit base, as in PEFT:
     a bf16 number has 8 significant bits, so small updates would be rounded away. For the
-    product they are cast to the dtype of x. (Over an fp64 base they are in fp64.)
+    product they are cast to the dtype of x, as PEFT does under autocast. (Over an fp64
+    base they are in fp64.)
     """
 
     def __init__(self, base_layer: nn.Module, rank: int, alpha: float, dropout: float):
@@ -182,8 +183,9 @@ def inject(
 ) -> list[str]:
     """Freezes `model` and wraps the linear layers that config.targets names, in place.
 
-    Call it after the weights are loaded. Returns the paths of the wrapped layers. Raises
-    ValueError if the model already has adapters, and as `match_targets`.
+    Call it after the weights are loaded, because a wrapped layer has another path. Returns
+    the paths of the wrapped layers. Raises ValueError if the model already has adapters,
+    and as `match_targets`.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise ValueError("the model already has adapters: merge them first, or rebuild it")
@@ -340,8 +342,8 @@ PEFT_PREFIX = "base_model.model."
 def peft_config(config: LoRAConfig, base_model: str, task_type: str | None) -> dict:
     """Returns the content of adapter_config.json.
 
-    It contains only keys that PEFT has had from its beginning, because older versions
-    reject keys that they do not know.
+    It contains only keys that PEFT 0.5 had, because versions 0.6 to 0.8 reject keys that
+    they do not know.
     """
     targets = config.targets if isinstance(config.targets, str) else sorted(config.targets)
     return {

@@ -95,7 +95,7 @@ class Layout(Protocol):
     A row is one tokenised text; if rows share a prefix, a row is what follows it. (In
     support/packing.py rows may share further tokens after the prefix.)
 
-    Every token has a key and a value, which later tokens can see. To save work, the last
+    Every token has a key and a value, which other tokens can see. To save work, the last
     transformer block computes outputs only for the tokens whose logits are wanted: only
     these have a query there. In the other blocks every token has one.
     """
@@ -103,7 +103,10 @@ class Layout(Protocol):
     positions: Tensor  # (N,) the position of each token in its text, counting the prefix
 
     def only_last(self, count: int) -> "Layout":
-        """Returns a layout of the same rows; only the last `count` tokens of each have a query."""
+        """Returns a layout of the same rows; only the last `count` tokens of each have a query.
+
+        Every row must have that many tokens. A token that rows share has a query for each.
+        """
 
     def select_queries(self, x: Tensor) -> Tensor:
         """Returns the part (queries, ...) of x (N, ...) whose tokens have a query."""
@@ -131,7 +134,7 @@ class MaskedRows:
 
     So the prefix, the instruction that all prompts begin with, goes through the model
     once. With many rows most of the mask is empty; PackedRows in support/packing.py
-    computes the same result without the empty part.
+    computes the same result, up to rounding, with hardly any of the empty part.
     """
 
     def __init__(
@@ -279,7 +282,7 @@ class Phi2(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # Read by support/packing.py: whether generation on a GPU may record its steps.
+        # Read by support/packing.py: whether generation on a GPU may use CUDA graphs.
         self.uses_graphs = True
         self.model = PhiModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
@@ -301,8 +304,9 @@ class Phi2(nn.Module):
 def generate(model: Phi2, ids: list[int], count: int) -> list[int]:
     """Returns `count` ids that continue `ids`, always the likeliest next: greedy generation.
 
-    This is the simple way: each step runs the whole row again, and the end of text does
-    not end it. eval.generate stores keys and values instead (support/packing.py).
+    Call model.eval() first, which turns dropout off. This is the simple way: each step runs
+    the whole row again, and the end of text does not end it. eval.generate stores keys and
+    values instead (support/packing.py).
     """
     device = model.lm_head.weight.device
     row = list(ids)
@@ -351,8 +355,9 @@ def load_weights(
 ) -> Phi2:
     """Loads a checkpoint into `model`, layer by layer, as `dtype` on `device`. Returns `model`.
 
-    The tensors of each layer are passed to its own `load_state_dict`. There a quantised
-    layer quantises its weight, or uses it as it is if bitsandbytes has saved it in NF4.
+    A layer here is a linear layer, a LayerNorm or the embedding. Its tensors are passed to
+    its own `load_state_dict`. There a quantised layer quantises its weight, or uses it as it
+    is if bitsandbytes has saved it in NF4.
     At its peak the memory holds the model and one layer's tensors, both as stored and as
     `dtype`. Raises ValueError for missing, unknown, misshapen or damaged tensors; the
     model is then unusable.

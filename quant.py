@@ -8,7 +8,8 @@ magnitude (absmax, fp32), and each value stores the index of the nearest of 16 l
     w  =  LEVELS[index] * absmax[block]         4 + 32/64 = 4.5 bits per value
 
 Each time a layer needs W, it dequantises W, multiplies by it, and discards it: 4 bits
-save memory, not time.
+save memory, not time. (Where a GPU has memory to spare, train.py and eval.py keep the
+dequantised W by default, which saves time: see `keep_dequantized`.)
 
 The values of a trained weight are roughly normally distributed: many are small, few are
 large. So the levels are quantiles of the normal distribution, close together near zero:
@@ -23,8 +24,9 @@ bits per value.
 
 `quantize` and `dequantize` below are NF4 in plain torch, for reading and testing. The
 layers use the routines (kernels) of the library bitsandbytes, which are faster; a test
-shows that they return the same bits. Left out: QLoRA's paged optimiser; 8-bit weights; fp4; and
-`bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in place in eval mode.
+shows that on a CPU they return the same bits. Left out: QLoRA's paged optimiser; 8-bit
+weights; fp4; and `bitsandbytes.nn.Linear4bit`, which on some CPUs repacks its weight in
+place in eval mode.
 
     quant.quantize_linears(model)  # before phi2.load_weights, which then quantises the weights
 """
@@ -103,9 +105,9 @@ class NF4Linear(nn.Module):
     Buffers, with numel = in_features * out_features and all sizes rounded up:
         weight: (numel / 2, 1) uint8, two indices per byte.
         absmax: (numel / 64,) fp32.
-    With `double_quant`, absmax is quantised in the same way as a weight, but to 256 levels
-    and in blocks of 256. The buffer then holds indices, and the value of absmax is
-    levels[index] * nested_absmax[block] + offset, where `nested_levels` returns the levels.
+    With `double_quant`, absmax is quantised too, after its mean (offset) is subtracted: to
+    256 levels (`nested_levels`) and in blocks of 256. The buffer then holds indices, and the
+    value of absmax is levels[index] * nested_absmax[block] + offset.
         absmax: (numel / 64,) uint8, indices.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
@@ -173,7 +175,8 @@ class NF4Linear(nn.Module):
         """Loads a weight into the buffers. load_state_dict calls this method for each module.
 
         The weight comes in one of three forms: in floating point; in NF4 from bitsandbytes,
-        with more tensors, such as weight.absmax; or as the buffers of this layer.
+        with more tensors, such as weight.absmax; or as the buffers that the state_dict of
+        such a layer contains.
         """
         # load_state_dict passes a copy of its dictionary, so the copy may be changed.
         key = prefix + "weight"
@@ -183,7 +186,7 @@ class NF4Linear(nn.Module):
             if name.startswith(f"{key}."):
                 parts[name.removeprefix(f"{key}.")] = state_dict.pop(name)
 
-        buffers = {}  # of the third form, there is nothing to convert
+        buffers = {}  # stays empty in the third form, where nothing needs converting
         if parts:
             if self.double_quant:
                 raise ValueError("it is in NF4 already: load it without double quantisation")
@@ -232,7 +235,7 @@ class DequantizedLinear(torch.autograd.Function):
     g W, where g (..., out) is the gradient of the output. autograd would store W for this,
     for every layer; in bf16 that takes three and a half times the memory of NF4. So W is
     dequantised a second time instead. W and b are frozen and get no gradient. Only the
-    gradient of W would need x, so x is not stored here. (An adapter stores it for A.)
+    gradient of W would need x, so x is not stored here. (An adapter stores what A needs.)
     """
 
     @staticmethod
@@ -342,7 +345,7 @@ def kernels():
 
 @functools.cache
 def nested_levels(device: torch.device) -> Tensor:
-    """Returns the 256 levels (fp32, from -1 to 1) of double quantisation.
+    """Returns the 256 levels (fp32, from -0.993 to 1) of double quantisation.
 
     bitsandbytes calls them its dynamic map. For each sign, 64 levels are between 0.1 and
     1, 32 between 0.01 and 0.1, and so on, so that small numbers keep some precision too.

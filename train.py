@@ -10,16 +10,16 @@
 A run writes into --out: the adapter in PEFT's format with a model card, args.json,
 metrics.jsonl, predictions, results.json, report.html, trainer.safetensors to resume from,
 and with --keep-best the adapter of the best evaluation, in best/. torchrun starts several
-processes (support/processes.py), one for each GPU. Each has the whole model and takes a
-part of the rows of every step; their gradients are added up. Only the first one writes.
+processes (support/processes.py), one for each GPU. Each has the whole model, and in every
+step its own rows; their gradients are added up. Only the first one writes.
 
 `training_step` is one optimiser step, and `run` is the whole training. The functions
 that `run` calls come after it: the inputs and the state of a run, the base and the
 adapters, the rows and the numbers of each step, and evaluation. The flags and their
-defaults are in support/flags.py. The default recipe is: 40,000 steps of 16 rows; AdamW
-with a learning rate that rises to 2e-4 over 3 % of the steps and falls to 0 along a
-cosine; weight decay 0.01; gradients clipped to norm 1; rank 8 and alpha 16 on q and v;
-dropout 0.05 (beside phi-2's own); the loss on the answer only.
+defaults are in support/flags.py. The default recipe is: 40,000 steps of 16 rows in each
+process; AdamW with a learning rate that rises to 2e-4 over 3 % of the steps and falls
+towards 0 along a cosine; weight decay 0.01; gradients clipped to norm 1; rank 8 and alpha
+16 on q and v; dropout 0.05 (beside phi-2's own); the loss on the answer only.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def training_step(
 ) -> tuple[Tensor, Tensor]:
     """Takes one optimiser step with `batches`, this process's share of the step's rows.
 
-    Gradients are accumulated over the batches: up to --accumulate, of up to --batch-size rows.
+    Gradients are accumulated over the batches: up to --accumulate batches (1 by default) of
+    up to --batch-size rows (16).
 
     Returns this process's part of the loss, and the norm of the gradient before
     clipping. Both are scalars on the model's device, and a GPU may still be computing
@@ -410,6 +411,7 @@ def save(
     # All files of a save are written first, and only then moved into place.
     with files.replacing_files(args.out) as folder:
         lora.save_adapter(model, inputs.lora_config, folder, args.model)
+        # Into the metadata of adapter_model.safetensors, which PEFT ignores.
         fingerprint.stamp(folder, log.state.fingerprint)
         adapter = lora.lora_parameters(model)
         resume.write(folder / resume.NAME, adapter, optimizer, random, log.state)
@@ -606,7 +608,7 @@ def validation_loss(
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
     # By length, because inside attention the rows of a batch may be padded to one length.
-    encoded.sort(key=lambda pair: len(pair[0]))
+    encoded.sort(key=lambda ids: len(ids[0]))  # of the prompt
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
     device = model.lm_head.weight.device
     loss = torch.zeros((), dtype=torch.float64, device=device)
