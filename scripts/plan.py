@@ -17,6 +17,7 @@ not have the device.
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,15 +69,13 @@ class Count(TorchDispatchMode):
         return result
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
     """Replaces F.scaled_dot_product_attention by the kernel that takes a mask on a GPU.
 
     Other kernels store as much: the output, and one number for each query and head.
     """
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output, *_ = kernel(q, k, v, attn_mask, True, is_causal=is_causal)
+    mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    output, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
     return output
 
 
@@ -210,36 +209,27 @@ class Plan:
         return self.size() + count.most
 
 
-def memory(
-    directory: Path, args: argparse.Namespace, encoded: list, prefix: int
-) -> dict[str, int]:
-    """Returns bytes by name, for a step on encoded rows that share `prefix` ids."""
-    return Plan(directory, args).step(encoded, prefix)
-
-
 # -----------------------------------------------------------------------------
 # The script
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments of train.py, `gpu`, and whether --dtype is only an assumption."""
+    """Returns the arguments of train.py, and `gpu`."""
     parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
         "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
-        help="memory of the card; shows what train.py chooses on it, and what fits"
+        help="memory of the card; counts what train.py chooses on it, and shows what fits "
+        "(default: NF4's values are not kept)",
     )  # fmt: skip
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
     if "gpu" in typed and not device.startswith("cuda"):
         parser.error(f"--gpu is for a CUDA card, not for --device {device}")
-    is_elsewhere = "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available()
-    if is_elsewhere:
-        # What train.py chooses on that card, not what it chooses on this machine.
+    if "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available():
+        # What train.py chooses on that card, not what it chooses on this machine. (A T4 gets fp16,
+        # of the same size.)
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
-    args = cli.train_arguments(parser=parser)
-    is_said = "dtype" in typed or args.resume  # a resumed run has its own dtype
-    args.is_dtype_assumed = is_elsewhere and not is_said
-    return args
+    return cli.train_arguments(parser=parser)
 
 
 @dataclass
@@ -277,23 +267,12 @@ def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[li
     return [prompts[number] for number in first]
 
 
-def ways_to_keep(directory: Path, args: argparse.Namespace) -> list[bool]:
-    """Returns whether train.py keeps NF4's values: one answer, or both if --gpu is not given.
-
-    Without a flag for it, the choice depends on the memory of the GPU.
-    """
-    if args.keep_dequantized is not None:
-        return [args.keep_dequantized]
-    if args.quant == "none" or args.device == "cpu":
-        return [args.quant == "none"]  # as in build_base
-    if args.gpu is None:
-        return [False, True]
-    plan = Plan(directory, with_choice(args, keep=False))
-    return [evaluation.has_room_to_keep(plan.model, for_tensors(args.gpu) - plan.size())]
-
-
-def with_choice(args: argparse.Namespace, keep: bool) -> argparse.Namespace:
-    return argparse.Namespace(**vars(args) | {"keep_dequantized": keep})
+def choose_what_is_kept(directory: Path, args: argparse.Namespace) -> None:
+    """Sets --keep-dequantized as train.py sets it on a card of --gpu, if it is not given."""
+    if args.gpu and args.quant == "nf4" and args.keep_dequantized is None:
+        plan = Plan(directory, args)
+        free = for_tensors(args.gpu) - plan.size()
+        args.keep_dequantized = evaluation.has_room_to_keep(plan.model, free)
 
 
 def for_tensors(gigabytes: float) -> int:
@@ -303,23 +282,21 @@ def for_tensors(gigabytes: float) -> int:
 
 def show(plan: Plan, rows: LongestRows) -> None:
     """Prints the memory of a step and of an evaluation, and with --gpu whether they fit."""
-    count = len(rows.prompts)
-    evaluated = plan.evaluation(rows.prompts, rows.prefix)
     bytes_of = plan.step(rows.training, rows.shared)
     for name, number in bytes_of.items():
         if number:
             print_line(name, number)
-    print_line(f"evaluation, {count} rows at a time", evaluated)
-    if plan.args.gpu is None:
-        return
-
-    room = for_tensors(plan.args.gpu)
-    if evaluated > room:
-        while evaluated > room and count > 1:
-            count //= 2
-            evaluated = plan.evaluation(rows.prompts[:count], rows.prefix)
-        print_line(f"halved until it fits: {count}", evaluated)
-    print_line(f"for tensors, of {plan.args.gpu:g} GB", room)
+    gpu = plan.args.gpu
+    room = for_tensors(gpu) if gpu else math.inf
+    count = len(rows.prompts)
+    while True:
+        evaluated = plan.evaluation(rows.prompts[:count], rows.prefix)
+        print_line(f"evaluation, {count} rows at a time", evaluated)
+        if evaluated <= room or count == 1:
+            break
+        count //= 2  # as eval.py does
+    if gpu:
+        print_line(f"for tensors, of {gpu:g} GB", room)
     if bytes_of["sum"] > room:
         resumed, anew = full_memory.flags_of_a_step(plan.args, plan.model)
         print(f"a step does not fit{full_memory.either([*resumed, *anew])}")
@@ -342,18 +319,12 @@ def main() -> None:
     rows = LongestRows.read(args, tokenizer)
 
     tokens = sum(len(prompt) + len(answer) for prompt, answer in rows.training)
-    dtype = args.dtype
-    if args.is_dtype_assumed:
-        dtype += " (on a T4 fp16, of the same size)"
     print(
-        f"{args.model}, {args.quant}, {dtype}, on {args.device}: "
+        f"{args.model}, {args.quant}, {args.dtype}, on {args.device}: "
         f"a batch of the {len(rows.training)} longest rows, {tokens:,} tokens"
     )
-    ways = ways_to_keep(directory, args)
-    for keep in ways:
-        if keep and len(ways) > 1:
-            print("\nthe same with NF4's values kept, as on a GPU with much free memory")
-        show(Plan(directory, with_choice(args, keep)), rows)
+    choose_what_is_kept(directory, args)
+    show(Plan(directory, args), rows)
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def planned_memory(setting: Setting, contender: contenders.Ours) -> int:
     command += " --keep-dequantized" if is_kept else " --no-keep-dequantized"
     args = cli.train_arguments([*command.split(), "--model", str(setting.timed)])
     rows = setting.rows["training"][:16]
-    return plan.memory(setting.timed, args, rows, setting.prefix_length)["sum"]
+    return plan.Plan(setting.timed, args).step(rows, setting.prefix_length)["sum"]
 
 
 STAGES = {

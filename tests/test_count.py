@@ -181,7 +181,7 @@ def test_the_memory_is_that_of_the_plan(costs, rows, prefix_length, tmp_path):
     arguments += ["--dtype", "bf16", "--dropout", 0]
     args = cli.train_arguments(list(map(str, arguments)))
     encoded = sorted(rows[:16], key=lambda row: len(row[0]))
-    planned = plan.memory(tmp_path, args, encoded, prefix_length)["sum"] / 2**30
+    planned = plan.Plan(tmp_path, args).step(encoded, prefix_length)["sum"] / 2**30
     assert planned == pytest.approx(costs["train16"]["peak_gib"], rel=0.05)
 
 
