@@ -41,15 +41,14 @@ STEPS = 4  # training steps of 16 rows in one timing
 class Job:
     """What a contender is given when it starts."""
 
-    contender: str  # a key of CONTENDERS
-    model: str  # a directory, like the next one
+    model: str  # a directory, like the next two
     tokenizer: str
-    rows: str  # a file: {"training": [[prompt ids, answer ids], ...], "evaluation": [...]}
     adapter: str | None
     quant: str
     dtype: str
     device: str
-    keep: bool = True  # whether ours keeps NF4's values beside the indices
+    keep: bool | None = True  # whether ours keeps NF4's values beside the indices
+    rows: str = ""  # a file: {"training": [[prompt ids, answer ids], ...], "evaluation": [...]}
 
 
 # -----------------------------------------------------------------------------
@@ -71,7 +70,6 @@ class Contender:
         self.prompts = [prompt for prompt, _ in rows["evaluation"]]
         self.dtype = evaluation.DTYPES[job.dtype]
         self.tokenizer = data.load_tokenizer(job.tokenizer)
-        self.num_known_ids = data.num_known_ids(self.tokenizer)
         self.prefix, self.answers, self.eos = data.fixed_ids(self.tokenizer)
         self.rows_at_once = None
         self.load()
@@ -177,7 +175,7 @@ class Ours(Contender):
             prompts,
             self.prefix,
             count,
-            self.num_known_ids,
+            self.model.config.vocab_size,
             is_finished=lambda ids: False,
         )
         return completions
@@ -258,15 +256,12 @@ class Reference(Contender):
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
         ids = pad(prompts, self.eos, "left")
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left")
-        # Ids of the output head that the tokenizer does not know: ours never generates them.
-        unknown = range(self.num_known_ids, self.base.config.vocab_size)
         ids = self.model.generate(
             input_ids=ids.to(self.job.device),
             attention_mask=mask.to(self.job.device),
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=self.eos,
-            suppress_tokens=list(unknown) or None,
         )
         return ids[:, -count:].tolist()
 
@@ -343,7 +338,6 @@ class LitGPT(Contender):
 
         model = copy.deepcopy(self.model).eval()
         merge_lora_weights(model)
-        model.lm_head.linear.bias.data[self.num_known_ids :] = -torch.inf  # never generated
         return model
 
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
@@ -366,7 +360,8 @@ class LitGPT(Contender):
         return written
 
 
-CONTENDERS = {"ours": Ours, "reference": Reference, "litgpt": LitGPT}
+# "before" is ours of another checkout.
+CONTENDERS = {"ours": Ours, "before": Ours, "reference": Reference, "litgpt": LitGPT}
 
 # -----------------------------------------------------------------------------
 # The tasks
@@ -402,45 +397,43 @@ def time_task(contender: Contender, task: str) -> dict:
     seconds = time.perf_counter() - begin
     if on_gpu:  # the other contenders need the memory
         torch.cuda.empty_cache()
-    return {"rate": rows / seconds, "peak": memory(contender.job.device)}
+    return {"rate": rows / seconds, "peak": peak_memory(contender.job)}
 
 
-def save_results(contender: Contender, path: str) -> dict:
-    """Returns what is compared before anything is timed, and writes the gradients to a file.
+def peak_memory(job: Job) -> float:
+    return machine.peak_memory(torch.device(job.device)) or math.nan
 
-    The loss is over 32 rows, in two batches if the contender takes 16 at a time. There are scores
-    and 32 new ids for each of 64 prompts.
+
+def results(contender: Contender) -> dict:
+    """Returns what is compared before anything is timed.
+
+    The loss and its gradients are over 32 rows, in two batches if the contender takes 16 at a time.
+    There are scores and 32 new ids for each of 64 prompts. litgpt has no scores.
     """
     prompts = contender.prompts[:64]
     contender.use(**contender.ways("train16")[-1])
     loss = contender.backward(contender.rows["training"][:32])
-    save_file({name: grad.contiguous() for name, grad in contender.gradients().items()}, path)
+    gradients = {name: grad.cpu().contiguous() for name, grad in contender.gradients().items()}
     contender.use(**contender.ways("write32")[0])
     written = contender.write(prompts, 32)
     scores = contender.score(prompts) if contender.ways("score") else None
-    return {"loss": loss.item(), "written": written, "scores": scores}
+    return {"loss": loss.item(), "gradients": gradients, "written": written, "scores": scores}
 
 
 # -----------------------------------------------------------------------------
 # The process
 
 
-def memory(device: str) -> float:
-    """Returns the peak of bytes so far, allocated on a GPU or resident on a CPU, or NaN."""
-    peak = machine.peak_memory(torch.device(device))
-    return math.nan if peak is None else peak
-
-
 def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # for what libraries print
-    job = Job(**json.loads(sys.argv[1]))
-    kind = CONTENDERS[job.contender]
+    kind = CONTENDERS[sys.argv[1]]
+    job = Job(**json.loads(sys.argv[2]))
     # Libraries that are imported only when first used would count as memory of the training.
     quant.kernels()
     for library in kind.libraries:
         importlib.import_module(library)
-    imported = memory(job.device)
+    imported = peak_memory(job)
     contender = kind(job, json.loads(Path(job.rows).read_bytes()))
     answer = {"imported": imported, "ways": {task: contender.ways(task) for task in TASKS}}
     while True:
@@ -450,7 +443,8 @@ def main() -> None:
             return
         request = json.loads(line)
         if "save" in request:
-            answer = save_results(contender, request["save"])
+            answer = results(contender)
+            save_file(answer.pop("gradients"), request["save"])
         else:
             contender.use(**request["way"])
             answer = time_task(contender, request["task"])

@@ -2,7 +2,6 @@
 
     python -m scripts.selftest                           # a table, and out/selftest.json
     python -m scripts.selftest --model ~/phi-2           # on a GPU, with the real weights
-    python -m scripts.selftest --row out/selftest.json   # its lines of docs/benchmarks.md
 
 It downloads nothing. It runs STAGES in fp32, then in the fastest dtype of the device. On a GPU it
 compares tiny/ and two layers of phi-2's widths with transformers + PEFT, if these are installed,
@@ -10,8 +9,9 @@ and times a phi-2 whose random weights are made in the GPU's memory. Elsewhere i
 tiny/.
 
 If a stage fails, the table gets a line that says so, and the next stage follows. Exit status 1
-means that something differs or has failed. docs/benchmarks.md describes the JSON file. Results from
-hardware that is missing there are welcome.
+means that something differs or has failed. docs/benchmarks.md describes the JSON file, and has a
+table of machines, whose lines are printed last. Results from hardware that is missing there are
+welcome.
 """
 
 import argparse
@@ -38,7 +38,7 @@ import eval as evaluation
 import phi2
 import quant
 from scripts import bench, contenders, plan
-from support import cli, files, flags, machine, packing, processes
+from support import cli, files, flags, full_memory, machine, packing, processes
 
 TIMES = 3  # runs, of which a time is the median, after a warm-up run
 
@@ -91,10 +91,8 @@ class Setting:
         if not adapter.exists():
             bench.write_random_adapter(str(model), adapter)
         return contenders.Job(
-            contender="",
             model=str(model),
             tokenizer=str(self.tokenizer),
-            rows="",
             adapter=str(adapter),
             quant=quantization,
             dtype=dtype,
@@ -208,12 +206,7 @@ def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> t
     rows = {name: part[:16] for name, part in setting.rows.items()}
 
     def results_of(kind: type[contenders.Contender], dtype: str) -> dict:
-        contender = kind(setting.job(model, quantization, dtype), rows)
-        results = contenders.save_results(contender, str(setting.folder / "gradients.safetensors"))
-        results["gradients"] = {
-            name: gradient.cpu() for name, gradient in contender.gradients().items()
-        }
-        del contender
+        results = contenders.results(kind(setting.job(model, quantization, dtype), rows))
         free_memory(setting.device)
         return results
 
@@ -276,9 +269,9 @@ def milliseconds(setting: Setting, work: Callable[[], object]) -> float:
 
 def planned_memory(setting: Setting, contender: contenders.Ours) -> int:
     """Returns how many bytes scripts.plan counts for the step that was timed."""
-    is_kept = any(getattr(module, "kept", None) is not None for module in contender.model.modules())
     command = f"--quant nf4 --dtype {contender.job.dtype} --device {setting.device.type}"
     command += " --dropout 0 --residual-dropout 0 --dataset tiny/data"
+    is_kept = full_memory.kept_values(contender.model)
     command += " --keep-dequantized" if is_kept else " --no-keep-dequantized"
     args = cli.train_arguments([*command.split(), "--model", str(setting.timed)])
     rows = setting.rows["training"][:16]
@@ -363,11 +356,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--random-phi-2", type=flags.count, metavar="LAYERS",
         help="time a phi-2 with random weights (default: 32 on a GPU without --model)")
     add("--rows", type=flags.count, default=64, help="for training and for evaluation")
-    add("--name", type=flags.word, help="name of the machine (default: what torch calls it)")
     add("--out", type=flags.path, default=Path("out") / "selftest.json",
         help="file for all figures")
-    add("--row", type=flags.path, metavar="JSON",
-        help="only print the rows of such a file for docs/benchmarks.md")
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
@@ -389,7 +379,7 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Set
         timed=model,
         kind=contenders.Ours,
         tokenizer=model,
-        rows=bench.encode_rows(None, tokenizer, args.rows),
+        rows=bench.encode_rows(tokenizer, args.rows),
         prefix_length=len(prefix),
     )
     if args.random_phi_2:
@@ -402,27 +392,17 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Set
     return setting
 
 
-def describe(args: argparse.Namespace, device: torch.device) -> dict:
+def describe(device: torch.device) -> dict:
     """Returns what the JSON file says about the machine."""
     known = machine.environment(device)
     known |= {"system": platform.platform(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        known["cuda"] = torch.version.cuda
-        known["capability"] = torch.cuda.get_device_capability(device)
-        known["memory_gib"] = torch.cuda.get_device_properties(device).total_memory / 2**30
-    if args.name:
-        known["device_name"] = args.name
+    if device.type == "cuda":  # compute capability, memory and more
+        known["gpu"] = str(torch.cuda.get_device_properties(device))
     return known
 
 
 def main() -> None:
     args = parse_arguments()
-    if args.row:
-        try:
-            print("\n".join(table_rows(files.read_json(args.row))))
-        except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{args.row} was not written by scripts.selftest") from None
-        return
     begin = time.perf_counter()
     device = processes.own_device(args.device)
     files.make_folder(args.out.parent)
@@ -430,7 +410,7 @@ def main() -> None:
     # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         setting = prepare(args, device, Path(name))
-        results = {"machine": describe(args, device), "model": next(iter(setting.compared))}
+        results = {"machine": describe(device), "model": next(iter(setting.compared))}
         if args.random_phi_2:
             results["model"] = f"phi-2, {args.random_phi_2} layers"
         for dtype in args.dtype:
@@ -438,11 +418,11 @@ def main() -> None:
                 print(f"{time.perf_counter() - begin:6.1f} s  {dtype}, {stage}", flush=True)
                 lines += attempt(stage, setting, dtype)
                 # After each stage, because the next one may crash the process.
-                seconds = time.perf_counter() - begin
-                results |= {"lines": list(map(asdict, lines)), "seconds": seconds}
+                results["lines"] = list(map(asdict, lines))
                 files.write_json(args.out, results)
     print_table(lines)
-    print(f"\n{results['machine']['device_name']}: everything is in {args.out}")
+    print(f"\neverything is in {args.out}; as lines of docs/benchmarks.md:")
+    print("\n".join(table_rows(results)))
     if any(line.status.startswith(("differs", "failed")) for line in lines):
         sys.exit(1)
 

@@ -250,7 +250,7 @@ NOT_RUN = {
     "python -m scripts.push": "an account on the Hub",
     "python train.py --resume out/NAME": "NAME stands for a name",
     "python -m scripts.selftest": "minutes; tests/test_selftest.py",
-    "python -m scripts.bench": "an hour, and MNLI",
+    "python -m scripts.bench": "an hour",
     "python -m tools.count": "MNLI and phi-2's tokenizer",
     "python - ": "minutes, or MNLI",
     "time python -m scripts.describe": "MNLI",
