@@ -1,6 +1,6 @@
 """Checks this project on your machine, and measures its speed and memory there.
 
-    python -m scripts.selftest                           # a table, and out/selftest.json
+    python -m scripts.selftest
     python -m scripts.selftest --model ~/phi-2           # on a GPU, with the real weights
 
 It downloads nothing. It runs STAGES in fp32, then in the fastest dtype of the device. On a GPU it
@@ -8,15 +8,15 @@ compares tiny/ and two layers of phi-2's widths with transformers + PEFT, if the
 and times a phi-2 whose random weights are made in the GPU's memory. Elsewhere it compares and times
 tiny/.
 
-If a stage fails, the table gets a line that says so, and the next stage follows. Exit status 1
-means that something differs or has failed. docs/benchmarks.md describes the JSON file, and has a
-table of machines, whose lines are printed last. Results from hardware that is missing there are
-welcome.
+If a stage fails, a line says so after the traceback, and the next stage follows. Exit status 1
+means that something differs or has failed. docs/benchmarks.md has a table of machines. What is
+printed on hardware that is missing there is welcome.
 """
 
 import argparse
 import copy
 import gc
+import itertools
 import platform
 import sys
 import tempfile
@@ -46,30 +46,20 @@ TIMES = 3  # runs, of which a time is the median, after a warm-up run
 # k and v to a gradient there are about five roundings in a row.
 ATTENTION_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 
-# The columns of the table in docs/benchmarks.md, between the machine and the checks.
-TRAINING = "training step, 16 rows, ms"
-SCORING = "scoring, 64 rows, ms"
-WRITING = "32 new tokens for 16 rows, ms"
-PEAK = "peak memory in training, GiB"
-PLANNED = "the same as scripts.plan counts it, GiB"
-MEASURED = (TRAINING, SCORING, WRITING, PEAK, PLANNED)
-
 
 @dataclass
 class Line:
-    """A line of the table. A line without a bound is not a check."""
+    """A line of what is printed. A line without a bound is not a check."""
 
     what: str
-    dtype: str
     figure: float | None = None
     bound: float | None = None
     status: str = "ok"  # or "differs", "skipped: why", "failed: why"
-    trace: str | None = None  # the traceback of a failure
 
 
-def checked(what: str, dtype: str, figure: float, bound: float) -> Line:
+def checked(what: str, figure: float, bound: float) -> Line:
     # Written so that NaN counts as different.
-    return Line(what, dtype, figure, bound, "ok" if figure <= bound else "differs")
+    return Line(what, figure, bound, "ok" if figure <= bound else "differs")
 
 
 @dataclass
@@ -78,12 +68,13 @@ class Setting:
 
     device: torch.device
     folder: Path  # where files may be written
+    tokenizer: Path
     compared: dict[str, Path]  # directories of the models to compare with transformers, by name
     timed: Path  # directory of the model that is timed
     kind: type[contenders.Ours]  # the class that loads it
-    tokenizer: Path
     rows: dict[str, list]  # as scripts/contenders.py expects them
     prefix_length: int  # how many ids all prompts share
+    dtype: str = "fp32"
 
     def job(self, model: Path, quantization: str, dtype: str) -> contenders.Job:
         """Returns the job of a contender. It keeps NF4's values where train.py does."""
@@ -100,8 +91,8 @@ class Setting:
             keep=None,
         )
 
-    def timed_contender(self, dtype: str) -> contenders.Ours:
-        return self.kind(self.job(self.timed, "nf4", dtype), self.rows)
+    def timed_contender(self) -> contenders.Ours:
+        return self.kind(self.job(self.timed, "nf4", self.dtype), self.rows)
 
 
 class RandomPhi2(contenders.Ours):
@@ -120,7 +111,7 @@ class RandomPhi2(contenders.Ours):
                 tensors["weight"] += 1
             if tensors:
                 model.get_submodule(path).load_state_dict(tensors, assign=True)
-        keep = machine.free_memory(device) >= 4 * quant.dequantized_size(model)
+        keep = evaluation.has_room_to_keep(model, machine.free_memory(device))
         evaluation.choose_what_is_stored(model, keep, device)
         return model
 
@@ -129,33 +120,34 @@ class RandomPhi2(contenders.Ours):
 # Stages
 
 
-def check_nf4(setting: Setting, dtype: str) -> Iterator[Line]:
+def check_nf4(setting: Setting) -> Iterator[Line]:
     """Compares bitsandbytes' kernels with plain torch, bit for bit."""
-    weight = torch.randn(2560, 2560).to(setting.device, evaluation.DTYPES[dtype])
+    weight = torch.randn(2560, 2560).to(setting.device, evaluation.DTYPES[setting.dtype])
     weight[0, : quant.BLOCK] = 0
     form = (weight.shape, weight.dtype)
     indices, absmax = quant.quantize_by_kernel(weight)
     values = quant.kernels().dequantize_4bit(indices, absmax, quant.BLOCK, "nf4", *form)
     plain_indices, plain_absmax = quant.quantize(weight)
     plain_values = quant.dequantize(indices, absmax, *form)
+
+    def share(found: Tensor, expected: Tensor) -> float:
+        return (found != expected).float().mean().item()
+
     # On a GPU the kernel multiplies by 1 / absmax, where plain torch divides. A weight half way
     # between two levels may get the other level.
     bound = 0 if setting.device.type == "cpu" else 1e-5
-    share = (indices != plain_indices).float().mean().item()
-    yield checked("NF4, share of indices off plain torch", dtype, share, bound)
-    share = (absmax != plain_absmax).float().mean().item()
-    yield checked("NF4, share of absmax off plain torch", dtype, share, 0)
-    share = (values != plain_values).float().mean().item()
-    yield checked("NF4, share of values off plain torch", dtype, share, 0)
+    yield checked("NF4, share of indices off plain torch", share(indices, plain_indices), bound)
+    yield checked("NF4, share of absmax off plain torch", share(absmax, plain_absmax), 0)
+    yield checked("NF4, share of values off plain torch", share(values, plain_values), 0)
 
 
-def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
+def check_attention(setting: Setting) -> Iterator[Line]:
     """Compares packed rows, and torch's attention with a mask, with fp64, forward and backward."""
     prefix = setting.prefix_length
     lengths = [len(prompt) - prefix for prompt, _ in setting.rows["training"][:16]]
     heads = 4 if setting.device.type == "cpu" else 32
     # q, k, v, and a gradient of the output
-    tensors = torch.randn(4, prefix + sum(lengths), heads, 80).to(evaluation.DTYPES[dtype])
+    tensors = torch.randn(4, prefix + sum(lengths), heads, 80).to(evaluation.DTYPES[setting.dtype])
     layouts = {
         "packed rows": packing.PackedRows(lengths, prefix, setting.device),
         "with a mask": phi2.MaskedRows(lengths, prefix, setting.device),
@@ -169,7 +161,8 @@ def check_attention(setting: Setting, dtype: str) -> Iterator[Line]:
             for a, b in zip(found, exact):
                 apart[name].append(((a.cpu().double() - b).norm() / b.norm()).item())
     for name, errors in apart.items():
-        yield checked(f"attention, {name}, off fp64", dtype, max(errors), ATTENTION_BOUNDS[dtype])
+        bound = ATTENTION_BOUNDS[setting.dtype]
+        yield checked(f"attention, {name}, off fp64", max(errors), bound)
 
 
 def attend(
@@ -184,24 +177,23 @@ def attend(
     return [output.detach(), *gradients]
 
 
-def check_beside_transformers(setting: Setting, dtype: str) -> Iterator[Line]:
+def check_beside_transformers(setting: Setting) -> Iterator[Line]:
     """Compares the loss, the gradients of the adapters, the scores, and 32 new tokens."""
     missing = [name for name in ("transformers", "peft", "accelerate") if not find_spec(name)]
     if missing:
         status = f"skipped: pip install {' '.join(missing)}"
-        yield Line("beside transformers + PEFT", dtype, status=status)
+        yield Line("beside transformers + PEFT", status=status)
         return
-    for name, model in setting.compared.items():
+    for name, quantization in itertools.product(setting.compared, ("none", "nf4")):
+        model = setting.compared[name]
         if not model.exists():
             bench.write_random_phi_2(model, layers=2)
-        for quantization in ("none", "nf4"):
-            apart, bounds = distances(setting, model, quantization, dtype)
-            for what, bound in bounds.items():
-                title = f"{name}, {quantization}, {what} off transformers"
-                yield checked(title, dtype, apart[what], bound)
+        apart, bounds = distances(setting, model, quantization)
+        for what, bound in bounds.items():
+            yield checked(f"{name}, {quantization}, {what} off transformers", apart[what], bound)
 
 
-def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> tuple[dict, dict]:
+def distances(setting: Setting, model: Path, quantization: str) -> tuple[dict, dict]:
     """Returns how much ours differs from the reference in fp32, and how much it may differ."""
     rows = {name: part[:16] for name, part in setting.rows.items()}
 
@@ -211,65 +203,63 @@ def distances(setting: Setting, model: Path, quantization: str, dtype: str) -> t
         return results
 
     exact = results_of(contenders.Reference, "fp32")
-    apart = bench.distances(results_of(contenders.Ours, dtype), exact)
-    if dtype == "fp32":
+    apart = bench.distances(results_of(contenders.Ours, setting.dtype), exact)
+    if setting.dtype == "fp32":
         # One row may have other tokens, where two were almost equally likely.
         return apart, bench.BOUNDS | {"written": 1 / len(exact["written"])}
     # Twice as much as the reference differs in this dtype, as in scripts/bench.py.
-    theirs = bench.distances(results_of(contenders.Reference, dtype), exact)
+    theirs = bench.distances(results_of(contenders.Reference, setting.dtype), exact)
     return apart, {what: 2 * theirs[what] for what in ("gradient", "scores")}
 
 
-def check_graphs(setting: Setting, dtype: str) -> Iterator[Line]:
+def check_graphs(setting: Setting) -> Iterator[Line]:
     """Compares the tokens that are generated with CUDA graphs with those without."""
     if setting.device.type != "cuda":
-        yield Line("CUDA graphs", dtype, status="skipped: only CUDA has graphs")
+        yield Line("CUDA graphs", status="skipped: only CUDA has graphs")
         return
-    contender = setting.timed_contender(dtype)
+    contender = setting.timed_contender()
     prompts = contender.prompts[:16]
     recorded = contender.write(prompts, 32)
     # If a step cannot be recorded, generation continues without graphs and sets this to False.
     failed = float(not contender.model.uses_graphs)
-    yield checked("CUDA graphs that could not be recorded", dtype, failed, 0)
+    yield checked("CUDA graphs that could not be recorded", failed, 0)
     contender.model.uses_graphs = False
     others = [a != b for a, b in zip(recorded, contender.write(prompts, 32))]
-    share = sum(others) / len(others)
-    yield checked("CUDA graphs, share of rows with other tokens", dtype, share, 0)
+    yield checked("CUDA graphs, share of rows with other tokens", sum(others) / len(others), 0)
 
 
-def measure(setting: Setting, dtype: str) -> Iterator[Line]:
+def measure(setting: Setting) -> Iterator[Line]:
     """Measures times, and the peak of memory, which scripts.plan counts too."""
-    contender = setting.timed_contender(dtype)
+    contender = setting.timed_contender()
     prompts = contender.prompts[:64]
+
+    def milliseconds(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(1 + TIMES):
+            begin = time.perf_counter()
+            work()
+            if setting.device.type != "cpu":
+                torch.accelerator.synchronize()
+            times.append(time.perf_counter() - begin)
+        return 1000 * median(times[1:])
+
     machine.peak_memory(setting.device, reset=True)
-    yield Line(TRAINING, dtype, milliseconds(setting, lambda: contender.train(16, 1)))
+    yield Line("training step, 16 rows, ms", milliseconds(lambda: contender.train(16, 1)))
     peak = machine.peak_memory(setting.device)
-    yield Line(SCORING, dtype, milliseconds(setting, lambda: contender.score(prompts)))
-    yield Line(WRITING, dtype, milliseconds(setting, lambda: contender.write(prompts[:16], 32)))
+    yield Line("scoring, 64 rows, ms", milliseconds(lambda: contender.score(prompts)))
+    written = milliseconds(lambda: contender.write(prompts[:16], 32))
+    yield Line("32 new tokens for 16 rows, ms", written)
 
     planned = planned_memory(setting, contender) / 2**30
-    if setting.device.type == "cuda":
+    if setting.device.type == "cuda":  # elsewhere a process keeps the memory of earlier stages
         # cuBLAS takes up to 64 MiB of work space besides the tensors that are counted.
-        yield checked(PEAK, dtype, peak / 2**30, 1.1 * planned + 1 / 16)
-    else:  # elsewhere a process keeps the memory that earlier stages have freed
-        yield Line(PEAK, dtype, status="skipped: only a GPU's allocator reports it")
-    yield Line(PLANNED, dtype, planned)
-
-
-def milliseconds(setting: Setting, work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(1 + TIMES):
-        begin = time.perf_counter()
-        work()
-        if setting.device.type != "cpu":
-            torch.accelerator.synchronize()
-        times.append(time.perf_counter() - begin)
-    return 1000 * median(times[1:])
+        yield checked("peak memory in training, GiB", peak / 2**30, 1.1 * planned + 1 / 16)
+    yield Line("the same as scripts.plan counts it, GiB", planned)
 
 
 def planned_memory(setting: Setting, contender: contenders.Ours) -> int:
     """Returns how many bytes scripts.plan counts for the step that was timed."""
-    command = f"--quant nf4 --dtype {contender.job.dtype} --device {setting.device.type}"
+    command = f"--quant nf4 --dtype {setting.dtype} --device {setting.device.type}"
     command += " --dropout 0 --residual-dropout 0 --dataset tiny/data"
     is_kept = full_memory.kept_values(contender.model)
     command += " --keep-dequantized" if is_kept else " --no-keep-dequantized"
@@ -287,57 +277,21 @@ STAGES = {
 }
 
 
-def attempt(stage: str, setting: Setting, dtype: str) -> list[Line]:
-    """Returns the lines of a stage. If it fails, the last line says so."""
+def attempt(stage: str, setting: Setting) -> Iterator[Line]:
+    """Yields the lines of a stage. If it fails, the last line says so."""
     torch.manual_seed(0)
-    lines = []
     try:
-        for line in STAGES[stage](setting, dtype):
-            lines.append(line)
+        yield from STAGES[stage](setting)
     except Exception as error:  # any error: people run this once, and send what it found
-        status = f"failed: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        lines.append(Line(stage, dtype, status=status, trace=traceback.format_exc()))
+        traceback.print_exc(file=sys.stdout)
+        yield Line(stage, status=f"failed: {cli.one_line(error).removeprefix('error: ')}")
     free_memory(setting.device)
-    return lines
 
 
 def free_memory(device: torch.device) -> None:
     gc.collect()  # a model is part of a reference cycle
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-# -----------------------------------------------------------------------------
-# Output
-
-
-def print_table(lines: list[Line]) -> None:
-    print(f"\n{'':50} {'':5} {'figure':>9} {'bound':>9}")
-    for line in lines:
-        figures = f"{as_text(line.figure):>9} {as_text(line.bound):>9}"
-        print(f"{line.what:50} {line.dtype:5} {figures}  {line.status}")
-
-
-def as_text(number: float | None) -> str:
-    if number is None:
-        return ""
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def table_rows(results: dict) -> list[str]:
-    """Returns rows for the table by machine in docs/benchmarks.md, one for each dtype."""
-    known = results["machine"]
-    version = f"torch {known['versions']['torch']}, {(known['commit'] or 'no commit')[:7]}"
-    rows = []
-    for dtype in dict.fromkeys(line["dtype"] for line in results["lines"]):
-        lines = [line for line in results["lines"] if line["dtype"] == dtype]
-        figure_of = {line["what"]: as_text(line["figure"]) for line in lines}
-        states = [line["status"].partition(":")[0] for line in lines]
-        checks = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        figures = [figure_of.get(what, "") for what in MEASURED]
-        cells = [known["device_name"], results["model"], dtype, *figures, checks, version]
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
 
 
 # -----------------------------------------------------------------------------
@@ -356,8 +310,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--random-phi-2", type=flags.count, metavar="LAYERS",
         help="time a phi-2 with random weights (default: 32 on a GPU without --model)")
     add("--rows", type=flags.count, default=64, help="for training and for evaluation")
-    add("--out", type=flags.path, default=Path("out") / "selftest.json",
-        help="file for all figures")
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
@@ -375,14 +327,15 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Set
     setting = Setting(
         device=device,
         folder=folder,
+        tokenizer=model,
         compared={model.name if args.model else "tiny": model},
         timed=model,
         kind=contenders.Ours,
-        tokenizer=model,
         rows=bench.encode_rows(tokenizer, args.rows),
         prefix_length=len(prefix),
     )
     if args.random_phi_2:
+        print(f"timed: phi-2 with random weights, {args.random_phi_2} layers")
         setting.compared["phi-2's widths"] = folder / "two-layers"
         setting.timed = folder / "random-phi-2"
         setting.kind = RandomPhi2
@@ -392,38 +345,37 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Set
     return setting
 
 
-def describe(device: torch.device) -> dict:
-    """Returns what the JSON file says about the machine."""
-    known = machine.environment(device)
-    known |= {"system": platform.platform(), "threads": torch.get_num_threads()}
+def describe(device: torch.device) -> None:
+    """Prints what the figures depend on."""
+    for name, value in machine.environment(device).items():
+        print(f"{name}: {value}")
+    print(f"system: {platform.platform()}, {torch.get_num_threads()} threads")
     if device.type == "cuda":  # compute capability, memory and more
-        known["gpu"] = str(torch.cuda.get_device_properties(device))
-    return known
+        print(torch.cuda.get_device_properties(device))
+
+
+def as_text(number: float | None) -> str:
+    if number is None:
+        return ""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def main() -> None:
     args = parse_arguments()
-    begin = time.perf_counter()
     device = processes.own_device(args.device)
-    files.make_folder(args.out.parent)
-    lines = []
+    describe(device)
+    all_agree = True
     # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         setting = prepare(args, device, Path(name))
-        results = {"machine": describe(device), "model": next(iter(setting.compared))}
-        if args.random_phi_2:
-            results["model"] = f"phi-2, {args.random_phi_2} layers"
-        for dtype in args.dtype:
-            for stage in STAGES:
-                print(f"{time.perf_counter() - begin:6.1f} s  {dtype}, {stage}", flush=True)
-                lines += attempt(stage, setting, dtype)
-                # After each stage, because the next one may crash the process.
-                results["lines"] = list(map(asdict, lines))
-                files.write_json(args.out, results)
-    print_table(lines)
-    print(f"\neverything is in {args.out}; as lines of docs/benchmarks.md:")
-    print("\n".join(table_rows(results)))
-    if any(line.status.startswith(("differs", "failed")) for line in lines):
+        print(f"\n{'':50} {'':5} {'figure':>9} {'bound':>9}")
+        for dtype, stage in itertools.product(args.dtype, STAGES):
+            setting.dtype = dtype
+            for line in attempt(stage, setting):
+                figures = f"{as_text(line.figure):>9} {as_text(line.bound):>9}"
+                print(f"{line.what:50} {dtype:5} {figures}  {line.status}", flush=True)
+                all_agree &= not line.status.startswith(("differs", "failed"))
+    if not all_agree:
         sys.exit(1)
 
 
