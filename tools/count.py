@@ -155,35 +155,37 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         call = Call(function, args, kwargs or {})
-        if not call.is_on_gpu():
+        if not call.inputs and call.device != "cuda":
             return function(*args, **call.kwargs)
-        if self.is_recording and (call.is_read_by_the_cpu() or call.is_copy_to_the_gpu()):
+        is_read = call.is_read_by_the_cpu()
+        is_copy = call.is_copy_to_the_gpu()
+        if self.is_recording and (is_read or is_copy):
             # (Not a RuntimeError, after which generation would continue without a graph.)
             raise AssertionError(f"{function} cannot be in a CUDA graph: {caller()}")
-        if call.is_read_by_the_cpu():
+        if is_read:
             self.wait("a read from the GPU")
-            return stand_in(call)
-        if call.copies_and_waits():
+            return call.stand_in()
+        if is_copy and not call.goes_on():
             self.wait("a copy to the GPU")
         if call.has_shape_by_content():
-            self.wait(f"{call.name()}, whose shape depends on content")
+            self.wait(f"{call.name}, whose shape depends on content")
         with self.fake:
-            call.result = function(*args, **call.kwargs)
-        self.note(call)
-        return call.result
+            result = function(*args, **call.kwargs)
+        self.note(call, result)
+        return result
 
-    def wait(self, reason: str) -> None:
-        self.waits[f"{reason}: {caller()}"] += 1
-
-    def note(self, call: "Call") -> None:
-        outputs = call.outputs()
+    def note(self, call: "Call", result: object) -> None:
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
         for tensor in outputs:
             if tensor.device.type == "cpu" and tensor.numel() > 1:
                 raise RuntimeError(f"{call.function} has made a tensor on the CPU: {caller()}")
             self.bytes.add(tensor.untyped_storage())
         has_content = any(tensor.numel() for tensor in outputs) or not outputs
-        if call.name() not in FREE and has_content:
-            self.operations.append(cost(call))
+        if call.name not in FREE and has_content:
+            self.operations.append(call.cost(result, outputs))
+
+    def wait(self, reason: str) -> None:
+        self.waits[f"{reason}: {caller()}"] += 1
 
 
 def caller() -> str:
@@ -196,105 +198,83 @@ def caller() -> str:
     return "elsewhere"
 
 
-@dataclass
 class Call:
-    """A call of one of torch's operators: its arguments and its result."""
+    """A call of one of torch's operators.
 
-    function: torch._ops.OpOverload
-    args: tuple
-    kwargs: dict
-    result: object = None
+    inputs: the tensors on the GPU. from_cpu: those on the CPU.
+    device: the type of the device that the call asks for, if any.
+    """
 
-    def name(self) -> str:
-        return self.function._schema.name.split("::")[-1]
-
-    def inputs(self) -> list[Tensor]:
-        """Returns the tensors on the GPU."""
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-
-    def from_cpu(self) -> list[Tensor]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cpu]
-        return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-
-    def outputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
-
-    def device(self) -> str | None:
-        """Returns the type of the device that the call asks for, if any."""
-        device = self.kwargs.get("device")
-        return torch.device(device).type if device is not None else None
-
-    def is_on_gpu(self) -> bool:
-        return bool(self.inputs()) or self.device() == "cuda"
+    def __init__(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict):
+        self.function = function
+        self.name = function._schema.name.split("::")[-1]
+        self.args = args
+        self.kwargs = kwargs
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.inputs = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        others = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        self.from_cpu = [tensor for tensor in others if tensor.is_cpu]
+        device = kwargs.get("device")
+        self.device = torch.device(device).type if device is not None else None
 
     def is_read_by_the_cpu(self) -> bool:
-        if self.name() == "copy_":
+        if self.name == "copy_":
             return not isinstance(self.args[0], FakeTensor)
-        to_cpu = self.name() == "_to_copy" and self.device() == "cpu"
-        return self.name() == "_local_scalar_dense" or to_cpu
+        to_cpu = self.name == "_to_copy" and self.device == "cpu"
+        return self.name == "_local_scalar_dense" or to_cpu
 
     def is_copy_to_the_gpu(self) -> bool:
-        if self.name() in ("_to_copy", "copy_"):
-            return bool(self.from_cpu())
-        is_index = self.name().startswith(("index", "_index"))
-        return is_index and any(tensor.dim() for tensor in self.from_cpu())
+        if self.name in ("_to_copy", "copy_"):
+            return bool(self.from_cpu)
+        is_index = self.name.startswith(("index", "_index"))
+        return is_index and any(tensor.dim() for tensor in self.from_cpu)
 
-    def copies_and_waits(self) -> bool:
-        """Returns whether this is a copy to the GPU for which the CPU waits."""
-        can_go_on = self.name() in ("_to_copy", "copy_") and (
-            self.kwargs.get("non_blocking") or True in self.args[2:]
-        )
-        return self.is_copy_to_the_gpu() and not can_go_on
+    def goes_on(self) -> bool:
+        """Returns whether the CPU does not wait for this copy."""
+        is_asked = self.kwargs.get("non_blocking") or True in self.args[2:]
+        return self.name in ("_to_copy", "copy_") and is_asked
 
     def has_shape_by_content(self) -> bool:
-        if self.name() == "index":
+        if self.name == "index":
             indices = [index for index in self.args[1] if index is not None]
             return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-        return self.name() in BY_CONTENT
+        return self.name in BY_CONTENT
 
+    def stand_in(self) -> Tensor | int | bool:
+        """Returns what the CPU gets when it reads a tensor without content."""
+        source = self.args[0]
+        if self.name == "_local_scalar_dense":
+            return True if source.dtype is torch.bool else 0
+        if self.name == "copy_":
+            return source.zero_()
+        probability = 0.5 if source.dtype in (torch.bfloat16, torch.float32) else 0
+        dtype = self.kwargs.get("dtype") or source.dtype
+        return torch.full(source.shape, probability, dtype=dtype)
 
-def stand_in(call: Call) -> Tensor | int | bool:
-    """Returns what the CPU gets when it reads a tensor without content."""
-    source = call.args[0]
-    if call.name() == "_local_scalar_dense":
-        return True if source.dtype is torch.bool else 0
-    if call.name() == "copy_":
-        return source.zero_()
-    probability = 0.5 if source.dtype in (torch.bfloat16, torch.float32) else 0
-    return torch.full(source.shape, probability, dtype=call.kwargs.get("dtype") or source.dtype)
+    def cost(self, result: object, outputs: list[Tensor]) -> Operation:
+        moved = sum(map(size_of, self.inputs + outputs))
+        if self.name in GATHERS:
+            moved = 2 * size_of(outputs[0])
+        elif self.name == "index_copy_":
+            moved = 2 * size_of(self.args[3])
+        elif self.name in FILLS:
+            moved = sum(map(size_of, outputs))
+
+        launches = LAUNCHES.get(self.name, 1)
+        if self.name.startswith(("_foreach", "_fused_adam")):
+            launches = math.ceil(len(self.args[0]) / 30)  # one launch handles that many tensors
+        flops = 0
+        packet = self.function._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*self.args, **self.kwargs, out_val=result)
+        is_fp32 = bool(self.inputs) and self.inputs[0].dtype is torch.float32
+        return operation(launches, moved, flops, PEAK_FP32 if is_fp32 else PEAK)
 
 
 def size_of(tensor: Tensor) -> int:
     """Returns the bytes that a kernel reads from a tensor. An expanded dimension counts once."""
-    count = 1
-    for length, stride in zip(tensor.shape, tensor.stride()):
-        count *= length if stride else 1
-    return count * tensor.element_size()
-
-
-def cost(call: Call) -> Operation:
-    name = call.name()
-    inputs = call.inputs()
-    outputs = call.outputs()
-    moved = sum(map(size_of, inputs + outputs))
-    if name in GATHERS:
-        moved = 2 * size_of(outputs[0])
-    elif name == "index_copy_":
-        moved = 2 * size_of(call.args[3])
-    elif name in FILLS:
-        moved = sum(map(size_of, outputs))
-
-    launches = LAUNCHES.get(name, 1)
-    if name.startswith(("_foreach", "_fused_adam")):
-        launches = math.ceil(len(call.args[0]) / 30)  # one launch handles that many tensors
-    flops = 0
-    packet = call.function._overloadpacket
-    if packet in flop_registry:
-        flops = flop_registry[packet](*call.args, **call.kwargs, out_val=call.result)
-    is_fp32 = bool(inputs) and inputs[0].dtype is torch.float32
-    return operation(launches, moved, flops, PEAK_FP32 if is_fp32 else PEAK)
+    lengths = zip(tensor.shape, tensor.stride())
+    return tensor.element_size() * math.prod(length for length, stride in lengths if stride)
 
 
 # -----------------------------------------------------------------------------
