@@ -127,7 +127,11 @@ def test_the_tutorials_tables_are_the_results_of_the_experiments():
 
 def test_the_picture_of_nf4_is_that_of_tinys_weights(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert tutorial.picture() == tutorial.PICTURE.read_text()
+    text = tutorial.PICTURE.read_text()
+    assert len(tutorial.BARS.findall(text)) == 1
+    assert tutorial.with_bars(text) == text
+    levels = [f"{320 + 300 * level:.1f}" for level in quant.LEVELS.tolist()]
+    assert re.findall(r'class="level" d="M([\d.]+) 194 V214"', text) == levels
 
 
 # -----------------------------------------------------------------------------
