@@ -26,7 +26,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -69,6 +68,7 @@ LINES = (
     Line("generation of 32 tokens, the base", "write32", has_adapter=False),
     Line("loading and quantising, loads a second", "load"),
 )
+PEAK = Line("peak memory in training above imports, MiB", "train16")
 
 
 # -----------------------------------------------------------------------------
@@ -98,9 +98,9 @@ class Process:
     """
 
     def __init__(self, contender: Contender, job: dict):
-        self.name = contender.name
+        self.contender = contender
         # -P: otherwise the files of scripts/ would come before all libraries on the path.
-        command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", self.name]
+        command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", contender.name]
         path = [str(contender.folder), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [*command, json.dumps(job)],
@@ -116,8 +116,8 @@ class Process:
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            status = self.process.wait()
-            raise ValueError(f"{self.name} ended with status {status}; its error is printed above")
+            end = f"{self.contender.name} ended with status {self.process.wait()}"
+            raise ValueError(f"{end}; its error is printed above")
         return json.loads(line)
 
     def ask(self, **request) -> dict:
@@ -208,10 +208,8 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
 
 
 def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -> dict:
-    """Returns rows per second, {line: {contender: [one per round]}}, ways and peak memory."""
-    begin = time.perf_counter()
-    rates = {line.title: {} for line in lines}
-    ways = {line.title: {} for line in lines}
+    """Returns rows per second and the peak of memory, {line: {contender: [one per round]}}."""
+    figures = {line.title: {} for line in [*lines, PEAK]}
     turns = []
     with ExitStack() as stack:
         processes = {}
@@ -222,25 +220,21 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
         for line, contender in itertools.product(lines, names):
             process = processes[contender, line.has_adapter]
             if process.ways[line.task]:
-                way = fastest_way(process, line)
-                ways[line.title][contender.name] = way
-                rates[line.title][contender.name] = []
-                turns.append((line, process, way))
+                figures[line.title][contender.name] = []
+                turns.append((line, process, fastest_way(process, line)))
         for number in range(rounds + 1):  # the first round warms up
             for line, process, way in turns:
                 rate = process.ask(task=line.task, way=way)["rate"]
                 if number:
-                    rates[line.title][process.name].append(rate)
-            minutes = (time.perf_counter() - begin) / 60
-            print(f"{job['dtype']}: round {number} of {rounds}, {minutes:.1f} minutes", flush=True)
-    peaks = {}
-    for contender in names:
-        way = ways["training, 16 rows a step"][contender.name]
-        with closing(Process(contender, job | {"keep": False})) as process:
-            process.ask(task="train16", way=way)
-            peak = process.ask(task="train16", way=way)["peak"]
-            peaks[contender.name] = (peak - process.imported) / 2**20
-    return {"rates": rates, "ways": ways, "training_peak_mib": peaks}
+                    figures[line.title][process.contender.name].append(rate)
+            print(f"{job['dtype']}: round {number} of {rounds}", flush=True)
+    for line, timed, way in turns:
+        if line.task == PEAK.task:
+            with closing(Process(timed.contender, job | {"keep": False})) as process:
+                process.ask(task=PEAK.task, way=way)
+                peak = process.ask(task=PEAK.task, way=way)["peak"]
+            figures[PEAK.title][timed.contender.name] = [(peak - process.imported) / 2**20]
+    return figures
 
 
 def fastest_way(process: Process, line: Line) -> dict:
@@ -252,28 +246,25 @@ def fastest_way(process: Process, line: Line) -> dict:
     rates = [process.ask(task=line.task, way=way)["rate"] for way in ways]
     way = ways[rates.index(max(rates))]
     words = ", ".join(f"{name} {value}" for name, value in way.items())
-    print(f"{process.name}, {line.title}: {words} (of {len(ways)} ways)", flush=True)
+    name = process.contender.name
+    print(f"{name}, {line.title}: {words} (of {len(ways)} ways)", flush=True)
     return way
 
 
-def show(results: dict) -> None:
-    """Prints rows per second, and how many times as fast ours is as each of the others."""
-    peaks = results["training_peak_mib"]
-    peers = list(peaks)[1:]
+def show(figures: dict, names: list[Contender]) -> None:
+    """Prints the medians, and the median of ours divided by each of the others, by round."""
+    peers = [contender.name for contender in names[1:]]
     heading = "".join(f"{name:>11} {'ratio':>6}" for name in peers)
     print(f"\n{'rows a second':46} {'ours':>9} {heading}")
-    for title, rates in results["rates"].items():
+    for title, figure_of in figures.items():
         cells = ""
         for name in peers:
-            if name not in rates:
+            if name not in figure_of:
                 cells += f"{'-':>11} {'-':>6}"
                 continue
-            ratio = median(mine / theirs for mine, theirs in zip(rates["ours"], rates[name]))
-            cells += f"{median(rates[name]):11.2f} {ratio:5.2f}x"
-        print(f"{title:46} {median(rates['ours']):9.2f} {cells}")
-    cells = "".join(f"{peaks[name]:11.2f} {peaks['ours'] / peaks[name]:5.2f}x" for name in peers)
-    title = "peak memory in training above imports, MiB"
-    print(f"{title:46} {peaks['ours']:9.2f} {cells}")
+            ratio = median(a / b for a, b in zip(figure_of["ours"], figure_of[name]))
+            cells += f"{median(figure_of[name]):11.2f} {ratio:5.2f}x"
+        print(f"{title:46} {median(figure_of['ours']):9.2f} {cells}")
 
 
 # -----------------------------------------------------------------------------
@@ -382,7 +373,7 @@ def main() -> None:
             dtype_job = job | {"dtype": dtype}
             compare(names, dtype_job, folder)
             results[dtype] = measure(names, dtype_job, lines, args.rounds)
-            show(results[dtype])
+            show(results[dtype], names)
             if args.json:
                 files.write_json(args.json, results)
 
