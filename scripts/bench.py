@@ -42,6 +42,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+from scripts.contenders import TASKS
 from support import checkpoints, cli, files, flags, machine
 from tiny import mnli_lengths
 
@@ -50,25 +51,7 @@ TINY = ROOT / "tiny" / "model"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@dataclass(frozen=True)
-class Line:
-    """A line of the table: a task of scripts/contenders.py."""
-
-    title: str
-    task: str
-    has_adapter: bool = True
-
-
-LINES = (
-    Line("training, 16 rows a step", "train16"),
-    Line("training, 128 rows a step", "train128"),
-    Line("scoring, fine-tuned", "score"),
-    Line("scoring, the base", "score", has_adapter=False),
-    Line("generation of 2 tokens, fine-tuned", "write2"),
-    Line("generation of 32 tokens, the base", "write32", has_adapter=False),
-    Line("loading and quantising, loads a second", "load"),
-)
-PEAK = Line("peak memory in training above imports, MiB", "train16")
+PEAK = "peak memory in training above imports, MiB"
 
 
 # -----------------------------------------------------------------------------
@@ -81,7 +64,7 @@ class Contender:
     folder: Path = ROOT  # of the six files
 
 
-def contenders(against: Path | None) -> list[Contender]:
+def all_contenders(against: Path | None) -> list[Contender]:
     """Returns ours and those to compare it with. The second one's results are the reference."""
     if against:
         return [Contender("ours"), Contender("before", against)]
@@ -207,9 +190,12 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
 # The measurement
 
 
-def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -> dict:
-    """Returns rows per second and the peak of memory, {line: {contender: [one per round]}}."""
-    figures = {line.title: {} for line in [*lines, PEAK]}
+def measure(names: list[Contender], job: dict, tasks: list[str], rounds: int) -> dict:
+    """Returns rows per second and the peak of memory, {title: {contender: [one per round]}}.
+
+    `tasks` are keys of contenders.TASKS.
+    """
+    figures = {TASKS[task].title: {} for task in tasks} | {PEAK: {}}
     turns = []
     with ExitStack() as stack:
         processes = {}
@@ -217,37 +203,38 @@ def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -
             adapter = job["adapter"] if has_adapter else None
             process = Process(contender, job | {"adapter": adapter})
             processes[contender, has_adapter] = stack.enter_context(closing(process))
-        for line, contender in itertools.product(lines, names):
-            process = processes[contender, line.has_adapter]
-            if process.ways[line.task]:
-                figures[line.title][contender.name] = []
-                turns.append((line, process, fastest_way(process, line)))
+        for task, contender in itertools.product(tasks, names):
+            process = processes[contender, TASKS[task].has_adapter]
+            if process.ways[task]:
+                figures[TASKS[task].title][contender.name] = []
+                turns.append((process, {"task": task, "way": fastest_way(process, task)}))
         for number in range(rounds + 1):  # the first round warms up
-            for line, process, way in turns:
-                rate = process.ask(task=line.task, way=way)["rate"]
+            for process, request in turns:
+                rate = process.ask(**request)["rate"]
                 if number:
-                    figures[line.title][process.contender.name].append(rate)
+                    title = TASKS[request["task"]].title
+                    figures[title][process.contender.name].append(rate)
             print(f"{job['dtype']}: round {number} of {rounds}", flush=True)
-    for line, timed, way in turns:
-        if line.task == PEAK.task:
+    for timed, request in turns:
+        if request["task"] == "train16":
             with closing(Process(timed.contender, job | {"keep": False})) as process:
-                process.ask(task=PEAK.task, way=way)
-                peak = process.ask(task=PEAK.task, way=way)["peak"]
-            figures[PEAK.title][timed.contender.name] = [(peak - process.imported) / 2**20]
+                process.ask(**request)
+                peak = process.ask(**request)["peak"]
+            figures[PEAK][timed.contender.name] = [(peak - process.imported) / 2**20]
     return figures
 
 
-def fastest_way(process: Process, line: Line) -> dict:
+def fastest_way(process: Process, task: str) -> dict:
     """Returns and prints the fastest of a contender's ways to do a task."""
-    ways = process.ways[line.task]
+    ways = process.ways[task]
     if len(ways) == 1:
         return ways[0]
-    process.ask(task=line.task, way=ways[0])  # warms up
-    rates = [process.ask(task=line.task, way=way)["rate"] for way in ways]
+    process.ask(task=task, way=ways[0])  # warms up
+    rates = [process.ask(task=task, way=way)["rate"] for way in ways]
     way = ways[rates.index(max(rates))]
     words = ", ".join(f"{name} {value}" for name, value in way.items())
     name = process.contender.name
-    print(f"{name}, {line.title}: {words} (of {len(ways)} ways)", flush=True)
+    print(f"{name}, {TASKS[task].title}: {words} (of {len(ways)} ways)", flush=True)
     return way
 
 
@@ -362,8 +349,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_arguments()
-    names = contenders(args.against)
-    lines = [line for line in LINES if line.task != "train128" or args.rows >= 128]
+    names = all_contenders(args.against)
+    tasks = [task for task in TASKS if task != "train128" or args.rows >= 128]
     device = machine.device_name(torch.device(DEVICE))
     results = {"device": device, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
@@ -372,7 +359,7 @@ def main() -> None:
         for dtype in args.dtype:
             dtype_job = job | {"dtype": dtype}
             compare(names, dtype_job, folder)
-            results[dtype] = measure(names, dtype_job, lines, args.rounds)
+            results[dtype] = measure(names, dtype_job, tasks, args.rounds)
             show(results[dtype], names)
             if args.json:
                 files.write_json(args.json, results)

@@ -374,24 +374,35 @@ def load_anew(contender: Contender) -> int:
     return 1
 
 
-# Each function does its task once, and returns the number of rows.
+@dataclass(frozen=True)
+class Task:
+    title: str
+    run: Callable[[Contender], int]  # does it once, and returns the number of rows
+    has_adapter: bool = True
+
+
 TASKS = {
-    "train16": lambda contender: contender.train(16, STEPS),
-    "train128": lambda contender: contender.train(128, 1),
-    "score": lambda contender: len(contender.score(contender.prompts)),
-    "write2": lambda contender: len(contender.write(contender.prompts, 2)),
-    "write32": lambda contender: len(contender.write(contender.prompts, 32)),
-    "load": load_anew,
+    "train16": Task("training, 16 rows a step", lambda one: one.train(16, STEPS)),
+    "train128": Task("training, 128 rows a step", lambda one: one.train(128, 1)),
+    "score": Task("scoring, fine-tuned", lambda one: len(one.score(one.prompts))),
+    "score base": Task("scoring, the base", lambda one: len(one.score(one.prompts)), False),
+    "write2": Task(
+        "generation of 2 tokens, fine-tuned", lambda one: len(one.write(one.prompts, 2))
+    ),
+    "write32": Task(
+        "generation of 32 tokens, the base", lambda one: len(one.write(one.prompts, 32)), False
+    ),
+    "load": Task("loading and quantising, loads a second", load_anew),
 }
 
 
-def time_task(contender: Contender, task: str) -> dict:
+def time_task(contender: Contender, run: Callable[[Contender], int]) -> dict:
     on_gpu = contender.job.device.startswith("cuda")
     if on_gpu:  # memory was returned after the last task, so the first run has to allocate it
-        TASKS[task](contender)
+        run(contender)
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    rows = TASKS[task](contender)
+    rows = run(contender)
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
@@ -436,18 +447,16 @@ def main() -> None:
     imported = peak_memory(job)
     contender = kind(job, json.loads(Path(job.rows).read_bytes()))
     answer = {"imported": imported, "ways": {task: contender.ways(task) for task in TASKS}}
-    while True:
-        print(json.dumps(answer), file=answers, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+    print(json.dumps(answer), file=answers, flush=True)
+    for line in sys.stdin:
         request = json.loads(line)
         if "save" in request:
             answer = results(contender)
             save_file(answer.pop("gradients"), request["save"])
         else:
             contender.use(**request["way"])
-            answer = time_task(contender, request["task"])
+            answer = time_task(contender, TASKS[request["task"]].run)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

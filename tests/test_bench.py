@@ -107,7 +107,7 @@ def test_there_are_no_figures_when_results_differ(both, tmp_path, monkeypatch, w
         return wrong if contender.name == "ours" else theirs
 
     monkeypatch.setattr(bench, "results_of", results_of)
-    names = bench.contenders(None)
+    names = bench.all_contenders(None)
     expected = rf"no figures, .* do not agree: ours from reference, .*, {what}: off by"
     with pytest.raises(ValueError, match=expected):
         bench.compare(names, {"quant": "none", "dtype": "fp32"}, tmp_path)
@@ -128,7 +128,7 @@ def test_in_bf16_ours_may_not_be_much_further_from_fp32_than_the_reference(
         return results
 
     monkeypatch.setattr(bench, "results_of", results_of)
-    names = bench.contenders(None)[:2]
+    names = bench.all_contenders(None)[:2]
     with pytest.raises(ValueError, match="ours in bf16 from fp32, gradient: off by 1.0e-02"):
         bench.compare(names, {"quant": "none", "dtype": "bf16"}, tmp_path)
 
@@ -242,19 +242,14 @@ def test_another_checkout_is_measured_by_turns_with_this_one(job, tmp_path, caps
     with (checkout / "train.py").open("a") as file:  # tells that it was taken
         file.write("\nPath(__file__).with_name('taken').touch()\n")
     (checkout / "support").symlink_to(ROOT / "support")
-    names = bench.contenders(checkout)
+    names = bench.all_contenders(checkout)
     assert [contender.name for contender in names] == ["ours", "before"]
-    lines = [line for line in bench.LINES if line.task == "train16"]
-    figures = bench.measure(names, vars(job), lines, rounds=1)
+    figures = bench.measure(names, vars(job), ["train16"], rounds=1)
     assert (checkout / "taken").is_file()
     one_each = {"ours": 1, "before": 1}
-    for title in (lines[0].title, bench.PEAK.title):
+    for title in ("training, 16 rows a step", bench.PEAK):
         assert {name: len(rounds) for name, rounds in figures[title].items()} == one_each
     bench.show(figures, names)
     printed = capsys.readouterr().out
     for title in figures:
         assert re.search(rf"{title} +[\d.]+ +[\d.]+ +[\d.]+x", printed)
-
-
-def test_every_task_has_a_line():
-    assert {line.task for line in bench.LINES} == contenders.TASKS.keys()
