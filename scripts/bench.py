@@ -1,8 +1,8 @@
 """Compares speed and memory with transformers + PEFT + bitsandbytes, and litgpt if installed.
 
     python -m scripts.bench                                # tiny/ on a CPU, phi-2 on a GPU
-    python -m scripts.bench --random-phi-2 --json bench.json         # full size, no download
-    python -m scripts.bench --random-phi-2 1 --rows 32 --rounds 1    # one layer: small machines
+    python -m scripts.bench --random-phi-2                 # full size, no download
+    python -m scripts.bench --random-phi-2 1 --rows 32     # one layer: small machines
     python -m scripts.bench --against ../before            # with another checkout of this project
 
 All contenders (scripts/contenders.py) get the same files, the same adapter, the same rows and the
@@ -84,10 +84,9 @@ class Process:
         self.contender = contender
         # -P: otherwise the files of scripts/ would come before all libraries on the path.
         command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", contender.name]
-        path = [str(contender.folder), os.environ.get("PYTHONPATH", "")]
         self.process = subprocess.Popen(
             [*command, json.dumps(job)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            env=os.environ | {"PYTHONPATH": str(contender.folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -336,7 +335,6 @@ def parse_arguments() -> argparse.Namespace:
         help="of what is timed (default: nf4; on a CPU none, because litgpt has no NF4 there)")
     add("--against", type=flags.path, metavar="CHECKOUT",
         help="compare only with another checkout of this project")
-    add("--json", type=flags.path, help="write all figures to this file")
     # fmt: on
     args = parser.parse_args()
     if args.against and not (args.against / "lora.py").is_file():
@@ -351,18 +349,13 @@ def main() -> None:
     args = parse_arguments()
     names = all_contenders(args.against)
     tasks = [task for task in TASKS if task != "train128" or args.rows >= 128]
-    device = machine.device_name(torch.device(DEVICE))
-    results = {"device": device, "threads": torch.get_num_threads()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = prepare(args, folder)
         for dtype in args.dtype:
             dtype_job = job | {"dtype": dtype}
             compare(names, dtype_job, folder)
-            results[dtype] = measure(names, dtype_job, tasks, args.rounds)
-            show(results[dtype], names)
-            if args.json:
-                files.write_json(args.json, results)
+            show(measure(names, dtype_job, tasks, args.rounds), names)
 
 
 if __name__ == "__main__":

@@ -165,7 +165,6 @@ LEFT = {
     "adapter_model.safetensors",
     "args.json",
     "baseline_SPLIT.jsonl",
-    "bench.json",
     "config.json",
     "loss.png",
     "metrics.jsonl",
