@@ -46,8 +46,8 @@ def test_everything_agrees_here(monkeypatch, capsys):
     others = {what: status for what, (status, _) in lines.items() if status != "ok"}
     assert others == {"CUDA graphs": "skipped: only CUDA has graphs"}
     compared = [figures for _, figures in lines.values() if len(figures) == 2]
-    # NF4's three, attention in two ways, and four results of tiny/ with NF4 and without.
-    assert len(compared) == 3 + 2 + 2 * 4
+    # NF4's three, attention, and four results of tiny/ with NF4 and without.
+    assert len(compared) == 3 + 1 + 2 * 4
     assert all(float(figure) <= float(bound) for figure, bound in compared)
     assert re.search(r"^versions: .*'torch': ", printed, re.MULTILINE)
 
