@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import nlargest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -87,15 +88,11 @@ def longest_rows(
     rows, tokenizer: Tokenizer, count: int, max_length: int | None
 ) -> list[tuple[list[int], list[int]]]:
     """Returns the `count` encoded rows with the most tokens: no batch of an epoch holds more."""
-    characters = [
-        len(premise) + len(hypothesis)
-        for premise, hypothesis in zip(rows["premise"][:], rows["hypothesis"][:])
-    ]
-    by_characters = sorted(range(len(characters)), key=characters.__getitem__)
-    candidates = by_characters[-(CANDIDATES + count) :]
+    texts = zip(rows["premise"][:], rows["hypothesis"][:])
+    characters = [len(premise) + len(hypothesis) for premise, hypothesis in texts]
+    candidates = nlargest(CANDIDATES + count, range(len(rows)), characters.__getitem__)
     encoded = [data.encode(rows[number], tokenizer, max_length) for number in candidates]
-    encoded.sort(key=lambda row: len(row[0]), reverse=True)
-    return encoded[:count]
+    return nlargest(count, encoded, lambda row: len(row[0]))
 
 
 # -----------------------------------------------------------------------------
@@ -104,8 +101,7 @@ def longest_rows(
 
 def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     """Returns the frozen model of train.py without content: fake tensors for a CPU, else meta."""
-    with torch.device("meta"):
-        model = phi2.Phi2(phi2.read_config(directory))
+    model = phi2.build(directory)
     if args.quant == "nf4":
         quant.quantize_linears(model, double_quant=args.double_quant)
     dtype = evaluation.DTYPES[args.dtype]
@@ -144,6 +140,7 @@ class Plan:
         lora.inject(self.model, config)
         self.adapter = list(lora.lora_parameters(self.model).values())
         self.known = [*base, *kept, *self.adapter]
+        self.device = self.adapter[0].device
         self.parts = {
             "base weights": size(base),
             "base weights, dequantised": size(kept),
@@ -158,9 +155,8 @@ class Plan:
     @contextmanager
     def counted(self) -> Iterator[LiveBytes]:
         """Counts the bytes of tensors that are made within the `with`, without those of `parts`."""
-        device_type = self.known[0].device.type
-        count = Count(device_type, self.known)
-        if device_type == "cpu":
+        count = Count(self.device.type, self.known)
+        if self.device.type == "cpu":
             with count:
                 yield count.bytes
             return
@@ -197,10 +193,9 @@ class Plan:
         This does what evaluation.generate does up to the second new token. Later tokens need no
         more memory, because the cache has room for all of them from the beginning.
         """
-        device = self.known[0].device
         with self.counted() as count:
             room = self.args.max_new_tokens
-            ids, layout = evaluation.pack_prompts(prompts, prefix, device, room)
+            ids, layout = evaluation.pack_prompts(prompts, prefix, self.device, room)
             hidden = self.model.eval().model(ids, layout, last=1)
             decoder = packing.Decoder(self.model, layout)
             logits = self.model.lm_head(hidden)
