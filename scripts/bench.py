@@ -49,8 +49,6 @@ from tiny import mnli_lengths
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny" / "model"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
 PEAK = "peak memory in training above imports, MiB"
 
 

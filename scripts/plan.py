@@ -213,8 +213,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
         "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
-        help="memory of the card; counts what train.py chooses on it, and shows what fits "
-        "(default: NF4's values are not kept)",
+        help="memory of the card; counts what train.py chooses on it, and shows what fits",
     )  # fmt: skip
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
@@ -264,10 +263,14 @@ def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[li
 
 def choose_what_is_kept(directory: Path, args: argparse.Namespace) -> None:
     """Sets --keep-dequantized as train.py sets it on a card of --gpu, if it is not given."""
-    if args.gpu and args.quant == "nf4" and args.keep_dequantized is None:
-        plan = Plan(directory, args)
-        free = for_tensors(args.gpu) - plan.size()
-        args.keep_dequantized = evaluation.has_room_to_keep(plan.model, free)
+    if args.quant == "none" or args.device == "cpu" or args.keep_dequantized is not None:
+        return
+    if args.gpu is None:
+        print("with --no-keep-dequantized; --gpu GB counts what train.py chooses on that card")
+        return
+    plan = Plan(directory, args)
+    free = for_tensors(args.gpu) - plan.size()
+    args.keep_dequantized = evaluation.has_room_to_keep(plan.model, free)
 
 
 def for_tensors(gigabytes: float) -> int:
@@ -313,12 +316,12 @@ def main() -> None:
     data.check_max_length(tokenizer, args.max_length)
     rows = LongestRows.read(args, tokenizer)
 
+    choose_what_is_kept(directory, args)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in rows.training)
     print(
         f"{args.model}, {args.quant}, {args.dtype}, on {args.device}: "
         f"a batch of the {len(rows.training)} longest rows, {tokens:,} tokens"
     )
-    choose_what_is_kept(directory, args)
     show(Plan(directory, args), rows)
 
 
