@@ -410,14 +410,12 @@ class Subject:
 
 def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Moves a model from the meta device to the fake GPU."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
-            setattr(module, name, nn.Parameter(new, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
         if isinstance(module, quant.NF4Linear):
             module.dtype = dtype
+    model.requires_grad_(False).to_empty(device="cuda")
 
 
 def longest_first(rows: list) -> list[list[int]]:
