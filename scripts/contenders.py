@@ -381,17 +381,21 @@ class Task:
     has_adapter: bool = True
 
 
+def score(contender: Contender) -> int:
+    return len(contender.score(contender.prompts))
+
+
+def write(count: int) -> Callable[[Contender], int]:
+    return lambda contender: len(contender.write(contender.prompts, count))
+
+
 TASKS = {
-    "train16": Task("training, 16 rows a step", lambda one: one.train(16, STEPS)),
-    "train128": Task("training, 128 rows a step", lambda one: one.train(128, 1)),
-    "score": Task("scoring, fine-tuned", lambda one: len(one.score(one.prompts))),
-    "score base": Task("scoring, the base", lambda one: len(one.score(one.prompts)), False),
-    "write2": Task(
-        "generation of 2 tokens, fine-tuned", lambda one: len(one.write(one.prompts, 2))
-    ),
-    "write32": Task(
-        "generation of 32 tokens, the base", lambda one: len(one.write(one.prompts, 32)), False
-    ),
+    "train16": Task("training, 16 rows a step", lambda contender: contender.train(16, STEPS)),
+    "train128": Task("training, 128 rows a step", lambda contender: contender.train(128, 1)),
+    "score": Task("scoring, fine-tuned", score),
+    "score base": Task("scoring, the base", score, has_adapter=False),
+    "write2": Task("generation of 2 tokens, fine-tuned", write(2)),
+    "write32": Task("generation of 32 tokens, the base", write(32), has_adapter=False),
     "load": Task("loading and quantising, loads a second", load_anew),
 }
 
