@@ -328,17 +328,11 @@ def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[...
 def install(gpu: FakeGpu) -> None:
     """Replaces the functions with which a script asks about a GPU."""
     quant.kernels()  # imported while torch still finds no GPU
-    random_state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device=None: None,
         "_lazy_init": lambda: None,
-        "get_rng_state": lambda device=None: random_state.clone(),
-        "set_rng_state": lambda state, device=None: None,
-        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "get_device_name": lambda device=None: "no GPU",
         "get_device_capability": lambda device=None: (9, 0),
         "mem_get_info": lambda device=None: (gpu.bytes.limit - gpu.bytes.now, gpu.bytes.limit),
