@@ -1,6 +1,6 @@
 """Checks this project on your machine, and measures its speed and memory there.
 
-    python -m scripts.selftest
+    python -m scripts.selftest                           # a table, and out/selftest.json
     python -m scripts.selftest --model ~/phi-2           # on a GPU, with the real weights
 
 It downloads nothing. It runs STAGES in fp32, then in the fastest dtype of the device. On a GPU it
@@ -9,8 +9,8 @@ and times a phi-2 whose random weights are made in the GPU's memory. Elsewhere i
 tiny/.
 
 If a stage fails, a line says so after the traceback, and the next stage follows. Exit status 1
-means that something differs or has failed. docs/benchmarks.md has a table of machines. What is
-printed on hardware that is missing there is welcome.
+means that something differs or has failed. docs/benchmarks.md has a table of machines. The file
+from hardware that is missing there is welcome.
 """
 
 import argparse
@@ -48,7 +48,7 @@ ATTENTION_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 
 @dataclass
 class Line:
-    """A line of what is printed. A line without a bound is not a check."""
+    """A line of the table. A line without a bound is not a check."""
 
     what: str
     figure: float | None = None
@@ -253,10 +253,11 @@ def measure(setting: Setting) -> Iterator[Line]:
 def planned_memory(setting: Setting, contender: contenders.Ours) -> int:
     """Returns how many bytes scripts.plan counts for the step that was timed."""
     command = f"--quant nf4 --dtype {setting.dtype} --device {setting.device.type}"
-    command += " --dropout 0 --residual-dropout 0 --dataset tiny/data"
+    command += " --dropout 0 --residual-dropout 0"
     is_kept = full_memory.kept_values(contender.model)
     command += " --keep-dequantized" if is_kept else " --no-keep-dequantized"
-    args = cli.train_arguments([*command.split(), "--model", str(setting.timed)])
+    places = ["--model", str(setting.timed), "--dataset", str(bench.ROOT / "tiny" / "data")]
+    args = cli.train_arguments([*command.split(), *places])
     rows = setting.rows["training"][:16]
     return plan.Plan(setting.timed, args).step(rows, setting.prefix_length)["sum"]
 
@@ -303,6 +304,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--random-phi-2", type=flags.count, metavar="LAYERS",
         help="time a phi-2 with random weights (default: 32 on a GPU without --model)")
     add("--rows", type=flags.count, default=64, help="for training and for evaluation")
+    add("--out", type=flags.path, default=Path("out") / "selftest.json",
+        help="JSON file with all that is printed")
     # fmt: on
     args = parser.parse_args()
     if args.dtype is None:
@@ -338,13 +341,14 @@ def prepare(args: argparse.Namespace, device: torch.device, folder: Path) -> Set
     return setting
 
 
-def describe(device: torch.device) -> None:
-    """Prints what the figures depend on."""
-    for name, value in machine.environment(device).items():
-        print(f"{name}: {value}")
-    print(f"system: {platform.platform()}, {torch.get_num_threads()} threads")
+def describe(device: torch.device) -> dict:
+    """Returns what the figures depend on."""
+    described = machine.environment(device)
+    described["system"] = platform.platform()
+    described["threads"] = torch.get_num_threads()
     if device.type == "cuda":  # compute capability, memory and more
-        print(torch.cuda.get_device_properties(device))
+        described["cuda"] = str(torch.cuda.get_device_properties(device))
+    return described
 
 
 def as_text(number: float | None) -> str:
@@ -356,8 +360,10 @@ def as_text(number: float | None) -> str:
 def main() -> None:
     args = parse_arguments()
     device = processes.own_device(args.device)
-    describe(device)
-    all_agree = True
+    results = {"machine": describe(device), "random_phi_2": args.random_phi_2, "lines": []}
+    for name, value in results["machine"].items():
+        print(f"{name}: {value}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         setting = prepare(args, device, Path(name))
@@ -367,8 +373,10 @@ def main() -> None:
             for line in attempt(stage, setting):
                 figures = f"{as_text(line.figure):>9} {as_text(line.bound):>9}"
                 print(f"{line.what:50} {dtype:5} {figures}  {line.status}", flush=True)
-                all_agree &= not line.status.startswith(("differs", "failed"))
-    if not all_agree:
+                results["lines"].append({"dtype": dtype} | asdict(line))
+                files.write_json(args.out, results)  # after each line, in case the next one hangs
+    print(f"\neverything is in {args.out}")
+    if any(line["status"].startswith(("differs", "failed")) for line in results["lines"]):
         sys.exit(1)
 
 

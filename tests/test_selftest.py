@@ -3,8 +3,9 @@
 import re
 import shutil
 import sys
+from pathlib import Path
 
-from conftest import ROOT, in_process
+from conftest import ROOT, in_process, read_json
 
 import eval as evaluation
 from scripts import selftest
@@ -13,10 +14,10 @@ SMALL = ["--device", "cpu", "--dtype", "fp32", "--rows", 4]
 LINE = re.compile(r"(?P<what>.+?) +fp32 +(?P<figures>(?:[\d.,e-]+ +)*)(?P<status>\S.*)")
 
 
-def run(*arguments) -> int:
+def run(out: Path, *arguments) -> int:
     """Runs the script in this process, and returns its exit status."""
     try:
-        in_process(selftest, *SMALL, *arguments)
+        in_process(selftest, *SMALL, "--out", out / "selftest.json", *arguments)
     except SystemExit as end:
         return end.code
     return 0
@@ -38,9 +39,9 @@ def test_by_default_it_goes_through_fp32_and_the_fastest_dtype(monkeypatch):
     assert selftest.parse_arguments().random_phi_2 == 32
 
 
-def test_everything_agrees_here(monkeypatch, capsys):
+def test_everything_agrees_here(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(selftest, "TIMES", 1)  # nobody reads these times
-    assert run() == 0
+    assert run(tmp_path) == 0
     printed = capsys.readouterr().out
     lines = lines_of(printed)
     others = {what: status for what, (status, _) in lines.items() if status != "ok"}
@@ -50,6 +51,11 @@ def test_everything_agrees_here(monkeypatch, capsys):
     assert len(compared) == 3 + 1 + 2 * 4
     assert all(float(figure) <= float(bound) for figure, bound in compared)
     assert re.search(r"^versions: .*'torch': ", printed, re.MULTILINE)
+    saved = read_json(tmp_path / "selftest.json")
+    assert saved["machine"]["versions"]["torch"]
+    assert {line["what"]: line["status"] for line in saved["lines"]} == {
+        what: status for what, (status, _) in lines.items()
+    }
 
     table = (ROOT / "docs" / "benchmarks.md").read_text().split("## By machine")[1]
     heading = next(line for line in table.splitlines() if line.startswith("| machine"))
@@ -66,7 +72,7 @@ def test_a_stage_that_fails_is_a_line_and_the_others_follow(tiny, tmp_path, caps
     shutil.copytree(tiny, tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    assert run("--model", tmp_path / "cut") == 1
+    assert run(tmp_path, "--model", tmp_path / "cut") == 1
 
     printed = capsys.readouterr().out
     status_of = {what: status for what, (status, _) in lines_of(printed).items()}
@@ -77,11 +83,11 @@ def test_a_stage_that_fails_is_a_line_and_the_others_follow(tiny, tmp_path, caps
     assert printed.count("Traceback") >= len(failed)
 
 
-def test_what_is_beyond_its_bound_differs(monkeypatch, capsys):
+def test_what_is_beyond_its_bound_differs(monkeypatch, capsys, tmp_path):
     """Attention is never fp64's to the bit."""
     monkeypatch.setattr(selftest, "ATTENTION_BOUNDS", {"fp32": 0.0})
     monkeypatch.setattr(selftest, "STAGES", {"attention": selftest.check_attention})
-    assert run() == 1
+    assert run(tmp_path) == 1
     assert {status for status, _ in lines_of(capsys.readouterr().out).values()} == {"differs"}
     assert selftest.checked("a number", float("nan"), 1.0).status == "differs"
 
