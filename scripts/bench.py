@@ -1,8 +1,8 @@
 """Compares speed and memory with transformers + PEFT + bitsandbytes, and litgpt if installed.
 
     python -m scripts.bench                                # tiny/ on a CPU, phi-2 on a GPU
-    python -m scripts.bench --random-phi-2 --json bench.json         # full size, no download
-    python -m scripts.bench --random-phi-2 1 --rows 32 --rounds 1    # one layer: small machines
+    python -m scripts.bench --random-phi-2                 # full size, no download
+    python -m scripts.bench --random-phi-2 1 --rows 32     # one layer: small machines
     python -m scripts.bench --against ../before            # with another checkout of this project
 
 All contenders (scripts/contenders.py) get the same files, the same adapter, the same rows and the
@@ -15,12 +15,8 @@ First the results are compared: in fp32 without quantisation, then with the sett
 If they differ, no figure is printed. Figures are medians over the rounds, and a ratio is the median
 of the rounds' ratios.
 
-Speed depends on how much the rows of a batch differ in length. Without --dataset the rows are drawn
-from tiny/data with the lengths of MNLI (tiny/mnli_lengths.py). With it they are the first rows of
-the dataset, unchanged.
-
-Results from other people's machines come from scripts/selftest.py, in the form that
-docs/benchmarks.md describes ("By machine").
+Speed depends on how much the rows of a batch differ in length. They are drawn from tiny/data with
+the lengths of MNLI (tiny/mnli_lengths.py).
 """
 
 import argparse
@@ -30,8 +26,7 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,31 +42,14 @@ import data
 import eval as evaluation
 import lora
 import phi2
-from support import checkpoints, cli, examples, files, flags, machine, processes
+from scripts.contenders import TASKS
+from support import checkpoints, cli, files, flags, machine
 from tiny import mnli_lengths
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny" / "model"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the table: a task of scripts/contenders.py."""
-
-    title: str
-    task: str
-    has_adapter: bool = True
-
-
-LINES = (
-    Line("training, 16 rows a step", "train16"),
-    Line("training, 128 rows a step", "train128"),
-    Line("scoring, fine-tuned", "score"),
-    Line("scoring, the base", "score", has_adapter=False),
-    Line("generation of 2 tokens, fine-tuned", "write2"),
-    Line("generation of 32 tokens, the base", "write32", has_adapter=False),
-    Line("loading and quantising, loads a second", "load"),
-)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEAK = "peak memory in training above imports, MiB"
 
 
 # -----------------------------------------------------------------------------
@@ -80,48 +58,46 @@ LINES = (
 
 @dataclass(frozen=True)
 class Contender:
-    name: str
-    kind: str  # as scripts/contenders.py calls it
+    name: str  # a key of contenders.CONTENDERS
     folder: Path = ROOT  # of the six files
 
 
-def contenders(against: Path | None) -> list[Contender]:
+def all_contenders(against: Path | None) -> list[Contender]:
     """Returns ours and those to compare it with. The second one's results are the reference."""
-    ours = Contender("ours", "ours")
     if against:
-        return [ours, Contender("before", "ours", against)]
-    peers = [Contender("reference", "reference")]
+        return [Contender("ours"), Contender("before", against)]
+    names = ["ours", "reference"]
     if find_spec("litgpt"):
-        peers.append(Contender("litgpt", "litgpt"))
-    return [ours, *peers]
+        names.append("litgpt")
+    return [Contender(name) for name in names]
 
 
 class Process:
     """A contender in its own process. `job` has the fields of scripts/contenders.py's Job.
 
-    Within its `with` statement, `ways` holds its ways to do each task, and `imported` the memory of
-    the process with its libraries alone.
+    imported: the memory of the process with its libraries alone. ways: its ways to do each task.
     """
 
     def __init__(self, contender: Contender, job: dict):
-        self.name = contender.name
-        typed = json.dumps(job | {"contender": contender.kind})
+        self.contender = contender
         # -P: otherwise the files of scripts/ would come before all libraries on the path.
-        command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", typed]
-        path = [str(contender.folder), os.environ.get("PYTHONPATH", "")]
+        command = [sys.executable, "-P", ROOT / "scripts" / "contenders.py", contender.name]
         self.process = subprocess.Popen(
-            command,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))},
+            [*command, json.dumps(job)],
+            env=os.environ | {"PYTHONPATH": str(contender.folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
+        start = self.read()
+        self.imported = start["imported"]
+        self.ways = start["ways"]
 
     def read(self) -> dict:
         line = self.process.stdout.readline()
         if not line:
-            status = self.process.wait()
-            raise ValueError(f"{self.name} ended with status {status}; its error is printed above")
+            end = f"{self.contender.name} ended with status {self.process.wait()}"
+            raise ValueError(f"{end}; its error is printed above")
         return json.loads(line)
 
     def ask(self, **request) -> dict:
@@ -129,13 +105,7 @@ class Process:
         self.process.stdin.flush()
         return self.read()
 
-    def __enter__(self) -> "Process":
-        start = self.read()
-        self.imported = start["imported"]
-        self.ways = start["ways"]
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
 
@@ -150,9 +120,9 @@ BOUNDS = {"loss": 1e-5, "gradient": 1e-4, "scores": 1e-5, "written": 0.02}
 
 
 def results_of(contender: Contender, job: dict, folder: Path) -> dict:
-    """Returns loss, gradients, scores and new ids. litgpt has no scores."""
+    """Returns what contenders.results does, from another process."""
     path = folder / f"{contender.name}.safetensors"
-    with Process(contender, job) as process:
+    with closing(Process(contender, job)) as process:
         results = process.ask(save=str(path))
     return results | {"gradients": load_file(path)}
 
@@ -217,103 +187,84 @@ def compare(names: list[Contender], job: dict, folder: Path) -> None:
 # The measurement
 
 
-def measure(names: list[Contender], job: dict, lines: list[Line], rounds: int) -> dict:
-    """Returns rows per second, {line: {contender: [one per round]}}, ways and peak memory."""
-    begin = time.perf_counter()
-    rates = {line.title: {} for line in lines}
-    ways = {line.title: {} for line in lines}
+def measure(names: list[Contender], job: dict, tasks: list[str], rounds: int) -> dict:
+    """Returns rows per second and the peak of memory, {title: {contender: [one per round]}}.
+
+    `tasks` are keys of contenders.TASKS.
+    """
+    figures = {TASKS[task].title: {} for task in tasks} | {PEAK: {}}
     turns = []
     with ExitStack() as stack:
-        processes = {
-            (contender, adapter): Process(contender, job | {"adapter": adapter})
-            for contender in names
-            for adapter in {job["adapter"] if line.has_adapter else None for line in lines}
-        }
-        for process in processes.values():
-            stack.enter_context(process)
-        for line, contender in itertools.product(lines, names):
-            process = processes[contender, job["adapter"] if line.has_adapter else None]
-            if process.ways[line.task]:
-                way = fastest_way(process, line)
-                ways[line.title][contender.name] = way
-                rates[line.title][contender.name] = []
-                turns.append((line, process, way))
+        processes = {}
+        for contender, has_adapter in itertools.product(names, (True, False)):
+            adapter = job["adapter"] if has_adapter else None
+            process = Process(contender, job | {"adapter": adapter})
+            processes[contender, has_adapter] = stack.enter_context(closing(process))
+        for task, contender in itertools.product(tasks, names):
+            process = processes[contender, TASKS[task].has_adapter]
+            if process.ways[task]:
+                figures[TASKS[task].title][contender.name] = []
+                turns.append((process, {"task": task, "way": fastest_way(process, task)}))
         for number in range(rounds + 1):  # the first round warms up
-            for line, process, way in turns:
-                rate = process.ask(task=line.task, way=way)["rate"]
+            for process, request in turns:
+                rate = process.ask(**request)["rate"]
                 if number:
-                    rates[line.title][process.name].append(rate)
-            minutes = (time.perf_counter() - begin) / 60
-            print(f"{job['dtype']}: round {number} of {rounds}, {minutes:.1f} minutes", flush=True)
-    peaks = {}
-    for contender in names:
-        way = ways["training, 16 rows a step"][contender.name]
-        with Process(contender, job | {"keep": False}) as process:
-            process.ask(task="train16", way=way)
-            peak = process.ask(task="train16", way=way)["peak"]
-            peaks[contender.name] = (peak - process.imported) / 2**20
-    return {"rates": rates, "ways": ways, "training_peak_mib": peaks}
+                    title = TASKS[request["task"]].title
+                    figures[title][process.contender.name].append(rate)
+            print(f"{job['dtype']}: round {number} of {rounds}", flush=True)
+    for timed, request in turns:
+        if request["task"] == "train16":
+            with closing(Process(timed.contender, job | {"keep": False})) as process:
+                process.ask(**request)
+                peak = process.ask(**request)["peak"]
+            figures[PEAK][timed.contender.name] = [(peak - process.imported) / 2**20]
+    return figures
 
 
-def fastest_way(process: Process, line: Line) -> dict:
+def fastest_way(process: Process, task: str) -> dict:
     """Returns and prints the fastest of a contender's ways to do a task."""
-    ways = process.ways[line.task]
+    ways = process.ways[task]
     if len(ways) == 1:
         return ways[0]
-    process.ask(task=line.task, way=ways[0])  # warms up
-    rates = [process.ask(task=line.task, way=way)["rate"] for way in ways]
+    process.ask(task=task, way=ways[0])  # warms up
+    rates = [process.ask(task=task, way=way)["rate"] for way in ways]
     way = ways[rates.index(max(rates))]
     words = ", ".join(f"{name} {value}" for name, value in way.items())
-    print(f"{process.name}, {line.title}: {words} (of {len(ways)} ways)", flush=True)
+    name = process.contender.name
+    print(f"{name}, {TASKS[task].title}: {words} (of {len(ways)} ways)", flush=True)
     return way
 
 
-def show(results: dict) -> None:
-    """Prints rows per second, and how many times as fast ours is as each of the others."""
-    peaks = results["training_peak_mib"]
-    peers = list(peaks)[1:]
+def show(figures: dict, names: list[Contender]) -> None:
+    """Prints the medians, and the median of ours divided by each of the others, by round."""
+    peers = [contender.name for contender in names[1:]]
     heading = "".join(f"{name:>11} {'ratio':>6}" for name in peers)
     print(f"\n{'rows a second':46} {'ours':>9} {heading}")
-    for title, rates in results["rates"].items():
+    for title, figure_of in figures.items():
         cells = ""
         for name in peers:
-            if name not in rates:
+            if name not in figure_of:
                 cells += f"{'-':>11} {'-':>6}"
                 continue
-            ratio = median(mine / theirs for mine, theirs in zip(rates["ours"], rates[name]))
-            cells += f"{median(rates[name]):11.2f} {ratio:5.2f}x"
-        print(f"{title:46} {median(rates['ours']):9.2f} {cells}")
-    cells = "".join(f"{peaks[name]:11.2f} {peaks['ours'] / peaks[name]:5.2f}x" for name in peers)
-    title = "peak memory in training above imports, MiB"
-    print(f"{title:46} {peaks['ours']:9.2f} {cells}")
+            ratio = median(a / b for a, b in zip(figure_of["ours"], figure_of[name]))
+            cells += f"{median(figure_of[name]):11.2f} {ratio:5.2f}x"
+        print(f"{title:46} {median(figure_of['ours']):9.2f} {cells}")
 
 
 # -----------------------------------------------------------------------------
 # Files for all contenders
 
 
-def encode_rows(dataset: str | None, tokenizer: Tokenizer, count: int) -> dict[str, list]:
-    """Returns encoded rows for training, and for evaluation in the order of eval.py.
-
-    With a dataset these are the first `count` rows of train, and `count` rows of the first premises
-    of validation: in a split the rows of one premise may be in different places.
-    """
-    if dataset is None:
-        training = mnli_lengths.training_rows(tokenizer, count)
-        pairs = mnli_lengths.validation_rows(tokenizer, count)
-    else:
-        split, *_ = examples.validation_splits(dataset)
-        training = examples.load_examples(dataset, "train", count)
-        by_premise = {}
-        for pair in examples.load_examples(dataset, split):
-            by_premise.setdefault(pair["premise"], []).append(pair)
-        pairs = [*itertools.chain.from_iterable(by_premise.values())][:count]
-    encoded = [data.encode(pair, tokenizer) for pair in pairs]
-    columns = {"premise": [pair["premise"] for pair in pairs]}
-    groups = data.by_premise(columns, [prompt for prompt, _ in encoded])
+def encode_rows(tokenizer: Tokenizer, count: int) -> dict[str, list]:
+    """Returns encoded rows for training, and for evaluation in the order of eval.py."""
+    pairs = mnli_lengths.validation_rows(tokenizer, count)
+    evaluation_rows = [data.encode(pair, tokenizer) for pair in pairs]
+    premises = {"premise": [pair["premise"] for pair in pairs]}
+    groups = data.by_premise(premises, [prompt for prompt, _ in evaluation_rows])
+    training = mnli_lengths.training_rows(tokenizer, count)
     return {
         "training": [data.encode(pair, tokenizer) for pair in training],
-        "evaluation": [encoded[number] for group in groups for number in group],
+        "evaluation": [evaluation_rows[number] for group in groups for number in group],
     }
 
 
@@ -333,34 +284,30 @@ def write_random_adapter(model: str, directory: Path) -> None:
     config = lora.LoRAConfig(dropout=0.0)
     skeleton = phi2.build(model)
     lora.inject(skeleton, config)
-    for module in skeleton.modules():
-        if isinstance(module, lora.LoRALinear):
-            for matrix in (module.lora_A, module.lora_B):
-                matrix.weight = torch.nn.Parameter(torch.randn(matrix.weight.shape) * 0.02)
+    shapes = {name: matrix.shape for name, matrix in lora.lora_parameters(skeleton).items()}
+    tensors = {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()}
+    skeleton.load_state_dict(tensors, strict=False, assign=True)
     lora.save_adapter(skeleton, config, directory, model)
 
 
 def prepare(args: argparse.Namespace, folder: Path) -> dict:
     """Writes the rows, the adapter, and the model if it is random. Returns the job."""
-    model = folder / "model"
-    if not args.random_phi_2:
-        model = checkpoints.find(args.model, phi2.read_config).resolve()
-    tokenizer_folder = args.tokenizer or (TINY if args.random_phi_2 else model)
-    # The rows come first: they show a mistake in a flag, and writing a model takes minutes.
-    rows = encode_rows(args.dataset, data.load_tokenizer(tokenizer_folder), args.rows)
-    files.write_json(folder / "rows.json", rows)
     if args.random_phi_2:
         print(f"writing a random phi-2 of {args.random_phi_2} layers", flush=True)
-        args.model = str(model)
+        model = folder / "model"
+        tokenizer = TINY
         write_random_phi_2(model, args.random_phi_2)
+    else:
+        model = tokenizer = checkpoints.find(args.model, phi2.read_config).resolve()
+    files.write_json(folder / "rows.json", encode_rows(data.load_tokenizer(tokenizer), args.rows))
     write_random_adapter(str(model), folder / "adapter")
     return {
         "model": str(model),
-        "tokenizer": str(tokenizer_folder.resolve()),
+        "tokenizer": str(tokenizer),
         "rows": str(folder / "rows.json"),
         "adapter": str(folder / "adapter"),
         "quant": args.quant,
-        "device": args.device,
+        "device": DEVICE,
     }
 
 
@@ -369,7 +316,7 @@ def prepare(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def parse_arguments() -> argparse.Namespace:
-    on_gpu = torch.cuda.is_available()
+    on_gpu = DEVICE == "cuda"
     parser = cli.Parser("compares speed and memory with the reference, once the results agree")
     add = parser.add_argument
     # fmt: off (a flag is one filled paragraph)
@@ -377,56 +324,36 @@ def parse_arguments() -> argparse.Namespace:
         help="Hub id or directory (default: microsoft/phi-2, no GPU: tiny/model)")
     add("--random-phi-2", type=flags.count, nargs="?", const=32, metavar="LAYERS",
         help="use random weights of phi-2's size (default: 32 layers)")
-    add("--tokenizer", type=flags.path,
-        help="directory with a tokenizer.json, for --random-phi-2 (default: tiny/model)")
-    add("--dataset", type=flags.name,
-        help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)")
     add("--rows", type=flags.count, default=256,
         help="for training and for evaluation; below 128 no steps of 128 rows are timed")
     add("--rounds", type=flags.count, default=5)
     add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
-        help="one after another (default: the one that the device computes fast; on a CPU "
-             "also fp32)")
+        help="one after another (default: the fastest one of the device; on a CPU also fp32)")
     add("--quant", choices=["nf4", "none"], default="nf4" if on_gpu else "none",
         help="of what is timed (default: nf4; on a CPU none, because litgpt has no NF4 there)")
-    add("--device", type=flags.device, default="cuda" if on_gpu else "cpu")
     add("--against", type=flags.path, metavar="CHECKOUT",
         help="compare only with another checkout of this project")
-    add("--json", type=flags.path, help="write all figures to this file")
     # fmt: on
     args = parser.parse_args()
-    processes.own_device(args.device)  # raises ValueError for one that cannot be used
     if args.against and not (args.against / "lora.py").is_file():
         parser.error(f"--against {args.against} is not a checkout of this project")
     if args.dtype is None:
-        args.dtype = default_dtypes(args.device)
+        fast = machine.fast_dtype(DEVICE)
+        args.dtype = [fast] if on_gpu else list(dict.fromkeys(["fp32", fast]))
     return args
-
-
-def default_dtypes(device: str) -> list[str]:
-    """Returns the dtype that a device computes fast; for a CPU fp32 first."""
-    fast = machine.fast_dtype(device)
-    if device == "cpu":
-        return list(dict.fromkeys(["fp32", fast]))
-    return [fast]
 
 
 def main() -> None:
     args = parse_arguments()
-    names = contenders(args.against)
-    lines = [line for line in LINES if line.task != "train128" or args.rows >= 128]
-    device = machine.device_name(torch.device(args.device))
-    results = {"device": device, "threads": torch.get_num_threads()}
+    names = all_contenders(args.against)
+    tasks = [task for task in TASKS if task != "train128" or args.rows >= 128]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         job = prepare(args, folder)
         for dtype in args.dtype:
             dtype_job = job | {"dtype": dtype}
             compare(names, dtype_job, folder)
-            results[dtype] = measure(names, dtype_job, lines, args.rounds)
-            show(results[dtype])
-            if args.json:
-                files.write_json(args.json, results)
+            show(measure(names, dtype_job, tasks, args.rounds), names)
 
 
 if __name__ == "__main__":

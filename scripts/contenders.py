@@ -41,15 +41,14 @@ STEPS = 4  # training steps of 16 rows in one timing
 class Job:
     """What a contender is given when it starts."""
 
-    contender: str  # a key of CONTENDERS
-    model: str  # a directory, like the next one
+    model: str  # a directory, like the next two
     tokenizer: str
-    rows: str  # a file: {"training": [[prompt ids, answer ids], ...], "evaluation": [...]}
     adapter: str | None
     quant: str
     dtype: str
     device: str
-    keep: bool = True  # whether ours keeps NF4's values beside the indices
+    keep: bool | None = True  # whether ours keeps NF4's values beside the indices
+    rows: str = ""  # a file: {"training": [[prompt ids, answer ids], ...], "evaluation": [...]}
 
 
 # -----------------------------------------------------------------------------
@@ -71,7 +70,6 @@ class Contender:
         self.prompts = [prompt for prompt, _ in rows["evaluation"]]
         self.dtype = evaluation.DTYPES[job.dtype]
         self.tokenizer = data.load_tokenizer(job.tokenizer)
-        self.num_known_ids = data.num_known_ids(self.tokenizer)
         self.prefix, self.answers, self.eos = data.fixed_ids(self.tokenizer)
         self.rows_at_once = None
         self.load()
@@ -177,7 +175,7 @@ class Ours(Contender):
             prompts,
             self.prefix,
             count,
-            self.num_known_ids,
+            self.model.config.vocab_size,
             is_finished=lambda ids: False,
         )
         return completions
@@ -258,15 +256,12 @@ class Reference(Contender):
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
         ids = pad(prompts, self.eos, "left")
         mask = pad([[1] * len(prompt) for prompt in prompts], 0, "left")
-        # Ids of the output head that the tokenizer does not know: ours never generates them.
-        unknown = range(self.num_known_ids, self.base.config.vocab_size)
         ids = self.model.generate(
             input_ids=ids.to(self.job.device),
             attention_mask=mask.to(self.job.device),
             max_new_tokens=count,
             do_sample=False,
             pad_token_id=self.eos,
-            suppress_tokens=list(unknown) or None,
         )
         return ids[:, -count:].tolist()
 
@@ -343,7 +338,6 @@ class LitGPT(Contender):
 
         model = copy.deepcopy(self.model).eval()
         merge_lora_weights(model)
-        model.lm_head.linear.bias.data[self.num_known_ids :] = -torch.inf  # never generated
         return model
 
     def write_batch(self, prompts: list, count: int) -> list[list[int]]:
@@ -366,7 +360,8 @@ class LitGPT(Contender):
         return written
 
 
-CONTENDERS = {"ours": Ours, "reference": Reference, "litgpt": LitGPT}
+# "before" is ours of another checkout.
+CONTENDERS = {"ours": Ours, "before": Ours, "reference": Reference, "litgpt": LitGPT}
 
 # -----------------------------------------------------------------------------
 # The tasks
@@ -379,81 +374,93 @@ def load_anew(contender: Contender) -> int:
     return 1
 
 
-# Each function does its task once, and returns the number of rows.
+@dataclass(frozen=True)
+class Task:
+    title: str
+    run: Callable[[Contender], int]  # does it once, and returns the number of rows
+    has_adapter: bool = True
+
+
+def score(contender: Contender) -> int:
+    return len(contender.score(contender.prompts))
+
+
+def write(count: int) -> Callable[[Contender], int]:
+    return lambda contender: len(contender.write(contender.prompts, count))
+
+
 TASKS = {
-    "train16": lambda contender: contender.train(16, STEPS),
-    "train128": lambda contender: contender.train(128, 1),
-    "score": lambda contender: len(contender.score(contender.prompts)),
-    "write2": lambda contender: len(contender.write(contender.prompts, 2)),
-    "write32": lambda contender: len(contender.write(contender.prompts, 32)),
-    "load": load_anew,
+    "train16": Task("training, 16 rows a step", lambda contender: contender.train(16, STEPS)),
+    "train128": Task("training, 128 rows a step", lambda contender: contender.train(128, 1)),
+    "score": Task("scoring, fine-tuned", score),
+    "score base": Task("scoring, the base", score, has_adapter=False),
+    "write2": Task("generation of 2 tokens, fine-tuned", write(2)),
+    "write32": Task("generation of 32 tokens, the base", write(32), has_adapter=False),
+    "load": Task("loading and quantising, loads a second", load_anew),
 }
 
 
-def time_task(contender: Contender, task: str) -> dict:
+def time_task(contender: Contender, run: Callable[[Contender], int]) -> dict:
     on_gpu = contender.job.device.startswith("cuda")
     if on_gpu:  # memory was returned after the last task, so the first run has to allocate it
-        TASKS[task](contender)
+        run(contender)
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    rows = TASKS[task](contender)
+    rows = run(contender)
     if on_gpu:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - begin
     if on_gpu:  # the other contenders need the memory
         torch.cuda.empty_cache()
-    return {"rate": rows / seconds, "peak": memory(contender.job.device)}
+    return {"rate": rows / seconds, "peak": peak_memory(contender.job)}
 
 
-def save_results(contender: Contender, path: str) -> dict:
-    """Returns what is compared before anything is timed, and writes the gradients to a file.
+def peak_memory(job: Job) -> float:
+    return machine.peak_memory(torch.device(job.device)) or math.nan
 
-    The loss is over 32 rows, in two batches if the contender takes 16 at a time. There are scores
-    and 32 new ids for each of 64 prompts.
+
+def results(contender: Contender) -> dict:
+    """Returns what is compared before anything is timed.
+
+    The loss and its gradients are over 32 rows, in two batches if the contender takes 16 at a time.
+    There are scores and 32 new ids for each of 64 prompts. litgpt has no scores.
     """
     prompts = contender.prompts[:64]
     contender.use(**contender.ways("train16")[-1])
     loss = contender.backward(contender.rows["training"][:32])
-    save_file({name: grad.contiguous() for name, grad in contender.gradients().items()}, path)
+    gradients = {name: grad.cpu().contiguous() for name, grad in contender.gradients().items()}
     contender.use(**contender.ways("write32")[0])
     written = contender.write(prompts, 32)
     scores = contender.score(prompts) if contender.ways("score") else None
-    return {"loss": loss.item(), "written": written, "scores": scores}
+    return {"loss": loss.item(), "gradients": gradients, "written": written, "scores": scores}
 
 
 # -----------------------------------------------------------------------------
 # The process
 
 
-def memory(device: str) -> float:
-    """Returns the peak of bytes so far, allocated on a GPU or resident on a CPU, or NaN."""
-    peak = machine.peak_memory(torch.device(device))
-    return math.nan if peak is None else peak
-
-
 def main() -> None:
     answers = sys.stdout
     sys.stdout = sys.stderr  # for what libraries print
-    job = Job(**json.loads(sys.argv[1]))
-    kind = CONTENDERS[job.contender]
+    kind = CONTENDERS[sys.argv[1]]
+    job = Job(**json.loads(sys.argv[2]))
     # Libraries that are imported only when first used would count as memory of the training.
     quant.kernels()
     for library in kind.libraries:
         importlib.import_module(library)
-    imported = memory(job.device)
+    imported = peak_memory(job)
     contender = kind(job, json.loads(Path(job.rows).read_bytes()))
     answer = {"imported": imported, "ways": {task: contender.ways(task) for task in TASKS}}
-    while True:
-        print(json.dumps(answer), file=answers, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            return
+    print(json.dumps(answer), file=answers, flush=True)
+    for line in sys.stdin:
         request = json.loads(line)
         if "save" in request:
-            answer = save_results(contender, request["save"])
+            answer = results(contender)
+            save_file(answer.pop("gradients"), request["save"])
         else:
             contender.use(**request["way"])
-            answer = time_task(contender, request["task"])
+            answer = time_task(contender, TASKS[request["task"]].run)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ not have the device.
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from heapq import nlargest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -68,15 +70,13 @@ class Count(TorchDispatchMode):
         return result
 
 
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask=None, is_causal=False) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
     """Replaces F.scaled_dot_product_attention by the kernel that takes a mask on a GPU.
 
     Other kernels store as much: the output, and one number for each query and head.
     """
-    if attn_mask is not None:
-        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    output, *_ = kernel(q, k, v, attn_mask, True, is_causal=is_causal)
+    mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    output, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)
     return output
 
 
@@ -88,15 +88,11 @@ def longest_rows(
     rows, tokenizer: Tokenizer, count: int, max_length: int | None
 ) -> list[tuple[list[int], list[int]]]:
     """Returns the `count` encoded rows with the most tokens: no batch of an epoch holds more."""
-    characters = [
-        len(premise) + len(hypothesis)
-        for premise, hypothesis in zip(rows["premise"][:], rows["hypothesis"][:])
-    ]
-    by_characters = sorted(range(len(characters)), key=characters.__getitem__)
-    candidates = by_characters[-(CANDIDATES + count) :]
+    texts = zip(rows["premise"][:], rows["hypothesis"][:])
+    characters = [len(premise) + len(hypothesis) for premise, hypothesis in texts]
+    candidates = nlargest(CANDIDATES + count, range(len(rows)), characters.__getitem__)
     encoded = [data.encode(rows[number], tokenizer, max_length) for number in candidates]
-    encoded.sort(key=lambda row: len(row[0]), reverse=True)
-    return encoded[:count]
+    return nlargest(count, encoded, lambda row: len(row[0]))
 
 
 # -----------------------------------------------------------------------------
@@ -105,8 +101,7 @@ def longest_rows(
 
 def build_base(directory: Path, args: argparse.Namespace) -> phi2.Phi2:
     """Returns the frozen model of train.py without content: fake tensors for a CPU, else meta."""
-    with torch.device("meta"):
-        model = phi2.Phi2(phi2.read_config(directory))
+    model = phi2.build(directory)
     if args.quant == "nf4":
         quant.quantize_linears(model, double_quant=args.double_quant)
     dtype = evaluation.DTYPES[args.dtype]
@@ -146,6 +141,7 @@ class Plan:
         lora.inject(self.model, config)
         self.adapter = list(lora.lora_parameters(self.model).values())
         self.known = [*base, *kept, *self.adapter]
+        self.device = self.adapter[0].device
         self.parts = {
             "base weights": size(base),
             "base weights, dequantised": size(kept),
@@ -160,9 +156,8 @@ class Plan:
     @contextmanager
     def counted(self) -> Iterator[LiveBytes]:
         """Counts the bytes of tensors that are made within the `with`, without those of `parts`."""
-        device_type = self.known[0].device.type
-        count = Count(device_type, self.known)
-        if device_type == "cpu":
+        count = Count(self.device.type, self.known)
+        if self.device.type == "cpu":
             with count:
                 yield count.bytes
             return
@@ -199,10 +194,9 @@ class Plan:
         This does what evaluation.generate does up to the second new token. Later tokens need no
         more memory, because the cache has room for all of them from the beginning.
         """
-        device = self.known[0].device
         with self.counted() as count:
             room = self.args.max_new_tokens
-            ids, layout = evaluation.pack_prompts(prompts, prefix, device, room)
+            ids, layout = evaluation.pack_prompts(prompts, prefix, self.device, room)
             hidden = self.model.eval().model(ids, layout, last=1)
             decoder = packing.Decoder(self.model, layout)
             logits = self.model.lm_head(hidden)
@@ -211,36 +205,26 @@ class Plan:
         return self.size() + count.most
 
 
-def memory(
-    directory: Path, args: argparse.Namespace, encoded: list, prefix: int
-) -> dict[str, int]:
-    """Returns bytes by name, for a step on encoded rows that share `prefix` ids."""
-    return Plan(directory, args).step(encoded, prefix)
-
-
 # -----------------------------------------------------------------------------
 # The script
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Returns the arguments of train.py, `gpu`, and whether --dtype is only an assumption."""
+    """Returns the arguments of train.py, and `gpu`."""
     parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
         "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
-        help="memory of the card; shows what train.py chooses on it, and what fits"
+        help="memory of the card; counts what train.py chooses on it, and shows what fits",
     )  # fmt: skip
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
     if "gpu" in typed and not device.startswith("cuda"):
         parser.error(f"--gpu is for a CUDA card, not for --device {device}")
-    is_elsewhere = "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available()
-    if is_elsewhere:
-        # What train.py chooses on that card, not what it chooses on this machine.
+    if "gpu" in typed or device.startswith("cuda") and not torch.cuda.is_available():
+        # What train.py chooses on that card, not what it chooses on this machine. (A T4 gets fp16,
+        # of the same size.)
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
-    args = cli.train_arguments(parser=parser)
-    is_said = "dtype" in typed or args.resume  # a resumed run has its own dtype
-    args.is_dtype_assumed = is_elsewhere and not is_said
-    return args
+    return cli.train_arguments(parser=parser)
 
 
 @dataclass
@@ -278,23 +262,16 @@ def first_prompts(rows, tokenizer: Tokenizer, max_length: int | None) -> list[li
     return [prompts[number] for number in first]
 
 
-def ways_to_keep(directory: Path, args: argparse.Namespace) -> list[bool]:
-    """Returns whether train.py keeps NF4's values: one answer, or both if --gpu is not given.
-
-    Without a flag for it, the choice depends on the memory of the GPU.
-    """
-    if args.keep_dequantized is not None:
-        return [args.keep_dequantized]
-    if args.quant == "none" or args.device == "cpu":
-        return [args.quant == "none"]  # as in build_base
+def choose_what_is_kept(directory: Path, args: argparse.Namespace) -> None:
+    """Sets --keep-dequantized as train.py sets it on a card of --gpu, if it is not given."""
+    if args.quant == "none" or args.device == "cpu" or args.keep_dequantized is not None:
+        return
     if args.gpu is None:
-        return [False, True]
-    plan = Plan(directory, with_choice(args, keep=False))
-    return [evaluation.has_room_to_keep(plan.model, for_tensors(args.gpu) - plan.size())]
-
-
-def with_choice(args: argparse.Namespace, keep: bool) -> argparse.Namespace:
-    return argparse.Namespace(**vars(args) | {"keep_dequantized": keep})
+        print("with --no-keep-dequantized; --gpu GB counts what train.py chooses on that card")
+        return
+    plan = Plan(directory, args)
+    free = for_tensors(args.gpu) - plan.size()
+    args.keep_dequantized = evaluation.has_room_to_keep(plan.model, free)
 
 
 def for_tensors(gigabytes: float) -> int:
@@ -304,23 +281,21 @@ def for_tensors(gigabytes: float) -> int:
 
 def show(plan: Plan, rows: LongestRows) -> None:
     """Prints the memory of a step and of an evaluation, and with --gpu whether they fit."""
-    count = len(rows.prompts)
-    evaluated = plan.evaluation(rows.prompts, rows.prefix)
     bytes_of = plan.step(rows.training, rows.shared)
     for name, number in bytes_of.items():
         if number:
             print_line(name, number)
-    print_line(f"evaluation, {count} rows at a time", evaluated)
-    if plan.args.gpu is None:
-        return
-
-    room = for_tensors(plan.args.gpu)
-    if evaluated > room:
-        while evaluated > room and count > 1:
-            count //= 2
-            evaluated = plan.evaluation(rows.prompts[:count], rows.prefix)
-        print_line(f"halved until it fits: {count}", evaluated)
-    print_line(f"for tensors, of {plan.args.gpu:g} GB", room)
+    gpu = plan.args.gpu
+    room = for_tensors(gpu) if gpu else math.inf
+    count = len(rows.prompts)
+    while True:
+        evaluated = plan.evaluation(rows.prompts[:count], rows.prefix)
+        print_line(f"evaluation, {count} rows at a time", evaluated)
+        if evaluated <= room or count == 1:
+            break
+        count //= 2  # as eval.py does
+    if gpu:
+        print_line(f"for tensors, of {gpu:g} GB", room)
     if bytes_of["sum"] > room:
         resumed, anew = full_memory.flags_of_a_step(plan.args, plan.model)
         print(f"a step does not fit{full_memory.either([*resumed, *anew])}")
@@ -342,19 +317,13 @@ def main() -> None:
     data.check_max_length(tokenizer, args.max_length)
     rows = LongestRows.read(args, tokenizer)
 
+    choose_what_is_kept(directory, args)
     tokens = sum(len(prompt) + len(answer) for prompt, answer in rows.training)
-    dtype = args.dtype
-    if args.is_dtype_assumed:
-        dtype += " (on a T4 fp16, of the same size)"
     print(
-        f"{args.model}, {args.quant}, {dtype}, on {args.device}: "
+        f"{args.model}, {args.quant}, {args.dtype}, on {args.device}: "
         f"a batch of the {len(rows.training)} longest rows, {tokens:,} tokens"
     )
-    ways = ways_to_keep(directory, args)
-    for keep in ways:
-        if keep and len(ways) > 1:
-            print("\nthe same with NF4's values kept, as on a GPU with much free memory")
-        show(Plan(directory, with_choice(args, keep)), rows)
+    show(Plan(directory, args), rows)
 
 
 if __name__ == "__main__":

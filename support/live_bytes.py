@@ -1,12 +1,9 @@
 """Counts the bytes of live tensors as a GPU's allocator would."""
 
-from __future__ import annotations
-
+import math
 import weakref
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 ROUNDING = 512  # bytes: PyTorch's GPU allocator rounds sizes up to multiples of this
 
@@ -19,7 +16,7 @@ class LiveBytes:
     GPU's allocator raises.
     """
 
-    def __init__(self, known: list[torch.UntypedStorage] = (), limit: int | None = None):
+    def __init__(self, known: list[torch.UntypedStorage] = (), limit: float = math.inf):
         self.alive = {storage._cdata for storage in known}
         self.now = 0
         self.most = 0
@@ -30,21 +27,12 @@ class LiveBytes:
         if key in self.alive:  # from a view, or from a tensor that was changed in place
             return
         size = -(-storage.nbytes() // ROUNDING) * ROUNDING
-        if self.limit is not None and self.now + size > self.limit:
-            self.refuse(size)
+        if self.now + size > self.limit:
+            raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {size:,} bytes.")
         self.alive.add(key)
         weakref.finalize(storage, self.free, key, size)
         self.now += size
         self.most = max(self.most, self.now)
-
-    def refuse(self, size: int) -> None:
-        import torch
-
-        raise torch.OutOfMemoryError(
-            f"CUDA out of memory. Tried to allocate {size / 2**20:.2f} MiB. GPU 0 has a total "
-            f"capacity of {self.limit / 2**30:.2f} GiB of which "
-            f"{(self.limit - self.now) / 2**20:.2f} MiB is free."
-        )
 
     def free(self, key: int, size: int) -> None:
         self.alive.discard(key)

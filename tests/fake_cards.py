@@ -120,7 +120,7 @@ def planned(*flags: str) -> int:
     """Returns how many bytes scripts.plan counts for a step of TRAINING with these flags too."""
     args = cli.train_arguments([*TRAINING, *flags])
     rows = plan.LongestRows.read(args, TOKENIZER)
-    return plan.memory(ROOT / "tiny" / "model", args, rows.training, rows.shared)["sum"]
+    return plan.Plan(ROOT / "tiny" / "model", args).step(rows.training, rows.shared)["sum"]
 
 
 def try_to_train(gpu: count.FakeGpu) -> dict:

@@ -142,7 +142,7 @@ def prefix_length(tiny):
 def costs(count, tmp_path_factory):
     """What each task costs where NF4's values are not kept."""
     path = tmp_path_factory.mktemp("costs") / "costs.json"
-    printed = count("--random-phi-2", 2, "--rows", 64, "--json", path)
+    printed = count("--random-phi-2", 2, "--json", path)
     costs = read_json(path)["indices alone"]
     for task, cost in costs.items():
         assert re.search(rf"{task} +indices alone +{cost['launches']:,} +{cost['waits']} ", printed)
@@ -181,7 +181,7 @@ def test_the_memory_is_that_of_the_plan(costs, rows, prefix_length, tmp_path):
     arguments += ["--dtype", "bf16", "--dropout", 0]
     args = cli.train_arguments(list(map(str, arguments)))
     encoded = sorted(rows[:16], key=lambda row: len(row[0]))
-    planned = plan.memory(tmp_path, args, encoded, prefix_length)["sum"] / 2**30
+    planned = plan.Plan(tmp_path, args).step(encoded, prefix_length)["sum"] / 2**30
     assert planned == pytest.approx(costs["train16"]["peak_gib"], rel=0.05)
 
 

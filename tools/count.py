@@ -24,7 +24,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python tools/count.py`
@@ -85,15 +85,19 @@ BY_CONTENT = ("nonzero", "masked_select", "unique", "_unique2")  # their shapes 
 
 @dataclass
 class Operation:
-    name: str
     launches: int
     moved: int  # bytes read and written
-    flops: int = 0
-    in_fp32: bool = False
+    flops: int
+    seconds: float
 
-    def seconds(self) -> float:
-        arithmetic = self.flops / (PEAK_FP32 if self.in_fp32 else PEAK)
-        return max(arithmetic, self.moved / BANDWIDTH, LAUNCH * self.launches)
+
+def operation(launches: int, moved: int, flops: int = 0, peak: float = PEAK) -> Operation:
+    seconds = max(flops / peak, moved / BANDWIDTH, LAUNCH * launches)
+    return Operation(launches, moved, flops, seconds)
+
+
+def total(operations: list[Operation]) -> Operation:
+    return Operation(*map(sum, zip((0, 0, 0, 0.0), *map(astuple, operations))))
 
 
 class FakeGraph:
@@ -104,10 +108,6 @@ class FakeGraph:
 
     gpu: "FakeGpu"  # install() sets it
 
-    def __init__(self):
-        self.operations = []
-        self.launches = 1
-
     @contextmanager
     def record(self, **options) -> Iterator[None]:
         """Replaces torch.cuda.graph."""
@@ -115,22 +115,11 @@ class FakeGraph:
         self.gpu.is_recording = True
         yield
         self.gpu.is_recording = False
-        self.operations = self.gpu.operations[before:]
+        self.recorded = replace(total(self.gpu.operations[before:]), launches=1)
         del self.gpu.operations[before:]
 
     def replay(self) -> None:
-        self.gpu.operations.append(self)
-
-    @property
-    def moved(self) -> int:
-        return sum(operation.moved for operation in self.operations)
-
-    @property
-    def flops(self) -> int:
-        return sum(operation.flops for operation in self.operations)
-
-    def seconds(self) -> float:
-        return sum(operation.seconds() for operation in self.operations)
+        self.gpu.operations.append(self.recorded)
 
 
 class FakeMode(FakeTensorMode):
@@ -142,18 +131,17 @@ class FakeGpu(TorchDispatchMode):
 
     operations: the operations, in order.
     waits: how often each line of the project waits for the GPU.
-    bytes: the bytes in use, and their peak.
+    bytes: the bytes in use, their peak, and their limit, at which an operation raises the error
+    that it raises on a GPU.
 
     When the CPU reads from the GPU it gets True, 0, or a probability of 0.5; in fp64, in which
-    processes.total adds, it gets 0. `capability` and `memory` (in bytes) are the card's. When no
-    memory is left, an operation raises the error that it raises on a GPU.
+    processes.total adds, it gets 0.
     """
 
-    def __init__(self, capability: tuple[int, int] = (9, 0), memory: int = 80 * 2**30):
+    def __init__(self):
         super().__init__()
         self.fake = FakeMode(allow_non_fake_inputs=True)
-        self.capability = capability
-        self.bytes = LiveBytes(limit=memory)
+        self.bytes = LiveBytes(limit=80 * 2**30)
         self.is_recording = False
         self.start()
 
@@ -167,35 +155,37 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         call = Call(function, args, kwargs or {})
-        if not call.is_on_gpu():
+        if not call.inputs and call.device != "cuda":
             return function(*args, **call.kwargs)
-        if self.is_recording and (call.is_read_by_the_cpu() or call.is_copy_to_the_gpu()):
+        is_read = call.is_read_by_the_cpu()
+        is_copy = call.is_copy_to_the_gpu()
+        if self.is_recording and (is_read or is_copy):
             # (Not a RuntimeError, after which generation would continue without a graph.)
             raise AssertionError(f"{function} cannot be in a CUDA graph: {caller()}")
-        if call.is_read_by_the_cpu():
+        if is_read:
             self.wait("a read from the GPU")
-            return stand_in(call)
-        if call.copies_and_waits():
+            return call.stand_in()
+        if is_copy and not call.goes_on():
             self.wait("a copy to the GPU")
         if call.has_shape_by_content():
-            self.wait(f"{call.name()}, whose shape depends on content")
+            self.wait(f"{call.name}, whose shape depends on content")
         with self.fake:
-            call.result = function(*args, **call.kwargs)
-        self.note(call)
-        return call.result
+            result = function(*args, **call.kwargs)
+        self.note(call, result)
+        return result
 
-    def wait(self, reason: str) -> None:
-        self.waits[f"{reason}: {caller()}"] += 1
-
-    def note(self, call: "Call") -> None:
-        outputs = call.outputs()
+    def note(self, call: "Call", result: object) -> None:
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor)]
         for tensor in outputs:
             if tensor.device.type == "cpu" and tensor.numel() > 1:
                 raise RuntimeError(f"{call.function} has made a tensor on the CPU: {caller()}")
             self.bytes.add(tensor.untyped_storage())
         has_content = any(tensor.numel() for tensor in outputs) or not outputs
-        if call.name() not in FREE and has_content:
-            self.operations.append(cost(call))
+        if call.name not in FREE and has_content:
+            self.operations.append(call.cost(result, outputs))
+
+    def wait(self, reason: str) -> None:
+        self.waits[f"{reason}: {caller()}"] += 1
 
 
 def caller() -> str:
@@ -208,105 +198,83 @@ def caller() -> str:
     return "elsewhere"
 
 
-@dataclass
 class Call:
-    """A call of one of torch's operators: its arguments and its result."""
+    """A call of one of torch's operators.
 
-    function: torch._ops.OpOverload
-    args: tuple
-    kwargs: dict
-    result: object = None
+    inputs: the tensors on the GPU. from_cpu: those on the CPU.
+    device: the type of the device that the call asks for, if any.
+    """
 
-    def name(self) -> str:
-        return self.function._schema.name.split("::")[-1]
-
-    def inputs(self) -> list[Tensor]:
-        """Returns the tensors on the GPU."""
-        leaves = tree_leaves((self.args, self.kwargs))
-        return [leaf for leaf in leaves if isinstance(leaf, FakeTensor)]
-
-    def from_cpu(self) -> list[Tensor]:
-        leaves = tree_leaves((self.args, self.kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_cpu]
-        return [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
-
-    def outputs(self) -> list[Tensor]:
-        return [leaf for leaf in tree_leaves(self.result) if isinstance(leaf, FakeTensor)]
-
-    def device(self) -> str | None:
-        """Returns the type of the device that the call asks for, if any."""
-        device = self.kwargs.get("device")
-        return torch.device(device).type if device is not None else None
-
-    def is_on_gpu(self) -> bool:
-        return bool(self.inputs()) or self.device() == "cuda"
+    def __init__(self, function: torch._ops.OpOverload, args: tuple, kwargs: dict):
+        self.function = function
+        self.name = function._schema.name.split("::")[-1]
+        self.args = args
+        self.kwargs = kwargs
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        self.inputs = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+        others = [tensor for tensor in tensors if not isinstance(tensor, FakeTensor)]
+        self.from_cpu = [tensor for tensor in others if tensor.is_cpu]
+        device = kwargs.get("device")
+        self.device = torch.device(device).type if device is not None else None
 
     def is_read_by_the_cpu(self) -> bool:
-        if self.name() == "copy_":
+        if self.name == "copy_":
             return not isinstance(self.args[0], FakeTensor)
-        to_cpu = self.name() == "_to_copy" and self.device() == "cpu"
-        return self.name() == "_local_scalar_dense" or to_cpu
+        to_cpu = self.name == "_to_copy" and self.device == "cpu"
+        return self.name == "_local_scalar_dense" or to_cpu
 
     def is_copy_to_the_gpu(self) -> bool:
-        if self.name() in ("_to_copy", "copy_"):
-            return bool(self.from_cpu())
-        is_index = self.name().startswith(("index", "_index"))
-        return is_index and any(tensor.dim() for tensor in self.from_cpu())
+        if self.name in ("_to_copy", "copy_"):
+            return bool(self.from_cpu)
+        is_index = self.name.startswith(("index", "_index"))
+        return is_index and any(tensor.dim() for tensor in self.from_cpu)
 
-    def copies_and_waits(self) -> bool:
-        """Returns whether this is a copy to the GPU for which the CPU waits."""
-        can_go_on = self.name() in ("_to_copy", "copy_") and (
-            self.kwargs.get("non_blocking") or True in self.args[2:]
-        )
-        return self.is_copy_to_the_gpu() and not can_go_on
+    def goes_on(self) -> bool:
+        """Returns whether the CPU does not wait for this copy."""
+        is_asked = self.kwargs.get("non_blocking") or True in self.args[2:]
+        return self.name in ("_to_copy", "copy_") and is_asked
 
     def has_shape_by_content(self) -> bool:
-        if self.name() == "index":
+        if self.name == "index":
             indices = [index for index in self.args[1] if index is not None]
             return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
-        return self.name() in BY_CONTENT
+        return self.name in BY_CONTENT
 
+    def stand_in(self) -> Tensor | int | bool:
+        """Returns what the CPU gets when it reads a tensor without content."""
+        source = self.args[0]
+        if self.name == "_local_scalar_dense":
+            return True if source.dtype is torch.bool else 0
+        if self.name == "copy_":
+            return source.zero_()
+        probability = 0.5 if source.dtype in (torch.bfloat16, torch.float32) else 0
+        dtype = self.kwargs.get("dtype") or source.dtype
+        return torch.full(source.shape, probability, dtype=dtype)
 
-def stand_in(call: Call) -> Tensor | int | bool:
-    """Returns what the CPU gets when it reads a tensor without content."""
-    source = call.args[0]
-    if call.name() == "_local_scalar_dense":
-        return True if source.dtype is torch.bool else 0
-    if call.name() == "copy_":
-        return source.zero_()
-    probability = 0.5 if source.dtype in (torch.bfloat16, torch.float32) else 0
-    return torch.full(source.shape, probability, dtype=call.kwargs.get("dtype") or source.dtype)
+    def cost(self, result: object, outputs: list[Tensor]) -> Operation:
+        moved = sum(map(size_of, self.inputs + outputs))
+        if self.name in GATHERS:
+            moved = 2 * size_of(outputs[0])
+        elif self.name == "index_copy_":
+            moved = 2 * size_of(self.args[3])
+        elif self.name in FILLS:
+            moved = sum(map(size_of, outputs))
+
+        launches = LAUNCHES.get(self.name, 1)
+        if self.name.startswith(("_foreach", "_fused_adam")):
+            launches = math.ceil(len(self.args[0]) / 30)  # one launch handles that many tensors
+        flops = 0
+        packet = self.function._overloadpacket
+        if packet in flop_registry:
+            flops = flop_registry[packet](*self.args, **self.kwargs, out_val=result)
+        is_fp32 = bool(self.inputs) and self.inputs[0].dtype is torch.float32
+        return operation(launches, moved, flops, PEAK_FP32 if is_fp32 else PEAK)
 
 
 def size_of(tensor: Tensor) -> int:
     """Returns the bytes that a kernel reads from a tensor. An expanded dimension counts once."""
-    count = 1
-    for length, stride in zip(tensor.shape, tensor.stride()):
-        count *= length if stride else 1
-    return count * tensor.element_size()
-
-
-def cost(call: Call) -> Operation:
-    name = call.name()
-    inputs = call.inputs()
-    outputs = call.outputs()
-    moved = sum(map(size_of, inputs + outputs))
-    if name in GATHERS:
-        moved = 2 * size_of(outputs[0])
-    elif name == "index_copy_":
-        moved = 2 * size_of(call.args[3])
-    elif name in FILLS:
-        moved = sum(map(size_of, outputs))
-
-    launches = LAUNCHES.get(name, 1)
-    if name.startswith(("_foreach", "_fused_adam")):
-        launches = math.ceil(len(call.args[0]) / 30)  # one launch handles that many tensors
-    flops = 0
-    packet = call.function._overloadpacket
-    if packet in flop_registry:
-        flops = flop_registry[packet](*call.args, **call.kwargs, out_val=call.result)
-    in_fp32 = bool(inputs) and inputs[0].dtype is torch.float32
-    return Operation(name, launches, moved, flops, in_fp32)
+    lengths = zip(tensor.shape, tensor.stride())
+    return tensor.element_size() * math.prod(length for length, stride in lengths if stride)
 
 
 # -----------------------------------------------------------------------------
@@ -315,23 +283,20 @@ def cost(call: Call) -> Operation:
 LOWER_RIGHT = "lower right"  # stands for the mask that packing.causal_lower_right makes
 
 
-def attention(q, k, v, attn_mask=None, is_causal=False, **options) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | str) -> Tensor:
     """Replaces F.scaled_dot_product_attention by the kernel that torch takes on a GPU."""
-    if attn_mask is LOWER_RIGHT:
+    is_causal = attn_mask is LOWER_RIGHT
+    if is_causal and q.dtype is torch.bfloat16:
+        return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
+    if is_causal:
         attn_mask = None
-        is_causal = True
-    scale = options.get("scale")
-    if attn_mask is None and q.dtype is torch.bfloat16:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention
-        return kernel(q, k, v, 0.0, is_causal, scale=scale)[0]
-    if attn_mask is not None:
+    else:
         width = attn_mask.shape[-1]
         if width % 16:  # the kernel needs rows that begin at multiples of 16
             attn_mask = F.pad(attn_mask, (0, -width % 16))[..., :width]
         attn_mask = attn_mask.expand(*q.shape[:3], width)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    has_gradient = torch.is_grad_enabled()
-    return kernel(q, k, v, attn_mask, has_gradient, 0.0, is_causal, scale=scale)[0]
+    return kernel(q, k, v, attn_mask, torch.is_grad_enabled(), 0.0, is_causal)[0]
 
 
 def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -342,7 +307,7 @@ def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[...
 
     def count_as_one(since: int, moved: int) -> None:
         if len(gpu.operations) > since:
-            gpu.operations[since:] = [Operation(function.__name__, 1, moved)]
+            gpu.operations[since:] = [operation(1, moved)]
 
     def run(x: Tensor, *others: Tensor) -> Tensor:
         x = x.view_as(x)  # the backward pass of this function computes its gradient
@@ -363,19 +328,13 @@ def as_one_kernel(gpu: FakeGpu, function: Callable[..., Tensor]) -> Callable[...
 def install(gpu: FakeGpu) -> None:
     """Replaces the functions with which a script asks about a GPU."""
     quant.kernels()  # imported while torch still finds no GPU
-    random_state = torch.zeros(16, dtype=torch.uint8)
     answers = {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
-        "is_current_stream_capturing": lambda: False,
         "current_stream": lambda device=None: None,
         "_lazy_init": lambda: None,
-        "get_rng_state": lambda device=None: random_state.clone(),
-        "set_rng_state": lambda state, device=None: None,
-        "manual_seed_all": lambda seed: None,
+        "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "get_device_name": lambda device=None: "no GPU",
-        "get_device_capability": lambda device=None: gpu.capability,
+        "get_device_capability": lambda device=None: (9, 0),
         "mem_get_info": lambda device=None: (gpu.bytes.limit - gpu.bytes.now, gpu.bytes.limit),
         "max_memory_allocated": lambda device=None: gpu.bytes.most,
         "reset_peak_memory_stats": lambda device=None: gpu.restart_peak(),
@@ -400,31 +359,19 @@ def install(gpu: FakeGpu) -> None:
 # phi-2 at full size, task by task
 
 
-@dataclass
-class Way:
-    """Whether a model keeps or recomputes something: memory against time."""
-
-    keep: bool  # NF4's values beside the indices
-    checkpointing: bool = False
-
-
-WAYS = {
-    "ours": Way(keep=True),
-    "indices alone": Way(keep=False),
-    "checkpointing": Way(keep=False, checkpointing=True),
-}
-
-
 class Subject:
-    """The model with its adapter, and the tasks that are counted."""
+    """The model with its adapter, and the tasks that are counted.
 
-    def __init__(self, config: phi2.Phi2Config, way: Way, tokenizer: Tokenizer):
+    keep: whether NF4's values are stored beside the indices.
+    """
+
+    def __init__(self, layers: int, tokenizer: Tokenizer, keep: bool, checkpointing: bool = False):
         with torch.device("meta"):
-            self.model = phi2.Phi2(config)
+            self.model = phi2.Phi2(phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0))
         quant.quantize_linears(self.model)
         fill(self.model)
-        evaluation.choose_what_is_stored(self.model, way.keep, "cuda")
-        self.model.model.recomputes_blocks = way.checkpointing
+        evaluation.choose_what_is_stored(self.model, keep, "cuda")
+        self.model.model.recomputes_blocks = checkpointing
         lora.inject(self.model, lora.LoRAConfig(dropout=0.0))
         self.parameters = lora.lora_parameters(self.model).values()
         self.optimizer = torch.optim.AdamW(self.parameters, fused=True)
@@ -457,14 +404,12 @@ class Subject:
 
 def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
     """Moves a model from the meta device to the fake GPU."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            new = torch.empty(parameter.shape, dtype=dtype, device="cuda")
-            setattr(module, name, nn.Parameter(new, requires_grad=False))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
         if isinstance(module, quant.NF4Linear):
             module.dtype = dtype
+    model.requires_grad_(False).to_empty(device="cuda")
 
 
 def longest_first(rows: list) -> list[list[int]]:
@@ -472,26 +417,32 @@ def longest_first(rows: list) -> list[list[int]]:
     return sorted((prompt for prompt, _ in rows), key=len, reverse=True)
 
 
+MOST_ROWS = 128  # of a task
 TASKS = {
     "train16": lambda subject, rows: subject.step(rows[:16]),
-    "train128": lambda subject, rows: subject.step(rows[:128]),
+    "train128": lambda subject, rows: subject.step(rows),
     "score": lambda subject, rows: subject.score(rows[:64]),
     "answer": lambda subject, rows: subject.write(rows[:64], 2),
     "ramble": lambda subject, rows: subject.write(rows[:64], 32),
 }
+# What a model keeps or computes again: memory against time.
+WAYS = {
+    "ours": {"keep": True},
+    "indices alone": {"keep": False},
+    "checkpointing": {"keep": False, "checkpointing": True},
+}
 
 
 def count_tasks(
-    gpu: FakeGpu, way: Way, layers: int, tokenizer: Tokenizer, rows: list
+    gpu: FakeGpu, way: dict, layers: int, tokenizer: Tokenizer, rows: list
 ) -> dict[str, dict]:
     """Returns the costs of each task. With checkpointing only training differs."""
-    config = phi2.Phi2Config(num_hidden_layers=layers, resid_pdrop=0.0)
     results = {}
     with gpu:
-        subject = Subject(config, way, tokenizer)
+        subject = Subject(layers, tokenizer, **way)
         subject.step(rows[:16])  # in which the optimiser creates its state
         for name, task in TASKS.items():
-            if way.checkpointing and not name.startswith("train"):
+            if "checkpointing" in way and not name.startswith("train"):
                 continue
             gpu.start()
             task(subject, rows)
@@ -500,14 +451,14 @@ def count_tasks(
 
 
 def summary(gpu: FakeGpu) -> dict:
-    launches = sum(operation.launches for operation in gpu.operations)
+    cost = total(gpu.operations)
     return {
-        "launches": launches,
+        "launches": cost.launches,
         "waits": sum(gpu.waits.values()),
-        "tflop": sum(operation.flops for operation in gpu.operations) / 1e12,
-        "gb": sum(operation.moved for operation in gpu.operations) / 1e9,
-        "gpu_ms": 1e3 * sum(operation.seconds() for operation in gpu.operations),
-        "cpu_ms": 1e3 * CPU_LAUNCH * launches,
+        "tflop": cost.flops / 1e12,
+        "gb": cost.moved / 1e9,
+        "gpu_ms": 1e3 * cost.seconds,
+        "cpu_ms": 1e3 * CPU_LAUNCH * cost.launches,
         "peak_gib": gpu.bytes.most / 2**30,
     }
 
@@ -546,13 +497,13 @@ def run_script(gpu: FakeGpu, script: str, arguments: list[str]) -> None:
             print(f"{count:6,}  {place}")
 
 
-def read_rows(args: argparse.Namespace, tokenizer: Tokenizer) -> list:
-    """Returns encoded rows of the first validation split or, without --dataset, drawn rows."""
-    if args.dataset is None:
-        pairs = mnli_lengths.validation_rows(tokenizer, args.rows)
+def read_rows(dataset: str | None, tokenizer: Tokenizer) -> list:
+    """Returns encoded rows of the first validation split or, without a dataset, drawn rows."""
+    if dataset is None:
+        pairs = mnli_lengths.validation_rows(tokenizer, MOST_ROWS)
     else:
-        split, *_ = examples.validation_splits(args.dataset)
-        pairs = examples.load_examples(args.dataset, split, args.rows)
+        split, *_ = examples.validation_splits(dataset)
+        pairs = examples.load_examples(dataset, split, MOST_ROWS)
     return [data.encode(pair, tokenizer) for pair in pairs]
 
 
@@ -566,7 +517,6 @@ def parse_arguments() -> argparse.Namespace:
         help="Hub id or directory (default: rows of MNLI's lengths, from tiny/data)")  # fmt: skip
     add("--tokenizer", type=flags.path, default=ROOT / "tiny" / "model",
         help="directory with a tokenizer.json (default: tiny/model)")  # fmt: skip
-    add("--rows", type=flags.count, default=256, help="number of rows, of which up to 128 are used")
     add("--json", type=flags.path, help="write all figures to this file")
     return parser.parse_args()
 
@@ -578,7 +528,7 @@ def main() -> None:
         return run_script(gpu, sys.argv[1], sys.argv[2:])
     args = parse_arguments()
     tokenizer = data.load_tokenizer(args.tokenizer)
-    rows = read_rows(args, tokenizer)
+    rows = read_rows(args.dataset, tokenizer)
     results = {}
     for name, way in WAYS.items():
         print(f"counting: {name}", file=sys.stderr, flush=True)

@@ -1,13 +1,8 @@
-"""Loads fake_gpu.cpp when it is imported, which must happen before torch is imported. Needs g++.
-
-This is a separate file so that it can be imported alone. count.py explains what the fake GPU is
-for.
-"""
+"""Loads fake_gpu.cpp when it is imported, which must happen before torch is imported. Needs g++."""
 
 import ctypes
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,8 +13,6 @@ from pathlib import Path
 
 def load() -> None:
     """Compiles fake_gpu.cpp for this version of torch, and loads it."""
-    if not shutil.which("g++"):
-        sys.exit("error: counting needs the compiler g++, for tools/fake_gpu.cpp")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     if (torch_folder / "lib" / "libtorch_cuda.so").exists():
         sys.exit(

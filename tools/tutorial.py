@@ -5,8 +5,8 @@
 The ```python blocks run one after another, with the same names, in the project's folder. A ```text
 block that follows one gets what it printed. A link such as [`inject`](../lora.py#L1) gets the
 number of the line that defines the name. A comment such as <!-- experiments.rank --> gets the
-results of that question as a table. docs/nf4.svg, the picture of a layer's weights, is drawn again.
-tests/test_docs.py fails if the page or the picture is out of date.
+results of that question as a table. docs/nf4.svg gets the bars of its histogram. tests/test_docs.py
+fails if the page or the picture is out of date.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ PICTURE = ROOT / "docs" / "nf4.svg"
 
 BLOCK = re.compile(r"(```python\n(?P<code>.*?)```\n)(?P<shown>\n```text\n.*?```\n)?", re.DOTALL)
 TABLE = re.compile(r"(<!-- experiments\.(?P<name>\w+) -->\n)(\|.*\n)*")
+BARS = re.compile(r'(<path class="bar" d=")[^"]*')
 LINK = re.compile(r"\[`(?P<name>[\w.]+)`\]\((?P<path>[\w./]+\.py)#L\d+\)")
 
 
@@ -79,58 +80,27 @@ def with_lines(text: str, folder: Path) -> str:
     return LINK.sub(link, text)
 
 
-# -----------------------------------------------------------------------------
-# The picture: weights of a layer and the levels of NF4
+def with_bars(svg: str, model: str = "tiny/model") -> str:
+    """Returns docs/nf4.svg with the current histogram of a layer's weights, scaled by block.
 
-HEAD = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 250" role="img">
-<title>Weights of a layer, each divided by the largest of its block, over the levels of NF4</title>
-<style>
-text { font: 13px system-ui, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328; }
-text { text-anchor: middle; }
-.paper { fill: #ffffff; stroke: #d0d7de; }
-.bar { fill: #4d7ea8; }
-.level { stroke: #c2701c; stroke-width: 2; }
-@media (prefers-color-scheme: dark) {
-  .paper { fill: #0d1117; stroke: #3d444d; }
-  text { fill: #f0f6fc; }
-  .bar { fill: #6ba4d8; }
-  .level { stroke: #e8964a; }
-}
-</style>
-<rect class="paper" x="1" y="1" width="638" height="248" rx="10"/>
-"""
-BARS = 80
-
-
-def picture(model: str = "tiny/model") -> str:
-    """Returns an SVG: a histogram of a layer's weights, scaled by block, above the 16 levels."""
+    The rest of the picture, its style and the 16 levels of NF4, is written by hand there.
+    """
     phi = phi2.build(model)
     phi2.load_weights(phi, model, "cpu", torch.float32)
     blocks = phi.model.layers[0].mlp.fc1.weight.detach().reshape(-1, quant.BLOCK)
     scaled = blocks / blocks.abs().amax(dim=1, keepdim=True)
-    counts = torch.histc(scaled, BARS, -1, 1)
+    counts = torch.histc(scaled, 80, -1, 1)
     # The first and the last bar hold the largest weight of each block, which is -1 or 1.
-    heights = 150 * counts / counts[1:-1].max()
-
-    lines = [HEAD]
-    for number, height in enumerate(heights.clamp(max=160).round().int().tolist()):
-        place = f'x="{20 + number * 600 / BARS}" y="{190 - height}"'
-        lines.append(f'<rect class="bar" {place} width="6.5" height="{height}"/>\n')
-    for level in quant.LEVELS.tolist():
-        x = round(320 + 300 * level, 1)
-        lines.append(f'<path class="level" d="M{x} 194 V214"/>\n')
-    for level in (-1, 0, 1):
-        lines.append(f'<text x="{320 + 300 * level}" y="234">{level}</text>\n')
-    lines.append('<text x="470" y="40">weights / absmax of their block</text>\n')
-    lines.append('<text x="170" y="234">the 16 levels of NF4</text>\n</svg>\n')
-    return "".join(lines)
+    heights = (150 * counts / counts[1:-1].max()).clamp(max=160).round().int()
+    bars = [f"M{20 + 7.5 * bar} 190v-{height}h6.5v{height}" for bar, height in enumerate(heights)]
+    return BARS.sub(r"\g<1>" + "\n".join(bars), svg)
 
 
 def main() -> None:
     text = TUTORIAL.read_text(encoding="utf-8")
     text = with_lines(with_tables(with_outputs(text)), TUTORIAL.parent)
     TUTORIAL.write_text(text, encoding="utf-8")
-    PICTURE.write_text(picture(), encoding="utf-8")
+    PICTURE.write_text(with_bars(PICTURE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
