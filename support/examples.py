@@ -7,7 +7,6 @@ dataset is read.
 A dataset on the Hub is downloaded (hub_datasets.py) and read like any other folder.
 """
 
-import ast
 import functools
 import sys
 from argparse import Namespace
@@ -24,10 +23,8 @@ from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
-    NUMBERS,
     as_word,
     check_meanings,
-    is_number,
     refuse_names_in_card,
     said_labels,
 )
@@ -173,26 +170,6 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
         unlabelled = every_row["label"].count(NO_LABEL)
         counts[split] = {"read": len(every_row), "without_label": unlabelled, "used": len(rows)}
     return counts
-
-
-def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
-    """Returns the words for the labels 0, 1 and 2 in the rows of a split.
-
-    If there are several words for a label, returns the most frequent. Returns those of LABELS
-    if the rows have numbers, or if all their words are understood without --labels.
-    """
-    rows, _ = read_split(dataset, split, reading)
-    counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
-    words = {}
-    for row in sorted(Rows(counts), key=lambda row: (row["count_all"], row["written"])):
-        if row["label"] == NO_LABEL or row["written"][0] not in "'\"":  # which repr gives texts
-            continue
-        word = ast.literal_eval(row["written"])
-        # A number here could be mistaken for the number that the model answers.
-        if not is_number(word):
-            words[row["label"]] = word
-    is_known = all(as_word(word) in NUMBERS for word in words.values())
-    return [name if is_known else words.get(number, name) for number, name in enumerate(LABELS)]
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:

@@ -22,10 +22,10 @@ from support.examples import (
     Reading,
     count_rows,
     find_splits,
-    label_words,
     load_examples,
     validation_splits,
 )
+from support.labels import label_words
 
 TINY = str(ROOT / "tiny" / "data")
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
@@ -578,27 +578,19 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "labels, given, words",
+    "given, words",
     [
-        ([0, "1", 2.0], (), ["entailment", "neutral", "contradiction"]),
-        (["e", "N", "n", "contradictory", "-"], (), ["entailment", "neutral", "contradiction"]),
-        (["yes", "Yes", "Yes", "no"], ("yes=e", "no=n", "x=c"), ["Yes", "no", "contradiction"]),
-        (["no", "yes", "perhaps"], ("no=c", "yes=e", "perhaps=n"), ["yes", "perhaps", "no"]),
-        ([-1, 0, 1], ("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
-        (
-            ["follows", "unclear", "contradicts"],  # the last is known, and theirs too
-            ("follows=e", "unclear=n", "contradicts=c"),
-            ["follows", "unclear", "contradicts"],
-        ),
-        (["1.5", "-2"], ("1.5=c", "-2=n", "x=e"), ["entailment", "neutral", "contradiction"]),
-        (["1", "2", "it's"], ("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
+        ((), ["entailment", "neutral", "contradiction"]),
+        (("c", "n", "e"), ["entailment", "neutral", "contradiction"]),
+        (("no=c", "Yes=e", "perhaps=n"), ["Yes", "perhaps", "no"]),
+        (("-1=c", "0=n", "1=e"), ["entailment", "neutral", "contradiction"]),
+        (("1=e", "2=n", "it's=c"), ["entailment", "neutral", "it's"]),
+        (("=n", "yes=e", "no=c"), ["yes", "neutral", "no"]),
     ],
     ids=str,
 )
-def test_labels_are_called_what_most_rows_call_them(write, labels, given, words):
-    folder = write(train=[ROW | {"label": label} for label in labels])
-    forget_what_was_read()
-    assert label_words(folder, "train", Reading(labels=given)) == words
+def test_labels_are_called_what_labels_calls_them(given, words):
+    assert label_words(given) == words
 
 
 # -----------------------------------------------------------------------------
