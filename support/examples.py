@@ -73,19 +73,12 @@ BY_THE_TABLES = Reading()
 def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
     """Returns the files of each split. Raises ValueError if there is no such dataset."""
     directory = Path(dataset)
-    try:
-        if directory.is_file():
-            name = f"train{directory.suffix}"
-            raise ValueError(
-                f"{dataset} is a file: put it as {name} into a folder of its own, and pass that "
-                "folder"
-            )
-        if not dataset or not directory.is_dir():
-            return hub_datasets.find_splits(dataset, revision)
-        hub.refuse_revision("dataset", dataset, revision)
-        return find_files(directory)
-    except OSError as error:  # permission is denied, or a repository has no such files
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
+    if directory.is_file():
+        raise ValueError(f"{dataset} is a file: call it train{directory.suffix}, pass its folder")
+    if not dataset or not directory.is_dir():
+        return hub_datasets.find_splits(dataset, revision)
+    hub.refuse_revision("dataset", dataset, revision)
+    return find_files(directory)
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
@@ -110,10 +103,10 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     names = split_names(dataset, reading)
     found = [name for name in names if name.startswith("validation")]
     if not found:
-        cure = "--split names the one to evaluate"
-        if "train" in names:
-            cure = "--validation 0.05 (0.2 for a few hundred rows) takes a part of train for it"
-        raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
+        raise ValueError(
+            f"{dataset} has no validation split, only {', '.join(names)}; --validation 0.05 (0.2 "
+            "for a few hundred rows) takes a part of train; eval.py --split evaluates any other"
+        )
     return found
 
 
@@ -138,11 +131,7 @@ def load_examples(
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
     if processes.IS_FIRST:
-        line = f"{split}: {describe_rows(table, labelled, taken)}"
-        splits = find_splits(dataset, reading.revision)
-        if reading.validation and split.startswith("validation") and split in splits:
-            line += "; the dataset has this split, so --validation takes nothing from train"
-        print(line, file=sys.stderr)
+        print(f"{split}: {describe_rows(table, labelled, taken)}", file=sys.stderr)
     return Rows(taken)
 
 
@@ -156,9 +145,6 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     absent = [name for number, name in enumerate(LABELS) if number not in present]
     if absent:
         line += f", none of {' or '.join(absent)}"
-        # The first rows are taken; in sorted rows the first ones all have the same label.
-        if len(present) < len(compute.unique(labelled["label"])):
-            line += ": take more, or shuffle the rows"
     return line
 
 
