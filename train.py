@@ -52,7 +52,6 @@ from support import (
     files,
     fingerprint,
     full_memory,
-    labels,
     loss_scale,
     metrics,
     packing,
@@ -330,7 +329,7 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
     # Values that report.html and eval.py show with the arguments
     shown = {
         "base_parameters": inputs.num_parameters,
-        "label_words": labels.label_words(inputs.reading.labels),
+        "label_words": examples.label_words(inputs.reading),
     }
     return resume.State(
         arguments=cli.as_json(args) | {"digests": digests} | shown,

@@ -23,6 +23,7 @@ from support.fingerprint import digest_rows
 from support.labels import (
     LABELS,
     NO_LABEL,
+    NUMBERS,
     as_word,
     check_meanings,
     refuse_names_in_card,
@@ -156,6 +157,17 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
         unlabelled = every_row["label"].count(NO_LABEL)
         counts[split] = {"read": len(every_row), "without_label": unlabelled, "used": len(rows)}
     return counts
+
+
+def label_words(reading: Reading) -> list[str]:
+    """Returns the words that --labels names for 0, 1 and 2, or else the usual ones."""
+    words = list(LABELS)
+    for text in reading.labels:
+        word, _, meaning = text.rpartition("=")
+        # A number here could be mistaken for the number that the model answers.
+        if word and not as_word(word).lstrip("-").isdigit():
+            words[NUMBERS[as_word(meaning)]] = word
+    return words
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:

@@ -28,17 +28,6 @@ def as_word(label) -> str:
     return "" if label is None else re.sub(r"\.0+$", "", plain(str(label)))
 
 
-def label_words(given: tuple[str, ...]) -> list[str]:
-    """Returns the words for 0, 1 and 2 in rows that are read with --labels, or the usual ones."""
-    words = list(LABELS)
-    for text in given:
-        word, _, meaning = text.rpartition("=")
-        # A number here could be mistaken for the number that the model answers.
-        if word and not as_word(word).lstrip("-").isdigit():
-            words[NUMBERS[as_word(meaning)]] = word
-    return words
-
-
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
     """Returns the distinct labels of a column as 0, 1, 2, or NO_LABEL.
 

@@ -22,10 +22,10 @@ from support.examples import (
     Reading,
     count_rows,
     find_splits,
+    label_words,
     load_examples,
     validation_splits,
 )
-from support.labels import label_words
 
 TINY = str(ROOT / "tiny" / "data")
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
@@ -576,7 +576,7 @@ def test_labels_that_are_said_and_nowhere_there_are_refused(write, tmp_path):
     ids=str,
 )
 def test_labels_are_called_what_labels_calls_them(given, words):
-    assert label_words(given) == words
+    assert label_words(Reading(labels=given)) == words
 
 
 # -----------------------------------------------------------------------------
