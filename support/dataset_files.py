@@ -115,15 +115,17 @@ def check_parts(split: str, paths: list[Path]) -> None:
     count = len(paths)
     kinds = set()
     numbers = []
+    totals = set()
     for path in paths:
         stem, suffix = stem_and_suffix(path)
         part = PART.search(stem)
         number, total = part.groups() if part else (-1, None)
-        kinds.add((path.parent, PART.sub("", stem), suffix, int(total or count)))
+        kinds.add((path.parent, PART.sub("", stem), suffix))
         numbers.append(int(number))
+        totals.add(int(total or count))
     # One file may have any number in its name.
     are_all = count == 1 or sorted(numbers) in (list(range(count)), list(range(1, count + 1)))
-    if len(kinds) > 1 or total and int(total) != count or not are_all:
+    if len(kinds) > 1 or totals != {count} or not are_all:
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
             f"the split {split}; remove the files that you do not mean, or pass another folder"

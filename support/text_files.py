@@ -118,7 +118,7 @@ def read_table(text: str) -> dict[str, list]:
         lines = [line.removesuffix("\r").split("\t") for line in text.split("\n")]
         if not has_quoted_fields(text, lines):
             return as_columns(lines)
-    return as_columns(split_quoted(text, separator, has_spaces(text, separator, header)))
+    return as_columns(split_quoted(text, separator))
 
 
 def is_quoted(text: str, separator: str) -> bool:
@@ -146,27 +146,21 @@ def is_even(lines: list[list[str]]) -> bool:
     return all(len(line) == len(lines[0]) for line in lines if any(line))
 
 
-def has_spaces(text: str, separator: str, header: str) -> bool:
-    """Returns whether a space follows each separator, so that a quote after it opens a field.
-
-    This is the case if the header has such spaces, or if some line has one before its first quote,
-    or after a field in quotes with which it begins.
-    """
-    if all(name[:1] == " " for name in header.split(separator)[1:]):
-        return True
-    return bool(re.search(rf'(?m)^(?:[^"\n]*|{QUOTED}){re.escape(separator)} "', text))
-
-
-def split_quoted(text: str, separator: str, skips_spaces: bool) -> Iterator[list[str]]:
+def split_quoted(text: str, separator: str) -> Iterator[list[str]]:
     """Yields the fields of each row. Some may be in quotes, and a quote in these is doubled.
 
+    If a space follows each separator in one of the first two lines, such spaces are skipped.
     Raises ValueError with the line where an invalid row begins.
     """
+    is_spaced = any(
+        line.count(separator) == line.count(f"{separator} ") > 1
+        for line in text.split("\n", maxsplit=2)[:2]
+    )
     lines = csv.reader(
         # (A StringIO takes four bytes per character, and more time.)
         io.TextIOWrapper(io.BytesIO(text.encode()), encoding="utf-8", newline=""),
         delimiter=separator,
-        skipinitialspace=skips_spaces,
+        skipinitialspace=is_spaced,
         # With strict, most unclosed quotes, which would swallow the rows after them, are errors.
         strict=True,
     )
