@@ -197,11 +197,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
 def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str]]:
     """Returns what --validation leaves of train, what it takes, and the names of the columns."""
     rows, columns = read_split(dataset, "train", reading._replace(validation=None))
-    try:
-        train, validation = cut_by_premise(rows, reading.validation)
-    except ValueError as error:
-        raise ValueError(f"{dataset}: {error}") from None
-    return train, validation, columns
+    return *cut_by_premise(rows, reading.validation), columns
 
 
 def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
@@ -235,8 +231,7 @@ def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...
 
     Returns no names for a directory, or if --labels says what the numbers mean.
     """
-    said = said_labels(reading.labels) if reading.labels else {}
-    if Path(dataset).is_dir() or any(map(str.isdigit, said)):
+    if Path(dataset).is_dir() or any(map(str.isdigit, said_labels(reading.labels))):
         return ()
     return hub_datasets.read_card(dataset, reading.revision).names.get(column, ())
 
@@ -245,9 +240,6 @@ def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:
     """Returns the columns of each file. Raises ValueError if they are not the same."""
     parts = {path: read_file(path) for path in paths}
     first = paths[0]
-    # Spark writes some parts without rows, with only a header or a type for each column.
-    if not any(len(values) for columns in parts.values() for values in columns.values()):
-        raise ValueError(f"cannot read {first}: it holds no rows")
     for path, columns in parts.items():
         differing = sorted(columns.keys() ^ parts[first].keys())
         if differing:
