@@ -171,24 +171,15 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
 
 
 def table_columns(table: pyarrow.Table) -> dict[str, Column]:
-    """Returns the columns of a table. Numbers that the table has names for become these names."""
+    """Returns the columns of a table. Numbers that `datasets` has named become their names."""
     check_names(table.column_names)
     columns = dict(zip(table.column_names, table.columns))
-    for column, names in names_of_labels(table.schema).items():
-        if column in columns:
-            columns[column] = named(columns[column], names)
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+    for column, feature in metadata.get("info", {}).get("features", {}).items():
+        is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        if is_label and column in columns:
+            columns[column] = named(columns[column], feature["names"])
     return columns
-
-
-def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """Returns the names of 0, 1, ... for each label column that `datasets` has written."""
-    metadata = json.loads((schema.metadata or {}).get(b"huggingface", "{}"))
-    features = metadata.get("info", {}).get("features", {})
-    return {
-        column: feature["names"]
-        for column, feature in features.items()
-        if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-    }
 
 
 def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:

@@ -91,7 +91,7 @@ def locate(saved: dict, source: Origin, typed: dict) -> dict:
 
 
 def has_its_rows(
-    source: Origin, dataset: str, revision: str | None = None, splits: list[str] | None = None
+    source: Origin, dataset: str, revision: str | None, splits: list[str] | None
 ) -> bool:
     """Returns whether the splits to evaluate hold the same rows as in the run.
 
@@ -131,11 +131,9 @@ def reading_of(args: Namespace) -> Reading:
     if is_its or has_its_rows(source, args.dataset, typed.revision, splits):
         return Reading.of(Namespace(**(vars(args) | untyped)))
     if processes.IS_FIRST and (untyped or not args.is_dataset_typed):
-        flags = quoted(*Reading.of(Namespace(**untyped)).flags())
-        consequence = f", so these flags of the run are not used: {flags}" if flags else ""
-        print(
-            f"{args.dataset} does not hold the rows that {source.run} was trained with"
-            f"{consequence}",
-            file=sys.stderr,
-        )
+        note = f"{args.dataset} does not hold the rows that {source.run} was trained with"
+        if untyped:
+            flags = quoted(*Reading.of(Namespace(**untyped)).flags())
+            note += f", so these flags of the run are not used: {flags}"
+        print(note, file=sys.stderr)
     return typed
