@@ -74,7 +74,8 @@ def token_lengths(rows: Rows, tokenizer: Tokenizer, split: str) -> list[int]:
 
 def describe_rows(rows: Rows, lengths: list[int]) -> None:
     """Prints the number of rows by label, percentiles of lengths, and an example of each label."""
-    counts = numpy.bincount(rows["label"], minlength=3)
+    labels = rows["label"]
+    counts = numpy.bincount(labels, minlength=3)
     by_label = ", ".join(f"{count:,} {name}" for name, count in zip(LABELS, counts))
     print(f"  {len(rows):,} rows taken: {by_label}")
     # "higher": a length that occurs, not one between the lengths of two rows.
@@ -84,7 +85,6 @@ def describe_rows(rows: Rows, lengths: list[int]) -> None:
         f"  tokens of prompt and answer: {shortest} to {longest}, median {median}, "
         f"95% up to {p95}, 99% up to {p99}"
     )
-    labels = rows["label"]
     for label, name in enumerate(LABELS):
         if label in labels:  # among few rows a label may be missing
             first = rows[labels.index(label)]
@@ -110,10 +110,10 @@ def print_tokens(rows: Rows, number: int, tokenizer: Tokenizer, split: str) -> N
     print(f"  row {number:,}: {len(prompt) + len(answer)} tokens, with their ids; a dot is a space")
     for title, ids in parts.items():
         print(f"\n  {title} ({len(ids)})")
-        texts = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
-        cells = [
-            f"{printable(text)}={token}".replace(" ", "\u00b7") for text, token in zip(texts, ids)
-        ]
+        cells = []
+        for token in ids:
+            text = printable(tokenizer.decode([token], skip_special_tokens=False))
+            cells.append(f"{text}={token}".replace(" ", "\u00b7"))
         lines = textwrap.wrap(
             " ".join(cells),
             width=shutil.get_terminal_size().columns - 4,
