@@ -61,8 +61,7 @@ class Reading(NamedTuple):
 
 
 BY_THE_TABLES = Reading()
-# What is read of a repository on the Hub that holds several datasets, each in a folder. Its card
-# lists the labels of them all; those of MNLI are numbered as ours.
+# What is read of a repository on the Hub that holds several datasets, each in a folder.
 FOLDERS = {"nyu-mll/glue": "mnli"}
 
 
@@ -228,7 +227,7 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     for name, values in shown_columns(parts.values()).items():
         table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
-    if not reading.labels and dataset not in FOLDERS and any(map(str.isdigit, words)):
+    if not reading.labels and any(map(str.isdigit, words)):
         refuse_names_in_card(first.parent)
     return Rows(table), columns
 

@@ -76,7 +76,6 @@ def make_dataset(directory: Path) -> Path:
             rows = rows.remove_columns("label").add_column("label", [-1] * len(rows))
         rows.to_parquet(directory / "mnli" / f"{split}-00000-of-00001.parquet")
     shutil.copytree(directory / "mnli", directory / "rte")  # another dataset, that is not needed
-    (directory / "README.md").write_text(NAMES)  # as of any of them
     return directory
 
 
