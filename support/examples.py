@@ -2,7 +2,7 @@
 
 Tables in dataset_files.py, columns.py and labels.py list the names that files, columns and labels
 may have; to support another name, add it there. `python -m scripts.describe` shows how a
-dataset is read. A dataset on the Hub is downloaded, and read like any other folder.
+dataset is read.
 """
 
 import functools

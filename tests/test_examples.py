@@ -14,7 +14,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from conftest import SHARED, forget_what_was_read
+from conftest import SHARED, forget_what_was_read, script
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet as pyarrow_parquet
 
@@ -978,3 +978,12 @@ def test_what_may_not_be_read_is_named(closed):
             os.chmod(Path(folder) / closed, 0o755)
     assert f"{folder}/{closed}" in str(raised.value)
     assert "Permission denied" in str(raised.value)
+
+
+def test_files_of_a_directory_need_no_cache(tmp_path):
+    put(tmp_path, "train.jsonl")
+    (tmp_path / "file").write_text("no folder")
+    home = {"HF_HOME": str(tmp_path / "file" / "cache")}
+    describe = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset")
+    done = script(*describe, tmp_path, env=home, fresh=True)
+    assert done.returncode == 0, done.stderr
