@@ -72,7 +72,10 @@ def table_of(
         column: as_texts(part[columns[column]], column, place)
         for column in ("premise", "hypothesis")
     }
-    labels, label_of_row = different(part[columns["label"]])
+    try:
+        labels, label_of_row = different(part[columns["label"]])
+    except pyarrow.ArrowException as error:  # bytes that are not UTF-8
+        raise ValueError(f"{place}: the label: {error}") from None
     numbers = label_numbers(labels, label_of_row, given, place)
     values["label"] = pyarrow.array(numbers, pyarrow.int8()).take(label_of_row)
     written = pyarrow.array(map(repr, labels), pyarrow.string())

@@ -14,7 +14,7 @@ import datasets
 import pandas
 import pyarrow
 import pytest
-from conftest import SHARED, forget_what_was_read, script
+from conftest import ROOT, SHARED, forget_what_was_read, script
 from pyarrow import csv as arrow_csv
 from pyarrow import parquet as pyarrow_parquet
 
@@ -27,6 +27,7 @@ from support.examples import (
     validation_splits,
 )
 
+TINY = str(ROOT / "tiny" / "data")
 ROW = {"premise": "Anna bought a dog.", "hypothesis": "Anna bought an animal.", "label": 0}
 DOG = ROW["premise"]
 BY_COLUMNS = (
@@ -70,6 +71,12 @@ def test_parquet_csv_tsv_and_shards_hold_the_same_rows(tmp_path):
     assert splits == ["validation_matched", "validation_mismatched"]
     for split in splits:
         assert list(load_examples(directory, split)) == [ROW, QUOTED]
+
+
+def test_matched_and_mismatched_stay_apart():
+    splits = validation_splits(TINY)
+    assert splits == ["validation_matched", "validation_mismatched"]
+    assert [len(load_examples(TINY, split)) for split in splits] == [1000, 1000]
 
 
 def test_rows_without_a_label_are_dropped_and_counted(write, capsys):
@@ -277,7 +284,7 @@ def test_texts_are_read_as_they_stand(tmp_path):
     """Quotes that a tab-separated file has, words that stand for nothing elsewhere, any letter."""
     texts = [
         '"Oh," she said.', '"Why?"', 'He said "no".', '"', 'a "b', "None", "NA", "N/A", "null",
-        "NaN", "-", "007", "2019-01-01", "\u2028line", " spaces ", "caf\u00e9 \U0001f339", "#",
+        "nan", "NaN", "-", "1", "2019-01-01", "\u2028line", " spaces ", "caf\u00e9 \U0001f339", "#",
     ]  # fmt: skip
     rows = [{"premise": text, "hypothesis": text, "label": 1} for text in texts]
     lines = ["premise\thypothesis\tlabel", *(f"{text}\t{text}\t1" for text in texts)]
@@ -429,12 +436,31 @@ def test_columns_of_any_other_name_can_be_said(write):
             load_examples(write(train=[row]), "train", reading=Reading(columns=columns))
 
 
+def test_a_file_that_has_changed_is_read_anew_even_at_the_same_time(tmp_path):
+    """Copies keep the time of their original, by which the library's cache would go."""
+    for rows in ([ROW, QUOTED], [QUOTED]):
+        put(tmp_path, "train.jsonl", rows)
+        os.utime(tmp_path / "train.jsonl", (1e9, 1e9))
+        forget_what_was_read()
+        assert list(load_examples(str(tmp_path), "train")) == rows
+
+
 def test_a_split_saved_to_disk_is_called_by_its_folder_however_that_is_typed(
     tmp_path, monkeypatch
 ):
     datasets.Dataset.from_list([ROW]).save_to_disk(tmp_path / "test")
     monkeypatch.chdir(tmp_path / "test")
     assert list(find_splits(".")) == ["test"]
+
+
+def test_texts_of_a_table_stay_texts_however_many_rows_look_like_numbers(tmp_path):
+    texts = ["A room."] * 20_000 + ["007", "1.10", "True"] * 5_000
+    lines = [f"{text},{text},1" for text in texts]
+    (tmp_path / "train.csv").write_text("\n".join(["premise,hypothesis,label", *lines]))
+    assert load_examples(str(tmp_path), "train")["hypothesis"][:] == texts
+    (tmp_path / "train.csv").write_text("premise,hypothesis,label\n007,1.10,2\n")
+    forget_what_was_read()
+    assert load_examples(str(tmp_path), "train")[0]["premise"] == "007"
 
 
 def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
@@ -447,6 +473,16 @@ def test_one_split_that_was_saved_to_disk_is_train(tmp_path):
         load_examples(str(tmp_path / "pairs"), "train")
     rows.save_to_disk(tmp_path / "test", num_shards=2)
     assert list(load_examples(str(tmp_path / "test"), "test")) == [ROW, QUOTED]
+
+
+def test_columns_and_kinds_of_values_may_come_late_in_a_json_file(tmp_path):
+    """The library reads 10 MB at a time, and takes the columns of the first part for all."""
+    long = ROW | {"premise": "A" * 300, "id": 1, "genre": None}
+    late = long | {"id": "a1", "genre": "fiction", "note": "new", "label": "-"}
+    put(tmp_path, "train.jsonl", [long] * 30_000 + [late, QUOTED])
+    rows = load_examples(str(tmp_path), "train")
+    assert len(rows) == 30_001
+    assert rows[-1] == QUOTED | {"genre": None}
 
 
 @pytest.mark.parametrize(
@@ -813,7 +849,7 @@ def test_half_a_surrogate_pair_in_a_column_that_nobody_reads_does_no_harm(write)
     "column, message",
     [
         ("premise", "train.parquet, row 1: the premise is not UTF-8: .*can't decode byte 0xe9"),
-        ("label", "Invalid UTF8 sequence at string index 1"),
+        ("label", "train.parquet: the label: .*Invalid UTF8 sequence at string index 1"),
     ],
 )
 def test_bytes_that_are_not_utf_8_are_named(tmp_path, column, message):
