@@ -79,7 +79,7 @@ VENV = $(PYTHON) -c '$(TOO_OLD)' && $(PYTHON) -m venv
 $(LOWEST)/run: requirements.txt requirements-dev.txt
 	@$(VENV) $(LOWEST)
 	sed 's/>=\([^,]*\).*/==\1/' requirements.txt > $(LOWEST)/requirements.txt
-	grep -E '^(pytest|hypothesis|datasets)' requirements-dev.txt >> $(LOWEST)/requirements.txt
+	grep -E '^(pytest|hypothesis)' requirements-dev.txt >> $(LOWEST)/requirements.txt
 	$(LOWEST)/bin/python $(INSTALL) -r $(LOWEST)/requirements.txt
 	touch $@
 

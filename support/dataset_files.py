@@ -2,7 +2,10 @@
 
 To support another form, add a word to SPLITS, or a suffix and its function to READERS at the
 end. columns.py and labels.py check the contents of the rows; text_files.py reads JSON and tables
-of text. docs/decisions.md says why load_dataset does not read them.
+of text.
+
+Local files are read here rather than by load_dataset. Its cache identifies a file by name and
+time only, so it may return the rows of another file, and its readers guess types and quotes.
 """
 
 import gzip
@@ -10,7 +13,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +22,7 @@ import pyarrow
 from pyarrow import ipc, parquet
 
 from support.columns import Column, check_names, different
+from support.labels import as_word
 from support.text_files import read_json, read_table
 
 # Words in a file's name that name its split. What follows the word is kept: dev_matched becomes
@@ -39,6 +43,7 @@ LFS_POINTER = b"version https://git-lfs"
 def find_files(directory: Path) -> dict[str, list[Path]]:
     """Returns the files of each split, from the directory itself or up to two levels below it."""
     folders = [directory]
+    others = []
     for _ in range(3):
         # Not glob, which silently leaves out folders that cannot be read.
         paths = [path for folder in folders for path in folder.iterdir()]
@@ -47,9 +52,11 @@ def find_files(directory: Path) -> dict[str, list[Path]]:
         if splits:
             return splits
         folders = [path for path in paths if path.is_dir()]
+        others += [str(path.relative_to(directory)) for path in paths if not path.is_dir()]
+    others = ", ".join(sorted(others))
     raise ValueError(
-        f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}); for a dataset "
-        "on the Hub, --dataset-revision refs/convert/parquet may have one"
+        f"{directory} holds no train.* or validation*.* file ({', '.join(READERS)}), "
+        f"only {others[:200] or 'nothing'}"
     )
 
 
@@ -63,7 +70,11 @@ def group_by_split(paths: list[Path], directory: Path) -> dict[str, list[Path]]:
             splits.setdefault(split, []).append(path)
     for split, parts in splits.items():
         check_parts(split, parts)
-    # One such as train_en is called train if there is no other.
+    return with_train(splits)
+
+
+def with_train(splits: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Returns the splits; one such as train_en is called train if there is no other."""
     trains = [split for split in splits if split.startswith("train")]
     return {"train" if trains == [split] else split: parts for split, parts in splits.items()}
 
@@ -182,11 +193,16 @@ def table_columns(table: pyarrow.Table) -> dict[str, Column]:
     return columns
 
 
-def named(numbers: pyarrow.ChunkedArray, names: list[str]) -> pyarrow.ChunkedArray:
+def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
     """Returns the name of each number. A number without one, such as -1, becomes its text."""
     values, value_of_row = different(numbers)
     name_of = dict(enumerate(names))
-    texts = [None if value is None else str(name_of.get(value, value)) for value in values]
+    name_of |= {str(number): name for number, name in enumerate(names)}  # for a table of text
+    keys = [value if isinstance(value, (int, float)) else as_word(value) for value in values]
+    texts = [
+        None if value is None else str(name_of.get(key, value))
+        for key, value in zip(keys, values)
+    ]
     texts = pyarrow.array(texts, pyarrow.string())
     return pyarrow.chunked_array([pyarrow.DictionaryArray.from_arrays(value_of_row, texts)])
 

@@ -3,6 +3,8 @@
 Tables in dataset_files.py, columns.py and labels.py list the names that files, columns and labels
 may have; to support another name, add it there. `python -m scripts.describe` shows how a
 dataset is read.
+
+A dataset on the Hub is downloaded (hub_datasets.py) and read like any other folder.
 """
 
 import functools
@@ -14,18 +16,18 @@ from typing import NamedTuple
 import pyarrow
 from pyarrow import compute
 
-from support import hub, processes
+from support import hub, hub_datasets, processes
 from support.columns import Column, find_columns, joined, shown_columns, table_of
-from support.dataset_files import READERS, find_files, read_file
+from support.dataset_files import find_files, named, read_file
 from support.fingerprint import digest_rows
 from support.labels import (
-    CARDS,
     LABELS,
     NO_LABEL,
     NUMBERS,
     as_word,
     check_meanings,
     refuse_names_in_card,
+    said_labels,
 )
 from support.rows import Rows, cut_by_premise
 
@@ -61,8 +63,6 @@ class Reading(NamedTuple):
 
 
 BY_THE_TABLES = Reading()
-# What is read of a repository on the Hub that holds several datasets, each in a folder.
-FOLDERS = {"nyu-mll/glue": "mnli"}
 
 
 # -----------------------------------------------------------------------------
@@ -77,25 +77,16 @@ def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Pat
     if directory.is_file():
         raise ValueError(f"{dataset} is a file: call it train{directory.suffix}, pass its folder")
     if not dataset or not directory.is_dir():
-        return find_files(download(dataset, revision) / FOLDERS.get(dataset, ""))
+        return hub_datasets.find_splits(dataset, revision)
     hub.refuse_revision("dataset", dataset, revision)
     return find_files(directory)
-
-
-@functools.cache
-def download(dataset: str, revision: str | None) -> Path:
-    """Returns the local copy of a dataset on the Hub. Files in the cache are not fetched again."""
-    patterns = [f"*{suffix}{packed}" for suffix in READERS for packed in ("", ".gz")]
-    if dataset in FOLDERS:
-        patterns = [f"{FOLDERS[dataset]}/*"]
-    return hub.download("dataset", dataset, (*patterns, *CARDS), revision)
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
     """Returns the commit of a dataset from the Hub, or None for a directory."""
     if Path(dataset).is_dir():
         return None
-    return download(dataset, revision).name  # in the Hub's cache, the commit
+    return hub_datasets.download(dataset, revision).name  # in the Hub's cache, the commit
 
 
 def split_names(dataset: str, reading: Reading) -> list[str]:
@@ -219,7 +210,10 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     columns = find_columns(list(parts[first]), reading.columns, first)
     tables = []
     words = set()
+    names = names_in_card(dataset, columns["label"], reading)
     for path, part in parts.items():
+        if names:
+            part[columns["label"]] = named(part[columns["label"]], names)
         table, labels = table_of(part, columns, reading.labels, path)
         tables.append(table)
         words |= set(map(as_word, labels))
@@ -227,9 +221,19 @@ def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
     for name, values in shown_columns(parts.values()).items():
         table = table.append_column(name, values)
     check_meanings(words, len(table), reading.labels, f"{dataset}, {split}")
-    if not reading.labels and any(map(str.isdigit, words)):
-        refuse_names_in_card(first.parent)
+    if Path(dataset).is_dir() and not reading.labels and any(map(str.isdigit, words)):
+        refuse_names_in_card(Path(dataset))
     return Rows(table), columns
+
+
+def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...]:
+    """Returns the names for a column's numbers in the card of a dataset on the Hub.
+
+    Returns no names for a directory, or if --labels says what the numbers mean.
+    """
+    if Path(dataset).is_dir() or any(map(str.isdigit, said_labels(reading.labels))):
+        return ()
+    return hub_datasets.read_card(dataset, reading.revision).names.get(column, ())
 
 
 def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:

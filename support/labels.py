@@ -87,7 +87,7 @@ NAMED = re.compile(rb'(?s)(?:\xef\xbb\xbf)?---\s(?:(?!\n---).)*\bclass_label\b|\
 
 
 def refuse_names_in_card(directory: Path) -> None:
-    """Raises ValueError if a dataset's card, in a folder or two above, has names for labels."""
+    """Raises ValueError if a dataset's card, in its folder or two above, has names for labels."""
     directory = directory.resolve()
     for folder, name in itertools.product((directory, *directory.parents[:2]), CARDS):
         card = folder / name

@@ -988,6 +988,13 @@ def test_missing_datasets_and_splits_are_named(write, tmp_path):
         validation_splits(directory)
 
 
+def test_where_no_file_says_its_split_those_that_are_there_are_named(tmp_path):
+    put(tmp_path, "train/a.jsonl")
+    put(tmp_path, "train/b.txt")
+    with pytest.raises(ValueError, match="only train/a.jsonl, train/b.txt$"):
+        load_examples(str(tmp_path), "train")
+
+
 @contextmanager
 def another_user():
     """Who may read what all may: the tests may run as root, who may read everything."""

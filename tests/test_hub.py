@@ -76,6 +76,10 @@ def make_dataset(directory: Path) -> Path:
             rows = rows.remove_columns("label").add_column("label", [-1] * len(rows))
         rows.to_parquet(directory / "mnli" / f"{split}-00000-of-00001.parquet")
     shutil.copytree(directory / "mnli", directory / "rte")  # another dataset, that is not needed
+    # GLUE's card begins with another dataset.
+    configurations = card("ax", test="ax/test-*.parquet")
+    configurations += card("mnli", **{split: f"mnli/{split}-*.parquet" for split in SPLITS})
+    (directory / "README.md").write_text(f"---\nconfigs:\n{configurations}---\n")
     return directory
 
 
@@ -144,6 +148,25 @@ dataset_info:
           '2': neutral
 ---
 """
+FOUR_NAMES = NAMES.replace("neutral", "neutral\n          '3': hidden")
+OLD_NAMES = json.dumps({
+    "owner--rows": {
+        "features": {
+            "label": {
+                "names": ["contradiction", "entailment", "neutral"],
+                "_type": "ClassLabel",
+            }
+        }
+    }
+})
+A = "a.jsonl"
+B = "b.jsonl"
+
+
+def card(configuration: str, **files: str) -> str:
+    """Returns the lines of a card on a configuration, {split: file}. Several are joined."""
+    lines = [f"  - split: {split}\n    path: {name}\n" for split, name in files.items()]
+    return f"- config_name: {configuration}\n  data_files:\n{''.join(lines)}"
 
 
 @pytest.fixture(scope="module")
@@ -306,32 +329,62 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
         ),
         # The card gives the number 0 another meaning than ours.
         (
-            {"data/train.jsonl": LINE, "README.md": NAMES},
-            f"{COMMIT}/README.md gives the labels names: say with --labels what they mean",
+            {"train.jsonl": LINE, "README.md": NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
+        ),
+        # As old versions of `datasets` have written it.
+        (
+            {"train.jsonl": LINE, "dataset_infos.json": OLD_NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
+        ),
+        # It may have a fourth name, which no row has.
+        (
+            {"train.jsonl": LINE, "README.md": FOUR_NAMES},
+            "train: 1 rows; 1 taken, none of entailment or neutral",
         ),
         (
-            {"train-00001-of-00002.jsonl": LINE},
-            f"{COMMIT}/train-00001-of-00002.jsonl: not one file, and not all parts of one",
+            {"train.jsonl": LINE, "README.md": NAMES.replace("contradiction", "REFUTES")},
+            "train.jsonl, row 0: label 'REFUTES' is none of",
         ),
+        # It says which file is which split, whatever they are called.
+        (
+            {"a.jsonl": LINE, "b.jsonl": LINE, "README.md": card("default", train_en=A, dev=B)},
+            "train: 1 rows; 1 taken, none of neutral or contradiction\nvalidation: 1 rows",
+        ),
+        (
+            {"a-00001-of-00002.jsonl": LINE, "README.md": card("default", train="a-*")},
+            f"{COMMIT}/a-00001-of-00002.jsonl: not one file, and not all parts of one",
+        ),
+        (
+            {"a.jsonl": LINE, "README.md": card("one", train=A) + card("two", train=A)},
+            "available configs: ['one', 'two']); pass the folder that you mean, ",
+        ),
+        ({"train.jsonl": LINE, "README.md": "---\n- : [\n---\n"}, "the card of 'owner/rows' does"),
         (
             {"en/train.jsonl": LINE, "fr/train.jsonl": LINE},
             f"{COMMIT}/fr/train.jsonl: not one file, and not all parts of one, for the split train",
         ),
         (
             {"rows.py": "a", "README.md": NAMES},
-            "for a dataset on the Hub, --dataset-revision refs/convert/parquet may have one",
+            "error: the dataset 'owner/rows' holds no files of rows on the Hub (.parquet, .arrow",
         ),
     ],
-    ids=["quotes", "an open quote", "names", "a missing part", "several datasets", "no rows"],
+    ids=[
+        *("quotes", "an open quote", "names", "names in JSON", "four names", "other names"),
+        *("splits", "a missing part", "two configurations", "no YAML", "several datasets"),
+        "no rows",
+    ],
 )
 def test_a_dataset_on_the_hub_is_read_as_its_folder_is(tmp_path, files, said):
     for name, content in files.items():
         path = tmp_path / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        is_list = content.startswith("- config_name")
+        path.write_text(f"---\nconfigs:\n{content}---\n" if is_list else content)
     command = ("-m", "scripts.describe", "--model", "tiny/model", "--dataset", "owner/rows")
     with serving({"datasets/owner/rows": tmp_path / "data"}) as (address, _):
         env = environment(address, tmp_path / "home")
+        env["HF_DATASETS_CACHE"] = "/dev/null/none"  # nothing can be written there
         done = script(*command, env=env)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
