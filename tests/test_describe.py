@@ -1,8 +1,10 @@
 """scripts.describe prints what a dataset holds."""
 
+import io
 import json
 
 import numpy
+import pyarrow
 import pytest
 from conftest import in_process, script
 
@@ -10,6 +12,7 @@ import data
 from scripts import describe
 from support.examples import load_examples
 from support.labels import LABELS
+from support.rows import Rows
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 
@@ -41,6 +44,19 @@ def test_rows_labels_and_lengths_are_those_of_the_data(tiny, capsys):
             lengths.append(len(prompt) + 2)  # the label and the end of text
         median = int(numpy.median(lengths))
         assert f"{min(lengths)} to {max(lengths)}, median {median}," in printed
+
+
+@pytest.mark.parametrize("text", ["A dog.", "A dog. ", "A dog.\n\n", "", " ", "\u00a0", "  a", ":"])
+def test_lengths_are_those_of_whole_prompts_however_a_text_ends(tiny, text):
+    tokenizer = data.load_tokenizer(tiny)
+    pairs = [(text, "An animal."), ("An animal.", text), (text, text), ("A", "B")]
+    premises, hypotheses = zip(*pairs)
+    table = pyarrow.table({"premise": premises, "hypothesis": hypotheses, "label": [0] * 4})
+    expected = [
+        len(tokenizer.encode(data.PROMPT.format(premise=premise, hypothesis=hypothesis)).ids) + 2
+        for premise, hypothesis in pairs
+    ]
+    assert describe.token_lengths(Rows(table), tokenizer, "train").tolist() == expected
 
 
 def test_hidden_labels_are_left_out(tmp_path, capsys):
@@ -121,17 +137,39 @@ def test_labels_of_several_parts_are_counted_together(tmp_path, capsys):
 # --ids
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_the_ids_of_a_row_are_those_that_a_training_reads(tiny, capsys):
     in_process(describe, *TINY, "--ids", 5)
     lines = capsys.readouterr().out.splitlines()
-    cells = [cell for line in lines if line.startswith("    ") for cell in line.split()]
-    found = [int(cell.rpartition("=")[2]) for cell in cells]
+    below = [line for line in lines if line.replace(" ", "").isdigit()]
+    found = [int(word) for line in below for word in line.split()]
     prompt, answer = data.encode(load_examples("tiny/data", "train")[5], data.load_tokenizer(tiny))
     assert found == prompt + answer
     titles = [line for line in lines if line.endswith(")")]
     assert [int(title.rpartition("(")[2][:-1]) for title in titles] == [51, len(prompt) - 51, 2]
-    assert cells[0].startswith("You=")
-    assert cells[-1].startswith("<|endoftext|>=")
+    assert lines[-2].split()[1:] == ["<|endoftext|>"]
+
+
+def test_colours_are_for_a_terminal_alone_and_not_where_they_are_unwanted(monkeypatch, capsys):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    printed = {}
+    for color in (True, False):
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stdout", terminal)
+        if not color:
+            monkeypatch.setenv("NO_COLOR", "1")
+        in_process(describe, *TINY, "--ids", 0)
+        printed[color] = terminal.getvalue()
+    colors = (describe.MAGENTA, describe.CYAN, describe.GREEN)
+    assert all(f"    {color}" in printed[True] for color in colors)
+    plain = printed[True]
+    for sequence in (*colors, describe.NORMAL):
+        plain = plain.replace(sequence, "")
+    assert plain == printed[False]
 
 
 def test_tokens_that_a_terminal_would_obey_are_escaped(tmp_path, capsys):

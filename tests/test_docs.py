@@ -253,6 +253,7 @@ NOT_RUN = {
     "python -m scripts.bench": "an hour, and MNLI",
     "python -m tools.count": "MNLI and phi-2's tokenizer",
     "python - ": "minutes, or MNLI",
+    "time python -m scripts.describe": "MNLI",
 }
 # What makes a command that runs small. What is typed last counts.
 SMALL = {

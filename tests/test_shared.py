@@ -8,6 +8,7 @@ from conftest import SHARED, read_json, script
 from tokenizers import Tokenizer
 
 import data
+from scripts import describe
 from support.examples import Reading, load_examples
 
 MNLI = SHARED / "mnli"
@@ -48,6 +49,9 @@ def test_shared_prefix_and_rest_are_the_ids_of_the_whole_prompt_on_every_row(
             assert prompt[: len(prefix)] == prefix
             assert len(answer) == 2
             lengths.append(len(prompt) + 1)
+    # scripts.describe tokenises each text once, and adds up.
+    described = describe.token_lengths(examples, tokenizer, split)
+    assert (described - 1).tolist() == lengths
     if split == "validation_matched":
         # The original project's counts of prompt and label: least, median, 95 %, 99 %, most.
         quantiles = torch.tensor(lengths, dtype=torch.float64).quantile(
