@@ -208,8 +208,11 @@ def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:
 
 
 def read_text(read: Callable[[str], dict[str, list]], file: BinaryIO) -> dict[str, list]:
-    """Reads a UTF-8 file, without the byte order mark that Excel writes first."""
-    return read(file.read().decode("utf-8-sig"))
+    """Reads a UTF-8 file, without the byte order mark that Excel writes first.
+
+    Also drops zero bytes at the end, which a crash of the machine can leave.
+    """
+    return read(file.read().decode("utf-8-sig").rstrip("\0\r\n"))
 
 
 READERS = {".parquet": read_parquet, ".arrow": read_arrow, ".feather": read_arrow}

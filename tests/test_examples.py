@@ -590,9 +590,11 @@ def test_labels_are_called_what_labels_calls_them(given, words):
         ("train.csv", 'premise, hypothesis, label\n"A ""b"".", C, 1\n', ['A "b".']),
         ("train.csv", 'premise;hypothesis;label\n"A ""b"".";C;1\nYes, a;C;1', ['A "b".', "Yes, a"]),
         ("train.csv", f'{HEADER}\nYes, he ran.\tHe ran.\t0\n"A ""b""."\tC\t1\n', [RAN, 'A "b".']),
-        # A quote between tabs is a letter unless each belongs to a field in quotes.
-        ("train.tsv", f'{HEADER}\n"Why?"\tx\t0\n', ["Why?"]),
-        ("train.tsv", f'{HEADER}\n"Why?"\tx\t0\n"a" b\ty\t1\n', ['"Why?"', '"a" b']),
+        ("train.csv", 'sep=;\r\npremise;hypothesis;label\r\n"A ""b"".";C;1\r\n', ['A "b".']),
+        ("train.csv", f'{COMMAS}"1,000", "x", 0\n"a", "y", 1\n', ["1,000", "a"]),
+        # A quote between tabs is a letter unless all are a spreadsheet's: it puts a field in
+        # quotes for a reason, and "Why?" alone gives it none.
+        ("train.tsv", f'{HEADER}\n"Why?"\tx\t0\n', ['"Why?"']),
         ("train.tsv", f'{HEADER}\n"""Why?"""\tx\t0\n', ['"Why?"']),
         ("train.tsv", f'{HEADER}\n"a\tb"\tx\t0\n', ["a\tb"]),
         ("train.tsv", f'{HEADER}\n"a\nb"\tx\t0\n', ["a\nb"]),
@@ -606,7 +608,9 @@ def test_labels_are_called_what_labels_calls_them(given, words):
         ("train.tsv", f'{HEADER}\tnote\n"a\tx\t0\tn\nb"\ty\t1\tn\nc\tz\t2', ['"a', 'b"', "c"]),
         # Texts in quotes below a header without them, as of pyarrow and sqlite3.
         ("train.tsv", 'premise\thypothesis\tlabel\n"a"\t"x"\t0\n"b"\t"y"\t1\n', ["a", "b"]),
+        # Excel puts fields with a comma in quotes, and no others.
         ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx\t0\nc\ty\t1\n', ["a, b", "c"]),
+        ("train.tsv", 'premise\thypothesis\tlabel\n"a, b"\tx, y\t0\n', ['"a, b"']),
         # Quotes of two fields, around the end of a line that has all its fields.
         ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\nb"\ty\t1\t\n', ['"a', 'b"']),
         ("train.tsv", 'premise\thypothesis\tlabel\n"a\tx\t0\n""\tz\t1\n"\ty\t1', ['"a', '""', '"']),
@@ -625,7 +629,7 @@ def test_labels_are_called_what_labels_calls_them(given, words):
         ("train.json", '{\n"premise": "a",\n"hypothesis": "x", "label": 0\n}\n' * 2, ["a", "a"]),
         ("train.ndjson", '{"premise": "a", "hypothesis": "x", "label": 0}', ["a"]),
         # Lines that end as on an old Mac; pipes.
-        ("train.tsv", 'premise\thypothesis\tlabel\ra\tx\t0\r"b\ty\t1\r', ["a", '"b']),
+        ("train.tsv", 'premise\thypothesis\tlabel\ra\tx\t0\r"b"\ty\t1\r', ["a", '"b"']),
         ("train.tsv", 'premise\thypothesis\tlabel\r"a ""b"""\tx\t0\r', ['a "b"']),
         ("train.csv", 'premise|hypothesis|label\n"a|b"|x|0\nc, d|y, z|1\n', ["a|b", "c, d"]),
         # A quote behind a backslash, as MySQL and Spark write it, and backslashes before others.
@@ -635,8 +639,13 @@ def test_labels_are_called_what_labels_calls_them(given, words):
         ("train.csv", f'{COMMAS}"C:\\",x,0\n"a ""b""",y,1\n', ["C:\\", 'a "b"']),
         ("train.tsv", f'{HEADER}\n"a \\"b\\""\tx\t0\nc\ty\t1\n', ['a "b"', "c"]),
         ("train.tsv", f'{HEADER}\n"a" \\"b\\"\tx\t0\n', ['"a" \\"b\\"']),
-        # Files that were put one behind another.
+        ("train.tsv", f'{HEADER}\r\na\rb\t\\"\t0\r\n', ["a\rb"]),
+        ("train.csv", f'{COMMAS}"a,\\"b\\"","x \\\\",0\n', ['a,"b"']),
+        # Files that were put one behind another; zeros that a crash has left at the end.
         ("train.jsonl", f"{LINE}\n\ufeff{LINE}\n", ["a", "a"]),
+        ("train.csv", f"{COMMAS}a,x,0\n\ufeff{COMMAS}b,y,1\n", ["a", "b"]),
+        ("train.jsonl", f"{LINE}\n" + "\0" * 99, ["a"]),
+        ("train.tsv", f"{HEADER}\na\tx\t0\n" + "\0" * 99 + "\n", ["a"]),
         # Letters of no width in a name or in a label.
         ("train.csv", "premise\u200b,\u200ehypothesis,label\na,x,\u200bneutral\ufeff\n", ["a"]),
     ],
@@ -678,7 +687,7 @@ def test_json_that_people_write(tmp_path, form):
     assert list(load_examples(str(tmp_path), "train")) == ROWS
 
 
-@pytest.mark.parametrize("orient", ["columns", "index", "table", "records"])
+@pytest.mark.parametrize("orient", ["columns", "index", "split", "table", "records"])
 @pytest.mark.parametrize("names", [tuple(ROW), ("text", "claim", "verdict")], ids="-".join)
 def test_json_of_pandas(tmp_path, orient, names):
     frame = pandas.DataFrame([list(row.values()) for row in ROWS * 2], columns=names)
@@ -693,6 +702,8 @@ def test_json_of_pandas(tmp_path, orient, names):
         ([["a", "x", 0]], 'row 0 is \\["a", "x", 0\\]; pandas\' to_json.path, orient="records"'),
         (json.dumps(ROW), "holds no JSON object for each row: row 0 is"),
         ({"train": ROWS, "dev": ROWS}, "rows in train and in dev: write each into a file of its"),
+        (COLUMNS | {"label": [0]}, "its columns differ in length"),
+        ({"columns": list(ROW), "data": [["a", "x", 0, 1]]}, "row 0 has 4 fields, the header"),
     ],
     ids=str,
 )
