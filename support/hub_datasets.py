@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from support import hub
 from support.dataset_files import (
+    PART,
     READERS,
     check_parts,
     find_files,
@@ -93,10 +94,22 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
         return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
     called = {}
     for name, paths in listed.items():
+        refuse_missing_parts(name, paths)
         called[split_name(name) or name] = paths  # dev becomes validation
-        parts = [path for path in paths if "-of-" in path.name]
-        if parts:  # without a network, the cache may lack some of them
-            check_parts(name, parts)
     if len(called) < len(listed):  # snli_dev and mnli_dev would both become validation
         called = listed
     return with_train(called)
+
+
+def refuse_missing_parts(split: str, paths: list[Path]) -> None:
+    """Raises ValueError if one of train-00000-of-00002 and train-00001-of-00002 is missing.
+
+    Without a network, the cache may contain only what another program needed of a dataset.
+    """
+    wholes = {}  # a card may put several tables into a split, each in parts
+    for path in paths:
+        if "-of-" in path.name:
+            stem, suffix = stem_and_suffix(path)
+            wholes.setdefault((path.parent, PART.sub("", stem), suffix), []).append(path)
+    for parts in wholes.values():
+        check_parts(split, parts)
