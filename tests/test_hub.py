@@ -376,7 +376,8 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     ],
     ids=[
         *("quotes", "an open quote", "names", "names in JSON", "four names", "other names"),
-        *("splits", "two tables", "a missing part", "two configurations", "no YAML", "several datasets"),
+        *("splits", "two tables", "a missing part", "two configurations", "no YAML"),
+        "several datasets",
         "no rows",
     ],
 )
