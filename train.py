@@ -332,7 +332,7 @@ def new_state(args: argparse.Namespace, inputs: Inputs) -> resume.State:
     # Values that report.html and eval.py show with the arguments
     shown = {
         "base_parameters": inputs.num_parameters,
-        "label_words": examples.label_words(args.dataset, "train", inputs.reading),
+        "label_words": examples.label_words(inputs.reading),
     }
     return resume.State(
         arguments=cli.as_json(args) | {"digests": digests} | shown,

@@ -137,7 +137,7 @@ def is_on_hub(name: str, directory: Path) -> bool:
 
     "tiny/data" alone could be either.
     """
-    return hub.is_repository(name) and not origin.places(name, directory)
+    return hub.is_repository(name) and not origin.find(name, directory)
 
 
 def plain(value) -> str:

@@ -29,6 +29,13 @@ def has_texts(names: Iterable[str]) -> bool:
     return all(words & set(COLUMNS[column]) for column in ("premise", "hypothesis"))
 
 
+def check_names(names: list[str]) -> None:
+    """Raises ValueError if two columns of a file have the same name."""
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise ValueError(f"it has two columns of one name: {', '.join(sorted(twice))}")
+
+
 def find_columns(names: list[str], given: tuple[str, ...], place: str) -> dict[str, str]:
     """Returns which of the columns `names` are premise, hypothesis and label.
 

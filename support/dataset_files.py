@@ -21,7 +21,7 @@ from typing import BinaryIO
 import pyarrow
 from pyarrow import ipc, parquet
 
-from support.columns import Column, different
+from support.columns import Column, check_names, different
 from support.labels import as_word
 from support.text_files import read_json, read_table
 
@@ -112,20 +112,20 @@ def check_parts(split: str, paths: list[Path]) -> None:
 
     Otherwise the files may be the same rows in two formats, or parts of two datasets.
     """
-    total = len(paths)
+    count = len(paths)
     kinds = set()
     numbers = []
-    counts = set()
+    totals = set()
     for path in paths:
         stem, suffix = stem_and_suffix(path)
-        kinds.add((path.parent, PART.sub("", stem), suffix))
         part = PART.search(stem)
-        if part:
-            numbers.append(int(part[1]))
-            counts.add(int(part[2] or total))
-    is_one = total == 1 and counts <= {1}  # whatever part number is in its name
-    is_whole = sorted(numbers) in (list(range(total)), list(range(1, total + 1)))
-    if not is_one and not (is_whole and len(kinds) == 1 and counts == {total}):
+        number, total = part.groups() if part else (-1, None)
+        kinds.add((path.parent, PART.sub("", stem), suffix))
+        numbers.append(int(number))
+        totals.add(int(total or count))
+    # One file may have any number in its name.
+    are_all = count == 1 or sorted(numbers) in (list(range(count)), list(range(1, count + 1)))
+    if len(kinds) > 1 or totals != {count} or not are_all:
         raise ValueError(
             f"{' and '.join(map(str, paths[:3]))}: not one file, and not all parts of one, for "
             f"the split {split}; remove the files that you do not mean, or pass another folder"
@@ -182,31 +182,15 @@ def read_arrow(file: BinaryIO) -> dict[str, Column]:
 
 
 def table_columns(table: pyarrow.Table) -> dict[str, Column]:
-    """Returns the columns of a table. Numbers that the table has names for become these names."""
-    twice = {name for name in table.column_names if table.column_names.count(name) > 1}
-    if twice:
-        raise ValueError(f"it has two columns of one name: {', '.join(sorted(twice))}")
+    """Returns the columns of a table. Numbers that `datasets` has named become their names."""
+    check_names(table.column_names)
     columns = dict(zip(table.column_names, table.columns))
-    for column, names in names_of_labels(table.schema).items():
-        if column in columns:
-            columns[column] = named(columns[column], names)
+    metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
+    for column, feature in metadata.get("info", {}).get("features", {}).items():
+        is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+        if is_label and column in columns:
+            columns[column] = named(columns[column], feature["names"])
     return columns
-
-
-def names_of_labels(schema: pyarrow.Schema) -> dict[str, list[str]]:
-    """Returns the names of 0, 1, ... for each label column that `datasets` has written."""
-    content = (schema.metadata or {}).get(b"huggingface")
-    if content is None:
-        return {}
-    try:
-        features = json.loads(content).get("info", {}).get("features") or {}
-        return {
-            column: list(feature["names"])
-            for column, feature in features.items()
-            if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        }
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("its huggingface metadata is not as `datasets` writes it") from None
 
 
 def named(numbers: Column, names: Sequence[str]) -> pyarrow.ChunkedArray:

@@ -7,7 +7,6 @@ dataset is read.
 A dataset on the Hub is downloaded (hub_datasets.py) and read like any other folder.
 """
 
-import ast
 import functools
 import sys
 from argparse import Namespace
@@ -27,7 +26,6 @@ from support.labels import (
     NUMBERS,
     as_word,
     check_meanings,
-    is_number,
     refuse_names_in_card,
     said_labels,
 )
@@ -76,19 +74,12 @@ BY_THE_TABLES = Reading()
 def find_splits(dataset: str, revision: str | None = None) -> dict[str, list[Path]]:
     """Returns the files of each split. Raises ValueError if there is no such dataset."""
     directory = Path(dataset)
-    try:
-        if directory.is_file():
-            name = f"train{directory.suffix}"
-            raise ValueError(
-                f"{dataset} is a file: put it as {name} into a folder of its own, and pass that "
-                "folder"
-            )
-        if not dataset or not directory.is_dir():
-            return hub_datasets.find_splits(dataset, revision)
-        hub.refuse_revision("dataset", dataset, revision)
-        return find_files(directory)
-    except OSError as error:  # permission is denied, or a repository has no such files
-        raise ValueError(f"cannot read {error.filename}: {error.strerror}") from None
+    if directory.is_file():
+        raise ValueError(f"{dataset} is a file: call it train{directory.suffix}, pass its folder")
+    if not dataset or not directory.is_dir():
+        return hub_datasets.find_splits(dataset, revision)
+    hub.refuse_revision("dataset", dataset, revision)
+    return find_files(directory)
 
 
 def hub_commit(dataset: str, revision: str | None) -> str | None:
@@ -113,10 +104,10 @@ def validation_splits(dataset: str, reading: Reading = BY_THE_TABLES) -> list[st
     names = split_names(dataset, reading)
     found = [name for name in names if name.startswith("validation")]
     if not found:
-        cure = "--split names the one to evaluate"
-        if "train" in names:
-            cure = "--validation 0.05 (0.2 for a few hundred rows) takes a part of train for it"
-        raise ValueError(f"{dataset} has no validation split, only {', '.join(names)}; {cure}")
+        raise ValueError(
+            f"{dataset} has no validation split, only {', '.join(names)}; --validation 0.05 (0.2 "
+            "for a few hundred rows) takes a part of train; eval.py --split evaluates any other"
+        )
     return found
 
 
@@ -141,11 +132,7 @@ def load_examples(
         raise ValueError(f"{dataset}, {split}: no labelled row")
     taken = labelled.slice(0, limit)
     if processes.IS_FIRST:
-        line = f"{split}: {describe_rows(table, labelled, taken)}"
-        splits = find_splits(dataset, reading.revision)
-        if reading.validation and split.startswith("validation") and split in splits:
-            line += "; the dataset has this split, so --validation takes nothing from train"
-        print(line, file=sys.stderr)
+        print(f"{split}: {describe_rows(table, labelled, taken)}", file=sys.stderr)
     return Rows(taken)
 
 
@@ -159,9 +146,6 @@ def describe_rows(table: pyarrow.Table, labelled: pyarrow.Table, taken: pyarrow.
     absent = [name for number, name in enumerate(LABELS) if number not in present]
     if absent:
         line += f", none of {' or '.join(absent)}"
-        # The first rows are taken; in sorted rows the first ones all have the same label.
-        if len(present) < len(compute.unique(labelled["label"])):
-            line += ": take more, or shuffle the rows"
     return line
 
 
@@ -175,24 +159,15 @@ def count_rows(dataset: str, used: dict[str, Rows], reading: Reading) -> dict:
     return counts
 
 
-def label_words(dataset: str, split: str, reading: Reading) -> list[str]:
-    """Returns the words for the labels 0, 1 and 2 in the rows of a split.
-
-    If there are several words for a label, returns the most frequent. Returns those of LABELS
-    if the rows have numbers, or if all their words are understood without --labels.
-    """
-    rows, _ = read_split(dataset, split, reading)
-    counts = rows.table.group_by(["label", "written"]).aggregate([([], "count_all")])
-    words = {}
-    for row in sorted(Rows(counts), key=lambda row: (row["count_all"], row["written"])):
-        if row["label"] == NO_LABEL or row["written"][0] not in "'\"":  # which repr gives texts
-            continue
-        word = ast.literal_eval(row["written"])
+def label_words(reading: Reading) -> list[str]:
+    """Returns the words that --labels names for 0, 1 and 2, or else the usual ones."""
+    words = list(LABELS)
+    for text in reading.labels:
+        word, _, meaning = text.rpartition("=")
         # A number here could be mistaken for the number that the model answers.
-        if not is_number(word):
-            words[row["label"]] = word
-    is_known = all(as_word(word) in NUMBERS for word in words.values())
-    return [name if is_known else words.get(number, name) for number, name in enumerate(LABELS)]
+        if word and not as_word(word).lstrip("-").isdigit():
+            words[NUMBERS[as_word(meaning)]] = word
+    return words
 
 
 def digest_split(dataset: str, split: str, reading: Reading) -> str:
@@ -222,11 +197,7 @@ def read_split(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[s
 def cut_train(dataset: str, reading: Reading) -> tuple[Rows, Rows, dict[str, str]]:
     """Returns what --validation leaves of train, what it takes, and the names of the columns."""
     rows, columns = read_split(dataset, "train", reading._replace(validation=None))
-    try:
-        train, validation = cut_by_premise(rows, reading.validation)
-    except ValueError as error:
-        raise ValueError(f"{dataset}: {error}") from None
-    return train, validation, columns
+    return *cut_by_premise(rows, reading.validation), columns
 
 
 def join_parts(dataset: str, split: str, reading: Reading) -> tuple[Rows, dict[str, str]]:
@@ -260,8 +231,7 @@ def names_in_card(dataset: str, column: str, reading: Reading) -> tuple[str, ...
 
     Returns no names for a directory, or if --labels says what the numbers mean.
     """
-    said = said_labels(reading.labels) if reading.labels else {}
-    if Path(dataset).is_dir() or any(map(str.isdigit, said)):
+    if Path(dataset).is_dir() or any(map(str.isdigit, said_labels(reading.labels))):
         return ()
     return hub_datasets.read_card(dataset, reading.revision).names.get(column, ())
 
@@ -270,9 +240,6 @@ def read_parts(paths: list[Path]) -> dict[Path, dict[str, Column]]:
     """Returns the columns of each file. Raises ValueError if they are not the same."""
     parts = {path: read_file(path) for path in paths}
     first = paths[0]
-    # Spark writes some parts without rows, with only a header or a type for each column.
-    if not any(len(values) for columns in parts.values() for values in columns.values()):
-        raise ValueError(f"cannot read {first}: it holds no rows")
     for path, columns in parts.items():
         differing = sorted(columns.keys() ^ parts[first].keys())
         if differing:

@@ -38,8 +38,7 @@ def download(dataset: str, revision: str | None) -> Path:
     if all(path.name in CARDS for path in rows):
         raise ValueError(
             f"the dataset {dataset!r} holds no files of rows on the Hub ({', '.join(READERS)}); "
-            "--dataset-revision refs/convert/parquet uses the files that the Hub itself makes for "
-            "most datasets"
+            "try the Hub's own: --dataset-revision refs/convert/parquet"
         )
     return folder
 
@@ -93,15 +92,13 @@ def find_splits(dataset: str, revision: str | None) -> dict[str, list[Path]]:
     listed = read_card(dataset, revision).splits
     if not listed:
         return find_files(download(dataset, revision) / CONFIGURATIONS.get(dataset, ""))
+    called = {}
     for name, paths in listed.items():
         refuse_missing_parts(name, paths)
-    called = {name: split_name(name) or name for name in listed}  # dev becomes validation
-    # snli_dev and mnli_dev would both become validation. They become validation_snli_dev and
-    # validation_mnli_dev.
-    for name, split in called.items():
-        if list(called.values()).count(split) > 1 and name != split:
-            called[name] = f"{split}_{name}"
-    return with_train({called[name]: paths for name, paths in listed.items()})
+        called[split_name(name) or name] = paths  # dev becomes validation
+    if len(called) < len(listed):  # snli_dev and mnli_dev would both become validation
+        called = listed
+    return with_train(called)
 
 
 def refuse_missing_parts(split: str, paths: list[Path]) -> None:
@@ -109,7 +106,7 @@ def refuse_missing_parts(split: str, paths: list[Path]) -> None:
 
     Without a network, the cache may contain only what another program needed of a dataset.
     """
-    wholes = {}
+    wholes = {}  # a card may put several tables into a split, each in parts
     for path in paths:
         if "-of-" in path.name:
             stem, suffix = stem_and_suffix(path)

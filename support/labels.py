@@ -28,15 +28,6 @@ def as_word(label) -> str:
     return "" if label is None else re.sub(r"\.0+$", "", plain(str(label)))
 
 
-def is_number(word: str) -> bool:
-    """Returns whether a word is a number to people: 3, -1, 1.5, or 1 in another script."""
-    try:
-        float(as_word(word))
-    except ValueError:
-        return as_word(word).isdigit()  # ²
-    return True
-
-
 def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str) -> list[int]:
     """Returns the distinct labels of a column as 0, 1, 2, or NO_LABEL.
 
@@ -47,8 +38,8 @@ def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str
     words = [as_word(label) for label in labels]
     meanings = NUMBERS
     if given:  # then numbers that --labels does not mention have no meaning
-        said = said_labels(given)
-        meanings = {word: number for word, number in NUMBERS.items() if not word.isdigit()} | said
+        others = {word: number for word, number in NUMBERS.items() if not word.isdigit()}
+        meanings = others | said_labels(given)
     for number, word in enumerate(words):
         if word not in meanings:
             row = label_of_row.index(number)  # the first that has it
@@ -63,14 +54,14 @@ def label_numbers(labels: list, label_of_row, given: tuple[str, ...], place: str
 def check_meanings(words: set[str], rows: int, given: tuple[str, ...], place: str) -> None:
     """Raises ValueError if --labels has no effect on a split's labels, or seems to be needed."""
     listed = f"{place}: its labels are {', '.join(sorted(words))}"
-    said = said_labels(given) if given else {}
-    if given and not said.keys() & words:
+    said = said_labels(given)
+    if said and not said.keys() & words:
         raise ValueError(f"{listed}, none of which --labels mentions: {', '.join(said)}")
     # If no label is 2, then 0 and 1 may be two classes, or -1, 0 and 1 three classes. Signs of
     # that: both 0 and 1 occur, -1 occurs, so many rows without a 2. One sign may be chance.
     numbers = words & {"0", "1", "2"}
     signs = [numbers == {"0", "1"}, "-1" in words, rows > 30]
-    if not given and numbers and "2" not in numbers and sum(signs) > 1:
+    if not said and numbers and "2" not in numbers and sum(signs) > 1:
         raise ValueError(
             f"{listed}, which may be two classes, which are not supported, or three in another "
             "order; --labels entailment neutral contradiction says what 0, 1 and 2 mean, --labels "
@@ -84,7 +75,7 @@ def said_labels(given: tuple[str, ...]) -> dict[str, int]:
     for number, text in enumerate(given):
         value, _, meaning = text.rpartition("=")
         said[as_word(value if "=" in text else number)] = NUMBERS.get(as_word(meaning))
-    if sorted(said.values(), key=str) != [0, 1, 2]:
+    if given and sorted(said.values(), key=str) != [0, 1, 2]:
         raise ValueError(f"--labels {' '.join(given)} must mean each of {', '.join(LABELS)} once")
     return said
 

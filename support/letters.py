@@ -1,12 +1,8 @@
 """Handles characters in people's texts that affect a terminal or the comparison of words."""
 
 import json
-import re
 import unicodedata
 from collections.abc import Sequence
-
-# Control characters except line breaks and tabs, and changes of the writing direction
-CONTROLS = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: str) -> str:
@@ -19,17 +15,6 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else json.dumps(letter)[1:-1] for letter in text)
-
-
-def harmless(value):
-    """Returns a text for a browser, with control characters escaped in the same way.
-
-    Line breaks and characters without width, which some languages need, are kept. A value that is
-    not a plain string is returned unchanged.
-    """
-    if type(value) is not str:  # jinja's Markup is a string too, but was escaped before
-        return value
-    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", value)
 
 
 def ends(texts: Sequence[str], length: int) -> list[str]:

@@ -1,8 +1,8 @@
 """Finds a run's model and dataset from the current folder, and how the run's rows are read.
 
-A run's files contain paths as they were typed, in the folder where it was started. Since then the
-run may have moved, and here other models and datasets may have the same names. If several folders
-could be meant, digests of the base's weights and of each split's rows decide.
+A run's files contain paths as they were typed, in the folder where it was started. By now there
+may be other models and datasets under the same names: fingerprint.check finds out for a model,
+and digests of each split's rows for a dataset.
 """
 
 import os
@@ -11,9 +11,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError
-
-from support import examples, fingerprint, hub, processes, records
+from support import examples, hub, processes, records
 from support.commands import quoted
 from support.examples import Reading
 
@@ -52,21 +50,20 @@ def origin(run: Path, arguments: dict, saved: dict) -> Origin:
 # Its model and its dataset
 
 
-def places(name: str, run: Path, started_in: Path | None = None) -> list[str]:
-    """Returns the directories that a name in a run's files may mean, as paths, likeliest first.
+def find(name: str, run: Path, started_in: Path | None = None) -> str | None:
+    """Returns the path of the directory that a name in a run's files means, or None.
 
     The name is a path as it was typed in the folder where the run was started. The run may
     have moved since, with or without the folders around it.
     """
     above = run.resolve().parents
-    found = {}
     for folder in (*above, Path()) if started_in is None else (started_in, *above, Path()):
         path = str(folder / name)
         # Unlike Path.is_dir, this accepts any string, even one too long for a path.
         if os.path.isdir(path):
             is_here = os.path.isdir(name) and os.path.samefile(name, path)
-            found.setdefault(os.path.realpath(path), name if is_here else path)
-    return list(found.values())
+            return name if is_here else path
+    return None
 
 
 def locate(saved: dict, source: Origin, typed: dict) -> dict:
@@ -75,33 +72,18 @@ def locate(saved: dict, source: Origin, typed: dict) -> dict:
     A name with a revision is on the Hub, even if a folder has the same name. If another model
     or dataset is typed, the run's revision is dropped, because it does not apply to that one.
     """
-    found = dict(saved)
-    for name, is_right in (("model", has_its_weights), ("dataset", has_its_rows)):
+    located = dict(saved)
+    for name in ("model", "dataset"):
         value = saved.get(name)
         revision = f"{name}_revision"
-        if name in typed:
-            found[revision] = None
-        elif value and not (saved.get(revision) and hub.is_repository(value)):
-            folders = places(value, source.run, source.started_in)
-            if len(folders) > 1:
-                folders = [folder for folder in folders if is_right(source, folder)] or folders
-            if folders:
-                found[name] = folders[0]
-                found[revision] = None
-    return found
-
-
-def has_its_weights(source: Origin, directory: str) -> bool:
-    """Returns whether a directory holds the base that a run's adapter was trained over."""
-    recorded = fingerprint.recorded(source.run).get("base_weights")
-    if recorded is None:
-        return (Path(directory) / "config.json").is_file()
-    # (If files of an earlier save are still in the directory, the base is not recognised.)
-    paths = sorted(Path(directory).glob("*.safetensors"))
-    try:
-        return fingerprint.digest_weights(paths) == recorded
-    except (OSError, SafetensorError):  # not a model
-        return False
+        folder = None
+        if value and not (saved.get(revision) and hub.is_repository(value)):
+            folder = find(value, source.run, source.started_in)
+        if folder:
+            located[name] = folder
+        if folder or name in typed:
+            located[revision] = None
+    return located
 
 
 # -----------------------------------------------------------------------------
@@ -109,7 +91,7 @@ def has_its_weights(source: Origin, directory: str) -> bool:
 
 
 def has_its_rows(
-    source: Origin, dataset: str, revision: str | None = None, splits: list[str] | None = None
+    source: Origin, dataset: str, revision: str | None, splits: list[str] | None
 ) -> bool:
     """Returns whether the splits to evaluate hold the same rows as in the run.
 
@@ -149,11 +131,9 @@ def reading_of(args: Namespace) -> Reading:
     if is_its or has_its_rows(source, args.dataset, typed.revision, splits):
         return Reading.of(Namespace(**(vars(args) | untyped)))
     if processes.IS_FIRST and (untyped or not args.is_dataset_typed):
-        flags = quoted(*Reading.of(Namespace(**untyped)).flags())
-        consequence = f", so these flags of the run are not used: {flags}" if flags else ""
-        print(
-            f"{args.dataset} does not hold the rows that {source.run} was trained with"
-            f"{consequence}",
-            file=sys.stderr,
-        )
+        note = f"{args.dataset} does not hold the rows that {source.run} was trained with"
+        if untyped:
+            flags = quoted(*Reading.of(Namespace(**untyped)).flags())
+            note += f", so these flags of the run are not used: {flags}"
+        print(note, file=sys.stderr)
     return typed

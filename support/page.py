@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from support import files, letters, metrics, pictures, records
+from support import files, metrics, pictures, records
 from support.records import Record
 
 MISTAKES = 20  # how many of the most confident mistakes are shown
@@ -203,7 +203,6 @@ def render(**values) -> str:
         # These two prevent empty lines from lines with only {% ... %}.
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=letters.harmless,
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["percent"] = percent

@@ -3,14 +3,11 @@
 import json
 from collections.abc import Iterator
 from io import BufferedIOBase
-from queue import Queue
-from threading import Thread
 
 from support import files
 from support.letters import printable
 
 CHUNK = 2**20  # the most bytes that are read at once
-AHEAD = 16  # how many chunks are read ahead
 
 
 def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
@@ -20,14 +17,9 @@ def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
     are skipped. For a line that is not a pair, raises ValueError with the line number, after
     the pairs before it have been yielded.
     """
-    # A thread waits for the stream, because Windows cannot tell whether a pipe has more data.
-    chunks = Queue(AHEAD)
-    Thread(target=read_ahead, args=(stream, chunks), daemon=True).start()
-    batch = []
     number = 0
-    for lines in iter(chunks.get, None):
-        if isinstance(lines, OSError):
-            raise lines
+    for lines in arriving_lines(stream):
+        batch = []
         for line in lines:
             number += 1
             try:
@@ -39,28 +31,20 @@ def batches(stream: BufferedIOBase, size: int) -> Iterator[list[dict]]:
             if len(batch) == size:
                 yield batch
                 batch = []
-        if batch and chunks.empty():
+        if batch:
             yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
-def read_ahead(stream: BufferedIOBase, chunks: Queue) -> None:
-    """Puts the lines of a stream into a queue as they arrive, and at the end None or an error."""
-    # Unbuffered, because a buffer would wait until it is full, and would hold a lock meanwhile.
-    read_some = getattr(stream, "raw", stream).read
+def arriving_lines(stream: BufferedIOBase) -> Iterator[list[bytes]]:
+    """Yields the lines of a stream, each time all that have arrived."""
+    read_some = getattr(stream, "raw", stream).read  # a buffer would wait until it is full
     begun = b""  # a line whose end has not arrived yet
-    try:
-        while chunk := read_some(CHUNK):
-            *lines, begun = (begun + chunk).split(b"\n")
-            chunks.put(lines)
-        if chunk is None:
-            raise OSError("standard input is in non-blocking mode")
-        chunks.put([begun])
-        chunks.put(None)
-    except OSError as error:
-        chunks.put(error)
+    while chunk := read_some(CHUNK):
+        *lines, begun = (begun + chunk).split(b"\n")
+        yield lines
+    if chunk is None:
+        raise OSError("standard input is in non-blocking mode")
+    yield [begun]
 
 
 def read(line: bytes, place: str) -> list[dict]:

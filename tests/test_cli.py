@@ -19,8 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import train
-from support import cli, commands, examples, origin, processes
-from support.fingerprint import digest_weights
+from support import cli, commands, origin, processes
 
 CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
@@ -455,10 +454,10 @@ def test_a_path_of_a_run_is_found_from_another_folder(monkeypatch, tmp_path):
     (home / "out" / "run").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     found = str(home / "models" / "mine")
-    assert origin.places("models/mine", home / "out" / "run") == [found]
-    assert origin.places("microsoft/phi-2", home / "out" / "run", home) == []
+    assert origin.find("models/mine", home / "out" / "run") == found
+    assert origin.find("microsoft/phi-2", home / "out" / "run", home) is None
     # A run that lies elsewhere says where it was started.
-    assert origin.places("models/mine", tmp_path / "runs" / "run", home) == [found]
+    assert origin.find("models/mine", tmp_path / "runs" / "run", home) == found
 
 
 def test_a_name_of_a_run_is_looked_up_where_it_was_typed_before_here(monkeypatch, tmp_path):
@@ -468,54 +467,12 @@ def test_a_name_of_a_run_is_looked_up_where_it_was_typed_before_here(monkeypatch
     for place in (run, started, tmp_path / "moved" / name, tmp_path / "here" / name):
         place.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    assert origin.places(name, run, started) == [str(tmp_path / "moved" / name), name]
+    assert origin.find(name, run, started) == str(tmp_path / "moved" / name)
+    assert origin.find(name, started / "run", started) == name
     (started / name).mkdir()
-    assert origin.places(name, run, started)[0] == str(started / name)
+    assert origin.find(name, run, started) == str(started / name)
     monkeypatch.chdir(started)  # as it was typed, where that is the same
-    assert origin.places(name, run, started)[0] == name
-
-
-def rows_of(folder: Path, label: int) -> Path:
-    """Writes a dataset whose rows all have one label."""
-    folder.mkdir(parents=True)
-    dataset_of(folder, ROW | {"label": label})
-    return folder
-
-
-def test_of_two_folders_of_a_name_digests_decide_which_is_the_runs(monkeypatch, tmp_path):
-    was = rows_of(tmp_path / "was" / "data", 0)
-    digest = examples.digest_split(str(was), "validation", examples.BY_THE_TABLES)
-    (tmp_path / "runs").mkdir()
-    run = begin(tmp_path / "runs" / "run", *TINY)
-    named = {"dataset": "data", "started_in": str(tmp_path / "started")}
-    changes = named | {"digests": {"validation": digest}, "versions": {}}
-    write_json(run / "args.json", read_json(run / "args.json") | changes)
-    write_json(run / "adapter_config.json", {"base_model_name_or_path": str(ROOT / "tiny/model")})
-
-    # Where the run was started are other rows now, and its own are above it.
-    rows_of(tmp_path / "started" / "data", 1)
-    shutil.copytree(was, tmp_path / "runs" / "data")
-    rows_of(tmp_path / "here" / "data", 2)
-    monkeypatch.chdir(tmp_path / "here")
-    assert parse("eval.py", "--adapter", run).dataset == str(tmp_path / "runs" / "data")
-    assert parse("train.py", "--resume", run).dataset == str(tmp_path / "runs" / "data")
-
-
-def test_of_two_models_of_a_name_the_adapters_fingerprint_decides(monkeypatch, tmp_path):
-    model = ROOT / "tiny" / "model"
-    run = tmp_path / "project" / "run"
-    run.mkdir(parents=True)
-    fingerprint = {"base_weights": digest_weights([model / "model.safetensors"])}
-    save_file({}, run / "adapter_model.safetensors", fingerprint)
-    write_json(run / "adapter_config.json", {"base_model_name_or_path": "model"})
-    other = shutil.copytree(model, tmp_path / "project" / "model")
-    tensors = load_file(other / "model.safetensors")
-    save_file(
-        {name: tensor + 1 for name, tensor in tensors.items()}, other / "model.safetensors"
-    )
-    shutil.copytree(model, tmp_path / "here" / "model")
-    monkeypatch.chdir(tmp_path / "here")
-    assert parse("eval.py", "--adapter", run).model == "model"
+    assert origin.find(name, run, started) == name
 
 
 def test_a_revision_that_is_typed_is_taken_before_that_of_the_adapter(adapter):
@@ -779,7 +736,7 @@ def test_any_files_of_an_adapter_are_its_arguments_or_one_error(tmp_path_factory
 
 
 def test_a_name_that_is_too_long_for_a_path_is_no_folder(tmp_path):
-    assert origin.places("0" * 9999, tmp_path) == []
+    assert origin.find("0" * 9999, tmp_path) is None
 
 
 # -----------------------------------------------------------------------------

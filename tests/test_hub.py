@@ -161,6 +161,7 @@ OLD_NAMES = json.dumps({
 })
 A = "a.jsonl"
 B = "b.jsonl"
+PARTS = {"a-00000-of-00001.jsonl": LINE, "b-00000-of-00001.jsonl": LINE}
 
 
 def card(configuration: str, **files: str) -> str:
@@ -352,6 +353,10 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
             "train: 1 rows; 1 taken, none of neutral or contradiction\nvalidation: 1 rows",
         ),
         (
+            {**PARTS, "README.md": card("default", train="'*.jsonl'")},
+            "train: 2 rows; 2 taken",
+        ),
+        (
             {"a-00001-of-00002.jsonl": LINE, "README.md": card("default", train="a-*")},
             f"{COMMIT}/a-00001-of-00002.jsonl: not one file, and not all parts of one",
         ),
@@ -371,7 +376,8 @@ def test_a_name_the_hub_does_not_know_is_one_line(repositories, tmp_path, flag, 
     ],
     ids=[
         *("quotes", "an open quote", "names", "names in JSON", "four names", "other names"),
-        *("splits", "a missing part", "two configurations", "no YAML", "several datasets"),
+        *("splits", "two tables", "a missing part", "two configurations", "no YAML"),
+        "several datasets",
         "no rows",
     ],
 )

@@ -250,8 +250,6 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     assert_harmless(shown)
     assert shown.text.count("<script>alert(1)</script>") >= 6
     assert "{{ 7 * 7 }}" in shown.text
-    assert not set("\x00\x1b\u202e") & set(shown.text), "they would turn the page's own words round"
-    assert shown.text.count(r"\u0000\u001b[31m\u202e") >= 6
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from support.examples import Reading, load_examples
 from support.fingerprint import digest_rows
-from support.letters import harmless, plain, printable
+from support.letters import plain, printable
 from support.rows import Rows, cut_by_premise
 
 TINY = str(ROOT / "tiny" / "data")
@@ -191,14 +191,6 @@ def test_what_a_terminal_would_obey_or_not_show_is_escaped(text, printed):
     assert printable(text) == printed
     line = json.dumps({"premise": text}, ensure_ascii=False)
     assert json.loads(printable(line)) == {"premise": text}
-
-
-def test_what_a_browser_would_obey_is_escaped_and_no_more():
-    """Persian needs the letter of no width, and a row of a csv may hold a line break of Windows."""
-    assert harmless("a\u202eb\u2066c\x1b\x7f\x9b\0") == r"a\u202eb\u2066c\u001b\u007f\u009b\u0000"
-    same = "\u0645\u06cc\u200c\u062e \u00a0caf\u00e9\r\n\t\U0001f339"
-    assert harmless(same) == same
-    assert harmless(7) == 7
 
 
 def test_a_plain_word_has_no_letters_that_nobody_sees():
