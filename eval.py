@@ -283,7 +283,7 @@ def answer(
             return score(model, tokenizer, prompts)
         return complete(model, tokenizer, prompts, protocol.max_new_tokens)
 
-    return full_memory.run_in_parts(answer_part, prompts, protocol, model)
+    return full_memory.run_in_parts(answer_part, prompts, protocol)
 
 
 def describe(pair: dict, number: int, tokens: int) -> dict:
@@ -319,7 +319,7 @@ def load_model(
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    with full_memory.explained(full_memory.about_loading, model, DTYPES[dtype]):
+    with full_memory.explained(full_memory.about_loading, model):
         # Loads layer by layer; each NF4Linear quantises its weight.
         phi2.load_weights(model, directory, device, DTYPES[dtype])
         if keep is None:

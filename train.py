@@ -562,7 +562,7 @@ def evaluate(
     """
     results = {}
     predictions = {}
-    with log.resumable(), full_memory.explained(full_memory.about_the_loss, args, model):
+    with log.resumable():
         for split, pairs in inputs.validation.items():
             results[split], predictions[split] = evaluation.evaluate(
                 model, inputs.tokenizer, pairs, inputs.protocol, f"{title}, {split}"

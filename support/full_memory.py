@@ -1,8 +1,7 @@
 """What happens if memory runs out: an evaluation continues with fewer rows at a time.
 
 If nothing can continue, the error gets a note, which cli.run prints: what did not fit, and which
-flags help. The flags depend on the model and the arguments: a cure that is already in use is
-not suggested.
+flags help. A flag that is already in use is not suggested.
 
 torch is imported where it is used, so that --help need not wait for it.
 """
@@ -13,13 +12,12 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from support import commands, processes
+from support import commands
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
 # Parts of torch's error messages: on a CPU; for a file there; on a Mac's GPU, or if CUDA itself
@@ -41,33 +39,31 @@ def is_out_of_memory(error: Exception) -> bool:
 # Fewer rows at a time
 
 
-def run_in_parts(
-    run: Callable[[list], list], prompts: list[list[int]], protocol, model: nn.Module
-) -> list:
+def run_in_parts(run: Callable[[list], list], prompts: list[list[int]], protocol) -> list:
     """Returns a result for each prompt, by calling run(part) on protocol.batch_size prompts each.
 
     If a part does not fit, halves protocol.batch_size and prints a line on stderr. Later calls
     start with the smaller size. Raises the error if even a single prompt does not fit.
     """
+    from tqdm import tqdm
+
     results = []
-    is_halved = False
     while len(results) < len(prompts):
         part = prompts[len(results) : len(results) + protocol.batch_size]
-        found = run_if_it_fits(run, part, model)
-        if found is None:
-            protocol.batch_size = len(part) // 2
-            is_halved = True
+        found = run_if_it_fits(run, part)
+        if found is not None:
+            results += found
             continue
-        results += found
-        if is_halved:  # printed once, when a size has worked
-            say_how_many(protocol.batch_size, model)
-            is_halved = False
+        protocol.batch_size = len(part) // 2
+        # print would break the progress bar.
+        tqdm.write(
+            f"the memory is full: evaluation goes on with a batch size of {protocol.batch_size}",
+            file=sys.stderr,
+        )
     return results
 
 
-def run_if_it_fits(
-    run: Callable[[list], list], prompts: list[list[int]], model: nn.Module
-) -> list | None:
+def run_if_it_fits(run: Callable[[list], list], prompts: list[list[int]]) -> list | None:
     """Returns run(prompts), or None if memory runs out with more than one prompt."""
     import torch
 
@@ -77,26 +73,14 @@ def run_if_it_fits(
         if not is_out_of_memory(error):
             raise
         if len(prompts) == 1:
-            error.add_note(about_a_prompt(prompts[0], model))
+            length = len(prompts[0])
+            cures = either(["--no-keep-dequantized", f"a --max-length below {length}"])
+            error.add_note(f"not even a row of {length} tokens fits into the memory{cures}")
             raise
     # Not earlier: the error referred to the frames it passed through, and these to tensors.
     gc.collect()
     torch.cuda.empty_cache()  # memory divided into blocks of one size can then serve another size
     return None
-
-
-def say_how_many(rows: int, model: nn.Module) -> None:
-    """Prints how many rows an evaluation now runs at a time. Each process has its own number."""
-    from tqdm import tqdm
-
-    process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
-    number = "1 row" if rows == 1 else f"{rows} rows"
-    with suppress(OSError):  # if stderr is closed, the evaluation still goes on
-        # print would break the progress bar.
-        tqdm.write(
-            f"{process}{memory_of(model)} is full: evaluation goes on with {number} at a time",
-            file=sys.stderr,
-        )
 
 
 # -----------------------------------------------------------------------------
@@ -105,57 +89,28 @@ def say_how_many(rows: int, model: nn.Module) -> None:
 
 @contextmanager
 def explained(describe: Callable[..., str], *details) -> Iterator[None]:
-    """Adds describe(*details) as a note to an error that means that the memory is full.
-
-    An error that already has a note is left as it is.
-    """
+    """Adds describe(*details) as a note to an error that means that the memory is full."""
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) and not getattr(error, "__notes__", None):
+        if is_out_of_memory(error):
             error.add_note(describe(*details))
         raise
 
 
-def about_loading(model: nn.Module, dtype: torch.dtype) -> str:
-    """Returns what helps if the base does not fit, and how much memory it takes."""
-    size = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
-    # A model may hold its dequantised weights already, which are no part of the base.
-    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(".kept")]
-    size += sum(buffer.nbytes for buffer in buffers)
-    cures = [*kept_values(model), *quantization(model), *another_device(model)]
-    takes = f"{size / 2**20:,.1f} MiB"
-    return f"the model, {takes}, does not fit into {memory_of(model)}{either(cures)}"
-
-
-def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
-    """Returns what helps if a single prompt does not fit beside the model."""
-    cures = kept_values(model)
-    if not any(".lora_" in name for name, _ in model.named_parameters()):
-        cures += quantization(model)  # with an adapter, the quantisation is fixed
-    cures += [f"a --max-length below {len(prompt)}", *another_device(model)]
-    row = f"a row of {len(prompt)} tokens"
-    return f"not even {row} fits into {memory_of(model)} beside the model{either(cures)}"
+def about_loading(model: nn.Module) -> str:
+    """Returns what helps if the base does not fit."""
+    cures = [*kept_values(model), *quantization(model)]
+    return f"the model does not fit into the memory{either(cures)}"
 
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
     """Returns what helps if a step of train.py does not fit."""
-    cures = with_commands(args, *flags_of_a_step(args, model))
-    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
-
-
-def about_the_loss(args: argparse.Namespace, model: nn.Module) -> str:
-    """Returns what helps if train.py's loss of the validation rows does not fit."""
-    cures = with_commands(args, kept_values(model), smaller_batches(args, model))
-    return f"the validation loss does not fit into {memory_of(model)}{either(cures)}"
-
-
-def with_commands(args: argparse.Namespace, resumed: list[str], anew: list[str]) -> list[str]:
-    """Returns the commands for flags with which a run resumes, and those of a new run."""
+    resumed, anew = flags_of_a_step(args, model)
     cures = [f"a new run with {' or '.join(anew)}"]
     if resumed:
         cures.insert(0, f"{commands.resume(args.out)} {' '.join(resumed)}")
-    return cures
+    return f"a step of training does not fit into the memory{either(cures)}"
 
 
 def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -168,18 +123,14 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
         if not resumed and not model.model.recomputes_attention and args.device != "cpu":
             resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
-    return resumed, smaller_batches(args, model)
 
-
-def smaller_batches(args: argparse.Namespace, model: nn.Module) -> list[str]:
-    """Returns the flags of a new run whose batches need less memory."""
-    anew = []
+    anew = ["a --max-length that cuts the longest rows", *quantization(model)]
     if args.batch_size > 1:
         # The number of rows in a step stays the same.
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
-        anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
-    return [*anew, "a --max-length that cuts the longest rows", *quantization(model)]
+        anew.insert(0, f"--batch-size {size} --accumulate {args.accumulate * parts}")
+    return resumed, anew
 
 
 def either(cures: list[str]) -> str:
@@ -202,13 +153,3 @@ def quantization(model: nn.Module) -> list[str]:
 
 def nf4_layers(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if hasattr(module, "double_quant")]
-
-
-def another_device(model: nn.Module) -> list[str]:
-    return ["--device cpu"] if memory_of(model) == "the GPU" else []
-
-
-def memory_of(model: nn.Module) -> str:
-    """Returns the name of the memory that holds a model, which may be partly loaded."""
-    devices = {parameter.device.type for parameter in model.parameters()}
-    return "the memory" if devices <= {"cpu", "meta"} else "the GPU"
