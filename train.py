@@ -286,7 +286,7 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     Fills in arguments that were left open: the commits on the Hub and the base's own dropout.
     Raises ValueError if things do not fit together, before the weights are loaded.
     """
-    loss_scale.check_same(args.dtype)
+    args.dtype = processes.gather(args.dtype)[0]  # by default that of the GPU, and GPUs may differ
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
