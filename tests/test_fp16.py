@@ -7,13 +7,11 @@ import json
 import math
 import signal
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import distance, in_process, ours
-from safetensors.torch import save_file
 
 import data
 import eval as evaluation
@@ -176,40 +174,6 @@ def test_a_step_that_is_not_finite_is_an_error_unless_the_scale_made_it_so(
         feed.finish_step(*numbers)
     assert ("--dtype fp32" in str(error.value)) == (dtype == "fp16")
     assert progress.step == 0
-
-
-# -----------------------------------------------------------------------------
-# What a resume reads
-
-
-def saved_run(run: Path, change) -> resume.Saved:
-    """Returns what is read of a run in fp16 after `change` of its state, as a dict."""
-    scaler = loss_scale.new_scaler("fp16", CPU)
-    raw = asdict(resume.State({}, 2, 4, 2, "", "", {}, scaler=scaler.state_dict()))
-    change(raw)
-    tensors = {"random": torch.get_rng_state()[None]}
-    save_file(tensors, run / resume.NAME, {"state": json.dumps(raw)})
-    return resume.load(run)
-
-
-def as_an_older_version(raw: dict) -> None:
-    del raw["scaler"], raw["progress"]["skipped"]
-
-
-def test_a_run_of_a_version_without_fp16_resumes(tmp_path):
-    saved = saved_run(tmp_path, as_an_older_version)
-    assert saved.state.progress == resume.Progress()
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    saved.restore({}, optimizer, loss_scale.new_scaler("bf16", CPU), 0, CPU)
-    assert saved.state.scaler == {}
-
-
-@pytest.mark.parametrize("scale", [None, "4096", []], ids=str)
-def test_a_scale_that_is_none_is_refused(tmp_path, scale):
-    saved = saved_run(tmp_path, lambda raw: raw["scaler"].update(scale=scale))
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="trainer.safetensors holds no loss scale"):
-        saved.restore({}, optimizer, loss_scale.new_scaler("fp16", CPU), 0, CPU)
 
 
 # -----------------------------------------------------------------------------

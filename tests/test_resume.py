@@ -718,27 +718,6 @@ def rewrite(path: Path, tensors: dict, more: dict | None = None, **changes) -> N
     save_file(tensors, path, metadata | {"state": json.dumps(state)} | (more or {}))
 
 
-def lose_a_moment(tensors: dict) -> dict:
-    return {name: tensor for name, tensor in tensors.items() if name != "optimizer.3.exp_avg"}
-
-
-def widen_the_adapter(tensors: dict) -> dict:
-    name = min(tensors)
-    return tensors | {name: torch.zeros(9, 9)}
-
-
-def lose_the_random_state(tensors: dict) -> dict:
-    return tensors | {"random": tensors["random"][:0]}
-
-
-@pytest.mark.parametrize("change", [lose_a_moment, widen_the_adapter, lose_the_random_state])
-def test_a_save_with_other_tensors_is_refused(copy, change):
-    path = copy / resume.NAME
-    rewrite(path, change(load_file(path)))
-    expected = f"error: {path} does not hold the tensors of this adapter"
-    assert refusal("--resume", copy) == expected
-
-
 def test_numbers_that_are_not_finite_are_not_saved_over_those_that_are(copy):
     """The last step, after which no loss would show them."""
     path = copy / resume.NAME
@@ -753,35 +732,10 @@ def test_numbers_that_are_not_finite_are_not_saved_over_those_that_are(copy):
         assert content(copy)[name] == before[name]
 
 
-def test_a_random_state_that_is_none_is_refused(copy):
-    path = copy / resume.NAME
-    tensors = load_file(path)
-    tensors["random"].zero_()
-    rewrite(path, tensors)
-    assert f"{path} holds no state of a random generator" in refusal("--resume", copy)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"a_field_of_the_future": 1},
-        {"arguments": []},
-        {"fingerprint": None},
-        {"progress": {"step": "2"}},
-        {"progress": {"loss": None}},
-        {"progress": []},
-    ],
-    ids=str,
-)
-def test_the_state_of_another_version_is_refused(copy, change):
+@pytest.mark.parametrize("change", [{"a_field_of_the_future": 1}, {"progress": []}], ids=str)
+def test_the_state_of_another_version_is_refused_and_nothing_is_changed(copy, change):
     path = copy / resume.NAME
     rewrite(path, load_file(path), **change)
-    assert "was not written by this version of train.py" in refusal("--resume", copy)
-
-
-def test_a_resume_that_fails_while_it_loads_changes_nothing_either(copy):
-    path = copy / resume.NAME
-    rewrite(path, lose_a_moment(load_file(path)))
     before = content(copy)
-    refusal("--resume", copy)
+    assert "was not written by this version of train.py" in refusal("--resume", copy)
     assert content(copy) == before
