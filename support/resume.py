@@ -67,24 +67,6 @@ class Progress:
         self.skipped = 0
 
 
-# The fields of a state that must be equal for a resume, and the error message if they differ.
-SAME = {
-    # The order of rows depends on these two numbers.
-    "train_rows": "{run} was trained on {saved:,} rows, but now there are {here:,}",
-    "rows_per_step": (
-        "{run} was trained with {saved:,} rows a step, but "
-        "with this number of processes there are {here:,}"
-    ),
-    "rows_digest": (
-        "{run} was trained on other rows ({saved}, here {here}): that would be another run"
-    ),
-    "validation_digest": (
-        "the base of {run} was measured on other validation rows ({saved}, here {here}): "
-        "the adapter's results could not be compared with it"
-    ),
-}
-
-
 @dataclass
 class State:
     """Everything that is saved besides tensors."""
@@ -100,25 +82,30 @@ class State:
     progress: Progress = field(default_factory=Progress)
     scaler: dict = field(default_factory=dict)  # the state of the loss scaler in fp16, else {}
 
+    def identity(self) -> dict:
+        """Returns what must be equal for a resume, by the names that an error uses."""
+        return {
+            "number of training rows": self.train_rows,
+            "number of rows in a step of all processes": self.rows_per_step,
+            "set of training rows": self.rows_digest,
+            "set of validation rows": self.validation_digest,
+            **self.fingerprint,
+        }
+
     def check(self, run: Path, now: State) -> None:
         """Raises ValueError if the state `now` belongs to a different run."""
-        for name, sentence in SAME.items():
-            saved = getattr(self, name)
-            here = getattr(now, name)
-            if saved != here:
-                raise ValueError(sentence.format(run=run, saved=saved, here=here))
+        saved = self.identity()
+        for name, here in now.identity().items():
+            if saved.get(name) != here:
+                raise ValueError(
+                    f"{run} was trained with another {name.replace('_', ' ')} "
+                    f"({saved.get(name)}, here {here}): that would be another run"
+                )
         # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
                 f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
             )
-        for name, here in now.fingerprint.items():
-            there = self.fingerprint.get(name)
-            if there != here:
-                raise ValueError(
-                    f"{run} was trained with another {name.replace('_', ' ')} "
-                    f"({there}, here {here}): that would be another run"
-                )
 
     def describe_resumption(self, steps: int) -> str:
         """Returns what a run prints when it resumes from this state towards `steps` steps."""

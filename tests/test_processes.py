@@ -194,8 +194,7 @@ def test_another_number_of_processes_would_be_another_run(pair):
     _, two, _ = pair
     done = script("train.py", "--resume", two)
     assert done.returncode == 1
-    assert "was trained with 8 rows a step" in done.stderr
-    assert "with this number of processes there are 4" in done.stderr
+    assert "another number of rows in a step of all processes (8, here 4)" in done.stderr
 
 
 # -----------------------------------------------------------------------------

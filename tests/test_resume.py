@@ -617,9 +617,9 @@ def change_weights(project: Path) -> None:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lose_rows, "was trained on 50 rows, but now there are 40"),
-        (change_labels, "was trained on other rows ("),
-        (reverse_validation, " was measured on other validation rows ("),
+        (lose_rows, "was trained with another number of training rows (50, here 40)"),
+        (change_labels, "was trained with another set of training rows ("),
+        (reverse_validation, "was trained with another set of validation rows ("),
         (exchange_tokens, "was trained with another tokenizer ("),
         (change_weights, "was trained with another base weights ("),
     ],
