@@ -60,8 +60,6 @@ def read_runs(folders: list[Path]) -> list[Record]:
                 raise ValueError(f"{folder} is not finished: step {run.step:,}{steps}")
             summary(run)
             runs.append(run)
-            if run.damage:
-                print(printable(run.damage), file=sys.stderr)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
         except (KeyError, TypeError, AttributeError):  # statistics in another form

@@ -35,7 +35,6 @@ from support import (
     upload,
 )
 from support.extras import Extras
-from support.letters import printable
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
 
@@ -110,18 +109,17 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
-            if (self.folder / "report.html").is_file():
-                self.write_stopped_page()
             command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say_stopped(self) -> None:
-        """Prints after which step the run has stopped, and writes it into report.html."""
+        """Prints after which step the run has stopped, and writes report.html as it is then."""
         self.say(
             f"stopped and saved after step {self.state.progress.step:,} of {self.state.steps:,}; "
             f"to resume: {commands.resume(self.folder)}"
         )
-        self.write_stopped_page()
+        if self.file:
+            self.write_page(is_under_way=False)
 
     def forget_results(self) -> None:
         """Removes a finished run's files about its adapter, which the next save replaces."""
@@ -129,7 +127,6 @@ class RunLog:
             return
         predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
         pages = (*pictures.PICTURES, "report.html", "README.md")
-        pages += ("confusion.png",)  # from older versions
         for name in (*predictions, *pages, "results.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -251,17 +248,13 @@ class RunLog:
         ended = time.perf_counter()
         self.page_due = ended + (ended - started) / PAGE_SHARE
 
-    def write_page(self, stopped: tuple[int, str] | None = None) -> None:
+    def write_page(self, is_under_way: bool = True) -> None:
         """Draws the pictures, and writes report.html with those that exist."""
-        with self.extras.attempt("the pictures"):
-            page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
-            page.write(self.folder, stopped, is_under_way=not stopped)
-
-    def write_stopped_page(self) -> None:
-        """Writes the page once more, so that browsers no longer reload it."""
-        if self.file is not None:
-            self.write_page((self.state.progress.step, commands.resume(self.folder)))
+            run = records.read(self.folder)
+            with self.extras.attempt("the pictures"):
+                page.draw_pictures(run)
+            page.write(run, is_under_way)
 
     def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
         """Writes STAGE_SPLIT.jsonl for each split."""
@@ -347,12 +340,9 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """
     if not path.is_file():
         return []
-    lines, damage = records.read_entries(path)
-    if damage:
-        print(printable(damage), file=sys.stderr)
     return [
         line
-        for line in lines
+        for line in records.read_entries(path)
         if line["step"] <= step and not (is_evaluation(line) and line["step"] >= steps)
     ]
 

