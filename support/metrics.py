@@ -6,7 +6,8 @@ A prediction is one line of predictions_<split>.jsonl, a dictionary:
     prediction             the number that the model wrote, or -1 if it wrote none
     completion             what the model wrote, in mode "generate"
     scores                 the model's probabilities of the three answers
-    tokens, genre          the prompt's length in tokens; the kind of text, if known
+    tokens                 the prompt's length in tokens
+    genre                  the kind of text, if known
 
 The statistics are computed with numpy. tests/test_metrics.py compares them with scipy and
 scikit-learn.
@@ -33,23 +34,16 @@ OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 
 def statistics(predictions: list[dict]) -> dict:
     """Returns the statistics of one split for results.json.
 
-    accuracy, ci95, n, correct, unparsed, majority (the accuracy of always answering the most
-    frequent label), confusion, labels and macro_f1 are always present. score_accuracy, ties and
-    nll are present if all rows have scores, genres if any row has one, and lengths if all rows
-    have tokens. Raises ValueError if there are no predictions.
+    These are accuracy, ci95, n, correct, unparsed, majority (the accuracy of always answering
+    the most frequent label), confusion, labels, macro_f1, score_accuracy, ties, nll, lengths,
+    and genres if any row has one. Raises ValueError if there are no predictions.
     """
     if not predictions:
         raise ValueError("there are no predictions to count; is --limit above 0?")
-    result = count_correct(predictions) | by_label(predictions)
-    # A mean over only some of the rows would mislead, hence `all`. For genres `any` is enough,
-    # because each genre has its own mean.
-    if all("scores" in row for row in predictions):
-        result |= by_scores(predictions)
+    result = count_correct(predictions) | by_label(predictions) | by_scores(predictions)
     if any(row.get("genre") is not None for row in predictions):
         result["genres"] = by_genre(predictions)
-    if all("tokens" in row for row in predictions):
-        result["lengths"] = by_length(predictions)
-    return result
+    return result | {"lengths": by_length(predictions)}
 
 
 def is_right(row: dict) -> bool:
@@ -178,9 +172,8 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     """Returns McNemar's exact test: could two models' accuracies differ by chance alone?
 
     Rows that both models answer correctly, or both wrongly, say nothing about this. If the
-    models were equally good, each of the other rows would be the toss of a fair coin. p is None
-    if most completions of one model contain no number, because the test would then compare the
-    form of the answers. Raises ValueError unless both sets of predictions are for the same rows.
+    models were equally good, each of the other rows would be the toss of a fair coin. Raises
+    ValueError unless both sets of predictions are for the same rows.
     """
     check_same_rows(first, second)
     # The two sets may differ in order, so rows are paired by their content.
@@ -188,32 +181,20 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     pairs = [(is_right(row), is_second_right[row_of(row)]) for row in first]
     only_first = pairs.count((True, False))
     only_second = pairs.count((False, True))
-    p = coin_p(only_first, only_second)
-    if is_unreadable(first) or is_unreadable(second):
-        p = None
     return {
         "n": len(pairs),
-        "first_accuracy": sum(is_right(row) for row in first) / len(pairs),
+        "first_accuracy": accuracy(first)["accuracy"],
         "only_first": only_first,
         "only_second": only_second,
-        "p": p,
+        "p": coin_p(only_first, only_second),
     }
 
 
 def coin_p(heads: int, tails: int) -> float:
     """Returns the probability that a fair coin falls at least as unevenly; 1 without a toss."""
     tosses = heads + tails
-    ways = 1  # to get `number` heads
-    total = 1  # to get up to `number` heads
-    for number in range(1, min(heads, tails) + 1):
-        ways = ways * (tosses - number + 1) // number
-        total += ways
-    return min(1.0, 2 * total / 2**tosses)
-
-
-def is_unreadable(predictions: list[dict]) -> bool:
-    """Returns whether most completions contain no number."""
-    return sum(row["prediction"] == -1 for row in predictions) > len(predictions) / 2
+    ways = sum(math.comb(tosses, number) for number in range(min(heads, tails) + 1))
+    return min(1.0, 2 * ways / 2**tosses)
 
 
 def check_same_rows(first: list[dict], second: list[dict]) -> None:
@@ -250,7 +231,7 @@ def read_predictions(path: Path) -> list[dict]:
 
 
 def is_prediction(row: dict) -> bool:
-    """Returns whether a line has everything that statistics, comparison and page rely on."""
+    """Returns whether a line has what a comparison needs, and so was probably written here."""
     return (
         isinstance(row.get("idx"), int | str)
         and isinstance(row.get("prompt"), str)
@@ -292,22 +273,16 @@ def table(results: dict) -> str:
         run = printable(test["run"])
         lines.append(f"{split[:21]} against {run} ({test['first_accuracy']:.4f}):")
         rows = f"{test['only_second']:,} rows right only here, {test['only_first']:,} only there"
-        if test["p"] is None:
-            lines.append(f"  {rows}; most of one are unparsed: no p")
-        else:
-            lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
+        lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
     return "\n".join(lines)
 
 
 def table_line(split: str, result: dict) -> str:
     low, high = result["ci95"]
-    line = (
-        f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} "
-        f"{low:.4f}-{high:.4f} {result['n']:6,} {result['unparsed']:8,}"
+    return (
+        f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} {low:.4f}-{high:.4f} "
+        f"{result['n']:6,} {result['unparsed']:8,} {result['score_accuracy']:6.4f}"
     )
-    if "score_accuracy" in result:  # the last column, so that it may be absent
-        line += f" {result['score_accuracy']:6.4f}"
-    return line
 
 
 def details(result: dict) -> str:
@@ -323,16 +298,13 @@ def details(result: dict) -> str:
             f"{name:13} {columns} "
             f"{figures['precision']:10.4f} {figures['recall']:7.4f} {figures['f1']:7.4f}"
         )
-    # Means over the split. `loss` is from train.py, over all predicted tokens.
-    summary = f"macro F1 {result['macro_f1']:.4f}"
-    for name, key in (("negative log-likelihood", "nll"), ("loss", "loss")):
-        if key in result:
-            summary += f", {name} {result[key]:.4f}"
-    lines.append(summary)
-    if result.get("ties"):
+    lines.append(
+        f"macro F1 {result['macro_f1']:.4f}, negative log-likelihood {result['nll']:.4f}"
+    )
+    if result["ties"]:
         lines.append(f"{result['ties']:,} rows in which two answers are equally likely")
     # Quarters by length, then genres, in one column so that accuracies line up.
-    for part in result.get("lengths", []):
+    for part in result["lengths"]:
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
         lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")
     for genre, part in result.get("genres", {}).items():
