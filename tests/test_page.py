@@ -422,12 +422,6 @@ def test_runs_that_differ_at_the_beginning_of_long_names_are_told_apart(two, tmp
         assert f"{folders[number]} -->" in (tmp_path / "losses.svg").read_text()
 
 
-def test_a_name_that_begins_with_an_underscore_is_in_the_legend(tmp_path):
-    names = {"_a": [{"step": 1, "loss": 1.0}], "b": [{"step": 1, "loss": 2.0}]}
-    pictures.draw_runs(names, tmp_path / "losses.svg")
-    assert "_a -->" in (tmp_path / "losses.svg").read_text()
-
-
 def test_no_finished_run_is_one_line(copy, capsys):
     (copy / "results.json").unlink()
     with pytest.raises(SystemExit, match="error: there is no finished run to compare"):
