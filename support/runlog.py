@@ -73,14 +73,17 @@ class RunLog:
         """Writes args.json, and opens metrics.jsonl. Before this nothing in the folder changes."""
         if not processes.IS_FIRST:
             return
+        path = self.folder / "args.json"
+        # A resumed run keeps the command that started it, and its names in W&B.
+        saved = files.read_json(path) if self.args.resume and path.is_file() else {}
         record = self.state.arguments | machine.environment(self.device)
         record["total_steps"] = self.state.steps
-        record["command"] = start_command(self.folder, bool(self.args.resume))
+        record["command"] = saved.get("command", this_command())
         if processes.TORCHRUN:
             record["torchrun"] = processes.TORCHRUN
         if self.args.wandb:
-            record["wandb_run"] = wandb_identity(self.folder, bool(self.args.resume))
-        files.write_json(self.folder / "args.json", record)
+            record["wandb_run"] = wandb_identity(self.folder, saved.get("wandb_run", {}))
+        files.write_json(path, record)
         self.untimed = self.state.progress.rows
 
         # A new run has no baseline yet, and keeps none of the lines that were there before.
@@ -178,14 +181,9 @@ class RunLog:
         """Adds a line to metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.is_sent:
+        if self.wandb_run:
             with self.extras.attempt("W&B"):
                 self.wandb_run.log(values, step=step)
-
-    @property
-    def is_sent(self) -> bool:
-        """Returns whether there is a W&B run, and no attempt to use it has failed."""
-        return self.wandb_run is not None and "W&B" not in self.extras.failed
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
@@ -272,8 +270,7 @@ class RunLog:
         if self.state.progress.cut:
             self.say(
                 f"{self.state.progress.cut:,} prompts were cut to --max-length "
-                f"{self.args.max_length}, at the end of their premise, and of their hypothesis "
-                "if that was not enough"
+                f"{self.args.max_length}"
             )
         try:
             files.write_json(self.folder / "results.json", results)
@@ -286,7 +283,7 @@ class RunLog:
         self.write_page()
         with attempt("README.md"):
             card.write_card(self.folder, prompt)
-        if self.is_sent:
+        if self.wandb_run:
             with attempt("W&B"):
                 self.wandb_run.finish()
         if self.args.push:
@@ -303,12 +300,9 @@ class RunLog:
                 f"the best adapter, of step {kept['step']:,} (accuracy {kept['accuracy']:.4f}, "
                 f"loss {kept['loss']:.4f}), is in {self.folder / best.FOLDER}"
             )
-        failed = self.extras.failed
-        named = "adapter, results.json and report.html"
-        if "report.html" in failed:
-            named = "adapter and results.json"
         duration = timedelta(seconds=round(time.perf_counter() - self.started))
-        self.say(f"{named} are in {self.folder} ({duration})")
+        self.say(f"adapter, results.json and report.html are in {self.folder} ({duration})")
+        failed = self.extras.failed
         if "the predictions" in failed:
             self.say(f"to write all of them again: {commands.resume(self.folder)}")
         elif "the pictures" in failed or "report.html" in failed:
@@ -322,13 +316,8 @@ class RunLog:
 # Reading the files of a run that is resumed
 
 
-def start_command(folder: Path, is_resumed: bool) -> str:
-    """Returns the command that started a run, even if this process resumes it."""
-    path = folder / "args.json"
-    if is_resumed and path.is_file():
-        saved = files.read_json(path).get("command")
-        if isinstance(saved, str):
-            return saved
+def this_command() -> str:
+    """Returns the command line of this process."""
     script = commands.name_of(Path(sys.argv[0]).absolute())
     return f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
 
@@ -364,13 +353,9 @@ IDENTITY = {
 }
 
 
-def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
+def wandb_identity(folder: Path, saved: dict[str, str]) -> dict[str, str]:
     """Returns a run's names: from variables, or from before a resume, or the defaults."""
-    identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"}
-    path = folder / "args.json"
-    if is_resumed and path.is_file():
-        saved = files.read_json(path).get("wandb_run")
-        identity |= saved if isinstance(saved, dict) else {}
+    identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"} | saved
     for part, variable in IDENTITY.items():
         if os.environ.get(variable):
             identity[part] = os.environ[variable]
@@ -378,32 +363,21 @@ def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
 
 
 def start_wandb(folder: Path, record: dict):
-    """Returns a W&B run that never asks for a key.
+    """Returns a W&B run that never asks for a key: without one it is kept offline.
 
-    Without a key, the W&B run is kept offline, in a folder beside the run's other files. W&B
-    takes other settings, such as tags, from its own environment variables.
+    W&B takes other settings, such as tags, from its own environment variables.
     """
     import wandb
 
-    options = {
-        "config": record,
-        "dir": os.environ.get("WANDB_DIR") or folder,
-        "resume": os.environ.get("WANDB_RESUME") or "allow",  # if a run with this id exists
-        **record["wandb_run"],
-    }
     mode = os.environ.get("WANDB_MODE", "online")
-    if mode != "online":  # the user has chosen another mode
-        return wandb.init(**options)
-    try:
-        # prompt=False: a batch job cannot type a key.
-        if wandb.login(prompt=False):
-            return wandb.init(**options, mode="online")
-        reason = "not logged in"
-    except wandb.Error as error:
-        reason = " ".join(str(error).split())
-    run = wandb.init(**options, mode="offline")
-    print(
-        f"W&B: {reason}, so this run is kept offline; "
-        f"send it later with: wandb sync {commands.quoted(Path(run.dir).parent)}"
+    # prompt=False: a batch job cannot type a key.
+    if mode == "online" and not wandb.login(prompt=False):
+        mode = "offline"
+        print("W&B: not logged in, so this run is kept offline; `wandb sync` sends it later")
+    return wandb.init(
+        config=record,
+        dir=os.environ.get("WANDB_DIR", folder),
+        mode=mode,
+        resume="allow",  # if a run with this id exists
+        **record["wandb_run"],
     )
-    return run

@@ -360,12 +360,6 @@ def test_a_killed_run_has_a_page_as_far_as_it_came(copy):
     assert "refresh" not in content
 
 
-def test_a_resumed_run_keeps_its_first_command(copy):
-    command = runlog.start_command(copy, is_resumed=True)
-    assert command == read_json(copy / "args.json")["command"]
-    assert command.startswith("python train.py --model tiny/model --dataset tiny/data --out ")
-
-
 # -----------------------------------------------------------------------------
 # scripts.runs
 

@@ -438,7 +438,7 @@ def test_prompts_that_are_cut_are_counted(tmp_path, capsys, tiny):
     flags = ["--limit", 12, "--epochs", 2, "--batch-size", 5, "--max-length", longest, *SHORT]
     in_process(train, *TINY, *flags, "--out", tmp_path / "run")
     printed = capsys.readouterr().out
-    assert f"\n{2 * too_long} prompts were cut to --max-length {longest}, at the end of" in printed
+    assert f"\n{2 * too_long} prompts were cut to --max-length {longest}\n" in printed
     line = rf"\n\d+ prompts of validation_matched are cut to --max-length {longest}\n"
     assert re.search(line, printed)
 
@@ -540,8 +540,11 @@ def test_weights_and_biases_is_offline_without_a_login_and_one_run_when_resumed(
 def check_that_a_resume_is_the_same_run(out: Path, name: str, no_login: dict) -> None:
     """WANDB_MODE=online without a key is offline too. Nobody says again what it is called."""
     online = no_login | {"WANDB_MODE": "online"}
+    command = read_json(out / "args.json")["command"]
+    assert command.startswith("python train.py --model ")
     done = script("train.py", "--resume", out, "--steps", 3, env=online)
     assert done.returncode == 0, done.stderr
+    assert read_json(out / "args.json")["command"] == command
     assert "W&B: not logged in, so this run is kept offline" in done.stdout
     parts = list((out / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [path.name for path in parts] == [name, name]
@@ -556,17 +559,14 @@ def test_weights_and_biases_variables_win_over_what_was_saved_and_that_over_the_
     for variable in runlog.IDENTITY.values():
         monkeypatch.delenv(variable, raising=False)
     run = tmp_path / "run"
-    run.mkdir()
-    new = runlog.wandb_identity(run, is_resumed=False)
+    new = runlog.wandb_identity(run, {})
     assert (new["project"], new["name"]) == ("flora", "run")
-    assert new["id"] != runlog.wandb_identity(run, is_resumed=False)["id"]
+    assert new["id"] != runlog.wandb_identity(run, {})["id"]
     saved = {"id": "an-id", "project": "my-thesis", "name": "run-7", "entity": "my-team"}
-    files.write_json(run / "args.json", {"wandb_run": saved})
-    assert runlog.wandb_identity(run, is_resumed=True) == saved
-    assert runlog.wandb_identity(run, is_resumed=False)["id"] != "an-id"
+    assert runlog.wandb_identity(run, saved) == saved
     monkeypatch.setenv("WANDB_RUN_ID", "another")
     monkeypatch.setenv("WANDB_ENTITY", "their-team")
-    found = runlog.wandb_identity(run, is_resumed=True)
+    found = runlog.wandb_identity(run, saved)
     assert found == saved | {"id": "another", "entity": "their-team"}
 
 
