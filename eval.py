@@ -319,12 +319,11 @@ def load_model(
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    with full_memory.explained(full_memory.about_loading, model):
-        # Loads layer by layer; each NF4Linear quantises its weight.
-        phi2.load_weights(model, directory, device, DTYPES[dtype])
-        if keep is None:
-            keep = has_room_to_keep(model, machine.free_memory(device))
-        choose_what_is_stored(model, keep, device)
+    # Loads layer by layer; each NF4Linear quantises its weight.
+    phi2.load_weights(model, directory, device, DTYPES[dtype])
+    if keep is None:
+        keep = has_room_to_keep(model, machine.free_memory(device))
+    choose_what_is_stored(model, keep, device)
     return model.eval()
 
 

@@ -213,7 +213,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
         batches = feed.current.batches
-        with full_memory.explained(full_memory.about_a_step, args, model):
+        with full_memory.step_explained(args, model):
             loss, grad_norm = training_step(
                 model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
             )

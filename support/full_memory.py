@@ -1,7 +1,7 @@
 """What happens if memory runs out: an evaluation continues with fewer rows at a time.
 
-If nothing can continue, the error gets a note, which cli.run prints: what did not fit, and which
-flags help. A flag that is already in use is not suggested.
+If a step of training does not fit, the error gets a note, which cli.run prints: which flags help.
+A flag that is already in use is not suggested.
 
 torch is imported where it is used, so that --help need not wait for it.
 """
@@ -70,12 +70,7 @@ def run_if_it_fits(run: Callable[[list], list], prompts: list[list[int]]) -> lis
     try:
         return run(prompts)
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        if len(prompts) == 1:
-            length = len(prompts[0])
-            cures = either(["--no-keep-dequantized", f"a --max-length below {length}"])
-            error.add_note(f"not even a row of {length} tokens fits into the memory{cures}")
+        if not is_out_of_memory(error) or len(prompts) == 1:
             raise
     # Not earlier: the error referred to the frames it passed through, and these to tensors.
     gc.collect()
@@ -88,20 +83,14 @@ def run_if_it_fits(run: Callable[[list], list], prompts: list[list[int]]) -> lis
 
 
 @contextmanager
-def explained(describe: Callable[..., str], *details) -> Iterator[None]:
-    """Adds describe(*details) as a note to an error that means that the memory is full."""
+def step_explained(args: argparse.Namespace, model: nn.Module) -> Iterator[None]:
+    """Adds to an error in a step of training, if the memory is full, with which flags it fits."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            error.add_note(describe(*details))
+            error.add_note(about_a_step(args, model))
         raise
-
-
-def about_loading(model: nn.Module) -> str:
-    """Returns what helps if the base does not fit."""
-    cures = [*kept_values(model), *quantization(model)]
-    return f"the model does not fit into the memory{either(cures)}"
 
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
@@ -118,38 +107,29 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
 
     In each list the flags that cost the least time come first.
     """
-    resumed = kept_values(model)
+    layers = [module for module in model.modules() if hasattr(module, "double_quant")]  # NF4Linear
+    is_kept = any(layer.kept is not None for layer in layers)
+    resumed = []
+    # On a GPU without kept values attention is recomputed.
+    can_recompute = args.device != "cpu" and not model.model.recomputes_attention
+    if is_kept or (can_recompute and not args.checkpointing):
+        resumed.append("--no-keep-dequantized")
     if not args.checkpointing:
-        if not resumed and not model.model.recomputes_attention and args.device != "cpu":
-            resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
 
-    anew = ["a --max-length that cuts the longest rows", *quantization(model)]
+    anew = []
     if args.batch_size > 1:
         # The number of rows in a step stays the same.
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
-        anew.insert(0, f"--batch-size {size} --accumulate {args.accumulate * parts}")
+        anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
+    anew.append("a --max-length that cuts the longest rows")
+    if not layers:
+        anew.append("--quant nf4")
+    elif not layers[0].double_quant:
+        anew.append("--double-quant (0.37 bit a weight)")
     return resumed, anew
 
 
 def either(cures: list[str]) -> str:
-    return f"; what helps: {', or '.join(cures)}" if cures else ""
-
-
-def kept_values(model: nn.Module) -> list[str]:
-    """Returns the flag that drops the kept values, the dequantised weights, if any are stored."""
-    is_kept = any(layer.kept is not None for layer in nf4_layers(model))
-    return ["--no-keep-dequantized"] if is_kept else []
-
-
-def quantization(model: nn.Module) -> list[str]:
-    """Returns the flag that stores the base in fewer bits."""
-    layers = nf4_layers(model)
-    if not layers:
-        return ["--quant nf4"]
-    return [] if layers[0].double_quant else ["--double-quant (0.37 bit a weight)"]
-
-
-def nf4_layers(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if hasattr(module, "double_quant")]
+    return f"; what helps: {', or '.join(cures)}"

@@ -78,7 +78,9 @@ class RunLog:
         saved = files.read_json(path) if self.args.resume and path.is_file() else {}
         record = self.state.arguments | machine.environment(self.device)
         record["total_steps"] = self.state.steps
-        record["command"] = saved.get("command", this_command())
+        script = commands.name_of(Path(sys.argv[0]).absolute())
+        command = f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
+        record["command"] = saved.get("command", command)
         if processes.TORCHRUN:
             record["torchrun"] = processes.TORCHRUN
         if self.args.wandb:
@@ -314,12 +316,6 @@ class RunLog:
 
 # -----------------------------------------------------------------------------
 # Reading the files of a run that is resumed
-
-
-def this_command() -> str:
-    """Returns the command line of this process."""
-    script = commands.name_of(Path(sys.argv[0]).absolute())
-    return f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
 
 
 def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:

@@ -225,13 +225,6 @@ def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
     assert errors["is finished"]
 
 
-def test_where_nothing_fits_the_line_says_what_does_not_and_what_helps(found):
-    errors = found["errors"]
-    assert errors["no room for the model"].startswith(
-        "error: the model does not fit into the memory; what helps: --no-keep-dequantized, or "
-        "--double-quant (0.37 bit a weight): CUDA out of memory."
-    )
-    assert errors["no room for a pair"].startswith(
-        "error: not even a row of 71 tokens fits into the memory; what helps: "
-        "--no-keep-dequantized, or a --max-length below 71: CUDA out of memory."
-    )
+def test_where_nothing_fits_the_line_is_pytorchs(found):
+    for name in ("no room for the model", "no room for a pair"):
+        assert found["errors"][name].startswith("error: CUDA out of memory. Tried to allocate ")

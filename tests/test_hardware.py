@@ -198,16 +198,15 @@ def test_a_model_that_fills_the_memory_is_not_taken_for_a_damaged_one(
         return evaluation.load_model(tiny, quantization, "fp32", "cpu")
 
     load()  # libraries take memory at their first call
-    line = "error: the model does not fit into the memory; what helps: --"
     if quantization == "none":  # NF4 has mapped the file before, to see what is quantised in it
         # The file, of 6.1 MB, is mapped twice.
         with memory_left(9 * 2**20), pytest.raises(RuntimeError, match="to mmap") as raised:
             load()
-        assert cli.one_line(raised.value).startswith(line)
+        assert cli.is_users(raised.value)
     monkeypatch.setattr(phi2, "read_layer", lambda *others: {"weight": torch.empty(2**50)})
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as raised:
         load()
-    assert cli.one_line(raised.value).startswith(line)
+    assert cli.is_users(raised.value)
 
 
 @pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
