@@ -100,14 +100,15 @@ def by_label(predictions: list[dict]) -> dict:
     f1 = 2 * right / numpy.maximum(counts + answered, 1)
 
     # numpy numbers are converted to Python numbers, which json can write.
-    figures = {}
-    for label, name in enumerate(LABELS):
-        figures[name] = {
+    figures = {
+        name: {
             "precision": float(precision[label]),
             "recall": float(recall[label]),
             "f1": float(f1[label]),
             "n": int(counts[label]),
         }
+        for label, name in enumerate(LABELS)
+    }
     return {
         "majority": int(counts.max()) / len(predictions),
         "confusion": confusion.tolist(),
@@ -222,23 +223,12 @@ def read_predictions(path: Path) -> list[dict]:
     """Returns the predictions in a file. Raises ValueError if a line is not a prediction."""
     predictions = files.read_lines(path)
     for number, row in enumerate(predictions, 1):
-        if not is_prediction(row):
+        if not {"idx", "prompt", "label", "prediction"} <= row.keys():
             raise ValueError(
                 f"{path}, line {number}: not a prediction, which has idx, prompt, "
-                "label (0, 1, 2) and prediction; write it with eval.py --out"
+                "label and prediction; write it with eval.py --out"
             )
     return predictions
-
-
-def is_prediction(row: dict) -> bool:
-    """Returns whether a line has what a comparison needs, and so was probably written here."""
-    return (
-        isinstance(row.get("idx"), int | str)
-        and isinstance(row.get("prompt"), str)
-        and isinstance(row.get("label"), int)
-        and row["label"] in (0, 1, 2)
-        and isinstance(row.get("prediction"), int)
-    )
 
 
 # -----------------------------------------------------------------------------
