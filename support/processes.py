@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # All of them, because a shell may have one or two left over from other programs.
 IN_TORCHRUN = all(
-    name in os.environ
+    os.environ.get(name)
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 )
 
