@@ -23,8 +23,9 @@ def main() -> None:
     extras = Extras()
     with extras.attempt("the pictures"):
         page.draw_pictures(run)
-    page.write(run)  # with the pictures that exist
-    print(run.folder / "report.html")
+    with extras.attempt("report.html"):  # with the pictures that exist
+        page.write(run)
+        print(run.folder / "report.html")
     if extras.failed:
         sys.exit(1)
 

@@ -49,7 +49,7 @@ def read_runs(folders: list[Path]) -> list[Record]:
         try:
             run = records.read(folder)
             if not run.is_finished:
-                raise ValueError(f"{folder} is not finished: step {run.step:,} of {run.steps:,}")
+                raise ValueError(f"{folder} is not finished: step {run.step:,}")
             runs.append(run)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)

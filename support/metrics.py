@@ -258,21 +258,18 @@ def table(results: dict) -> str:
     for stage, split, result in stages(results):
         if stage not in lines:
             lines.append(stage)
-        lines.append(table_line(split, result))
+        low, high = result["ci95"]
+        lines.append(
+            f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} "
+            f"{low:.4f}-{high:.4f} {result['n']:6,} {result['unparsed']:8,} "
+            f"{result['score_accuracy']:6.4f}"
+        )
     for split, test in results.get("compared", {}).items():
         run = printable(test["run"])
         lines.append(f"{split[:21]} against {run} ({test['first_accuracy']:.4f}):")
         rows = f"{test['only_second']:,} rows right only here, {test['only_first']:,} only there"
         lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
     return "\n".join(lines)
-
-
-def table_line(split: str, result: dict) -> str:
-    low, high = result["ci95"]
-    return (
-        f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} {low:.4f}-{high:.4f} "
-        f"{result['n']:6,} {result['unparsed']:8,} {result['score_accuracy']:6.4f}"
-    )
 
 
 def details(result: dict) -> str:

@@ -420,4 +420,4 @@ def test_no_finished_run_is_one_line(copy, capsys):
     (copy / "results.json").unlink()
     with pytest.raises(SystemExit, match="error: there is no finished run to compare"):
         in_process(runs, copy)
-    assert capsys.readouterr().err == f"left out: {copy} is not finished: step 60 of 60\n"
+    assert capsys.readouterr().err == f"left out: {copy} is not finished: step 60\n"
