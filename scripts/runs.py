@@ -24,7 +24,7 @@ FIRST = ("rank", "alpha", "targets", "learning_rate", "model", "dataset")
 HIDDEN = {
     "out", "command", "started_in", "resume", "debug", "push", "wandb", "wandb_run", "torchrun",
     "versions", "commit", "digests", "label_words", "base_parameters", "total_steps",
-    "save_every", "log_every", "device",
+    "save_every", "log_every", "eval_every", "keep_best", "graphs", "device",
 }  # fmt: skip
 LONGEST = 24  # characters of a name in the table
 MISSING = "-"
