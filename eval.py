@@ -283,7 +283,7 @@ def answer(
             return score(model, tokenizer, prompts)
         return complete(model, tokenizer, prompts, protocol.max_new_tokens)
 
-    return full_memory.run_in_parts(answer_part, prompts, protocol)
+    return full_memory.run_in_parts(answer_part, prompts, protocol, model)
 
 
 def describe(pair: dict, number: int, tokens: int) -> dict:
@@ -319,11 +319,12 @@ def load_model(
     if quantization == "nf4":
         # nn.Linear becomes NF4Linear, still empty.
         quant.quantize_linears(model, phi2.not_quantized(directory), double_quant)
-    # Loads layer by layer; each NF4Linear quantises its weight.
-    phi2.load_weights(model, directory, device, DTYPES[dtype])
-    if keep is None:
-        keep = has_room_to_keep(model, machine.free_memory(device))
-    choose_what_is_stored(model, keep, device)
+    with full_memory.explained(full_memory.about_loading, model, DTYPES[dtype]):
+        # Loads layer by layer; each NF4Linear quantises its weight.
+        phi2.load_weights(model, directory, device, DTYPES[dtype])
+        if keep is None:
+            keep = has_room_to_keep(model, machine.free_memory(device))
+        choose_what_is_stored(model, keep, device)
     return model.eval()
 
 

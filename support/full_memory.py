@@ -1,7 +1,7 @@
 """What happens if memory runs out: an evaluation continues with fewer rows at a time.
 
-If a step of training does not fit, the error gets a note, which cli.run prints: which flags help.
-A flag that is already in use is not suggested.
+If nothing can continue, the error gets a note, which cli.run prints: what did not fit, and which
+flags help. A flag that is already in use is not suggested.
 
 torch is imported where it is used, so that --help need not wait for it.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from support import commands
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 # Parts of torch's error messages: on a CPU; for a file there; on a Mac's GPU, or if CUDA itself
@@ -39,7 +40,9 @@ def is_out_of_memory(error: Exception) -> bool:
 # Fewer rows at a time
 
 
-def run_in_parts(run: Callable[[list], list], prompts: list[list[int]], protocol) -> list:
+def run_in_parts(
+    run: Callable[[list], list], prompts: list[list[int]], protocol, model: nn.Module
+) -> list:
     """Returns a result for each prompt, by calling run(part) on protocol.batch_size prompts each.
 
     If a part does not fit, halves protocol.batch_size and prints a line on stderr. Later calls
@@ -48,29 +51,39 @@ def run_in_parts(run: Callable[[list], list], prompts: list[list[int]], protocol
     from tqdm import tqdm
 
     results = []
+    is_halved = False
     while len(results) < len(prompts):
         part = prompts[len(results) : len(results) + protocol.batch_size]
-        found = run_if_it_fits(run, part)
-        if found is not None:
-            results += found
+        found = run_if_it_fits(run, part, model)
+        if found is None:
+            protocol.batch_size = len(part) // 2
+            is_halved = True
             continue
-        protocol.batch_size = len(part) // 2
-        # print would break the progress bar.
-        tqdm.write(
-            f"the memory is full: evaluation goes on with a batch size of {protocol.batch_size}",
-            file=sys.stderr,
-        )
+        results += found
+        if is_halved:  # printed once, when a size has worked
+            # print would break the progress bar.
+            tqdm.write(
+                f"{memory_of(model)} is full: evaluation goes on with a batch size of "
+                f"{protocol.batch_size}",
+                file=sys.stderr,
+            )
+            is_halved = False
     return results
 
 
-def run_if_it_fits(run: Callable[[list], list], prompts: list[list[int]]) -> list | None:
+def run_if_it_fits(
+    run: Callable[[list], list], prompts: list[list[int]], model: nn.Module
+) -> list | None:
     """Returns run(prompts), or None if memory runs out with more than one prompt."""
     import torch
 
     try:
         return run(prompts)
     except Exception as error:
-        if not is_out_of_memory(error) or len(prompts) == 1:
+        if not is_out_of_memory(error):
+            raise
+        if len(prompts) == 1:
+            error.add_note(about_a_prompt(prompts[0], model))
             raise
     # Not earlier: the error referred to the frames it passed through, and these to tensors.
     gc.collect()
@@ -83,14 +96,32 @@ def run_if_it_fits(run: Callable[[list], list], prompts: list[list[int]]) -> lis
 
 
 @contextmanager
-def step_explained(args: argparse.Namespace, model: nn.Module) -> Iterator[None]:
-    """Adds to an error in a step of training, if the memory is full, with which flags it fits."""
+def explained(describe: Callable[..., str], *details) -> Iterator[None]:
+    """Adds describe(*details) as a note to an error that means that the memory is full."""
     try:
         yield
     except Exception as error:
         if is_out_of_memory(error):
-            error.add_note(about_a_step(args, model))
+            error.add_note(describe(*details))
         raise
+
+
+def about_loading(model: nn.Module, dtype: torch.dtype) -> str:
+    """Returns what helps if the base does not fit, and how much memory it takes."""
+    size = sum(parameter.numel() * dtype.itemsize for parameter in model.parameters())
+    # A model may hold its dequantised weights already, which are no part of the base.
+    buffers = [buffer for name, buffer in model.named_buffers() if not name.endswith(".kept")]
+    size += sum(buffer.nbytes for buffer in buffers)
+    cures = [*kept_values(model), *quantization(model), *another_device(model)]
+    takes = f"{size / 2**20:,.1f} MiB"
+    return f"the model, {takes}, does not fit into {memory_of(model)}{either(cures)}"
+
+
+def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
+    """Returns what helps if a single prompt does not fit beside the model."""
+    row = f"a row of {len(prompt)} tokens"
+    cures = [*kept_values(model), f"a --max-length below {len(prompt)}", *another_device(model)]
+    return f"not even {row} fits into {memory_of(model)} beside the model{either(cures)}"
 
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
@@ -99,7 +130,7 @@ def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
     cures = [f"a new run with {' or '.join(anew)}"]
     if resumed:
         cures.insert(0, f"{commands.resume(args.out)} {' '.join(resumed)}")
-    return f"a step of training does not fit into the memory{either(cures)}"
+    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
 
 
 def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -107,14 +138,10 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
 
     In each list the flags that cost the least time come first.
     """
-    layers = [module for module in model.modules() if hasattr(module, "double_quant")]  # NF4Linear
-    is_kept = any(layer.kept is not None for layer in layers)
-    resumed = []
-    # On a GPU without kept values attention is recomputed.
-    can_recompute = args.device != "cpu" and not model.model.recomputes_attention
-    if is_kept or (can_recompute and not args.checkpointing):
-        resumed.append("--no-keep-dequantized")
+    resumed = kept_values(model)
     if not args.checkpointing:
+        if not resumed and not model.model.recomputes_attention and args.device != "cpu":
+            resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
 
     anew = []
@@ -123,13 +150,36 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
         anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
-    anew.append("a --max-length that cuts the longest rows")
-    if not layers:
-        anew.append("--quant nf4")
-    elif not layers[0].double_quant:
-        anew.append("--double-quant (0.37 bit a weight)")
-    return resumed, anew
+    return resumed, [*anew, "a --max-length that cuts the longest rows", *quantization(model)]
 
 
 def either(cures: list[str]) -> str:
-    return f"; what helps: {', or '.join(cures)}"
+    return f"; what helps: {', or '.join(cures)}" if cures else ""
+
+
+def kept_values(model: nn.Module) -> list[str]:
+    """Returns the flag that drops the kept values, the dequantised weights, if any are stored."""
+    is_kept = any(layer.kept is not None for layer in nf4_layers(model))
+    return ["--no-keep-dequantized"] if is_kept else []
+
+
+def quantization(model: nn.Module) -> list[str]:
+    """Returns the flag that stores the base in fewer bits."""
+    layers = nf4_layers(model)
+    if not layers:
+        return ["--quant nf4"]
+    return [] if layers[0].double_quant else ["--double-quant (0.37 bit a weight)"]
+
+
+def nf4_layers(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if hasattr(module, "double_quant")]
+
+
+def another_device(model: nn.Module) -> list[str]:
+    return ["--device cpu"] if memory_of(model) == "the GPU" else []
+
+
+def memory_of(model: nn.Module) -> str:
+    """Returns the name of the memory that holds a model, which may be partly loaded."""
+    devices = {parameter.device.type for parameter in model.parameters()}
+    return "the memory" if devices <= {"cpu", "meta"} else "the GPU"

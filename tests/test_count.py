@@ -209,7 +209,7 @@ def test_on_a_card_an_evaluation_takes_as_many_rows_as_planned(found):
         assert card["recomputes"] == (not kept)
         assert card["rows"] == rows
         assert card["answers"] == 64
-        line = f"the memory is full: evaluation goes on with a batch size of {rows}\n"
+        line = f"the GPU is full: evaluation goes on with a batch size of {rows}\n"
         assert card["printed"] == (line if rows < 64 else "")
 
 
@@ -217,7 +217,7 @@ def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
     errors = found["errors"]
     run = found["folder"] / "run"
     assert errors["too little"].startswith(
-        "error: a step of training does not fit into the memory; what helps: "
+        "error: a step of training does not fit into the GPU; what helps: "
         f"python train.py --resume {run} --no-keep-dequantized --checkpointing, or a new run with "
         "--batch-size 32 --accumulate 2 or a --max-length that cuts the longest rows or "
         "--double-quant (0.37 bit a weight): CUDA out of memory. Tried to allocate "
@@ -226,6 +226,14 @@ def test_a_step_that_does_not_fit_names_flags_with_which_the_run_resumes(found):
     assert errors["is finished"]
 
 
-def test_where_nothing_fits_the_line_is_pytorchs(found):
-    for name in ("no room for the model", "no room for a pair"):
-        assert found["errors"][name].startswith("error: CUDA out of memory. Tried to allocate ")
+def test_where_nothing_fits_the_line_says_what_does_not_and_what_helps(found):
+    errors = found["errors"]
+    assert errors["no room for the model"].startswith(
+        "error: the model, 2.2 MiB, does not fit into the GPU; what helps: "
+        "--no-keep-dequantized, or --double-quant (0.37 bit a weight), or --device cpu: CUDA out "
+        "of memory."
+    )
+    assert errors["no room for a pair"].startswith(
+        "error: not even a row of 71 tokens fits into the GPU beside the model; what helps: "
+        "--no-keep-dequantized, or a --max-length below 71, or --device cpu: CUDA out of memory."
+    )

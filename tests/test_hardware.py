@@ -190,23 +190,24 @@ def memory_left(size: int) -> Iterator[None]:
 
 
 @pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization, size", [("none", "11.7"), ("nf4", "3.0")])
 def test_a_model_that_fills_the_memory_is_not_taken_for_a_damaged_one(
-    tiny, monkeypatch, quantization
+    tiny, monkeypatch, quantization, size
 ):
     def load() -> phi2.Phi2:
         return evaluation.load_model(tiny, quantization, "fp32", "cpu")
 
-    load()  # libraries take memory at their first call
+    assert size == f"{sum(tensor.nbytes for tensor in load().state_dict().values()) / 2**20:.1f}"
+    line = f"error: the model, {size} MiB, does not fit into the memory; what helps: --"
     if quantization == "none":  # NF4 has mapped the file before, to see what is quantised in it
         # The file, of 6.1 MB, is mapped twice.
         with memory_left(9 * 2**20), pytest.raises(RuntimeError, match="to mmap") as raised:
             load()
-        assert cli.is_users(raised.value)
+        assert cli.one_line(raised.value).startswith(line)
     monkeypatch.setattr(phi2, "read_layer", lambda *others: {"weight": torch.empty(2**50)})
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as raised:
         load()
-    assert cli.is_users(raised.value)
+    assert cli.one_line(raised.value).startswith(line)
 
 
 @pytest.mark.skipif(not machine.STATUS.is_file(), reason="needs Linux's /proc")
@@ -259,12 +260,25 @@ def test_pairs_on_standard_input_are_halved_once(monkeypatch, capsys, tmp_path):
     assert captured.err.count("evaluation goes on with a batch size of 5") == 1
 
 
-def test_another_error_is_not_taken_for_a_full_memory():
+def test_a_batch_that_is_halved_many_times_is_said_once(tiny, capsys):
+    def full_beyond_1(prompts: list) -> list:
+        if len(prompts) > 1:
+            raise torch.OutOfMemoryError
+        return prompts
+
+    prompts = [[number] for number in range(9)]
+    protocol = evaluation.Protocol(batch_size=8)
+    assert full_memory.run_in_parts(full_beyond_1, prompts, protocol, phi2.build(tiny)) == prompts
+    line = "the memory is full: evaluation goes on with a batch size of 1\n"
+    assert capsys.readouterr().err == line
+
+
+def test_another_error_is_not_taken_for_a_full_memory(tiny):
     def wrong(prompts: list) -> list:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        full_memory.run_in_parts(wrong, [[1], [2]], evaluation.Protocol())
+        full_memory.run_in_parts(wrong, [[1], [2]], evaluation.Protocol(), phi2.build(tiny))
 
 
 def test_what_is_off_already_is_not_named(tiny):
