@@ -173,8 +173,9 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     """Returns McNemar's exact test: could two models' accuracies differ by chance alone?
 
     Rows that both models answer correctly, or both wrongly, say nothing about this. If the
-    models were equally good, each of the other rows would be the toss of a fair coin. Raises
-    ValueError unless both sets of predictions are for the same rows.
+    models were equally good, each of the other rows would be the toss of a fair coin. p is None
+    if most completions of one model contain no number, because the test would then compare the
+    form of the answers. Raises ValueError unless both sets of predictions are for the same rows.
     """
     check_same_rows(first, second)
     # The two sets may differ in order, so rows are paired by their content.
@@ -182,20 +183,32 @@ def compare(first: list[dict], second: list[dict]) -> dict:
     pairs = [(is_right(row), is_second_right[row_of(row)]) for row in first]
     only_first = pairs.count((True, False))
     only_second = pairs.count((False, True))
+    p = coin_p(only_first, only_second)
+    if is_unreadable(first) or is_unreadable(second):
+        p = None
     return {
         "n": len(pairs),
         "first_accuracy": accuracy(first)["accuracy"],
         "only_first": only_first,
         "only_second": only_second,
-        "p": coin_p(only_first, only_second),
+        "p": p,
     }
 
 
 def coin_p(heads: int, tails: int) -> float:
     """Returns the probability that a fair coin falls at least as unevenly; 1 without a toss."""
     tosses = heads + tails
-    ways = sum(math.comb(tosses, number) for number in range(min(heads, tails) + 1))
-    return min(1.0, 2 * ways / 2**tosses)
+    ways = 1  # to get `number` heads; math.comb would count each from the beginning, in seconds
+    total = 1  # to get up to `number` heads
+    for number in range(1, min(heads, tails) + 1):
+        ways = ways * (tosses - number + 1) // number
+        total += ways
+    return min(1.0, 2 * total / 2**tosses)
+
+
+def is_unreadable(predictions: list[dict]) -> bool:
+    """Returns whether most completions contain no number."""
+    return sum(row["prediction"] == -1 for row in predictions) > len(predictions) / 2
 
 
 def check_same_rows(first: list[dict], second: list[dict]) -> None:
@@ -268,7 +281,10 @@ def table(results: dict) -> str:
         run = printable(test["run"])
         lines.append(f"{split[:21]} against {run} ({test['first_accuracy']:.4f}):")
         rows = f"{test['only_second']:,} rows right only here, {test['only_first']:,} only there"
-        lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
+        if test["p"] is None:
+            lines.append(f"  {rows}; most of one are unparsed: no p")
+        else:
+            lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
     return "\n".join(lines)
 
 

@@ -184,6 +184,20 @@ def test_the_comparison_is_the_binomial_test_of_the_rows_that_differ():
     assert metrics.compare(first, first)["p"] == 1
 
 
+def test_answers_that_cannot_be_read_have_no_p_value():
+    """Against a base that writes no numbers any adapter would be significant."""
+    first = predictions([0] * 20, [-1] * 11 + [0] * 9)
+    second = predictions([0] * 20, [0] * 20)
+    expected = {"n": 20, "only_first": 0, "only_second": 11, "p": None}
+    expected["first_accuracy"] = 9 / 20
+    assert metrics.compare(first, second) == expected
+    table = metrics.table({"compared": {"validation": expected | {"run": "out/other"}}})
+    assert "validation against out/other (0.4500):\n  11 rows right only here, 0 only" in table
+    assert "; most of one are unparsed: no p" in table
+    readable = predictions([0] * 20, [-1] * 10 + [0] * 10)
+    assert metrics.compare(readable, second)["p"] < 0.01
+
+
 def test_majority_is_the_accuracy_of_always_answering_the_most_frequent_label():
     labels = [2, 2, 0, 1, 2]
     assert metrics.statistics(predictions(labels, [0] * 5))["majority"] == 0.6
