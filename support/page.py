@@ -14,6 +14,7 @@ from support import files, letters, metrics, pictures
 from support.records import Record, words_of
 
 MISTAKES = 20  # how many of the most confident mistakes are shown
+UNPARSED = 20  # how many completions without a number are shown
 COMPLETIONS = 6  # how many of the base's most frequent completions are shown
 RELOAD = 20  # seconds after which a browser reloads the page of a running training
 
@@ -24,10 +25,11 @@ def write(run: Record, is_under_way: bool = False) -> None:
     With `is_under_way` a browser reloads the page by itself until the run is finished.
     """
     # A confident mistake is more informative than a close one: it may be a wrong label or a
-    # pattern that was not learned. Answers that are no label have no confidence, and come last.
+    # pattern that was not learned. -1 is not an answer, so it has no confidence.
     rows = predictions_of(run, "finetuned", "predictions")
-    wrong = [row for row in rows if not metrics.is_right(row)]
+    wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
     wrong.sort(key=confidence, reverse=True)
+    unparsed = [row for row in rows if row["prediction"] == -1]
     of_base = predictions_of(run, "baseline", "baseline")
     picture = run.folder / pictures.PICTURES[0]
     page = render(
@@ -46,6 +48,8 @@ def write(run: Record, is_under_way: bool = False) -> None:
         completions=commonest(of_base),
         mistakes=wrong[:MISTAKES],
         mistakes_count=len(wrong),
+        unparsed=unparsed[:UNPARSED],
+        unparsed_count=len(unparsed),
     )
     with files.replacing(run.folder / "report.html") as temporary:
         # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode.
