@@ -50,9 +50,13 @@ def read_runs(folders: list[Path]) -> list[Record]:
             run = records.read(folder)
             if not run.is_finished:
                 raise ValueError(f"{folder} is not finished: step {run.step:,}")
+            results([run])
             runs.append(run)
         except (ValueError, OSError) as error:
             print(printable(f"left out: {error}"), file=sys.stderr)
+        except (LookupError, TypeError, AttributeError, ArithmeticError):  # files in another form
+            reason = "it is not as this version of train.py writes a run"
+            print(printable(f"left out: {folder}: {reason}"), file=sys.stderr)
     if not runs:
         raise ValueError("there is no finished run to compare")
     return sorted(runs, key=lambda run: mean(run, "accuracy"), reverse=True)

@@ -80,7 +80,7 @@ def test_the_page_of_a_run_shows_all_of_it_and_links_to_nothing(run):
         *("rank 8, alpha 16", "learning rate 0.003", "training\n60 of 60 steps of 8", "negation"),
         *("The right answer is  ", "guesses evenly", "the CPU ("),
         *("--eval-limit 30", "36,864 parameters, 1.2 % of the base's 3,061,504", " GiB in "),
-        *("The most confident mistakes", "0 entailment"),
+        *("The most confident mistakes", "Rows that did not parse", "0 entailment"),
         *(files.read_lines(run / "baseline_validation_matched.jsonl")[0]["prompt"], "no number"),
     ):
         assert expected in shown.text
@@ -141,10 +141,10 @@ def test_the_most_confident_mistakes_come_first(copy):
     files.write_lines(path, rows)
     page.write(records.read(copy))
     shown = Page((copy / "report.html").read_text())
-    first, *others = shown.text.split("The most confident mistakes")[1].split(": labelled ")
+    first = shown.text.split("The most confident mistakes")[1].split("label")[0]
     assert f"validation_matched, row {rows[0]['idx']}" in first
-    if len(others) < page.MISTAKES:  # answers without a number come last
-        assert f"validation_matched, row {rows[1]['idx']}" in others[-2]
+    unparsed = shown.text.split("Rows that did not parse")[1]
+    assert f"validation_matched, row {rows[1]['idx']}" in unparsed
 
 
 def test_pictures_show_something(run):
@@ -414,6 +414,16 @@ def test_runs_that_differ_at_the_beginning_of_long_names_are_told_apart(two, tmp
         assert f"{number}_xxx" in line
         assert f" {number}/yyy" in line
         assert f"{folders[number]} -->" in (tmp_path / "losses.svg").read_text()
+
+
+@pytest.mark.parametrize("text", ['{"finetuned": {"validation": {}}}', '{"finetuned": 1}'])
+def test_a_run_in_another_form_is_left_out_with_one_line(two, copy, capsys, text):
+    (copy / "results.json").write_text(text)
+    in_process(runs, copy, *two)
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"left out: {copy}: ")
+    assert printed.err.count("\n") == 1
+    assert len(printed.out.split("\n\n")[1].splitlines()) == 1 + 2
 
 
 def test_no_finished_run_is_one_line(copy, capsys):
