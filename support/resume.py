@@ -130,12 +130,19 @@ class Saved:
 
     state: State
     tensors: dict[str, Tensor]  # on the CPU, by the names at the top of this file
+    path: Path  # for errors
 
     def restore(
         self, adapter: dict[str, Tensor], optimizer, scaler, process: int, device: torch.device
     ) -> None:
-        """Restores adapter, optimiser, scaler and the random generators of this process."""
+        """Restores adapter, optimiser, scaler and the random generators of this process.
+
+        Raises ValueError if the saved values do not fit them.
+        """
         import torch
+
+        # Check all shapes first, because copy_ would repeat a smaller tensor.
+        self.check_shapes(adapter, process)
 
         # Copied in place, because the layers and the optimiser refer to these tensors.
         with torch.no_grad():
@@ -152,9 +159,27 @@ class Saved:
         # load_state_dict moves the entries to the device of their parameters.
         optimizer.load_state_dict(optimizer.state_dict() | {"state": entries})
 
-        scaler.load_state_dict(self.state.scaler)  # does nothing except in fp16
-        # Last, because nothing here may draw random numbers after this.
-        set_random_state(self.tensors["random"][process], device)
+        try:
+            scaler.load_state_dict(self.state.scaler)  # does nothing except in fp16
+            # Last, because nothing here may draw random numbers after this.
+            set_random_state(self.tensors["random"][process], device)
+        except (RuntimeError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.path} does not fit this run ({error!r})") from None
+
+    def check_shapes(self, adapter: dict[str, Tensor], process: int) -> None:
+        """Raises ValueError unless the tensors fit this adapter and this process."""
+        expected = {f"adapter.{name}": tensor.shape for name, tensor in adapter.items()}
+        # Before the first step the optimiser has no entries.
+        if any(name.startswith("optimizer.") for name in self.tensors):
+            for number, tensor in enumerate(adapter.values()):
+                expected[f"optimizer.{number}.step"] = ()
+                expected[f"optimizer.{number}.exp_avg"] = tensor.shape
+                expected[f"optimizer.{number}.exp_avg_sq"] = tensor.shape
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        # The second size depends on the device and on torch. set_random_state checks it.
+        random = shapes.pop("random", ())  # (processes, bytes)
+        if shapes != expected or len(random) != 2 or random[0] <= process:
+            raise ValueError(f"{self.path} does not hold the tensors of this adapter")
 
 
 def write(
@@ -192,7 +217,7 @@ def load(run: Path) -> Saved:
         raise ValueError(
             f"{path}: its state was not written by this version of train.py ({error})"
         ) from None
-    return Saved(state, tensors)
+    return Saved(state, tensors, path)
 
 
 def take_up(run: Path | None, state: State) -> Saved | None:

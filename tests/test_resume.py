@@ -718,6 +718,40 @@ def rewrite(path: Path, tensors: dict, more: dict | None = None, **changes) -> N
     save_file(tensors, path, metadata | {"state": json.dumps(state)} | (more or {}))
 
 
+def lose_a_moment(tensors: dict) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if name != "optimizer.3.exp_avg"}
+
+
+def widen_the_adapter(tensors: dict) -> dict:
+    return tensors | {min(tensors): torch.zeros(9, 9)}
+
+
+def shrink_to_what_torch_would_repeat(tensors: dict) -> dict:
+    name = min(tensors)
+    return tensors | {name: tensors[name][:1].contiguous()}
+
+
+def lose_the_random_state(tensors: dict) -> dict:
+    return tensors | {"random": torch.zeros_like(tensors["random"])}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lose_a_moment, "does not hold the tensors of this adapter"),
+        (widen_the_adapter, "does not hold the tensors of this adapter"),
+        (shrink_to_what_torch_would_repeat, "does not hold the tensors of this adapter"),
+        (lose_the_random_state, "does not fit this run (RuntimeError("),
+    ],
+)
+def test_a_save_with_other_tensors_is_refused_and_nothing_is_changed(copy, change, message):
+    path = copy / resume.NAME
+    rewrite(path, change(load_file(path)))
+    before = content(copy)
+    assert f"error: {path} {message}" in refusal("--resume", copy)
+    assert content(copy) == before
+
+
 def test_numbers_that_are_not_finite_are_not_saved_over_those_that_are(copy):
     """The last step, after which no loss would show them."""
     path = copy / resume.NAME
