@@ -213,7 +213,7 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         rate = args.learning_rate * schedule(step, steps, args.warmup_steps)
         optimizer.param_groups[0]["lr"] = rate
         batches = feed.current.batches
-        with full_memory.step_explained(args, model):
+        with full_memory.explained(full_memory.about_a_step, args, model):
             loss, grad_norm = training_step(
                 model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
             )
@@ -286,7 +286,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     Fills in arguments that were left open: the commits on the Hub and the base's own dropout.
     Raises ValueError if things do not fit together, before the weights are loaded.
     """
-    args.dtype = processes.gather(args.dtype)[0]  # by default that of the GPU, and GPUs may differ
+    # The default depends on the GPU, and GPUs may differ. More GPUs can compute in the later ones.
+    args.dtype = max(processes.gather(args.dtype), key=["bf16", "fp16", "fp32"].index)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)

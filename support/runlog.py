@@ -302,9 +302,12 @@ class RunLog:
                 f"the best adapter, of step {kept['step']:,} (accuracy {kept['accuracy']:.4f}, "
                 f"loss {kept['loss']:.4f}), is in {self.folder / best.FOLDER}"
             )
-        duration = timedelta(seconds=round(time.perf_counter() - self.started))
-        self.say(f"adapter, results.json and report.html are in {self.folder} ({duration})")
         failed = self.extras.failed
+        named = "adapter, results.json and report.html"
+        if "report.html" in failed:
+            named = "adapter and results.json"
+        duration = timedelta(seconds=round(time.perf_counter() - self.started))
+        self.say(f"{named} are in {self.folder} ({duration})")
         if "the predictions" in failed:
             self.say(f"to write all of them again: {commands.resume(self.folder)}")
         elif "the pictures" in failed or "report.html" in failed:

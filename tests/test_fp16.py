@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import lora
 import train
-from support import card, cli, loss_scale, resume
+from support import card, cli, loss_scale, processes, resume
 from support.examples import load_examples
 
 CPU = torch.device("cpu")
@@ -187,3 +187,17 @@ def test_every_dtype_of_the_flag_is_known_to_the_model_and_to_the_card():
     assert set(choices) == evaluation.DTYPES.keys() == card.DTYPES.keys()
     for name, dtype in evaluation.DTYPES.items():
         assert getattr(torch, card.DTYPES[name]) is dtype
+
+
+@pytest.mark.parametrize(
+    "defaults, taken",
+    [(["bf16", "fp16"], "fp16"), (["fp16", "bf16", "fp32"], "fp32"), (["bf16", "bf16"], "bf16")],
+)
+def test_where_gpus_differ_all_processes_take_a_dtype_that_each_can_compute_in(
+    monkeypatch, defaults, taken
+):
+    monkeypatch.setattr(processes, "gather", lambda value: defaults)
+    flags = ("--model", "tiny/model", "--dataset", "tiny/data", "--limit", "4", "--out", "x")
+    args = cli.train_arguments([*flags, "--device", "cpu"])
+    state = train.new_state(args, train.read_inputs(args))
+    assert args.dtype == state.arguments["dtype"] == taken
