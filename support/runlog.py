@@ -368,15 +368,21 @@ def start_wandb(folder: Path, record: dict):
     """
     import wandb
 
-    mode = os.environ.get("WANDB_MODE", "online")
-    # prompt=False: a batch job cannot type a key.
-    if mode == "online" and not wandb.login(prompt=False):
-        mode = "offline"
-        print("W&B: not logged in, so this run is kept offline; `wandb sync` sends it later")
-    return wandb.init(
-        config=record,
-        dir=os.environ.get("WANDB_DIR", folder),
-        mode=mode,
-        resume="allow",  # if a run with this id exists
+    options = {
+        "config": record,
+        "dir": os.environ.get("WANDB_DIR", folder),
+        "resume": "allow",  # if a run with this id exists
         **record["wandb_run"],
-    )
+    }
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":  # the user has chosen another mode
+        return wandb.init(**options, mode=mode)
+    try:
+        # prompt=False: a batch job cannot type a key.
+        if wandb.login(prompt=False):
+            return wandb.init(**options, mode="online")
+        reason = "not logged in"
+    except wandb.Error as error:  # the key is refused, or there is no network
+        reason = " ".join(str(error).split())
+    print(f"W&B: {reason}, so this run is kept offline; `wandb sync` sends it later")
+    return wandb.init(**options, mode="offline")

@@ -553,6 +553,23 @@ def check_that_a_resume_is_the_same_run(out: Path, name: str, no_login: dict) ->
         assert (described.project, described.display_name) == ("my-thesis", "run-7")
 
 
+def test_where_weights_and_biases_refuses_a_key_the_run_is_kept_offline(
+    tmp_path, monkeypatch, capsys
+):
+    import wandb
+
+    def refuse(prompt: bool) -> bool:  # a real refusal takes 12 seconds
+        raise wandb.errors.AuthenticationError("no network")
+
+    monkeypatch.setattr(wandb, "login", refuse)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    identity = runlog.wandb_identity(tmp_path, {})
+    runlog.start_wandb(tmp_path, {"wandb_run": identity}).finish()
+    assert "W&B: no network, so this run is kept offline" in capsys.readouterr().out
+    assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
 def test_weights_and_biases_variables_win_over_what_was_saved_and_that_over_the_defaults(
     monkeypatch, tmp_path
 ):
