@@ -289,7 +289,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     Fills in arguments that were left open: the commits on the Hub and the base's own dropout.
     Raises ValueError if things do not fit together, before the weights are loaded.
     """
-    loss_scale.check_same(args.dtype)
+    # The default depends on the GPU, and GPUs may differ. More GPUs can compute in the later ones.
+    args.dtype = max(processes.gather(args.dtype), key=["bf16", "fp16", "fp32"].index)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
     base_config = phi2.read_config(directory)
@@ -574,7 +575,7 @@ def evaluate(
     """
     results = {}
     predictions = {}
-    with log.resumable(), full_memory.explained(full_memory.about_the_loss, args, model):
+    with log.resumable():
         for split, pairs in inputs.validation.items():
             results[split], predictions[split] = evaluation.evaluate(
                 model, inputs.tokenizer, pairs, inputs.settings, f"{title}, {split}"

@@ -13,7 +13,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python s
 
 from support import cli, flags, page, records
 from support.extras import Extras
-from support.letters import printable
 
 
 def main() -> None:
@@ -21,14 +20,12 @@ def main() -> None:
     parser.add_argument("run", type=flags.path, help="the folder of a run")
     args = parser.parse_args()
     run = records.read(args.run)  # raises if the folder holds no run, or a file is damaged
-    if run.damage:
-        print(printable(run.damage), file=sys.stderr)
     extras = Extras()
     with extras.attempt("the pictures"):
-        page.draw_pictures(args.run)
+        page.draw_pictures(run)
     with extras.attempt("report.html"):  # with the pictures that exist
-        page.write(args.run)
-        print(args.run / "report.html")
+        page.write(run)
+        print(run.folder / "report.html")
     if extras.failed:
         sys.exit(1)
 

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from support import files
 
 FOLDER = "best"  # in the folder of the run
@@ -24,12 +22,10 @@ def figures(step: int, results: dict[str, dict]) -> dict:
 
     They are the step, accuracy and loss as means over the splits, and both for each split.
     """
-    kept = {"step": step, "splits": {split: {} for split in results}}
-    for key in ("accuracy", "loss"):
-        for split, statistics in results.items():
-            kept["splits"][split][key] = statistics[key]
-        kept[key] = sum(statistics[key] for statistics in results.values()) / len(results)
-    return kept
+    keys = ("accuracy", "loss")
+    splits = {split: {key: result[key] for key in keys} for split, result in results.items()}
+    means = {key: sum(part[key] for part in splits.values()) / len(splits) for key in keys}
+    return {"step": step, "splits": splits, **means}
 
 
 def is_better(new: dict, old: dict | None) -> bool:
@@ -55,15 +51,9 @@ def read(run: Path) -> dict | None:
     path = run / FOLDER / "adapter_model.safetensors"
     if not path.is_file():
         return None
-    try:
-        with safe_open(path, framework="numpy") as file:
-            stored = (file.metadata() or {}).get(KEY, "")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error}): remove it") from None
-    evaluation = files.parse_line(stored, f"{path}: its {KEY}")
-    if not {"step", "accuracy", "loss", "splits"} <= evaluation.keys():
-        raise ValueError(f"{path}: its {KEY} was not written by this version of train.py")
-    return evaluation
+    with files.open_tensors(path) as file:
+        stored = (file.metadata() or {}).get(KEY, "")
+    return files.parse_line(stored, f"{path}: its {KEY}")
 
 
 @contextmanager

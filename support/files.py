@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 UNFINISHED = ".unfinished"  # the suffix of temporary names
 
@@ -113,6 +113,20 @@ def remove_unfinished(directory: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+# -----------------------------------------------------------------------------
+# Tensors
+
+
+@contextmanager
+def open_tensors(path: Path, framework: str = "numpy") -> Iterator[safe_open]:
+    """Yields an open safetensors file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, framework) as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or cut short ({error})") from None
 
 
 # -----------------------------------------------------------------------------

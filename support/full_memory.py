@@ -1,8 +1,7 @@
 """What happens if memory runs out: an evaluation continues with fewer rows at a time.
 
 If nothing can continue, the error gets a note, which cli.run prints: what did not fit, and which
-flags help. The flags depend on the model and the arguments: a cure that is already in use is
-not suggested.
+flags help. A flag that is already in use is not suggested.
 
 torch is imported where it is used, so that --help need not wait for it.
 """
@@ -13,10 +12,10 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from support import commands, processes
+from support import commands
 
 if TYPE_CHECKING:
     import torch
@@ -42,25 +41,32 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def run_in_parts(
-    run: Callable[[list], list], prompts: list[list[int]], protocol, model: nn.Module
+    run: Callable[[list], list], prompts: list[list[int]], settings, model: nn.Module
 ) -> list:
-    """Returns a result for each prompt, by calling run(part) on protocol.batch_size prompts each.
+    """Returns a result for each prompt, by calling run(part) on settings.batch_size prompts each.
 
-    If a part does not fit, halves protocol.batch_size and prints a line on stderr. Later calls
+    If a part does not fit, halves settings.batch_size and prints a line on stderr. Later calls
     start with the smaller size. Raises the error if even a single prompt does not fit.
     """
+    from tqdm import tqdm
+
     results = []
     is_halved = False
     while len(results) < len(prompts):
-        part = prompts[len(results) : len(results) + protocol.batch_size]
+        part = prompts[len(results) : len(results) + settings.batch_size]
         found = run_if_it_fits(run, part, model)
         if found is None:
-            protocol.batch_size = len(part) // 2
+            settings.batch_size = len(part) // 2
             is_halved = True
             continue
         results += found
         if is_halved:  # printed once, when a size has worked
-            say_how_many(protocol.batch_size, model)
+            # print would break the progress bar.
+            tqdm.write(
+                f"{memory_of(model)} is full: evaluation goes on with a batch size of "
+                f"{settings.batch_size}",
+                file=sys.stderr,
+            )
             is_halved = False
     return results
 
@@ -85,34 +91,17 @@ def run_if_it_fits(
     return None
 
 
-def say_how_many(rows: int, model: nn.Module) -> None:
-    """Prints how many rows an evaluation now runs at a time. Each process has its own number."""
-    from tqdm import tqdm
-
-    process = f"process {processes.NUMBER}: " if processes.COUNT > 1 else ""
-    number = "1 row" if rows == 1 else f"{rows} rows"
-    with suppress(OSError):  # if stderr is closed, the evaluation still goes on
-        # print would break the progress bar.
-        tqdm.write(
-            f"{process}{memory_of(model)} is full: evaluation goes on with {number} at a time",
-            file=sys.stderr,
-        )
-
-
 # -----------------------------------------------------------------------------
 # What helps
 
 
 @contextmanager
 def explained(describe: Callable[..., str], *details) -> Iterator[None]:
-    """Adds describe(*details) as a note to an error that means that the memory is full.
-
-    An error that already has a note is left as it is.
-    """
+    """Adds describe(*details) as a note to an error that means that the memory is full."""
     try:
         yield
     except Exception as error:
-        if is_out_of_memory(error) and not getattr(error, "__notes__", None):
+        if is_out_of_memory(error):
             error.add_note(describe(*details))
         raise
 
@@ -130,32 +119,18 @@ def about_loading(model: nn.Module, dtype: torch.dtype) -> str:
 
 def about_a_prompt(prompt: list[int], model: nn.Module) -> str:
     """Returns what helps if a single prompt does not fit beside the model."""
-    cures = kept_values(model)
-    if not any(".lora_" in name for name, _ in model.named_parameters()):
-        cures += quantization(model)  # with an adapter, the quantisation is fixed
-    cures += [f"a --max-length below {len(prompt)}", *another_device(model)]
     row = f"a row of {len(prompt)} tokens"
+    cures = [*kept_values(model), f"a --max-length below {len(prompt)}", *another_device(model)]
     return f"not even {row} fits into {memory_of(model)} beside the model{either(cures)}"
 
 
 def about_a_step(args: argparse.Namespace, model: nn.Module) -> str:
     """Returns what helps if a step of train.py does not fit."""
-    cures = with_commands(args, *flags_of_a_step(args, model))
-    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
-
-
-def about_the_loss(args: argparse.Namespace, model: nn.Module) -> str:
-    """Returns what helps if train.py's loss of the validation rows does not fit."""
-    cures = with_commands(args, kept_values(model), smaller_batches(args, model))
-    return f"the validation loss does not fit into {memory_of(model)}{either(cures)}"
-
-
-def with_commands(args: argparse.Namespace, resumed: list[str], anew: list[str]) -> list[str]:
-    """Returns the commands for flags with which a run resumes, and those of a new run."""
+    resumed, anew = flags_of_a_step(args, model)
     cures = [f"a new run with {' or '.join(anew)}"]
     if resumed:
         cures.insert(0, f"{commands.resume(args.out)} {' '.join(resumed)}")
-    return cures
+    return f"a step of training does not fit into {memory_of(model)}{either(cures)}"
 
 
 def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[str], list[str]]:
@@ -168,18 +143,14 @@ def flags_of_a_step(args: argparse.Namespace, model: nn.Module) -> tuple[list[st
         if not resumed and not model.model.recomputes_attention and args.device != "cpu":
             resumed.append("--no-keep-dequantized")  # then attention is recomputed
         resumed.append("--checkpointing")
-    return resumed, smaller_batches(args, model)
 
-
-def smaller_batches(args: argparse.Namespace, model: nn.Module) -> list[str]:
-    """Returns the flags of a new run whose batches need less memory."""
     anew = []
     if args.batch_size > 1:
         # The number of rows in a step stays the same.
         parts = args.batch_size if args.batch_size % 2 else 2
         size = args.batch_size // parts
         anew.append(f"--batch-size {size} --accumulate {args.accumulate * parts}")
-    return [*anew, "a --max-length that cuts the longest rows", *quantization(model)]
+    return resumed, [*anew, "a --max-length that cuts the longest rows", *quantization(model)]
 
 
 def either(cures: list[str]) -> str:

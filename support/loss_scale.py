@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from support import processes
-
 if TYPE_CHECKING:
     import torch
 
@@ -50,16 +48,3 @@ def hint(scaler: torch.amp.GradScaler) -> str:
     if not scaler.is_enabled():
         return ""
     return "; fp16 cannot hold numbers beyond 65,504: start a new run with --dtype fp32"
-
-
-def check_same(dtype: str) -> None:
-    """Raises ValueError if --dtype, which by default depends on the GPU, differs among processes.
-
-    In fp16 gradients are scaled before they are summed over the processes, otherwise not.
-    """
-    names = sorted(set(processes.gather(dtype)))
-    if len(names) > 1:
-        raise ValueError(
-            f"the GPUs of these processes differ, and so does their --dtype: pass one of "
-            f"{', '.join(names)} to all"
-        )

@@ -6,7 +6,8 @@ A prediction is one line of predictions_<split>.jsonl, a dictionary:
     prediction             the number that the model wrote, or -1 if it wrote none
     completion             what the model wrote, in mode "generate"
     scores                 the model's probabilities of the three answers
-    tokens, genre          the prompt's length in tokens; the kind of text, if known
+    tokens                 the prompt's length in tokens
+    genre                  the kind of text, if known
 
 The statistics are computed with numpy. tests/test_metrics.py compares them with scipy and
 scikit-learn.
@@ -33,23 +34,16 @@ OTHER = 3  # the column of the confusion matrix for every answer that is not 0, 
 def statistics(predictions: list[dict]) -> dict:
     """Returns the statistics of one split for results.json.
 
-    accuracy, ci95, n, correct, unparsed, majority (the accuracy of always answering the most
-    frequent label), confusion, labels and macro_f1 are always present. score_accuracy, ties and
-    nll are present if all rows have scores, genres if any row has one, and lengths if all rows
-    have tokens. Raises ValueError if there are no predictions.
+    These are accuracy, ci95, n, correct, unparsed, majority (the accuracy of always answering
+    the most frequent label), confusion, labels, macro_f1, score_accuracy, ties, nll, lengths,
+    and genres if any row has one. Raises ValueError if there are no predictions.
     """
     if not predictions:
         raise ValueError("there are no predictions to count; is --limit above 0?")
-    result = count_correct(predictions) | by_label(predictions)
-    # A mean over only some of the rows would mislead, hence `all`. For genres `any` is enough,
-    # because each genre has its own mean.
-    if all("scores" in row for row in predictions):
-        result |= by_scores(predictions)
+    result = count_correct(predictions) | by_label(predictions) | by_scores(predictions)
     if any(row.get("genre") is not None for row in predictions):
         result["genres"] = by_genre(predictions)
-    if all("tokens" in row for row in predictions):
-        result["lengths"] = by_length(predictions)
-    return result
+    return result | {"lengths": by_length(predictions)}
 
 
 def is_right(row: dict) -> bool:
@@ -106,14 +100,15 @@ def by_label(predictions: list[dict]) -> dict:
     f1 = 2 * right / numpy.maximum(counts + answered, 1)
 
     # numpy numbers are converted to Python numbers, which json can write.
-    figures = {}
-    for label, name in enumerate(LABELS):
-        figures[name] = {
+    figures = {
+        name: {
             "precision": float(precision[label]),
             "recall": float(recall[label]),
             "f1": float(f1[label]),
             "n": int(counts[label]),
         }
+        for label, name in enumerate(LABELS)
+    }
     return {
         "majority": int(counts.max()) / len(predictions),
         "confusion": confusion.tolist(),
@@ -193,7 +188,7 @@ def compare(first: list[dict], second: list[dict]) -> dict:
         p = None
     return {
         "n": len(pairs),
-        "first_accuracy": sum(is_right(row) for row in first) / len(pairs),
+        "first_accuracy": accuracy(first)["accuracy"],
         "only_first": only_first,
         "only_second": only_second,
         "p": p,
@@ -203,7 +198,7 @@ def compare(first: list[dict], second: list[dict]) -> dict:
 def coin_p(heads: int, tails: int) -> float:
     """Returns the probability that a fair coin falls at least as unevenly; 1 without a toss."""
     tosses = heads + tails
-    ways = 1  # to get `number` heads
+    ways = 1  # to get `number` heads; math.comb would count each from the beginning, in seconds
     total = 1  # to get up to `number` heads
     for number in range(1, min(heads, tails) + 1):
         ways = ways * (tosses - number + 1) // number
@@ -241,23 +236,12 @@ def read_predictions(path: Path) -> list[dict]:
     """Returns the predictions in a file. Raises ValueError if a line is not a prediction."""
     predictions = files.read_lines(path)
     for number, row in enumerate(predictions, 1):
-        if not is_prediction(row):
+        if not {"idx", "prompt", "label", "prediction"} <= row.keys():
             raise ValueError(
                 f"{path}, line {number}: not a prediction, which has idx, prompt, "
-                "label (0, 1, 2) and prediction; write it with eval.py --out"
+                "label and prediction; write it with eval.py --out"
             )
     return predictions
-
-
-def is_prediction(row: dict) -> bool:
-    """Returns whether a line has everything that statistics, comparison and page rely on."""
-    return (
-        isinstance(row.get("idx"), int | str)
-        and isinstance(row.get("prompt"), str)
-        and isinstance(row.get("label"), int)
-        and row["label"] in (0, 1, 2)
-        and isinstance(row.get("prediction"), int)
-    )
 
 
 # -----------------------------------------------------------------------------
@@ -287,7 +271,12 @@ def table(results: dict) -> str:
     for stage, split, result in stages(results):
         if stage not in lines:
             lines.append(stage)
-        lines.append(table_line(split, result))
+        low, high = result["ci95"]
+        lines.append(
+            f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} "
+            f"{low:.4f}-{high:.4f} {result['n']:6,} {result['unparsed']:8,} "
+            f"{result['score_accuracy']:6.4f}"
+        )
     for split, test in results.get("compared", {}).items():
         run = printable(test["run"])
         lines.append(f"{split[:21]} against {run} ({test['first_accuracy']:.4f}):")
@@ -297,17 +286,6 @@ def table(results: dict) -> str:
         else:
             lines.append(f"  {rows}, McNemar p = {test['p']:.2g}")
     return "\n".join(lines)
-
-
-def table_line(split: str, result: dict) -> str:
-    low, high = result["ci95"]
-    line = (
-        f"{split[:21]:21} {result['accuracy']:8.4f} {result['majority']:8.4f} "
-        f"{low:.4f}-{high:.4f} {result['n']:6,} {result['unparsed']:8,}"
-    )
-    if "score_accuracy" in result:  # the last column, so that it may be absent
-        line += f" {result['score_accuracy']:6.4f}"
-    return line
 
 
 def details(result: dict) -> str:
@@ -323,16 +301,13 @@ def details(result: dict) -> str:
             f"{name:13} {columns} "
             f"{figures['precision']:10.4f} {figures['recall']:7.4f} {figures['f1']:7.4f}"
         )
-    # Means over the split. `loss` is from train.py, over all predicted tokens.
-    summary = f"macro F1 {result['macro_f1']:.4f}"
-    for name, key in (("negative log-likelihood", "nll"), ("loss", "loss")):
-        if key in result:
-            summary += f", {name} {result[key]:.4f}"
-    lines.append(summary)
-    if result.get("ties"):
+    lines.append(
+        f"macro F1 {result['macro_f1']:.4f}, negative log-likelihood {result['nll']:.4f}"
+    )
+    if result["ties"]:
         lines.append(f"{result['ties']:,} rows in which two answers are equally likely")
     # Quarters by length, then genres, in one column so that accuracies line up.
-    for part in result.get("lengths", []):
+    for part in result["lengths"]:
         lengths = f"{part['from']:>6} to {part['to']:>4} tokens"
         lines.append(f"{lengths} {part['accuracy']:8.4f} of {part['n']:,}")
     for genre, part in result.get("genres", {}).items():

@@ -6,77 +6,62 @@ the template escapes every text.
 
 import base64
 import math
-import re
-import time
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
-from support import files, metrics, pictures, records
-from support.records import Record
+from support import files, metrics, pictures
+from support.records import Record, words_of
 
 MISTAKES = 20  # how many of the most confident mistakes are shown
 UNPARSED = 20  # how many completions without a number are shown
 COMPLETIONS = 6  # how many of the base's most frequent completions are shown
 RELOAD = 20  # seconds after which a browser reloads the page of a running training
-WATCHED = 3600  # seconds after the last write in which it does: a killed run writes no more
 
 
-def write(
-    directory: Path, stopped: tuple[int, str] | None = None, is_under_way: bool = False
-) -> None:
+def write(run: Record, is_under_way: bool = False) -> None:
     """Writes report.html from the other files of a run, finished or not.
 
-    For a run that was stopped, `stopped` is its last step and the command that resumes it.
-    With `is_under_way` a browser reloads the page by itself.
+    With `is_under_way` a browser reloads the page by itself until the run is finished.
     """
-    directory = Path(directory)
-    run = records.read(directory)
-
-    # The rows that are shown.
-    rows = predictions_of(run, "finetuned", "predictions")
     # A confident mistake is more informative than a close one: it may be a wrong label or a
     # pattern that was not learned. -1 is not an answer, so it has no confidence.
+    rows = predictions_of(run, "finetuned", "predictions")
     wrong = [row for row in rows if row["prediction"] not in (row["label"], -1)]
     wrong.sort(key=confidence, reverse=True)
     unparsed = [row for row in rows if row["prediction"] == -1]
     of_base = predictions_of(run, "baseline", "baseline")
-    picture = directory / pictures.PICTURES[0]
-
-    # The page.
+    picture = run.folder / pictures.PICTURES[0]
     page = render(
         run=run,
         args=run.args,
         results=run.results,
-        words=run.words,
+        words=words_of(run.args),
         verdict=verdict(run),
         progress=progress(run),
-        stopped=stopped,
         reload=RELOAD if is_under_way else None,
-        watched_until=time.time() + WATCHED,
+        duration=timedelta(seconds=round(run.seconds)),
         chance=chance(run.args),
         # Embedded in the page. Scripts in an SVG do not run if it is shown as a picture.
         picture=base64.b64encode(picture.read_bytes()).decode() if picture.is_file() else None,
-        example=of_base[0] if of_base else None,
-        of_base=len(of_base),
+        of_base=of_base,
         completions=commonest(of_base),
         mistakes=wrong[:MISTAKES],
         mistakes_count=len(wrong),
         unparsed=unparsed[:UNPARSED],
         unparsed_count=len(unparsed),
     )
-    with files.replacing(directory / "report.html") as temporary:
+    with files.replacing(run.folder / "report.html") as temporary:
         # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode.
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
-def draw_pictures(directory: Path) -> None:
+def draw_pictures(run: Record) -> None:
     """Draws the losses of a run, if it has any."""
-    directory = Path(directory)
-    entries, _ = records.read_entries(directory / "metrics.jsonl")
     # "loss" is the training loss; a line about an evaluation has SPLIT_loss instead.
-    if any("loss" in entry for entry in entries):
-        paths = [directory / name for name in pictures.PICTURES]
-        pictures.draw_loss(entries, chance(files.read_json(directory / "args.json")), *paths)
+    if any("loss" in entry for entry in run.entries):
+        paths = [run.folder / name for name in pictures.PICTURES]
+        pictures.draw_loss(run.entries, chance(run.args), *paths)
 
 
 def chance(args: dict) -> float | None:
@@ -84,7 +69,7 @@ def chance(args: dict) -> float | None:
 
     The loss is a mean over two ids, the label and the end of text, and the second is certain.
     """
-    return math.log(3) / 2 if args.get("loss") == "answer" else None
+    return math.log(3) / 2 if args["loss"] == "answer" else None
 
 
 # -----------------------------------------------------------------------------
@@ -130,10 +115,8 @@ def progress(run: Record) -> str | None:
     """Returns how far a run is, with its last loss and accuracies, or None if it is finished."""
     if run.is_finished:
         return None
-    text = f"Step {run.step:,}"
-    if run.steps:
-        text += f" of {run.steps:,}"
-    losses = [entry["loss"] for entry in run.entries if entry.get("loss") is not None]
+    text = f"Step {run.step:,} of {run.steps:,}"
+    losses = [entry["loss"] for entry in run.entries if "loss" in entry]
     if losses:
         text += f", training loss {losses[-1]:.3g}"
     evaluated = [entry for entry in run.entries if "loss" not in entry and entry["step"] > 0]
@@ -142,7 +125,7 @@ def progress(run: Record) -> str | None:
         accuracies = [
             f"{key.removesuffix('_accuracy')} {percent(value)}"
             for key, value in entry.items()
-            if key.endswith("_accuracy") and value is not None
+            if key.endswith("_accuracy")
         ]
         text += f"; accuracy after step {entry['step']:,}: {', '.join(accuracies)}"
     return text + "."
@@ -151,20 +134,6 @@ def progress(run: Record) -> str | None:
 def percent(share: float) -> str:
     """Returns a share in percent, with one digit; more would be noise on any test set."""
     return f"{100 * share:.1f}\N{NO-BREAK SPACE}%"
-
-
-def arguments(command) -> list[str]:
-    """Returns the words of a command line, with their quotes."""
-    return re.findall(r"""(?:'[^']*'|"[^"]*"|\S)+""", str(command))
-
-
-def duration(seconds: float) -> str:
-    """Returns a duration in seconds, minutes or hours, whichever is readable."""
-    if seconds < 100:
-        return f"{seconds:.0f} seconds"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} minutes"
-    return f"{seconds / 3600:.1f} hours"
 
 
 # -----------------------------------------------------------------------------
@@ -182,16 +151,13 @@ def predictions_of(run: Record, stage: str, prefix: str) -> list[dict]:
 
 def commonest(rows: list[dict]) -> list[tuple[str, int, int]]:
     """Returns (completion, its prediction, number of rows) for the most frequent completions."""
-    counts = Counter((row.get("completion", ""), row["prediction"]) for row in rows)
-    return [(text, read, count) for (text, read), count in counts.most_common(COMPLETIONS)]
+    counts = Counter((row["completion"], row["prediction"]) for row in rows)
+    return [(*written, count) for written, count in counts.most_common(COMPLETIONS)]
 
 
 def confidence(row: dict) -> float:
-    """Returns the probability of the answer that was given, or 0 if it is not known."""
-    # `scores` only covers 0, 1 and 2, but a model may answer 7.
-    if "scores" not in row or row["prediction"] not in (0, 1, 2):
-        return 0.0
-    return row["scores"][row["prediction"]]
+    """Returns the probability of the answer that was given, or 0 if it is none of the three."""
+    return row["scores"][row["prediction"]] if row["prediction"] in (0, 1, 2) else 0.0
 
 
 def render(**values) -> str:
@@ -206,6 +172,4 @@ def render(**values) -> str:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
     )
     environment.filters["percent"] = percent
-    environment.filters["arguments"] = arguments
-    environment.filters["duration"] = duration
     return environment.get_template("report.html.jinja").render(values)

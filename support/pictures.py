@@ -6,7 +6,6 @@ pages. matplotlib takes about a second to import, so only the functions that dra
 """
 
 import itertools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,21 @@ from support.letters import ends
 # the model card.
 PICTURES = ("loss.svg", "loss.png")
 GREY = "#7a7a7a"  # its contrast is 4.3 to 1 with white and 4.9 to 1 with black
-# matplotlib's names for the parts that are drawn in grey
-COLORED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+# What differs from matplotlib's defaults
+STYLE = {
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "axes.edgecolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    # In a split's name a part between two $ would otherwise be read as a formula.
+    "text.parse_math": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 160,
+    "savefig.transparent": True,
+    "svg.hashsalt": "flora",  # the same picture gives the same bytes
+}
 COLORS = ("#1f77b4", "#d95f02", "#2ca02c", "#c44fa0")
 DASHES = ("-", "--", ":", "-.")
 # For validation losses, which have few points: square, diamond, triangle
@@ -31,41 +43,23 @@ NAME_LENGTH = 32  # characters of a name in the legend
 @contextmanager
 def draw(*paths: Path) -> Iterator:
     """Yields the axes of a picture, then writes it to each path, in the format of its suffix."""
-    # A notebook sets MPLBACKEND to its own backend, which scripts started there cannot import.
-    # A figure that is only written to files needs no backend.
-    os.environ.pop("MPLBACKEND", None)
-    import matplotlib
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    # matplotlib's defaults, not the user's matplotlibrc, which may use TeX for texts, say.
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        for part in COLORED:
-            matplotlib.rcParams[part] = GREY
-        # Texts are shown as they are. In a split's name a part between two $ would otherwise be
-        # read as a formula.
-        matplotlib.rcParams["text.parse_math"] = False
-        matplotlib.rcParams["svg.hashsalt"] = "flora"  # the same picture gives the same bytes
+    # "default", because a user's matplotlibrc may use TeX for texts, say.
+    with style.context(("default", STYLE)):
         # Small, so that texts are still readable when a phone shows it at half the size.
         figure = Figure(figsize=(5.5, 3.6), layout="constrained")
         axis = figure.subplots()
         yield axis
-        axis.spines[["top", "right"]].set_visible(False)
         # Outside the axes, because no place inside them is free in every run.
         figure.legend(loc="outside upper left", ncols=2, fontsize="small", frameon=False)
         # Laid out once: matplotlib would do it twice for each form, which takes half of the time.
         figure.draw_without_rendering()
         figure.set_layout_engine(None)
         for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None
             with files.replacing(path) as temporary:
-                figure.savefig(
-                    temporary,
-                    format=path.suffix[1:],
-                    dpi=160,
-                    transparent=True,
-                    metadata=metadata,
-                )
+                figure.savefig(temporary, format=path.suffix[1:], metadata={"Date": None})
 
 
 def draw_loss(entries: list[dict], chance: float | None, *paths: Path) -> None:
@@ -101,8 +95,6 @@ def plot(axis, entries: list[dict], key: str, label: str, **style) -> None:
     """Draws a line through the entries that have a number for `key`."""
     shown = [entry for entry in entries if entry.get(key) is not None]
     steps = [entry["step"] for entry in shown]
-    # matplotlib leaves labels that begin with _ out of the legend.
-    label = f" {label}" if label.startswith("_") else label
     axis.plot(steps, [entry[key] for entry in shown], label=label, **style)
 
 

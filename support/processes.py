@@ -32,18 +32,16 @@ if TYPE_CHECKING:
 # -----------------------------------------------------------------------------
 # What torchrun sets in the environment
 
-# All five variables are needed, because a shell may have one or two left over from other programs.
-IN_TORCHRUN = bool(os.environ.get("MASTER_ADDR")) and all(
-    os.environ.get(name, "").isdecimal()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+# All of them, because a shell may have one or two left over from other programs.
+IN_TORCHRUN = all(
+    os.environ.get(name)
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 )
-IN_TORCHRUN = IN_TORCHRUN and int(os.environ["RANK"]) < int(os.environ["WORLD_SIZE"])
 
 
 def number_from_torchrun(name: str, alone: int) -> int:
     """Returns a number that torchrun has set, or `alone` in a process without torchrun."""
-    value = os.environ.get(name, "")
-    return int(value) if IN_TORCHRUN and value.isdecimal() else alone
+    return int(os.environ.get(name, alone)) if IN_TORCHRUN else alone
 
 
 COUNT = number_from_torchrun("WORLD_SIZE", 1)  # processes on all machines
@@ -178,8 +176,6 @@ def total(device: torch.device, *numbers: float | Tensor) -> list[float]:
     import torch
     import torch.distributed as dist
 
-    if COUNT == 1 and not any(isinstance(number, torch.Tensor) for number in numbers):
-        return [float(number) for number in numbers]
     # fp64 represents whole numbers up to 2^53 exactly, so counts stay exact. torch.full runs on
     # the device; copying a number there would wait for the device.
     values = []
@@ -210,14 +206,10 @@ def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     # One message, because each message has a latency, and each adapted layer has two gradients.
     gradients = [parameter.grad for parameter in parameters]
-    message = torch.cat([gradient.flatten() for gradient in gradients])
+    message = torch.nn.utils.parameters_to_vector(gradients)
     with blaming_another_process():
         dist.all_reduce(message)
-
-    # The sums replace the gradients, which the optimiser reads.
-    parts = message.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
+    torch.nn.utils.vector_to_parameters(message, gradients)
 
 
 def gather(value: Any) -> list:

@@ -16,11 +16,9 @@ torch takes seconds to import, so only the functions that use it import it.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from safetensors import SafetensorError, safe_open
 
 from support import files
 
@@ -69,24 +67,6 @@ class Progress:
         self.skipped = 0
 
 
-# The fields of a state that must be equal for a resume, and the error message if they differ.
-SAME = {
-    # The order of rows depends on these two numbers.
-    "train_rows": "{run} was trained on {saved:,} rows, but now there are {here:,}",
-    "rows_per_step": (
-        "{run} was trained with {saved:,} rows a step, but "
-        "with this number of processes there are {here:,}"
-    ),
-    "rows_digest": (
-        "{run} was trained on other rows ({saved}, here {here}): that would be another run"
-    ),
-    "validation_digest": (
-        "the base of {run} was measured on other validation rows ({saved}, here {here}): "
-        "the adapter's results could not be compared with it"
-    ),
-}
-
-
 @dataclass
 class State:
     """Everything that is saved besides tensors."""
@@ -102,26 +82,30 @@ class State:
     progress: Progress = field(default_factory=Progress)
     scaler: dict = field(default_factory=dict)  # the state of the loss scaler in fp16, else {}
 
+    def identity(self) -> dict:
+        """Returns what must be equal for a resume, by the names that an error uses."""
+        return {
+            "number of training rows": self.train_rows,
+            "number of rows in a step of all processes": self.rows_per_step,
+            "set of training rows": self.rows_digest,
+            "set of validation rows": self.validation_digest,
+            **self.fingerprint,
+        }
+
     def check(self, run: Path, now: State) -> None:
         """Raises ValueError if the state `now` belongs to a different run."""
-        for name, sentence in SAME.items():
-            saved = getattr(self, name)
-            here = getattr(now, name)
-            if saved != here:
-                raise ValueError(sentence.format(run=run, saved=saved, here=here))
+        saved = self.identity()
+        for name, here in now.identity().items():
+            if saved.get(name) != here:
+                raise ValueError(
+                    f"{run} was trained with another {name.replace('_', ' ')} "
+                    f"({saved.get(name)}, here {here}): that would be another run"
+                )
         # The schedule of the learning rate ends at the last step.
         if self.progress.step > now.steps:
             raise ValueError(
                 f"{run} has taken {self.progress.step:,} steps already, more than {now.steps:,}"
             )
-        # Entries that the fingerprint of an older version lacks cannot be compared.
-        for name, here in now.fingerprint.items():
-            there = self.fingerprint.get(name, here)
-            if there != here:
-                raise ValueError(
-                    f"{run} was trained with another {name.replace('_', ' ')} "
-                    f"({there}, here {here}): that would be another run"
-                )
 
     def describe_resumption(self, steps: int) -> str:
         """Returns what a run prints when it resumes from this state towards `steps` steps."""
@@ -157,7 +141,7 @@ class Saved:
         """
         import torch
 
-        # Check all shapes first, so that no copy fails halfway.
+        # Check all shapes first, because copy_ would repeat a smaller tensor.
         self.check_shapes(adapter, process)
 
         # Copied in place, because the layers and the optimiser refer to these tensors.
@@ -177,16 +161,10 @@ class Saved:
 
         try:
             scaler.load_state_dict(self.state.scaler)  # does nothing except in fp16
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.path} holds no loss scale ({error!r})") from None
-
-        # Last, because nothing here may draw random numbers after this.
-        try:
+            # Last, because nothing here may draw random numbers after this.
             set_random_state(self.tensors["random"][process], device)
-        except (RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} holds no state of a random generator: {error}"
-            ) from None
+        except (RuntimeError, LookupError, TypeError) as error:
+            raise ValueError(f"{self.path} does not fit this run ({error!r})") from None
 
     def check_shapes(self, adapter: dict[str, Tensor], process: int) -> None:
         """Raises ValueError unless the tensors fit this adapter and this process."""
@@ -224,41 +202,22 @@ def write(
 
 
 def load(run: Path) -> Saved:
-    """Returns the save of a run for which has_begun is true. Raises ValueError if it is damaged."""
+    """Returns what a run has saved. Raises ValueError if it is damaged."""
     path = run / NAME
-    try:
-        with safe_open(path, framework="pt") as file:
-            # Cloned, because a tensor from the file keeps the file mapped into memory as long as
-            # it is used, here until the end, and Windows cannot replace a mapped file.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error})") from None
-    place = f"{path}: its state"
-    raw = files.parse_line(metadata.get("state", ""), place)
+    with files.open_tensors(path, "pt") as file:
+        # Cloned, because a tensor from the file keeps the file mapped into memory as long as
+        # it is used, here until the end, and Windows cannot replace a mapped file.
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}
+        metadata = file.metadata() or {}
+    raw = files.parse_line(metadata.get("state", ""), f"{path}: its state")
     # If another version has added or dropped fields, the dataclass raises TypeError.
     try:
         state = State(**(raw | {"progress": Progress(**raw["progress"])}))
-        check_types(state)
-        check_types(state.progress)
     except (TypeError, KeyError) as error:
         raise ValueError(
-            f"{place} was not written by this version of train.py ({error})"
+            f"{path}: its state was not written by this version of train.py ({error})"
         ) from None
     return Saved(state, tensors, path)
-
-
-def check_types(record: State | Progress) -> None:
-    """Raises TypeError if the value of a field does not have the field's type."""
-    for part in fields(record):
-        kind = type(getattr(record, part.name)).__name__
-        if kind != part.type and (kind, part.type) != ("int", "float"):
-            raise TypeError(f"{part.name} is {kind}, not {part.type}")
-
-
-def has_begun(run: Path) -> bool:
-    """Returns whether a run has saved something to resume from."""
-    return (run / NAME).is_file()
 
 
 def take_up(run: Path | None, state: State) -> Saved | None:
@@ -267,7 +226,7 @@ def take_up(run: Path | None, state: State) -> Saved | None:
     Returns None without a run, or before its first save. Raises ValueError if `state` belongs
     to a different run.
     """
-    if run is None or not has_begun(run):
+    if run is None or not (run / NAME).is_file():
         return None
     saved = load(run)
     saved.state.check(run, state)
@@ -278,7 +237,7 @@ def take_up(run: Path | None, state: State) -> Saved | None:
 
 def saved_arguments(run: Path) -> dict:
     """Returns the arguments of a run. Raises ValueError if the folder holds no run to resume."""
-    if has_begun(run):
+    if (run / NAME).is_file():
         return load(run).state.arguments
     if (run / "adapter_model.safetensors").is_file():
         raise ValueError(

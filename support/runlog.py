@@ -35,7 +35,6 @@ from support import (
     upload,
 )
 from support.extras import Extras
-from support.letters import printable
 from support.resume import Progress, State
 from support.stopping import discard_closed_outputs
 
@@ -74,14 +73,19 @@ class RunLog:
         """Writes args.json, and opens metrics.jsonl. Before this nothing in the folder changes."""
         if not processes.IS_FIRST:
             return
+        path = self.folder / "args.json"
+        # A resumed run keeps the command that started it, and its names in W&B.
+        saved = files.read_json(path) if self.args.resume and path.is_file() else {}
         record = self.state.arguments | machine.environment(self.device)
         record["total_steps"] = self.state.steps
-        record["command"] = start_command(self.folder, bool(self.args.resume))
+        script = commands.name_of(Path(sys.argv[0]).absolute())
+        command = f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
+        record["command"] = saved.get("command", command)
         if processes.TORCHRUN:
             record["torchrun"] = processes.TORCHRUN
         if self.args.wandb:
-            record["wandb_run"] = wandb_identity(self.folder, bool(self.args.resume))
-        files.write_json(self.folder / "args.json", record)
+            record["wandb_run"] = wandb_identity(self.folder, saved.get("wandb_run", {}))
+        files.write_json(path, record)
         self.untimed = self.state.progress.rows
 
         # A new run has no baseline yet, and keeps none of the lines that were there before.
@@ -110,18 +114,17 @@ class RunLog:
         try:
             yield
         except KeyboardInterrupt:
-            if (self.folder / "report.html").is_file():
-                self.write_stopped_page()
             command = commands.resume(self.folder)
             raise KeyboardInterrupt(f"interrupted; to resume: {command}") from None
 
     def say_stopped(self) -> None:
-        """Prints after which step the run has stopped, and writes it into report.html."""
+        """Prints after which step the run has stopped, and writes report.html as it is then."""
         self.say(
             f"stopped and saved after step {self.state.progress.step:,} of {self.state.steps:,}; "
             f"to resume: {commands.resume(self.folder)}"
         )
-        self.write_stopped_page()
+        if self.file:
+            self.write_page(is_under_way=False)
 
     def forget_results(self) -> None:
         """Removes a finished run's files about its adapter, which the next save replaces."""
@@ -129,7 +132,6 @@ class RunLog:
             return
         predictions = [f"predictions_{split}.jsonl" for split in self.state.baseline]
         pages = (*pictures.PICTURES, "report.html", "README.md")
-        pages += ("confusion.png",)  # from older versions
         for name in (*predictions, *pages, "results.json"):
             (self.folder / name).unlink(missing_ok=True)
 
@@ -181,14 +183,9 @@ class RunLog:
         """Adds a line to metrics.jsonl."""
         if self.file:
             self.file.write(json.dumps({"step": step, **values}) + "\n")
-        if self.is_sent:
+        if self.wandb_run:
             with self.extras.attempt("W&B"):
                 self.wandb_run.log(values, step=step)
-
-    @property
-    def is_sent(self) -> bool:
-        """Returns whether there is a W&B run, and no attempt to use it has failed."""
-        return self.wandb_run is not None and "W&B" not in self.extras.failed
 
     def write_training(self, progress: Progress, rate: float, grad_norm: float) -> None:
         """Reports the steps since the last report, and starts the sums of the next one."""
@@ -251,17 +248,13 @@ class RunLog:
         ended = time.perf_counter()
         self.page_due = ended + (ended - started) / PAGE_SHARE
 
-    def write_page(self, stopped: tuple[int, str] | None = None) -> None:
+    def write_page(self, is_under_way: bool = True) -> None:
         """Draws the pictures, and writes report.html with those that exist."""
-        with self.extras.attempt("the pictures"):
-            page.draw_pictures(self.folder)
         with self.extras.attempt("report.html"):
-            page.write(self.folder, stopped, is_under_way=not stopped)
-
-    def write_stopped_page(self) -> None:
-        """Writes the page once more, so that browsers no longer reload it."""
-        if self.file is not None:
-            self.write_page((self.state.progress.step, commands.resume(self.folder)))
+            run = records.read(self.folder)
+            with self.extras.attempt("the pictures"):
+                page.draw_pictures(run)
+            page.write(run, is_under_way)
 
     def write_predictions(self, stage: str, predictions: dict[str, list[dict]]) -> None:
         """Writes STAGE_SPLIT.jsonl for each split."""
@@ -279,8 +272,7 @@ class RunLog:
         if self.state.progress.cut:
             self.say(
                 f"{self.state.progress.cut:,} prompts were cut to --max-length "
-                f"{self.args.max_length}, at the end of their premise, and of their hypothesis "
-                "if that was not enough"
+                f"{self.args.max_length}"
             )
         try:
             files.write_json(self.folder / "results.json", results)
@@ -293,7 +285,7 @@ class RunLog:
         self.write_page()
         with attempt("README.md"):
             card.write_card(self.folder, prompt)
-        if self.is_sent:
+        if self.wandb_run:
             with attempt("W&B"):
                 self.wandb_run.finish()
         if self.args.push:
@@ -329,17 +321,6 @@ class RunLog:
 # Reading the files of a run that is resumed
 
 
-def start_command(folder: Path, is_resumed: bool) -> str:
-    """Returns the command that started a run, even if this process resumes it."""
-    path = folder / "args.json"
-    if is_resumed and path.is_file():
-        saved = files.read_json(path).get("command")
-        if isinstance(saved, str):
-            return saved
-    script = commands.name_of(Path(sys.argv[0]).absolute())
-    return f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
-
-
 def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """Returns the lines of a metrics.jsonl up to `step`. Later steps will be repeated.
 
@@ -347,12 +328,9 @@ def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:
     """
     if not path.is_file():
         return []
-    lines, damage = records.read_entries(path)
-    if damage:
-        print(printable(damage), file=sys.stderr)
     return [
         line
-        for line in lines
+        for line in records.read_entries(path)
         if line["step"] <= step and not (is_evaluation(line) and line["step"] >= steps)
     ]
 
@@ -374,13 +352,9 @@ IDENTITY = {
 }
 
 
-def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
+def wandb_identity(folder: Path, saved: dict[str, str]) -> dict[str, str]:
     """Returns a run's names: from variables, or from before a resume, or the defaults."""
-    identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"}
-    path = folder / "args.json"
-    if is_resumed and path.is_file():
-        saved = files.read_json(path).get("wandb_run")
-        identity |= saved if isinstance(saved, dict) else {}
+    identity = {"id": uuid.uuid4().hex, "name": folder.resolve().name, "project": "flora"} | saved
     for part, variable in IDENTITY.items():
         if os.environ.get(variable):
             identity[part] = os.environ[variable]
@@ -388,32 +362,27 @@ def wandb_identity(folder: Path, is_resumed: bool) -> dict[str, str]:
 
 
 def start_wandb(folder: Path, record: dict):
-    """Returns a W&B run that never asks for a key.
+    """Returns a W&B run that never asks for a key: without one it is kept offline.
 
-    Without a key, the W&B run is kept offline, in a folder beside the run's other files. W&B
-    takes other settings, such as tags, from its own environment variables.
+    W&B takes other settings, such as tags, from its own environment variables.
     """
     import wandb
 
     options = {
         "config": record,
-        "dir": os.environ.get("WANDB_DIR") or folder,
-        "resume": os.environ.get("WANDB_RESUME") or "allow",  # if a run with this id exists
+        "dir": os.environ.get("WANDB_DIR", folder),
+        "resume": "allow",  # if a run with this id exists
         **record["wandb_run"],
     }
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":  # the user has chosen another mode
-        return wandb.init(**options)
+        return wandb.init(**options, mode=mode)
     try:
         # prompt=False: a batch job cannot type a key.
         if wandb.login(prompt=False):
             return wandb.init(**options, mode="online")
         reason = "not logged in"
-    except wandb.Error as error:
+    except wandb.Error as error:  # the key is refused, or there is no network
         reason = " ".join(str(error).split())
-    run = wandb.init(**options, mode="offline")
-    print(
-        f"W&B: {reason}, so this run is kept offline; "
-        f"send it later with: wandb sync {commands.quoted(Path(run.dir).parent)}"
-    )
-    return run
+    print(f"W&B: {reason}, so this run is kept offline; `wandb sync` sends it later")
+    return wandb.init(**options, mode="offline")

@@ -5,11 +5,6 @@ import signal
 import sys
 
 
-def known(*names: str) -> tuple[signal.Signals, ...]:
-    """Returns the signals with these names that the system has. Windows lacks most of them."""
-    return tuple(getattr(signal, name) for name in names if hasattr(signal, name))
-
-
 class StopRequest:
     """Becomes true at the first signal that asks the process to end.
 
@@ -18,10 +13,11 @@ class StopRequest:
 
     # Ctrl-C, and what torchrun, Slurm and Docker send before they kill. If one of these arrives
     # after the first signal, it ends the process.
-    ENDS = known("SIGINT", "SIGTERM")
-    # A closed terminal, and the warnings of Slurm and Grid Engine. These may arrive twice: the
-    # shell and the system both report a closed terminal.
-    WARNS = known("SIGHUP", "SIGUSR1", "SIGUSR2")
+    ENDS = (signal.SIGINT, signal.SIGTERM)
+    # A closed terminal, and the warnings of Slurm and Grid Engine, which Windows lacks. These may
+    # arrive twice: the shell and the system both report a closed terminal.
+    NAMES = ("SIGHUP", "SIGUSR1", "SIGUSR2")
+    WARNS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
     SIGNALS = ENDS + WARNS
 
     def __init__(self):

@@ -147,8 +147,7 @@ def test_a_damaged_best_adapter_is_one_line(run, tmp_path):
     shutil.copytree(run / "best", tmp_path / "best")
     path = tmp_path / "best" / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:1000])
-    line = re.escape(f"{path} is damaged or cut short (") + r".*\): remove it"
-    with pytest.raises(ValueError, match=line):
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged or cut short (")):
         best.read(tmp_path)
     shutil.copy(run / "adapter_model.safetensors", path)  # one that says nothing of itself
     with pytest.raises(ValueError, match="its evaluation is not JSON"):

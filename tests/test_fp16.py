@@ -7,19 +7,17 @@ import json
 import math
 import signal
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import distance, in_process, ours
-from safetensors.torch import save_file
 
 import data
 import eval as evaluation
 import lora
 import train
-from support import card, cli, loss_scale, resume
+from support import card, cli, loss_scale, processes, resume
 from support.examples import load_examples
 
 CPU = torch.device("cpu")
@@ -179,40 +177,6 @@ def test_a_step_that_is_not_finite_is_an_error_unless_the_scale_made_it_so(
 
 
 # -----------------------------------------------------------------------------
-# What a resume reads
-
-
-def saved_run(run: Path, change) -> resume.Saved:
-    """Returns what is read of a run in fp16 after `change` of its state, as a dict."""
-    scaler = loss_scale.new_scaler("fp16", CPU)
-    raw = asdict(resume.State({}, 2, 4, 2, "", "", {}, scaler=scaler.state_dict()))
-    change(raw)
-    tensors = {"random": torch.get_rng_state()[None]}
-    save_file(tensors, run / resume.NAME, {"state": json.dumps(raw)})
-    return resume.load(run)
-
-
-def as_an_older_version(raw: dict) -> None:
-    del raw["scaler"], raw["progress"]["skipped"]
-
-
-def test_a_run_of_a_version_without_fp16_resumes(tmp_path):
-    saved = saved_run(tmp_path, as_an_older_version)
-    assert saved.state.progress == resume.Progress()
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    saved.restore({}, optimizer, loss_scale.new_scaler("bf16", CPU), 0, CPU)
-    assert saved.state.scaler == {}
-
-
-@pytest.mark.parametrize("scale", [None, "4096", []], ids=str)
-def test_a_scale_that_is_none_is_refused(tmp_path, scale):
-    saved = saved_run(tmp_path, lambda raw: raw["scaler"].update(scale=scale))
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="trainer.safetensors holds no loss scale"):
-        saved.restore({}, optimizer, loss_scale.new_scaler("fp16", CPU), 0, CPU)
-
-
-# -----------------------------------------------------------------------------
 # Everywhere
 
 
@@ -223,3 +187,17 @@ def test_every_dtype_of_the_flag_is_known_to_the_model_and_to_the_card():
     assert set(choices) == evaluation.DTYPES.keys() == card.DTYPES.keys()
     for name, dtype in evaluation.DTYPES.items():
         assert getattr(torch, card.DTYPES[name]) is dtype
+
+
+@pytest.mark.parametrize(
+    "defaults, taken",
+    [(["bf16", "fp16"], "fp16"), (["fp16", "bf16", "fp32"], "fp32"), (["bf16", "bf16"], "bf16")],
+)
+def test_where_gpus_differ_all_processes_take_a_dtype_that_each_can_compute_in(
+    monkeypatch, defaults, taken
+):
+    monkeypatch.setattr(processes, "gather", lambda value: defaults)
+    flags = ("--model", "tiny/model", "--dataset", "tiny/data", "--limit", "4", "--out", "x")
+    args = cli.train_arguments([*flags, "--device", "cpu"])
+    state = train.new_state(args, train.read_inputs(args))
+    assert args.dtype == state.arguments["dtype"] == taken

@@ -19,11 +19,10 @@ from conftest import ROOT, in_process, ours
 
 import data
 import eval as evaluation
-import lora
 import phi2
 import quant
 from scripts import plan
-from support import cli, full_memory, machine, processes
+from support import cli, full_memory, machine
 from support.examples import load_examples
 from tiny import mnli_lengths
 
@@ -229,7 +228,7 @@ def test_an_evaluation_that_fills_the_memory_gives_the_same_answers(tiny, tokeni
     with memory_left(180 * 2**20):
         found, settled = evaluate(rows, 64)
     assert settled in (4, 8, 16, 32)  # glibc may hold what was freed before, which counts as taken
-    line = f"the memory is full: evaluation goes on with {settled} rows at a time\n"
+    line = f"the memory is full: evaluation goes on with a batch size of {settled}\n"
     assert capsys.readouterr().err.endswith(line)
     assert found == evaluate(rows, settled)[0]  # to the bit
     for row, expected in zip(found, evaluate(rows, 64)[0]):
@@ -258,23 +257,19 @@ def test_pairs_on_standard_input_are_halved_once(monkeypatch, capsys, tmp_path):
     assert [json.loads(line)["premise"] for line in captured.out.splitlines()] == [
         pair["premise"] for pair in pairs
     ]
-    assert captured.err.count("evaluation goes on with 5 rows at a time") == 1
+    assert captured.err.count("evaluation goes on with a batch size of 5") == 1
 
 
-def test_of_several_processes_each_says_how_it_goes_on(tiny, monkeypatch, capsys):
-    monkeypatch.setattr(processes, "COUNT", 2)
-    monkeypatch.setattr(processes, "NUMBER", 1)
-
+def test_a_batch_that_is_halved_many_times_is_said_once(tiny, capsys):
     def full_beyond_1(prompts: list) -> list:
         if len(prompts) > 1:
             raise torch.OutOfMemoryError
         return prompts
 
-    protocol = evaluation.Settings(batch_size=3)
-    prompts = [[1], [2], [3]]
-    model = phi2.build(tiny)
-    assert full_memory.run_in_parts(full_beyond_1, prompts, protocol, model) == prompts
-    line = "process 1: the memory is full: evaluation goes on with 1 row at a time\n"
+    prompts = [[number] for number in range(9)]
+    protocol = evaluation.Settings(batch_size=8)
+    assert full_memory.run_in_parts(full_beyond_1, prompts, protocol, phi2.build(tiny)) == prompts
+    line = "the memory is full: evaluation goes on with a batch size of 1\n"
     assert capsys.readouterr().err == line
 
 
@@ -298,12 +293,6 @@ def test_what_is_off_already_is_not_named(tiny):
     text = full_memory.about_a_step(args, model)
     assert f"--resume {Path('out/x')} --checkpointing, or a new run with --batch-size 1 " in text
     assert "--accumulate 21 or" in text
-    # A loss needs no backward pass, which alone takes less with --checkpointing.
-    text = full_memory.about_the_loss(args, model)
-    assert text == (
-        "the validation loss does not fit into the memory; what helps: a new run with "
-        "--batch-size 1 --accumulate 21 or a --max-length that cuts the longest rows"
-    )
 
     # On a GPU, without NF4: attention is stored until --no-keep-dequantized.
     args = Namespace(**vars(args) | {"device": "cuda"})
@@ -313,11 +302,3 @@ def test_what_is_off_already_is_not_named(tiny):
     plain.model.recomputes_attention = True
     resumed, _ = full_memory.flags_of_a_step(args, plain)
     assert resumed == ["--checkpointing"]
-
-
-def test_an_adapter_keeps_its_quantisation(tiny):
-    model = phi2.build(tiny)
-    assert "--quant nf4" in full_memory.about_a_prompt([1, 2], model)
-    lora.inject(model, lora.LoRAConfig())
-    text = full_memory.about_a_prompt([1, 2], model)
-    assert text.endswith("beside the model; what helps: a --max-length below 2")

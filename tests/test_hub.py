@@ -245,7 +245,7 @@ def test_a_run_is_resumed_over_the_revisions_that_it_was_trained_over(revisions,
         assert done.returncode == 0, done.stderr
         later = ("--dataset", "me/rows", "--dataset-revision", "main")
         done = script("train.py", "--resume", run, "--steps", 5, *later, env=env)
-    assert_one_line(done, f"error: {run} was trained on other rows")
+    assert_one_line(done, f"error: {run} was trained with another set of training rows")
 
 
 def test_without_a_network_another_revision_of_the_cache_is_not_taken(at_v1):

@@ -13,11 +13,12 @@ from support import metrics
 
 
 def predictions(labels, answers, **columns) -> list[dict]:
-    """Rows as a predictions_<split>.jsonl holds them, with any further columns."""
+    """Rows as a predictions_<split>.jsonl holds them, with any further or other columns."""
     rows = []
     for idx, (label, answer) in enumerate(zip(labels, answers)):
         prompt = data.PROMPT.format(premise=f"premise {idx}", hypothesis="h")
         row = {"idx": idx, "prompt": prompt, "label": label, "prediction": answer}
+        row |= {"scores": [0.5, 0.3, 0.2], "tokens": 70}
         rows.append(row | {name: values[idx] for name, values in columns.items()})
     return rows
 
@@ -143,8 +144,8 @@ def test_the_quarters_of_length_hold_each_row_once(n):
 
 
 def test_what_the_rows_do_not_hold_is_not_in_the_statistics():
-    always = {"accuracy", "n", "ci95", "correct", "unparsed", "majority"}
-    always |= {"confusion", "labels", "macro_f1"}
+    always = {"accuracy", "n", "ci95", "correct", "unparsed", "majority", "confusion", "labels"}
+    always |= {"macro_f1", "score_accuracy", "ties", "nll", "lengths"}
     assert metrics.statistics(predictions([0], [0])).keys() == always
     with pytest.raises(ValueError, match="no predictions to count"):
         metrics.statistics([])
@@ -215,20 +216,10 @@ def test_only_predictions_of_the_same_rows_are_compared(other):
         metrics.compare(first, second)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"idx": None},
-        {"prompt": 5},
-        {"label": 3},
-        {"label": "1"},
-        {"prediction": None},
-    ],
-)
-def test_a_line_that_is_no_prediction_is_named(tmp_path, change):
-    rows = predictions([0, 1], [0, 1])
+def test_a_line_that_is_no_prediction_is_named(tmp_path):
     path = tmp_path / "predictions_validation.jsonl"
-    path.write_text(f"{json.dumps(rows[0])}\n{json.dumps(rows[1] | change)}\n")
+    (row,) = predictions([0], [0])
+    path.write_text(f'{json.dumps(row)}\n{{"idx": 1}}\n')
     with pytest.raises(ValueError, match=r"predictions_validation.jsonl, line 2: not a prediction"):
         metrics.read_predictions(path)
 

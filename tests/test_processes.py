@@ -194,8 +194,7 @@ def test_another_number_of_processes_would_be_another_run(pair):
     _, two, _ = pair
     done = script("train.py", "--resume", two)
     assert done.returncode == 1
-    assert "was trained with 8 rows a step" in done.stderr
-    assert "with this number of processes there are 4" in done.stderr
+    assert "another number of rows in a step of all processes (8, here 4)" in done.stderr
 
 
 # -----------------------------------------------------------------------------
@@ -244,24 +243,12 @@ def test_a_run_that_torchrun_starts_again_ends_with_the_same_adapter(tmp_path):
 # Devices and environments
 
 
-ALL_FIVE = {
-    "MASTER_ADDR": "127.0.0.1",
-    "MASTER_PORT": "29500",
-    "RANK": "0",
-    "WORLD_SIZE": "2",
-    "LOCAL_RANK": "0",
-}
-
-
 @pytest.mark.parametrize(
     "left_over",
     [
         {"WORLD_SIZE": "8"},
         {"RANK": "1"},
         {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"},
-        ALL_FIVE | {"RANK": "5"},
-        ALL_FIVE | {"WORLD_SIZE": "\u00b2"},
-        ALL_FIVE | {"MASTER_PORT": "abc"},
     ],
 )
 def test_variables_that_are_left_over_make_no_process(left_over, tmp_path):
