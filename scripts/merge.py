@@ -167,7 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true",
         help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
-    return cli.parse_arguments(parser, check=check_arguments)
+    return cli.complete(parser, parser.typed(), check_arguments)
 
 
 def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:

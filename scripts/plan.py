@@ -236,7 +236,7 @@ def parse_arguments() -> argparse.Namespace:
     if is_elsewhere:
         # What train.py chooses on that card, not what it chooses on this machine.
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
-    args = cli.train_arguments(parser=parser)
+    args = cli.complete_training(parser, typed)
     is_said = "dtype" in typed or args.resume  # a resumed run has its own dtype
     args.is_dtype_assumed = is_elsewhere and not is_said
     return args

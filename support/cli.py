@@ -11,10 +11,9 @@ Neither --help nor a mistake has to wait for it.
 import argparse
 import os
 import re
-import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from support import (
@@ -42,12 +41,6 @@ NOTICE = """\
 no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
-
-# Of an @FILE's line the part before a # comment. Quotes and backslashes may precede # and blanks.
-BEFORE_COMMENT = re.compile(r"""(?:[ \t]*(?!#)(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^ \t])+)*""")
-# The same on Windows, where a backslash is a part of a path.
-ON_WINDOWS = os.name == "nt"
-BEFORE_COMMENT_ON_WINDOWS = re.compile(r"""(?:[ \t]*(?!#)(?:'[^']*'|"[^"]*"|[^ \t])+)*""")
 
 # Arguments of a training that are also defaults when its adapter is evaluated or merged.
 OF_AN_ADAPTER = (
@@ -83,8 +76,7 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, with @FILE for flags from a file, and --debug.
 
-    An @FILE contains words and # comments as in a shell. A mistake gives one line on stderr and
-    exit status 2.
+    A mistake gives one line on stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
@@ -103,62 +95,27 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", help="show the traceback of an error"
         )
 
-    def parse_known_args(self, args=None, namespace=None):
-        words = self.with_paths(sys.argv[1:] if args is None else args)
-        # argparse reports an @FILE that it cannot open in one line, but not these errors.
-        try:
-            return super().parse_known_args(words, namespace)
-        except UnicodeDecodeError as error:
-            self.error(f"an @FILE is not UTF-8: {error}")
-        except RecursionError:
-            self.error("an @FILE includes itself")
-
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the words in a line of an @FILE."""
-        line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
-        pattern = BEFORE_COMMENT_ON_WINDOWS if ON_WINDOWS else BEFORE_COMMENT
-        words = shlex.shlex(pattern.match(line)[0], posix=True)
-        words.whitespace_split = True
-        words.commenters = ""  # shlex would also take a # within a word for a comment
-        if ON_WINDOWS:
-            words.escape = ""
-        try:
-            return self.with_paths(words)
-        except ValueError as error:
-            cure = "; no line needs a \\ at its end" if line.endswith("\\") else ""
-            self.error(f"cannot read the flags in {line!r} of an @FILE: {error}{cure}")
-
-    def with_paths(self, words: Iterable[str]) -> list[str]:
-        """Returns words with the home folder in @~/FILE: shells expand ~ only where a word begins.
-
-        Refuses a pipe, because an @FILE is read more than once.
-        """
-        found = []
-        for word in words:
-            if word.startswith("@"):
-                path = os.path.expanduser(word[1:])
-                if os.path.exists(path) and not os.path.isfile(path):
-                    self.error(f"{word}: @ needs a file, not a pipe or a folder")
-                word = f"@{path}"
-            found.append(word)
-        return found
+        """Returns the words in a line of an @FILE. Quotes and backslashes mean themselves."""
+        return [] if line.lstrip().startswith("#") else line.split()
 
     def error(self, message: str):
-        if message.startswith("[Errno") or "expected one argument" in message:
-            # argparse takes @text for an @FILE and -text for a flag.
-            message += " (a value that begins with @ or - is typed as --flag=value)"
         # argparse itself would print the whole usage before the message.
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
     def typed(self, argv: list[str] | None = None) -> dict:
         """Returns the arguments given on the command line, without any default."""
-        return not_none(self.parse_args(argv, self.nothing()))
-
-    def nothing(self) -> argparse.Namespace:
-        """Returns a namespace in which no default is filled in."""
         # argparse leaves an attribute that already exists as it is, even if it is None.
-        # It has no public list of a parser's arguments, hence _actions here and below.
-        return argparse.Namespace(**{action.dest: None for action in self._actions})
+        nothing = argparse.Namespace(**dict.fromkeys(self.defaults()))
+        values = vars(self.parse_args(argv, nothing))
+        return {name: value for name, value in values.items() if value is not None}
+
+    def defaults(self) -> dict:
+        """Returns the default of each argument."""
+        # argparse has no public list of a parser's arguments, hence _actions here and below.
+        defaults = {action.dest: action.default for action in self._actions}
+        del defaults["help"]
+        return defaults
 
     def check_saved(self, values: dict, source: Path) -> dict:
         """Returns those values from a JSON file that are arguments of this parser, as if typed.
@@ -181,11 +138,6 @@ def command_name() -> str:
     """Returns the command of this script: "python train.py", "python -m scripts.merge"."""
     # With -m too, argv[0] is the path of the script.
     return f"python {commands.quoted(*commands.name_of(Path(sys.argv[0]).absolute()))}"
-
-
-def not_none(args: argparse.Namespace) -> dict:
-    """Returns the arguments that have a value."""
-    return {name: value for name, value in vars(args).items() if value is not None}
 
 
 def as_typed(action: argparse.Action, value):
@@ -222,41 +174,43 @@ def require(value, kind: type, name: str):
 # Defaults from a run, from tiny/args, and from the machine
 
 
-def parse_arguments(
+def complete(
     parser: Parser,
-    argv: list[str] | None = None,
+    typed: dict,
     check: Callable[[Parser, argparse.Namespace], None] | None = None,
 ) -> argparse.Namespace:
-    """Returns the arguments of a command line with --model and --dataset, with all defaults.
+    """Returns the arguments of a command line with --model, with all defaults.
 
     With --adapter, the arguments of the adapter's training become defaults. `check` may reject
-    arguments that do not go together; it is called before any notice is printed.
+    arguments that do not go together; it is called before any notice is printed. Raises
+    ValueError if nothing names a model and there is a GPU that torch cannot use.
     """
-    # First pass: the flags that are given decide where the defaults come from.
-    typed = parser.typed(argv)
+    given = typed
     source = None  # where the adapter comes from
     if "adapter" in typed:
         adapter = hub.find_adapter(typed["adapter"])
-        defaults, source = adapter_defaults(parser, adapter, typed)
-        if "model" not in typed | defaults:
+        saved, source = adapter_defaults(parser, adapter, typed)
+        given = saved | typed | {"adapter": adapter}
+        if "model" not in given:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
-        parser.set_defaults(**defaults)
-    embedded = embedded_defaults(parser, typed)
-    parser.set_defaults(**embedded)
+    values = parser.defaults() | given
 
-    # Second pass: the same command line, with these defaults.
-    args = parser.parse_args(argv)
-    if "adapter" in typed:
-        args.adapter = adapter
+    unused = unused_gpu(values)
+    notice = f"this runs on the CPU: {unused}" if unused else None
+    if values["model"] is None and not has_gpu():
+        if unused:
+            raise ValueError(f"{unused}; or --device cpu, which takes the small model in tiny/")
+        values |= embedded_defaults(parser) | given
+        notice = NOTICE
+
+    fill_in(values)
+    args = argparse.Namespace(**values)
     if "adapter" in args:
         args.origin = source
         args.is_dataset_typed = "dataset" in typed
-    fill_in(args)
     if check:
         check(parser, args)
-    unused = None if embedded else unused_gpu(parser, typed)
-    notice = f"this runs on the CPU: {unused}" if unused else NOTICE
-    if processes.IS_FIRST and (embedded or unused):
+    if processes.IS_FIRST and notice:
         print(notice, file=sys.stderr)
     # The dtype may come from a run or an adapter of another machine.
     if processes.IS_FIRST and "dtype" in args:
@@ -275,51 +229,34 @@ def warn_of_emulation(dtype: str, device: str) -> None:
     )
 
 
-def embedded_defaults(parser: Parser, typed: dict) -> dict:
-    """Returns the defaults in tiny/args if nothing names a model and there is no GPU for phi-2.
-
-    Otherwise returns no defaults. The paths are relative to the current directory. Raises
-    ValueError if there is a GPU that torch cannot use.
-    """
-    if "model" in typed or parser.get_default("model") is not None:
-        return {}
-    import torch
-
-    if torch.cuda.is_available():
-        return {}
-    reason = unused_gpu(parser, typed)
-    if reason:
-        raise ValueError(f"{reason}; or --device cpu, which takes the small model in tiny/")
-    # The file is written for train.py; other scripts do not have all of its flags.
-    known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
-    values = not_none(known)
+def embedded_defaults(parser: Parser) -> dict:
+    """Returns those flags in tiny/args that a parser has, with paths from the current folder."""
+    values = train_parser().typed([f"@{ROOT / 'tiny' / 'args'}"])
     for name in ("model", "dataset"):
         values[name] = commands.from_here(ROOT / values[name])
-    return values
+    return {name: value for name, value in values.items() if name in parser.defaults()}
 
 
-def unused_gpu(parser: Parser, typed: dict) -> str | None:
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def unused_gpu(values: dict) -> str | None:
     """Returns a message if there is a GPU that torch cannot use, unless --device is given."""
-    has_device = "device" in parser.nothing()  # describe.py computes nothing
-    if not has_device or "device" in typed or parser.get_default("device") is not None:
-        return None
-    return gpu.unusable()
+    # scripts.describe computes nothing, and has no --device.
+    return gpu.unusable() if values.get("device", "none") is None else None
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(values: dict) -> None:
     """Fills in the defaults that depend on the machine."""
-    # Not defaults of the parser, because embedded_defaults checks whether anything names a model.
-    if args.model is None:
-        args.model = MODEL
-    if args.dataset is None:
-        args.dataset = DATASET
-    # Some scripts have no --device and no --dtype.
-    if "device" in args and args.device is None:
-        import torch
-
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "dtype" in args and args.dtype is None:
-        args.dtype = machine.fast_dtype(args.device)
+    # Not defaults of the parser, because complete() asks whether anything names a model.
+    values["model"] = values["model"] or MODEL
+    values["dataset"] = values["dataset"] or DATASET
+    if "device" in values:
+        values["device"] = values["device"] or ("cuda" if has_gpu() else "cpu")
+        values["dtype"] = values["dtype"] or machine.fast_dtype(values["device"])
 
 
 def adapter_defaults(
@@ -363,7 +300,8 @@ def eval_parser() -> Parser:
 
 def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of eval.py."""
-    return parse_arguments(eval_parser(), argv, check_eval)
+    parser = eval_parser()
+    return complete(parser, parser.typed(argv), check_eval)
 
 
 def check_eval(parser: Parser, args: argparse.Namespace) -> None:
@@ -391,7 +329,7 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads flags from a file, written as in a shell: "
+        epilog="@FILE reads flags from a file, in which # begins a line of comment: "
         + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
     flags.add_model_arguments(parser)
@@ -402,16 +340,19 @@ def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") 
     return parser
 
 
-def train_arguments(
-    argv: list[str] | None = None, parser: Parser | None = None
-) -> argparse.Namespace:
-    """Returns the arguments of train.py: for a new run, or for the run that it resumes.
+def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of train.py."""
+    parser = train_parser()
+    return complete_training(parser, parser.typed(argv))
+
+
+def complete_training(parser: Parser, typed: dict) -> argparse.Namespace:
+    """Returns the arguments of a training: of a new run, or of the run that it resumes.
 
     `targets` is a list of names or the string "all-linear". Either `steps` or `epochs` is None.
     `out` is None if a new run should get a new folder in out/, with the name from `new_name`.
     """
-    parser = parser or train_parser()
-    typed = parser.typed(argv)
+    given = typed
     run = run_to_resume(parser, typed)
     if run:
         arguments = resume.saved_arguments(run)
@@ -420,9 +361,8 @@ def train_arguments(
         # A restart by torchrun repeats the run's own arguments: those do not count as typed.
         others = {name: value for name, value in typed.items() if value != saved.get(name)}
         source = origin.origin(run, arguments, saved)
-        parser.set_defaults(**origin.locate(saved, source, others))
-        parser.set_defaults(resume=run, out=run)
-    args = parse_arguments(parser, argv, check_train)
+        given = origin.locate(saved, source, others) | typed | {"resume": run, "out": run}
+    args = complete(parser, given, check_train)
     # --steps excludes --epochs. argparse only checks this for flags that are typed, not for
     # defaults that come from a run or from tiny/args.
     if "epochs" in typed:

@@ -281,6 +281,8 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     add("--compare", type=path, metavar="RUN",
         help="McNemar's test against the predictions of another run, or of an eval.py --out")
     # To try an adapter by hand.
-    add("--premise", help="first text of one pair, instead of a dataset")
+    add("--premise",
+        help="first text of one pair, instead of a dataset (--premise=TEXT, if it begins with "
+        "- or @)")
     add("--hypothesis", help="second text of that pair")
     add("--out", type=path, help="write results.json and predictions_SPLIT.jsonl to this folder")

@@ -7,8 +7,8 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,7 +141,7 @@ def test_a_device_may_be_in_capitals_and_a_cpu_has_one_name(name, device):
         (["--rnak", 8], "unrecognized arguments: --rnak 8"),
         (["--lim", 8], "unrecognized arguments: --lim 8"),  # no abbreviations
         (["--steps", 5, "--epochs", 1], "not allowed with argument --steps"),
-        (["@no/such/file"], "[Errno 2] No such file or directory: 'no/such/file' (a value that b"),
+        (["@no/such/file"], "[Errno 2] No such file or directory: 'no/such/file'"),
     ],
 )
 def test_flags_that_cannot_be_are_named(capsys, flags, message):
@@ -179,12 +179,6 @@ def test_standard_input_is_for_one_process(monkeypatch, capsys):
 def test_a_premise_may_begin_with_a_dash_or_an_at_sign_behind_an_equals_sign(text):
     args = parse("eval.py", *TINY, f"--premise={text}", f"--hypothesis={text}")
     assert (args.premise, args.hypothesis) == (text, text)
-
-
-@pytest.mark.parametrize("text", ["-Nein.", "@Emma", "--hypothesis"])
-def test_the_error_about_any_other_says_how_it_is_typed(capsys, text):
-    line = mistake(capsys, "eval.py", *TINY, "--premise", text, "--hypothesis", "A.")
-    assert "(a value that begins with @ or - is typed as --flag=value)" in line
 
 
 # -----------------------------------------------------------------------------
@@ -317,67 +311,27 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
     assert "tiny/args" not in mistake(capsys, "eval.py", "--premise", "A.")
 
 
-def test_flags_come_from_a_file_as_from_a_shell(tmp_path):
-    text = "\ufeff# mine\n\n--rank=4  # it's low\n  --targets fc1 fc2#\n --out\nmy\\ run#2\n"
-    (tmp_path / "flags").write_text(text + "--columns 'a #b' c d #\n")
+def test_flags_come_from_a_file(tmp_path):
+    text = "# mine\n\n--rank=4\n  --targets fc1 fc2\n # more\n--out\nC:\\my#run\n"
+    (tmp_path / "flags").write_text(text)
     args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
-    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2#"], 3)
-    assert (args.out, args.columns) == (Path("my run#2"), ["a #b", "c", "d"])
+    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
+    assert args.out == Path("C:\\my#run")
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
 
 
-@pytest.mark.parametrize(
-    "line", ['"a \\" # b"', r"foo\ #bar", r"it\'s # don't", "a\u00a0#x # y", "'a # b'#c", r"\#a"]
-)
-def test_comments_and_backslashes_in_such_a_file_are_those_of_a_shell(tmp_path, line):
-    (tmp_path / "flags").write_text(f"--model\n{line}\n", encoding="utf-8")
-    shell = subprocess.run(
-        ["bash", "-c", f"printf %s {line}"], capture_output=True, text=True, check=True
-    )
-    assert parse("train.py", f"@{tmp_path / 'flags'}").model == shell.stdout
+@pytest.mark.parametrize("line", ["--rank 4 # low", "--dataset 'my rows'"])
+def test_nothing_in_such_a_file_is_left_out(capsys, tmp_path, line):
+    (tmp_path / "flags").write_text(line)
+    assert "unrecognized arguments: " in mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
 
 
-def test_a_pipe_of_flags_is_refused_because_it_can_be_read_only_once(capsys, tmp_path):
+def test_a_pipe_of_flags_is_read_once(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    assert "@ needs a file, not a pipe or a folder" in mistake(capsys, "train.py", f"@{pipe}")
-
-
-def test_on_windows_a_file_of_flags_may_hold_backslashes(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "ON_WINDOWS", True)
-    (tmp_path / "flags").write_text('--model=C:\\phi\n--dataset "D:\\my rows\\"\n')
-    args = parse("train.py", f"@{tmp_path / 'flags'}")
-    assert (args.model, args.dataset) == ("C:\\phi", "D:\\my rows\\")
-
-
-def test_a_file_of_flags_may_be_in_the_home_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "flags").write_text("@~/others\n--seed 3\n")
-    (tmp_path / "others").write_text("--rank 4\n")
-    args = parse("train.py", *TINY, "@~/flags")
-    assert (args.rank, args.seed) == (4, 3)
-
-
-def test_a_line_of_such_a_file_that_cannot_be_is_named(capsys, tmp_path):
-    (tmp_path / "flags").write_text("--seed=1\n--out=it's\n")
-    line = mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
-    assert """cannot read the flags in "--out=it's" of an @FILE: No closing quotation""" in line
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"--out=\xe9t\xe9\n", "an @FILE is not UTF-8: 'utf-8' codec can't decode byte 0xe9"),
-        (b"@flags\n", "an @FILE includes itself"),
-        (b"--rank 4 \\\n--seed 1\n", "no line needs a \\ at its end"),
-    ],
-)
-def test_a_file_of_flags_that_cannot_be_read_is_one_line(
-    capsys, monkeypatch, tmp_path, content, message
-):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "flags").write_bytes(content)
-    assert message in mistake(capsys, "train.py", "@flags")
+    with ThreadPoolExecutor() as threads:
+        threads.submit(pipe.write_text, "--rank 4")
+        assert parse("train.py", *TINY, f"@{pipe}").rank == 4
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
