@@ -81,7 +81,6 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, description: str, **options):
         super().__init__(
-            prog=command_name(),
             description=description,
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
@@ -132,12 +131,6 @@ class Parser(argparse.ArgumentParser):
                 flag = action.option_strings[0]
                 raise ValueError(f"the arguments in {source}: {flag} {error}") from None
         return saved
-
-
-def command_name() -> str:
-    """Returns the command of this script: "python train.py", "python -m scripts.merge"."""
-    # With -m too, argv[0] is the path of the script.
-    return f"python {commands.quoted(*commands.name_of(Path(sys.argv[0]).absolute()))}"
 
 
 def as_typed(action: argparse.Action, value):

@@ -319,7 +319,7 @@ class RunLog:
         if "the predictions" in failed:
             self.say(f"to write all of them again: {commands.resume(self.folder)}")
         elif "the pictures" in failed or "report.html" in failed:
-            again = commands.command("scripts.report", self.folder)
+            again = commands.command("scripts/report.py", self.folder)
             self.say(f"to make the pictures and report.html again: {again}")
         pair = ("--premise", "...", "--hypothesis", "...")
         self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")
@@ -336,8 +336,8 @@ def start_command(folder: Path, is_resumed: bool) -> str:
         saved = files.read_json(path).get("command")
         if isinstance(saved, str):
             return saved
-    script = commands.name_of(Path(sys.argv[0]).absolute())
-    return f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
+    script = commands.from_here(Path(sys.argv[0]))
+    return f"{processes.COMMAND} {commands.quoted(script, *sys.argv[1:])}"
 
 
 def lines_up_to(path: Path, step: int, steps: int) -> list[dict]:

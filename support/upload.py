@@ -83,5 +83,5 @@ def failure(error: Exception, directory: Path, repo: str, private: bool) -> str:
     words = ["--adapter", directory, "--repo", repo]
     if private:
         words.append("--private")  # otherwise the next attempt would publish it
-    command = commands.command("scripts.push", *words)
+    command = commands.command("scripts/push.py", *words)
     return line + f"{directory} is unchanged, try again with: {command}"

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import ntpath
 import os
 import re
 import shlex
@@ -185,19 +184,6 @@ def test_a_premise_may_begin_with_a_dash_or_an_at_sign_behind_an_equals_sign(tex
 # Commands that are printed
 
 
-@pytest.mark.parametrize(
-    "started_as, command",
-    [
-        ("train.py", "python train.py"),
-        (f"{ROOT}/scripts/merge.py", "python -m scripts.merge"),
-        ("/home/somebody else/train.py", "python '/home/somebody else/train.py'"),
-    ],
-)
-def test_a_mistake_names_the_command_that_helps(monkeypatch, started_as, command):
-    monkeypatch.setattr(sys, "argv", [started_as])
-    assert cli.Parser("a script").prog == command
-
-
 def test_a_command_can_be_pasted_whatever_a_path_holds():
     folder = Path("out/it's (1); echo $HOME")
     words = shlex.split(commands.command("eval.py", "--adapter", folder, "--premise", "..."))
@@ -205,26 +191,18 @@ def test_a_command_can_be_pasted_whatever_a_path_holds():
 
 
 def test_a_command_is_right_in_the_folder_where_it_is_printed(monkeypatch, tmp_path):
-    assert commands.command("scripts.push", "--private") == "python -m scripts.push --private"
+    assert commands.command("scripts/push.py", "--private") == "python scripts/push.py --private"
     for folder in (tmp_path, ROOT / "tiny", ROOT / "scripts"):
         monkeypatch.chdir(folder)
-        for name, path in (("train.py", "train.py"), ("scripts.push", "scripts/push.py")):
+        for name in ("train.py", "scripts/push.py"):
             _, printed = commands.command(name).split()
-            assert Path(printed).samefile(ROOT / path)
+            assert Path(printed).samefile(ROOT / name)
 
 
 def test_processes_resume_a_run_as_they_started_it(monkeypatch):
     monkeypatch.setattr(processes, "COMMAND", "torchrun --nproc-per-node 8")
     command = "torchrun --nproc-per-node 8 train.py --resume out/run"
     assert commands.resume(Path("out/run")) == command
-
-
-def test_a_path_of_another_drive_is_printed_whole(monkeypatch):
-    # As on Windows, by its own function.
-    drives = ("D:\\flora\\tiny", "C:\\Users\\me")
-    monkeypatch.setattr(os.path, "relpath", lambda path: ntpath.relpath(*drives))
-    assert commands.from_here(ROOT / "tiny") == str(ROOT / "tiny")
-    assert parse("eval.py").model == str(ROOT / "tiny" / "model")
 
 
 # -----------------------------------------------------------------------------
@@ -922,7 +900,7 @@ def test_a_script_ends_with_status_2_at_a_wrong_flag():
     done = script("eval.py", "--limit", -1)
     line = "error: argument --limit: must be a whole number of at least 1, not -1; "
     assert (done.returncode, done.stdout) == (MISTAKE, "")
-    assert done.stderr == line + "see python eval.py --help\n"
+    assert done.stderr == line + "see eval.py --help\n"
 
 
 # -----------------------------------------------------------------------------
@@ -937,7 +915,7 @@ def test_help_does_not_wait_for_torch(name):
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     done = script("-c", code, name, fresh=True)
-    assert done.stdout.startswith(f"usage: python {name} ")
+    assert done.stdout.startswith(f"usage: {name} ")
     assert done.stderr == "False\n"
 
 
@@ -946,7 +924,7 @@ def test_help_does_not_wait_for_torch(name):
 def test_a_script_starts_from_any_folder_in_pythons_safe_mode(tmp_path, name, option):
     done = script(option, ROOT / name, "--help", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: python ")
+    assert done.stdout.startswith("usage: ")
 
 
 def test_every_script_finds_the_project_before_it_imports_it():

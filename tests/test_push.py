@@ -420,7 +420,7 @@ def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_d
     # The table comes before all of them, the rest after.
     assert "\nfinetuned\n" in done.stdout
     assert f"adapter and results.json are in {out}" in done.stdout
-    assert f"python -m scripts.report {out}" in done.stdout
+    assert f"python scripts/report.py {out}" in done.stdout
     for name in ("results.json", "loss.svg", "README.md"):
         assert (out / name).is_file(), name
 
