@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from support import (
     best,
     commands,
@@ -138,29 +140,17 @@ def as_typed(action: argparse.Action, value):
 
     Raises ValueError or ArgumentTypeError, without the flag's name, if the value is invalid.
     """
-    if value is None and action.default is None:  # it was not given
-        return None
-    if action.nargs == 0:  # a flag that is on or off
-        return require(value, bool, "true or false")
-    if action.nargs in ("+", 3):
-        if isinstance(value, str):  # --targets all-linear is saved as one string
-            return [value]
-        values = require(value, list, "a list")
-        return [action.type(require(item, str, "text")) for item in values]
+    # It was not given, or is a flag that is on or off.
+    if (value is None and action.default is None) or action.nargs == 0:
+        return value
+    if action.nargs:  # several values; --targets all-linear is saved as one
+        items = value if isinstance(value, list) else [value]
+        return [action.type(str(item)) for item in items]
     # Converted to a string first, so that the flag's own check decides what is valid.
     typed = action.type(str(value)) if action.type else str(value)
-    if isinstance(typed, str | Path):
-        require(value, str, "text")
     if action.choices and typed not in action.choices:
         raise ValueError(f"must be one of {', '.join(action.choices)}, not {typed}")
     return typed
-
-
-def require(value, kind: type, name: str):
-    """Returns the value if it is of this type. Raises ValueError otherwise."""
-    if not isinstance(value, kind):
-        raise ValueError(f"must be {name}, not {value!r}")
-    return value
 
 
 # -----------------------------------------------------------------------------
@@ -456,21 +446,9 @@ def as_json(args: argparse.Namespace) -> dict:
 
 
 def answer_help(make_parser: Callable[[], Parser]) -> None:
-    """Prints the help of a script and exits, if --help is typed.
-
-    Call it before torch is imported, which takes seconds: a Ctrl-C in them prints one line.
-    """
-    sys.excepthook = show_uncaught
+    """Prints the help of a script and exits, if --help is typed."""
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
-
-
-def show_uncaught(kind: type, error: BaseException, trace) -> None:
-    """Prints a traceback, or for a Ctrl-C one word."""
-    if kind is KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -496,15 +474,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare_outputs() -> None:
-    """Makes standard output and standard error write UTF-8, line by line.
-
-    If one of them is closed, what is written to it is discarded.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-
-            setattr(sys, name, open(os.devnull, "w"))
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):
+    """Makes standard output and standard error write UTF-8, line by line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not closed, and not a notebook's
             # UTF-8 whatever the locale is; JSON can hold what backslashreplace writes. By default
             # Python buffers files and pipes in blocks: a log would stay empty for minutes.
             stream.reconfigure(
@@ -514,9 +486,7 @@ def prepare_outputs() -> None:
 
 def is_users(error: Exception) -> bool:
     """Returns whether the user can correct an error. Any other error is a bug."""
-    if type(error).__name__ == "SafetensorError":  # by name, so that nothing is imported here
-        return True
-    kinds = (ValueError, OSError, OverflowError)
+    kinds = (ValueError, OSError, OverflowError, SafetensorError)
     return isinstance(error, kinds) or full_memory.is_out_of_memory(error)
 
 
