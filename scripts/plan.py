@@ -225,9 +225,11 @@ def parse_arguments() -> argparse.Namespace:
     """Returns the arguments of train.py, `gpu`, and whether --dtype is only an assumption."""
     parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
-        "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
-        help="memory of the card; shows what train.py chooses on it, and what fits"
-    )  # fmt: skip
+        "--gpu",
+        type=flags.number_above_0,
+        metavar="GB",
+        help="memory of the card; shows what train.py chooses on it, and what fits",
+    )
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
     if "gpu" in typed and not device.startswith("cuda"):

@@ -8,17 +8,11 @@ for one percent sign, because argparse formats the text.
 import math
 import operator
 import os
-import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable
 from pathlib import Path
 
 from support import hub
-
-CONTEXT = 2048  # the number of positions that phi-2 was trained on
-WIDEST = 10_240  # the widest layer of phi-2: B A has at most the rank of its layer
-MOST = 2**31 - 1  # of rows, steps, tokens
-HUGE = 1_000_000  # the limit for other numbers: training works with none that is larger
 
 # -----------------------------------------------------------------------------
 # The allowed values of flags, as types for argparse
@@ -27,7 +21,6 @@ HUGE = 1_000_000  # the limit for other numbers: training works with none that i
 
 BOUNDS = {
     "least": ("of at least", operator.ge),
-    "most": ("of at most", operator.le),
     "above": ("above", operator.gt),
     "below": ("below", operator.lt),
 }
@@ -36,7 +29,7 @@ BOUNDS = {
 def number(kind: type, **bounds: float) -> Callable[[str], float]:
     """Returns a type for argparse: an int or a float within bounds, such as above=0, below=1.
 
-    The bounds `least` and `most` are inclusive, `above` and `below` exclusive.
+    The bound `least` is inclusive, `above` and `below` are exclusive.
     """
     noun = "whole number" if kind is int else "number"
 
@@ -48,27 +41,18 @@ def number(kind: type, **bounds: float) -> Callable[[str], float]:
         for name, bound in bounds.items():
             words, is_within = BOUNDS[name]
             if not is_within(value, bound):
-                raise ArgumentTypeError(f"must be a {noun} {words} {bound:,}, not {text}")
+                raise ArgumentTypeError(f"must be a {noun} {words} {bound}, not {text}")
         return value
 
     return read
 
 
-count = number(int, least=1, most=MOST)  # rows, steps, tokens
-count_from_0 = number(int, least=0, most=MOST)
-rank = number(int, least=1, most=WIDEST)
-new_tokens = number(int, least=1, most=CONTEXT)  # the cache has room for all of them
-number_from_0 = number(float, least=0, most=HUGE)
-number_above_0 = number(float, above=0, most=HUGE)
-norm = number(float, above=0, below=math.inf)  # a huge norm turns clipping off
+count = number(int, least=1)  # rows, steps, tokens
+count_from_0 = number(int, least=0)
+number_from_0 = number(float, least=0)
+number_above_0 = number(float, above=0)
 share = number(float, above=0, below=1)
 dropout_share = number(float, least=0, below=1)
-any_seed = number(int, least=0)
-
-
-def seed(text: str) -> int:
-    """Returns a seed from 0 up, reduced to the range of torch's generators."""
-    return any_seed(text) % 2**63
 
 
 def word(text: str) -> str:
@@ -89,23 +73,6 @@ def name(text: str) -> str:
 def path(text: str) -> Path:
     """Returns a path, with ~ expanded to the home folder."""
     return Path(name(text))
-
-
-def target(text: str) -> str:
-    """Returns the name of a layer."""
-    if "," in text:
-        raise ArgumentTypeError(f"must be names separated by spaces, not {text}")
-    return word(text)
-
-
-def device(text: str) -> str:
-    """Returns the name of a device in torch's form, and cpu for cpu:0.
-
-    Whether the device exists is checked later.
-    """
-    if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()) or text.lower().startswith("gpu"):
-        raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
-    return re.sub(r"^cpu:\d+$", "cpu", text.lower())
 
 
 # -----------------------------------------------------------------------------
@@ -169,21 +136,21 @@ def add_model_arguments(parser: ArgumentParser) -> None:
         help="most tokens of prompt and answer together; a longer pair loses the end of its "
         "premise, then the end of its hypothesis")
     # For one of several GPUs, or for the CPU if the GPU is in use.
-    add("--device", type=device,
+    add("--device", type=word,
         help="cpu, cuda, or one GPU such as cuda:1 (default: cuda if there is one)")
 
 
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     """Adds the flags that define the adapter."""
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=rank, default=8,
+    add("--rank", type=count, default=8,
         help="rank of the update B A, which is scaled by alpha / rank: to keep the scale, change "
         "--alpha too")
     add("--alpha", type=number_above_0, default=16.0, help="the update is scaled by alpha / rank")
     add("--dropout", type=dropout_share, default=0.05,
         help="share of the adapter's input that is dropped in training")
     # The default layers are those that the LoRA paper adapts.
-    add("--targets", nargs="+", type=target, default=["q_proj", "v_proj"],
+    add("--targets", nargs="+", type=word, default=["q_proj", "v_proj"],
         help='linear layers to adapt, or "all-linear"')
 
 
@@ -205,10 +172,11 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--weight-decay", type=number_from_0, default=0.01, help="weight decay of AdamW")
     add("--warmup-steps", type=count_from_0,
         help="linear warm-up, then cosine to 0 (default: 3%% of the steps)")
-    add("--max-grad-norm", type=norm, default=1.0, help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=number_above_0, default=1.0,
+        help="gradients are clipped to this norm")
     # For a trial on part of the data, and to measure the spread between seeds.
     add("--limit", type=count, help="train only on the first LIMIT rows (default: all)")
-    add("--seed", type=seed, default=0,
+    add("--seed", type=count_from_0, default=0,
         help="random seed of the adapter's A, of dropout, and of the order of rows")
 
 
@@ -241,7 +209,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         "to 100, then every fiftieth)")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter with the best accuracy in RUN/best/")
-    add("--max-new-tokens", type=new_tokens, default=32,
+    add("--max-new-tokens", type=count, default=32,
         help="most tokens that the model writes for a prompt in evaluation")
     # Against crashes: --resume continues from the last save, at most --save-every steps back.
     add("--save-every", type=count, default=500,
@@ -271,7 +239,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     add("--mode", choices=["generate", "score"], default="generate",
         help="read the first number in the text that the model writes, or compare the "
         "probabilities of the three answers")
-    add("--max-new-tokens", type=new_tokens, default=32,
+    add("--max-new-tokens", type=count, default=32,
         help="most tokens that the model writes for a prompt in mode generate")
     add("--batch-size", type=count, default=64,
         help="prompts in memory at once; halved if they do not fit")

@@ -76,27 +76,16 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--learning-rate", "0", "must be a number above 0, not 0"),
         ("train.py", "--weight-decay", "-0.1", "must be a number of at least 0, not -0.1"),
         ("train.py", "--warmup-steps", "-5", "must be a whole number of at least 0, not -5"),
-        ("train.py", "--max-grad-norm", "inf", "must be a number below inf, not inf"),
         ("train.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("train.py", "--eval-limit", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--eval-every", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--save-every", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--max-new-tokens", "0", "must be a whole number of at least 1, not 0"),
-        ("train.py", "--max-new-tokens", "9999", "must be a whole number of at most 2,048, not 9"),
         ("train.py", "--max-length", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
         ("train.py", "--validation", "1", "must be a number below 1, not 1"),
         ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
         ("train.py", "--dtype", "half", "invalid choice: 'half' (choose from "),
-        ("train.py", "--steps", "1" + 20 * "0", "must be a whole number of at most 2,147"),
-        ("train.py", "--batch-size", "1" + 18 * "0", "must be a whole number of at most 2,147"),
-        ("train.py", "--rank", "100000000", "must be a whole number of at most 10,240, not 1"),
-        ("train.py", "--alpha", "1e37", "must be a number of at most 1,000,000, not 1e37"),
-        ("train.py", "--epochs", "1e308", "must be a number of at most 1,000,000, not 1e308"),
-        ("train.py", "--learning-rate", "1e30", "must be a number of at most 1,000,000, not 1e30"),
-        ("train.py", "--targets", "q_proj,v_proj", "must be names separated by spaces, not q"),
-        ("train.py", "--device", "0", "must be cpu, cuda, or one GPU such as cuda:0, not '0'"),
-        ("train.py", "--device", "gpu", "must be cpu, cuda, or one GPU such as cuda:0, not 'gpu'"),
         ("train.py", "--push", "phi-2", "'phi-2' is not a repository on the Hub: owner/name"),
         ("eval.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
@@ -123,15 +112,6 @@ def test_an_empty_text_is_no_value(capsys, script_name, flag):
 def test_an_empty_text_is_no_value_of_a_flag_of_eval(capsys, flag):
     line = mistake(capsys, "eval.py", *TINY, flag, "")
     assert line.startswith(f"error: argument {flag}: must not be empty")
-
-
-def test_a_gradient_may_be_clipped_to_a_huge_norm_which_is_never():
-    assert parse("train.py", *TINY, "--max-grad-norm", "1e30").max_grad_norm == 1e30
-
-
-@pytest.mark.parametrize("name, device", [("CPU", "cpu"), ("cpu:0", "cpu"), ("Cuda:1", "cuda:1")])
-def test_a_device_may_be_in_capitals_and_a_cpu_has_one_name(name, device):
-    assert parse("eval.py", *TINY, "--device", name).device == device
 
 
 @pytest.mark.parametrize(
@@ -326,12 +306,6 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
         parse("train.py", "--resume=~/run")
     with pytest.raises(ValueError, match=f"no adapter directory '{tmp_path}/run'"):
         parse("eval.py", "--adapter=~/run")
-
-
-def test_any_seed_is_one_that_torch_takes():
-    for seed in (2**32, 2**64 - 1, 10**40):
-        torch.manual_seed(parse("train.py", *TINY, "--seed", seed).seed)
-    assert parse("train.py", *TINY, "--seed", 2**32).seed == 2**32
 
 
 def test_all_linear_is_a_word_and_not_a_name():
