@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from support import best, cli, files, hub, page
+from support import best, cli, files, page
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 # At this learning rate an evaluation on the way is better than the last one.
@@ -112,12 +112,6 @@ def test_a_run_prints_and_shows_which_adapter_was_the_best(run, capsys):
     assert f"The best adapter is that of step {kept['step']}, kept in best/" in content
     share = page.percent(kept["splits"]["validation_matched"]["accuracy"])
     assert f"validation_matched {share}" in content
-
-
-def test_a_run_with_a_best_adapter_is_found_as_one_adapter(run):
-    assert hub.find_adapter(str(run)) == run
-    assert hub.find_adapter(str(run.parent)) == run
-    assert hub.find_adapter(str(run / "best")) == run / "best"
 
 
 def kept(accuracy: float, loss: float, step: int = 1) -> dict:

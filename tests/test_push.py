@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from support import card, files, hub, upload
+from support import card, files, upload
 
 # What a card is made of
 JSON_FILES = ("args.json", "adapter_config.json", "results.json")
@@ -316,24 +316,6 @@ def test_an_adapter_on_the_hub_is_evaluated_by_its_name(run, tmp_path):
     # What was downloaded is found again without the Hub.
     done = script(*named, env=variables | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
-
-
-def test_the_one_adapter_below_a_folder_is_found(run, tmp_path):
-    checkpoint = tmp_path / "trained" / "checkpoint-500"
-    checkpoint.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        shutil.copy(run / name, checkpoint)
-    assert hub.find_adapter(str(run)) == run
-    assert hub.find_adapter(str(checkpoint)) == checkpoint
-    assert hub.find_adapter(str(checkpoint.parent)) == checkpoint
-    assert hub.find_adapter(str(tmp_path)) == checkpoint
-    second = shutil.copytree(checkpoint, checkpoint.parent / "checkpoint-900")
-    with pytest.raises(ValueError, match="holds several adapters") as raised:
-        hub.find_adapter(str(checkpoint.parent))
-    assert f"{checkpoint}, {second}" in str(raised.value)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):
-        hub.find_adapter(str(tmp_path / "empty"))
 
 
 def test_the_uploaded_card_names_its_repository(run, staged):
