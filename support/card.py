@@ -18,17 +18,15 @@ SETTINGS = (
 )  # fmt: skip
 # --dtype, and the name in torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What the example on the card loads the adapter from, until it is uploaded
+FOLDER = "path/to/this/folder"
 
 
-def card(directory: Path, prompt: str, repo: str | None = None) -> str:
+def card(directory: Path, prompt: str) -> str:
     """Returns the text of a run's README.md.
 
-    Args:
-        directory: the run; reads its args.json, adapter_config.json and results.json
-        prompt: the template that the adapter was trained with, for the example on the card
-        repo: owner/name on the Hub; without it the example loads "path/to/this/folder"
-
-    Raises ValueError if a file lacks an entry that train.py writes.
+    It says what the run's args.json, adapter_config.json and results.json hold. `prompt` is the
+    template that the adapter was trained with, for the example on the card.
     """
     directory = Path(directory)
     args = public_args(directory)
@@ -45,7 +43,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         value = args.get(key)
         if value is not None and value is not False:  # but a seed of 0 is shown
             settings[key] = value
-    name = repo or directory.resolve().name
+    name = directory.resolve().name
     return render(
         metadata=metadata(directory, args, config, results, name),
         name=name,
@@ -54,7 +52,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         base=base,
         # A directory here means nothing to others, so the example has a placeholder.
         base_path=base if is_on_hub(base, directory) else f"path/to/{base}",
-        adapter_path=repo or "path/to/this/folder",
+        adapter_path=FOLDER,
         dataset=args["dataset"],
         # The results hold only for a base in 4 bits, so the example loads it in 4 bits.
         quantized=args["quant"] == "nf4",
@@ -62,9 +60,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
-        # The card in the run's own folder always shows the picture. scripts/report.py may draw
-        # it later, and then push must not take the card for one that somebody has edited.
-        has_loss=repo is None or (directory / "loss.png").is_file(),
+        has_loss=(directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
     )
@@ -98,7 +94,9 @@ def write_card(directory: Path, prompt: str) -> None:
 
 def public_args(directory: Path) -> dict:
     """Returns the settings and versions in args.json, and the dataset's public name."""
-    args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
+    args = files.read_json(directory / "args.json")
+    if "versions" not in args:
+        raise ValueError(f"{directory} is not a run of train.py: its args.json is another one")
     public = {key: args[key] for key in SETTINGS if key in args}
     return public | {
         "dataset": public_name(args["dataset"], directory),
@@ -108,19 +106,9 @@ def public_args(directory: Path) -> dict:
 
 def public_config(directory: Path) -> dict:
     """Returns adapter_config.json with the base model's public name."""
-    needed = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-    config = read_run_file(directory / "adapter_config.json", needed)
+    config = files.read_json(directory / "adapter_config.json")
     base = public_name(config["base_model_name_or_path"], directory)
     return config | {"base_model_name_or_path": base}
-
-
-def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
-    """Returns the contents of a JSON file. Raises ValueError if a key in `needed` is missing."""
-    contents = files.read_json(path)
-    for key in needed:
-        if key not in contents:
-            raise ValueError(f"{path} is not as train.py writes it: it has no {key!r}")
-    return contents
 
 
 def public_name(name: str, directory: Path) -> str:
