@@ -1,16 +1,16 @@
 """Merges an adapter into its base: writes a model without adapters, and measures the rounding.
 
-    python -m scripts.merge --adapter out/demo --out out/merged --dataset tiny/data
+    python -m scripts.merge --adapter out/demo --out out/merged
     python eval.py --quant none --model out/merged --dataset tiny/data
 
 An adapter that was trained over NF4 is merged into the values that the indices stand for, not into
 the 16-bit weights from which they were made. It was trained with the former, and the two differ by
 more than the adapter changes. Any other adapter is merged into the weights as they are.
 
-The sum W + B A is then rounded to the type that stores it. This loses little of an adapter in 16
-bits, and most of it in NF4. The loss is measured for each layer, from the weights alone: the norm
-of what rounding changes, divided by the norm of B A. With --dataset the script also measures the
-accuracy before and after. It prints both, and stores them in merge.json beside the merged model.
+The sum W + B A is then rounded to the type that stores it. What this loses of the adapter is
+measured for each layer, from the weights alone: the norm of what rounding changes, divided by the
+norm of B A. The script prints it, and stores it in merge.json beside the merged model. Rounding to
+NF4 again would lose most of a small update: experiments/merging.py measures that.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/merge.py`
@@ -35,11 +34,9 @@ from support import (
     claims,
     cli,
     commands,
-    examples,
     files,
     fingerprint,
     flags,
-    origin,
     peft_files,
     processes,
 )
@@ -49,10 +46,6 @@ COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
-ERASED = (
-    "merging into NF4 rounds W + B A to the 16 levels of each block again, which erases most of a "
-    "small update: merge into bf16, or add --requantize to do it anyway and see how much is lost"
-)
 
 
 # -----------------------------------------------------------------------------
@@ -61,7 +54,7 @@ ERASED = (
 
 @torch.no_grad()
 def merge(
-    model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
+    model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False
 ) -> dict[str, float]:
     """Merges all adapters of a model, in place. All weights then have the type `dtype`.
 
@@ -79,7 +72,7 @@ def merge(
         layer.float()
         merged = layer.weight.to(dtype)  # W + B A
         if requantize:
-            merged = requantized(merged, double_quant)
+            merged = requantized(merged)
         costs[path] = rounding_cost(layer, merged)
 
         linear = layer.base_layer.to(dtype)
@@ -105,10 +98,10 @@ def rounding_cost(layer: lora.LoRALinear, merged: Tensor) -> float:
     return (change.double().norm() / update.double().norm()).item()
 
 
-def requantized(weight: Tensor, double_quant: bool) -> Tensor:
+def requantized(weight: Tensor) -> Tensor:
     """Returns a weight (out, in) rounded to NF4: quantised, and dequantised again."""
     out_features, in_features = weight.shape
-    layer = quant.NF4Linear(in_features, out_features, bias=False, double_quant=double_quant)
+    layer = quant.NF4Linear(in_features, out_features, bias=False)
     layer.load_state_dict({"weight": weight}, strict=False, assign=True)
     return layer.to(weight.device).dequantize()
 
@@ -149,7 +142,8 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser("merges an adapter into its base, and shows how much the rounding loses")
-    flags.add_model_arguments(parser)
+    flags.add_model(parser)
+    flags.add_computation(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
     add = parser.add_argument
@@ -157,124 +151,54 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", type=flags.name, required=True,
         help="a run of train.py, or any PEFT LoRA adapter: a directory or a Hub id")
     add("--out", type=flags.path, required=True, help="a new directory for the merged model")
-    add("--into", choices=["bf16", "fp16", "fp32", "nf4"],
-        help="type to which the merged weights are rounded "
-             "(default: the run's --dtype; nf4: its 16 levels per block, stored in --dtype)")
-    add("--requantize", action="store_true",
-        help="with --into nf4: round to NF4 again, and show how much that erases")
-    add("--limit", type=flags.count,
-        help="with --dataset: how many rows of each validation split to evaluate (default: all)")
+    add("--into", choices=list(evaluation.DTYPES),
+        help="type to which the merged weights are rounded (default: --dtype)")
     add("--force", action="store_true",
         help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
-    return cli.complete(parser, parser.typed(), check_arguments)
+    return cli.complete(parser, parser.typed())
 
 
-def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
-    if args.requantize and args.into != "nf4":
-        parser.error("--requantize goes with --into nf4")
-    if args.into == "nf4" and not args.requantize:
-        raise ValueError(ERASED)
-    for name in ("limit", "columns", "labels", "validation"):
-        if getattr(args, name) is not None and not args.is_dataset_typed:
-            parser.error(f"--{name} is for the accuracy on a --dataset")
-    check_merge_folder(args.out)
-
-
-def check_merge_folder(out: Path) -> None:
+def check_folder(out: Path) -> None:
     """Raises ValueError unless --out is a new or an empty directory."""
     if out.is_file() or not claims.is_empty(out):
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
-
-
-def evaluate(
-    model: phi2.Phi2,
-    tokenizer: Tokenizer,
-    splits: dict,
-    protocol: evaluation.Protocol,
-    stage: str,
-) -> dict[str, dict]:
-    """Returns the statistics of each split."""
-    results = {}
-    for split, rows in splits.items():
-        title = f"{stage}, {split}"
-        results[split], _ = evaluation.evaluate(model, tokenizer, rows, protocol, title)
-    return results
 
 
 def main() -> None:
     args = parse_arguments()
     device = processes.start(args.device)
     # No other process writes there until this one ends.
-    with claims.claimed(args.out, check_merge_folder):
+    with claims.claimed(args.out, check_folder):
         merge_run(args, device)
 
 
 def merge_run(args: argparse.Namespace, device: torch.device) -> None:
-    """Merges the adapter that the arguments name, and measures what the rounding loses."""
+    """Merges the adapter that the arguments name, and prints what the rounding loses."""
     patterns = (*checkpoints.MODEL, *COPIED)
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
-    data.check_max_length(tokenizer, args.max_length)
-    splits = {}
-    reading = args.origin.reading(args.dataset_revision)
-    # A run names a dataset too, but evaluation takes minutes, so only a typed --dataset counts.
-    if args.is_dataset_typed:
-        reading = origin.reading_of(args)
-        for split in examples.validation_splits(args.dataset, reading):
-            splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
-
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
     if not args.force:
         here = evaluation.fingerprint_of(args, directory, tokenizer)
         fingerprint.check(args.adapter, here)
     config = peft_files.read_config(args.adapter, lora.LoRAConfig)
     lora.load_adapter(model, args.adapter, config)
-    # Weights that were rounded to NF4 are stored as plain numbers too, in the run's --dtype.
-    stored_as = args.dtype if args.into in (None, "nf4") else args.into
+
+    stored_as = args.into or args.dtype
     weights = "dequantised from NF4" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
-
-    protocol = evaluation.Protocol(max_length=args.max_length)
-    before = evaluate(model, tokenizer, splits, protocol, "adapter")
-    dtype = evaluation.DTYPES[stored_as]
-    layers = merge(model, dtype, args.requantize, args.double_quant)
-    after = evaluate(model, tokenizer, splits, protocol, "merged")
-    cost = {
-        "into": args.into or args.dtype,
-        "requantized": args.requantize,
-        "mean": sum(layers.values()) / len(layers),
-        "worst": max(layers.values()),
-        "layers": layers,
-        "accuracy": {
-            split: {
-                "adapter": before[split]["accuracy"],
-                "merged": after[split]["accuracy"],
-                "n": len(rows),
-                "cut": after[split]["cut"],  # to --max-length
-            }
-            for split, rows in splits.items()
-        },
-    }
+    layers = merge(model, evaluation.DTYPES[stored_as])
+    mean = sum(layers.values()) / len(layers)
+    worst = max(layers.values())
+    cost = {"into": stored_as, "mean": mean, "worst": worst, "layers": layers}
     write_model(model, directory, args.out, cost)
-    print_cost(cost)
-    words = ["--quant", "none", "--model", args.out, "--dataset", args.dataset, *reading.flags()]
-    print(f"the merged model is in {args.out}; try: {commands.command('eval.py', *words)}")
 
-
-def print_cost(cost: dict) -> None:
-    """Prints the content of merge.json."""
     print("what rounding changes, as a share of B A, by norm")
-    shares = cost["layers"] | {"mean": cost["mean"], "worst": cost["worst"]}
-    for path, share in shares.items():
+    for path, share in (layers | {"mean": mean, "worst": worst}).items():
         print(f"  {path.removeprefix('model.'):40} {share:9.4%}")
-    if cost["requantized"]:
-        print("requantising has erased this share of the adapter")
-    for split, accuracy in cost["accuracy"].items():
-        print(
-            f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "
-            f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows, {accuracy['cut']:,} cut"
-        )
+    command = commands.command("eval.py", "--quant", "none", "--model", args.out)
+    print(f"the merged model is in {args.out}; try: {command}")
 
 
 if __name__ == "__main__":

@@ -236,7 +236,8 @@ def fill_in(values: dict) -> None:
     """Fills in the defaults that depend on the machine."""
     # Not defaults of the parser, because complete() asks whether anything names a model.
     values["model"] = values["model"] or MODEL
-    values["dataset"] = values["dataset"] or DATASET
+    if "dataset" in values:
+        values["dataset"] = values["dataset"] or DATASET
     if "device" in values:
         values["device"] = values["device"] or ("cuda" if has_gpu() else "cpu")
         values["dtype"] = values["dtype"] or machine.fast_dtype(values["device"])

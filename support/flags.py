@@ -110,34 +110,41 @@ def add_model(group) -> None:
         help="branch, tag or commit of a model on the Hub (default: main)")
 
 
-def add_model_arguments(parser: ArgumentParser) -> None:
-    """Adds the flags about model and data, for train.py, eval.py and several scripts."""
-    group = parser.add_argument_group("model and data")
+def add_computation(group) -> None:
+    """Adds the flags on how, and where, the base is computed to a parser or to a group."""
     add = group.add_argument
-    add_model(group)
-    add_dataset(group)
-    # Memory: for a GPU that is too small for phi-2, or larger than phi-2 needs.
+    # Memory: for a GPU that is too small for phi-2.
     add("--quant", choices=["nf4", "none"], default="nf4",
         help="store the frozen weights in 4 bits, or with none in --dtype")
     add("--double-quant", action="store_true",
         help="quantise NF4's absmax values too, which saves 0.37 bit per weight")
+    # The precision of the arithmetic: fp32 for comparisons to the last digit.
+    add("--dtype", choices=["bf16", "fp16", "fp32"],
+        help="type of weights and activations (default: the adapter's; else bf16; fp16 on GPUs of "
+        "compute capability 7 (T4, V100); fp32 on hardware without instructions for either)")
+    # For one of several GPUs, or for the CPU if the GPU is in use.
+    add("--device", type=word,
+        help="cpu, cuda, or one GPU such as cuda:1 (default: cuda if there is one)")
+
+
+def add_model_arguments(parser: ArgumentParser) -> None:
+    """Adds the flags about model and data, for train.py and eval.py."""
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
+    add_model(group)
+    add_dataset(group)
+    add_computation(group)
+    # For a GPU that is larger than phi-2 needs.
     add("--keep-dequantized", action=BooleanOptionalAction,
         help="also store NF4's weights in --dtype: same results, faster, more memory (phi-2: "
         "5 GB; default: on a GPU with four times that free); without it, training on a GPU "
         "computes attention twice instead of storing it")
     add("--no-graphs", dest="graphs", action="store_false",
         help="do not use CUDA graphs for generation: launch its kernels one by one")
-    # The precision of the arithmetic: fp32 for comparisons to the last digit.
-    add("--dtype", choices=["bf16", "fp16", "fp32"],
-        help="type of weights and activations (default: the adapter's; else bf16; fp16 on GPUs of "
-        "compute capability 7 (T4, V100); fp32 on hardware without instructions for either)")
     # For texts longer than MNLI's, or to limit the memory that the longest row takes.
     add("--max-length", type=count, default=512,
         help="most tokens of prompt and answer together; a longer pair loses the end of its "
         "premise, then the end of its hypothesis")
-    # For one of several GPUs, or for the CPU if the GPU is in use.
-    add("--device", type=word,
-        help="cpu, cuda, or one GPU such as cuda:1 (default: cuda if there is one)")
 
 
 def add_adapter_arguments(parser: ArgumentParser) -> None:
