@@ -425,7 +425,7 @@ def main() -> None:
         return
     begin = time.perf_counter()
     device = processes.own_device(args.device)
-    files.make_folder(args.out.parent)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     # Windows does not remove a file that is still mapped.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

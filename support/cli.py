@@ -12,8 +12,8 @@ import argparse
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -423,12 +423,12 @@ def check_out(out: Path) -> None:
 
 
 def new_name(args: argparse.Namespace) -> str:
-    """Returns the name of a new run. It includes the time, so it is unique to the second."""
+    """Returns the name of a new run. It includes the time in microseconds, so it is unique."""
     parts = (
         Path(args.model).resolve().name,  # "." has a name too
         Path(args.dataset).resolve().name,
         f"r{args.rank}",
-        time.strftime("%Y%m%d-%H%M%S"),
+        datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
     )
     return "-".join(parts)
 

@@ -160,7 +160,7 @@ def test_a_damaged_best_adapter_ends_a_resume_before_it_trains(run, tmp_path, mo
 
 def test_what_a_kill_has_left_in_best_is_removed(tmp_path):
     (tmp_path / "args.json").write_text("{}")
-    unfinished = tmp_path / "best" / f".save.1{files.UNFINISHED}"
+    unfinished = tmp_path / "best" / f".1{files.UNFINISHED}"
     unfinished.mkdir(parents=True)
     (unfinished / "adapter_model.safetensors").write_bytes(b"half of it")
     with best.replacing(tmp_path):

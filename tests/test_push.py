@@ -361,8 +361,8 @@ def test_whatever_fails_once_a_run_has_its_results_is_one_line_and_all_else_is_d
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     beginnings = (
         "error: W&B: ",
-        f"error: the pictures: cannot write {out / 'loss.png'}: ",
-        f"error: report.html: cannot write {out / 'report.html'}: ",
+        f"error: the pictures: cannot write into {out}: ",
+        f"error: report.html: cannot write into {out}: ",
         "error: --push: cannot upload to me/adapter ",
     )
     assert len(errors) == len(beginnings), done.stderr
