@@ -9,7 +9,6 @@ Neither --help nor a mistake has to wait for it.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from support import (
     resume,
 )
 from support.letters import printable
+from support.stopping import discard_closed_outputs
 
 ROOT = commands.ROOT
 MODEL = "microsoft/phi-2"
@@ -462,10 +462,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt as interruption:
         sys.exit(str(interruption) or "interrupted")
-    except BrokenPipeError:
-        # The reader of standard output is gone, as after `| head`. Python flushes it once more
-        # when it exits, and would then print a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of standard output is gone, as after `| head`
+        discard_closed_outputs()
         sys.exit(1)
     except Exception as error:
         # From sys.argv, because the error may come before the arguments are parsed.
