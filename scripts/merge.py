@@ -160,8 +160,8 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def check_folder(out: Path) -> None:
-    """Raises ValueError unless --out is a new or an empty directory."""
-    if out.is_file() or not claims.is_empty(out):
+    """Raises ValueError unless --out, once claimed, is empty."""
+    if any(path.name != claims.LOCK for path in out.iterdir()):
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
 
 

@@ -64,10 +64,3 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):  # it is not empty
             folder.rmdir()
-
-
-def is_empty(folder: Path) -> bool:
-    """Returns whether a folder is missing, or holds only what a killed process has left."""
-    return not folder.exists() or all(
-        path.name == LOCK or path.name.endswith(files.UNFINISHED) for path in folder.iterdir()
-    )

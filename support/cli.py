@@ -289,7 +289,7 @@ def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_eval(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together, and an --out that already holds results."""
+    """Rejects flags that do not go together."""
     if (args.premise is None) != (args.hypothesis is None):
         parser.error("--premise and --hypothesis go together")
     if args.dataset == "-" and args.premise is not None:
@@ -302,8 +302,6 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
-    if args.out:
-        check_out(args.out)
 
 
 # -----------------------------------------------------------------------------
@@ -399,18 +397,13 @@ def as_text(value) -> str:
 
 
 def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together, and a new run that would overwrite another one."""
+    """Rejects flags that do not go together."""
     if args.keep_best and not args.eval_every:
         parser.error("--keep-best needs --eval-every, which says when to evaluate")
-    # Only the first process checks this, because only it writes to the folder.
-    if processes.IS_FIRST and args.out and not args.resume:
-        check_out(args.out)
 
 
 def check_out(out: Path) -> None:
     """Raises ValueError if a new run or evaluation would overwrite what --out contains."""
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: pass a folder")
     if (out / "args.json").exists():
         raise ValueError(
             f"{out} holds a run already: choose another --out, or resume it: "

@@ -543,22 +543,18 @@ def test_a_damaged_argument_of_a_run_is_one_line(tmp_path, name, value, message)
     assert str(raised.value) == f"the arguments in {run}: {message}"
 
 
-@pytest.mark.parametrize("script_name", ARGUMENTS)
-def test_a_run_is_not_written_over(tmp_path, script_name):
+def test_a_run_is_not_written_over(tmp_path):
     run = begin(tmp_path / "run", *TINY)
     command = f"python train.py --resume {run}"
     with pytest.raises(ValueError, match=f"holds a run already: .*, or resume it: {command}"):
-        parse(script_name, *TINY, "--out", run)
+        cli.check_out(run)
 
 
-@pytest.mark.parametrize("script_name", ARGUMENTS)
 @pytest.mark.parametrize("name", ["README.md", "results.json"])
-def test_nobodys_files_are_written_over(tmp_path, script_name, name):
+def test_nobodys_files_are_written_over(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match=f"holds a {name} already: choose another --out"):
-        parse(script_name, *TINY, "--out", tmp_path)
-    with pytest.raises(ValueError, match=f"--out {tmp_path / name} is a file"):
-        parse(script_name, *TINY, "--out", tmp_path / name)
+        cli.check_out(tmp_path)
 
 
 def test_a_run_is_not_resumed_into_another_folder(tmp_path, capsys):
@@ -596,8 +592,7 @@ def test_a_restart_after_a_refusal_does_not_take_the_run_of_another_torchrun(mon
     monkeypatch.setattr(processes, "MAX_RESTARTS", 3)
     monkeypatch.setattr(processes, "RESTARTS", 1)
     monkeypatch.setattr(processes, "TORCHRUN", "this one")
-    with pytest.raises(ValueError, match="holds a run already"):
-        parse("train.py", *TINY, "--out", run)
+    assert parse("train.py", *TINY, "--out", run).resume is None
     monkeypatch.setattr(processes, "TORCHRUN", "another")
     assert parse("train.py", *TINY, "--out", run).resume == run
 
