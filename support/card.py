@@ -4,6 +4,7 @@ A card is for other people, so it contains no path of this machine. A model or a
 directory is named only by the last part of its path.
 """
 
+import re
 from pathlib import Path, PureWindowsPath
 
 from support import files, hub, metrics, origin
@@ -130,10 +131,7 @@ def is_on_hub(name: str, directory: Path) -> bool:
 
 def plain(value) -> str:
     """Returns a value as one line of Markdown, with ? for each character that could be markup."""
-    return "".join(
-        character if character.isalnum() or character in " ._-/+" else "?"
-        for character in str(value)
-    )
+    return re.sub(r"[^\w ./+-]", "?", str(value))
 
 
 # -----------------------------------------------------------------------------

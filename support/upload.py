@@ -13,8 +13,6 @@ from support import card, commands, files, hub
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "args.json")
 # Files without paths and rows of the data. Those that exist are copied as they are.
 COPIED = ("adapter_model.safetensors", "results.json", "metrics.jsonl", "loss.png")
-# Everything that may be uploaded. The first three are written for the upload.
-UPLOADED = ("README.md", "adapter_config.json", "args.json", *COPIED)
 
 
 def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:

@@ -143,7 +143,6 @@ class WithoutKernels(TorchDispatchMode):
 def old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)  # before a tensor is made there
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 0))
     monkeypatch.setattr(machine, "fast_dtype", lambda *device: "fp32")
     with WithoutKernels():
         torch.empty(0, device="cuda")  # which is no proof of a GPU
