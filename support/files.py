@@ -103,9 +103,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     """Writes one JSON object per line, in UTF-8, readable in any language."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with replacing(path) as temporary:
-        # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode. JSON can,
-        # as a backslash, u and the number; "backslashreplace" writes exactly this.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def parse_line(line: bytes | str, place: str) -> dict:

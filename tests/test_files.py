@@ -122,13 +122,6 @@ def test_lines_come_back_as_they_were_written(tmp_path, rows):
     assert files.read_lines(tmp_path / "rows.jsonl") == rows
 
 
-def test_half_of_a_surrogate_pair_is_written_too(tmp_path):
-    """It has no form in UTF-8. The last evaluation must not fail because a model wrote one."""
-    rows = [{"completion": "\ud83d broken"}, {"completion": "\U0001f600 whole"}]
-    files.write_lines(tmp_path / "rows.jsonl", rows)
-    assert files.read_lines(tmp_path / "rows.jsonl") == rows
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
