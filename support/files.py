@@ -74,7 +74,7 @@ def remove_unfinished(directory: Path) -> None:
 
 def read_json(path: Path) -> dict:
     """Returns the object in a JSON file. Raises ValueError if the file holds anything else."""
-    return parse_line(Path(path).read_bytes(), str(path))
+    return parse_line(path.read_bytes(), str(path))
 
 
 def write_json(path: Path, value) -> None:
@@ -86,11 +86,8 @@ def write_json(path: Path, value) -> None:
 def read_lines(path: Path) -> list[dict]:
     """Returns the objects in a JSON Lines file. Empty lines are skipped.
 
-    Raises ValueError if the file is missing, or if a line holds anything else.
+    Raises ValueError if a line holds anything else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
     return [
         parse_line(line, f"{path}, line {number}")
         # Bytes, because a str would also be split at U+2028, which a line may contain.

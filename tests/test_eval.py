@@ -456,7 +456,7 @@ def test_a_bad_line_is_named_once_those_before_it_are_answered(monkeypatch, caps
     "arguments, message",
     [
         (("--split", "validation"), "has no split 'validation'"),
-        (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl does not exist"),
+        (("--compare", "none"), "file or directory: 'none/predictions_validation_matched.jsonl'"),
         (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
         (("--premise", "A."), "--premise and --hypothesis go together"),
         (("--out", "README.md"), "[Errno 17] File exists: 'README.md'"),

@@ -138,11 +138,6 @@ def test_a_line_that_is_no_object_is_named(tmp_path, content, message):
     assert message in str(raised.value)
 
 
-def test_missing_lines_are_named(tmp_path):
-    with pytest.raises(ValueError, match="rows.jsonl does not exist"):
-        files.read_lines(tmp_path / "rows.jsonl")
-
-
 NO_OBJECTS = st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value).encode())
 
 

@@ -209,7 +209,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_the_page_is_there(copy
     assert shown.tags.count("img") == 1, "loss.svg is written before"
 
 
-def test_without_matplotlib_a_line_says_what_to_install_and_all_else_is_there(
+def test_without_matplotlib_a_line_says_so_and_all_else_is_there(
     copy, capsys, monkeypatch
 ):
     for name in pictures.PICTURES:
@@ -221,7 +221,6 @@ def test_without_matplotlib_a_line_says_what_to_install_and_all_else_is_there(
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the pictures: ")
-    assert line.endswith(": pip install matplotlib")
     shown = Page((copy / "report.html").read_text())
     assert "Accuracy" in shown.text
     assert "img" not in shown.tags
@@ -258,7 +257,7 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     "name, content, message",
     [
         ("predictions_validation_matched.jsonl", '{"idx": 0}\n', "line 1: not a prediction"),
-        ("predictions_validation_matched.jsonl", None, "does not exist"),
+        ("predictions_validation_matched.jsonl", None, "No such file or directory"),
         ("metrics.jsonl", None, "No such file"),
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
