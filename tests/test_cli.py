@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, in_process, read_json, script, start_script
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from test_hostile import changed, hostile
 
 import train
 from support import cli, commands, examples, origin, processes
 from support.fingerprint import digest_weights
 
-CASES = int(os.environ.get("CASES", 200))  # make torture: 2000
 TINY = ["--model", "tiny/model", "--dataset", "tiny/data"]
 MISTAKE = 2  # exit status
 ARGUMENTS = {"train.py": cli.train_arguments, "eval.py": cli.eval_arguments}
@@ -606,35 +606,6 @@ def test_a_restart_before_anything_was_written_starts_the_run(monkeypatch, tmp_p
 
 # -----------------------------------------------------------------------------
 # Anything in args.json is the arguments or one error
-
-ODD = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-(2**70), 2**70)
-    | st.floats()
-    | st.text(max_size=20)
-    | st.sampled_from([-1, 0, 1, "../../etc/passwd", "@tiny/args", "--rank", "NaN", "0" * 5000]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=6,
-)
-
-
-def changed(values: dict, draw) -> dict:
-    """Returns a copy in which one to three values are replaced, added or removed."""
-    copy = dict(values)
-    for _ in range(draw(st.integers(1, 3))):
-        name = draw(st.sampled_from(sorted(values)) | st.text(max_size=8))
-        if draw(st.booleans()):
-            copy[name] = draw(ODD)
-        else:
-            copy.pop(name, None)
-    return copy
-
-
-def hostile(test):
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(deadline=None, max_examples=CASES // 4, suppress_health_check=checks)(test)
 
 
 @hostile
