@@ -44,10 +44,9 @@ def card(directory: Path, prompt: str) -> str:
         value = args.get(key)
         if value is not None and value is not False:  # but a seed of 0 is shown
             settings[key] = value
-    name = directory.resolve().name
     return render(
-        metadata=metadata(directory, args, config, results, name),
-        name=name,
+        metadata=metadata(directory, args, config),
+        name=directory.resolve().name,
         config=config,
         targets=targets,
         base=base,
@@ -134,11 +133,7 @@ def plain(value) -> str:
     return re.sub(r"[^\w ./+-]", "?", str(value))
 
 
-# -----------------------------------------------------------------------------
-# What the Hub reads
-
-
-def metadata(directory: Path, args: dict, config: dict, results: dict, name: str) -> str:
+def metadata(directory: Path, args: dict, config: dict) -> str:
     """Returns the YAML at the top of a card, which the Hub uses to list the model."""
     from huggingface_hub import ModelCardData
 
@@ -157,28 +152,5 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
         metrics=["accuracy"],
         pipeline_tag="text-generation",
         tags=tags,
-        model_name=plain(name),
-        eval_results=evaluations(dataset, results, is_on_hub(dataset, directory)) or None,
     )
     return data.to_yaml()
-
-
-def evaluations(dataset: str, results: dict, on_hub: bool) -> list:
-    """Returns the accuracy of each split after fine-tuning, in the Hub's form."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            # one of the Hub's task names
-            task_type="text-classification",
-            task_name="Natural language inference",
-            dataset_type=dataset if on_hub else plain(dataset),
-            dataset_name=plain(dataset),
-            # MNLI is one of several datasets in GLUE.
-            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
-            dataset_split=plain(split),
-            metric_type="accuracy",
-            metric_value=result["accuracy"],
-        )
-        for split, result in results.get("finetuned", {}).items()
-    ]

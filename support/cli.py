@@ -178,7 +178,8 @@ def complete(
             raise ValueError(f"{adapter} does not name its base model; pass --model")
     values = parser.defaults() | given
 
-    unused = unused_gpu(values)
+    # scripts.describe computes nothing, and has no --device.
+    unused = gpu.unusable() if values.get("device", "none") is None else None
     notice = f"this runs on the CPU: {unused}" if unused else None
     if values["model"] is None and not has_gpu():
         if unused:
@@ -193,23 +194,22 @@ def complete(
         args.is_dataset_typed = "dataset" in typed
     if check:
         check(parser, args)
-    if processes.IS_FIRST and notice:
-        print(notice, file=sys.stderr)
-    # The dtype may come from a run or an adapter of another machine.
-    if processes.IS_FIRST and "dtype" in args:
-        warn_of_emulation(args.dtype, args.device)
+    if processes.IS_FIRST:
+        print_notices(args, notice)
     return args
 
 
-def warn_of_emulation(dtype: str, device: str) -> None:
-    """Prints a warning if the device has no instructions for --dtype."""
-    if not machine.emulates(dtype, device):
-        return
-    print(
-        f"{device} has no instructions for {dtype}: the results are right, but come more "
-        f"slowly than with --dtype {machine.fast_dtype(device)}",
-        file=sys.stderr,
-    )
+def print_notices(args: argparse.Namespace, notice: str | None) -> None:
+    """Prints a notice, and a warning if the device has no instructions for --dtype."""
+    if notice:
+        print(notice, file=sys.stderr)
+    # The dtype may come from a run or an adapter of another machine.
+    if "dtype" in args and machine.emulates(args.dtype, args.device):
+        print(
+            f"{args.device} has no instructions for {args.dtype}: the results are right, but come "
+            f"more slowly than with --dtype {machine.fast_dtype(args.device)}",
+            file=sys.stderr,
+        )
 
 
 def embedded_defaults(parser: Parser) -> dict:
@@ -224,12 +224,6 @@ def has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def unused_gpu(values: dict) -> str | None:
-    """Returns a message if there is a GPU that torch cannot use, unless --device is given."""
-    # scripts.describe computes nothing, and has no --device.
-    return gpu.unusable() if values.get("device", "none") is None else None
 
 
 def fill_in(values: dict) -> None:
@@ -417,13 +411,9 @@ def check_out(out: Path) -> None:
 
 def new_name(args: argparse.Namespace) -> str:
     """Returns the name of a new run. It includes the time in microseconds, so it is unique."""
-    parts = (
-        Path(args.model).resolve().name,  # "." has a name too
-        Path(args.dataset).resolve().name,
-        f"r{args.rank}",
-        datetime.now().strftime("%Y%m%d-%H%M%S-%f"),
-    )
-    return "-".join(parts)
+    model = Path(args.model).resolve().name  # "." has a name too
+    dataset = Path(args.dataset).resolve().name
+    return f"{model}-{dataset}-r{args.rank}-{datetime.now():%Y%m%d-%H%M%S-%f}"
 
 
 def as_json(args: argparse.Namespace) -> dict:

@@ -99,11 +99,9 @@ def test_the_card_is_one_the_hub_reads(run):
     assert read.base_model is None, "a directory is no name on the Hub"
     assert read.datasets is None
     assert read.language is None, "of rows that are not MNLI's it is not known"
-    results = read_json(run / "results.json")["finetuned"]
-    assert {result.dataset_split: result.metric_value for result in read.eval_results} == {
-        split: result["accuracy"] for split, result in results.items()
-    }
-    assert {result.metric_type for result in read.eval_results} == {"accuracy"}
+    text = (run / "README.md").read_text()
+    for split, result in read_json(run / "results.json")["finetuned"].items():
+        assert f"| finetuned | {split} | {result['accuracy']:.4f} |" in text
 
 
 def test_a_base_and_a_dataset_of_the_hub_are_named(run, tmp_path):
@@ -112,7 +110,6 @@ def test_a_base_and_a_dataset_of_the_hub_are_named(run, tmp_path):
     assert read.base_model == "microsoft/phi-2"
     assert read.datasets == ["nyu-mll/glue"]
     assert read.language == "en"
-    assert {result.dataset_config for result in read.eval_results} == {"mnli"}
 
 
 def test_the_settings_of_the_run_are_on_the_card(run):
@@ -171,7 +168,6 @@ def test_no_name_breaks_the_card(run, tmp_path_factory, model, dataset):
     rename(run, directory, model, dataset)
     read = metadata(card.card(directory, data.PROMPT))
     assert read.library_name == "peft"
-    assert len(read.eval_results) == 2
 
 
 def test_a_name_is_text_on_the_card_and_no_markup(run, tmp_path):
