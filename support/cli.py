@@ -157,16 +157,11 @@ def as_typed(action: argparse.Action, value):
 # Defaults from a run, from tiny/args, and from the machine
 
 
-def complete(
-    parser: Parser,
-    typed: dict,
-    check: Callable[[Parser, argparse.Namespace], None] | None = None,
-) -> argparse.Namespace:
+def complete(parser: Parser, typed: dict) -> argparse.Namespace:
     """Returns the arguments of a command line with --model, with all defaults.
 
-    With --adapter, the arguments of the adapter's training become defaults. `check` may reject
-    arguments that do not go together; it is called before any notice is printed. Raises
-    ValueError if nothing names a model and there is a GPU that torch cannot use.
+    With --adapter, the arguments of the adapter's training become defaults. Raises ValueError if
+    nothing names a model and there is a GPU that torch cannot use.
     """
     given = typed
     source = None  # where the adapter comes from
@@ -192,8 +187,6 @@ def complete(
     if "adapter" in args:
         args.origin = source
         args.is_dataset_typed = "dataset" in typed
-    if check:
-        check(parser, args)
     if processes.IS_FIRST:
         print_notices(args, notice)
     return args
@@ -279,22 +272,25 @@ def eval_parser() -> Parser:
 def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of eval.py."""
     parser = eval_parser()
-    return complete(parser, parser.typed(argv), check_eval)
+    typed = parser.typed(argv)
+    check_pairs(parser, typed)
+    return complete(parser, typed)
 
 
-def check_eval(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together."""
-    if (args.premise is None) != (args.hypothesis is None):
+def check_pairs(parser: Parser, typed: dict) -> None:
+    """Rejects flags that do not go together with pairs that have no label."""
+    is_pair = "premise" in typed
+    are_lines = typed.get("dataset") == "-"
+    if is_pair != ("hypothesis" in typed):
         parser.error("--premise and --hypothesis go together")
-    if args.dataset == "-" and args.premise is not None:
+    if is_pair and are_lines:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
-    if args.dataset == "-" and processes.COUNT > 1:
+    if are_lines and processes.COUNT > 1:
         # Each process would read a part of the lines, and some lines would be torn apart.
         parser.error("--dataset - is for one process: start python eval.py, not torchrun")
-    if args.dataset == "-" or args.premise is not None:
-        # These flags are for rows with labels, and a typed pair has no label.
+    if is_pair or are_lines:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
-            if getattr(args, name) is not None:
+            if name in typed:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
 
 
@@ -338,7 +334,9 @@ def complete_training(parser: Parser, typed: dict) -> argparse.Namespace:
         others = {name: value for name, value in typed.items() if value != saved.get(name)}
         source = origin.origin(run, arguments, saved)
         given = origin.locate(saved, source, others) | typed | {"resume": run, "out": run}
-    args = complete(parser, given, check_train)
+    if given.get("keep_best") and not given.get("eval_every"):
+        parser.error("--keep-best needs --eval-every, which says when to evaluate")
+    args = complete(parser, given)
     # --steps excludes --epochs. argparse only checks this for flags that are typed, not for
     # defaults that come from a run or from tiny/args.
     if "epochs" in typed:
@@ -388,12 +386,6 @@ def refuse_another_run(parser: Parser, run: Path, saved: dict, typed: dict) -> N
 def as_text(value) -> str:
     """Returns a value as one would type it."""
     return " ".join(value) if isinstance(value, list) else str(value)
-
-
-def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together."""
-    if args.keep_best and not args.eval_every:
-        parser.error("--keep-best needs --eval-every, which says when to evaluate")
 
 
 def check_out(out: Path) -> None:
