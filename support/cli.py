@@ -10,6 +10,7 @@ Neither --help nor a mistake has to wait for it.
 
 import argparse
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -97,8 +98,11 @@ class Parser(argparse.ArgumentParser):
         )
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the words in a line of an @FILE. Quotes and backslashes mean themselves."""
-        return [] if line.lstrip().startswith("#") else line.split()
+        """Returns the words in a line of an @FILE: quotes are those of a shell, # is a comment."""
+        if line.lstrip().startswith("#"):
+            return []
+        # A backslash is no escape, because it is a part of paths on Windows.
+        return shlex.split(line.replace("\\", r"\\"))
 
     def error(self, message: str):
         # argparse itself would print the whole usage before the message.

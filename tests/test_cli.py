@@ -271,17 +271,21 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
 
 def test_flags_come_from_a_file(tmp_path):
     text = "# mine\n\n--rank=4\n  --targets fc1 fc2\n # more\n--out\nC:\\my#run\n"
-    (tmp_path / "flags").write_text(text)
+    (tmp_path / "flags").write_text(text + '--columns "my\\ rows" b \'c d\'\n')
     args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
     assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
     assert args.out == Path("C:\\my#run")
+    assert args.columns == ["my\\ rows", "b", "c d"]
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
 
 
-@pytest.mark.parametrize("line", ["--rank 4 # low", "--dataset 'my rows'"])
-def test_nothing_in_such_a_file_is_left_out(capsys, tmp_path, line):
-    (tmp_path / "flags").write_text(line)
-    assert "unrecognized arguments: " in mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
+def test_nothing_in_such_a_file_is_left_out(capsys, tmp_path):
+    (tmp_path / "flags").write_text("--rank 4 # low")
+    line = mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
+    assert "unrecognized arguments: # low" in line
+    (tmp_path / "flags").write_text("--out it's")
+    with pytest.raises(ValueError, match="No closing quotation"):
+        parse("train.py", f"@{tmp_path / 'flags'}")
 
 
 def test_a_pipe_of_flags_is_read_once(tmp_path):
