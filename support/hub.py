@@ -81,7 +81,8 @@ def download(
         folder = snapshot_download(
             name, repo_type=repo_type, revision=revision, allow_patterns=list(patterns)
         )
-    except errors() as error:
+    # The Hub's errors, those of its HTTP library, a full disk, a proxy that needs a package.
+    except Exception as error:
         at_revision = f" at revision {revision!r}" if revision else ""
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         raise ValueError(
@@ -89,14 +90,3 @@ def download(
             f"directory here ({reason}); without a network, pass a directory: --{kind} path/to/it"
         ) from None
     return Path(folder)
-
-
-def errors() -> tuple[type[Exception], ...]:
-    """Returns the exceptions that the Hub's libraries raise for external failures.
-
-    HfHubHTTPError is derived from the base error of the HTTP library, which depends on the
-    version of huggingface_hub. An ImportError means a SOCKS proxy without its package.
-    """
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return (OSError, ValueError, ImportError, *HfHubHTTPError.__bases__)
