@@ -1,16 +1,16 @@
 """Merges an adapter into its base: writes a model without adapters, and measures the rounding.
 
-    python -m scripts.merge --adapter out/demo --out out/merged
+    python -m scripts.merge --adapter out/demo --out out/merged --dataset tiny/data
     python eval.py --quant none --model out/merged --dataset tiny/data
 
 An adapter that was trained over NF4 is merged into the values that the indices stand for, not into
 the 16-bit weights from which they were made. It was trained with the former, and the two differ by
 more than the adapter changes. Any other adapter is merged into the weights as they are.
 
-The sum W + B A is then rounded to the type that stores it. What this loses of the adapter is
-measured for each layer, from the weights alone: the norm of what rounding changes, divided by the
-norm of B A. The script prints it, and stores it in merge.json beside the merged model. Rounding to
-NF4 again would lose most of a small update: experiments/merging.py measures that.
+The sum W + B A is then rounded to the type that stores it. This loses little of an adapter in 16
+bits, and most of it in NF4. The loss is measured for each layer, from the weights alone: the norm
+of what rounding changes, divided by the norm of B A. With --dataset the script also measures the
+accuracy before and after. It prints both, and stores them in merge.json beside the merged model.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for `python scripts/merge.py`
@@ -34,9 +35,11 @@ from support import (
     claims,
     cli,
     commands,
+    examples,
     files,
     fingerprint,
     flags,
+    origin,
     peft_files,
     processes,
 )
@@ -46,6 +49,10 @@ COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "generation_config.json",
 )  # fmt: skip
+ERASED = (
+    "merging into NF4 rounds W + B A to the 16 levels of each block again, which erases most of a "
+    "small update: merge into bf16, or add --requantize to do it anyway and see how much is lost"
+)
 
 
 # -----------------------------------------------------------------------------
@@ -54,7 +61,7 @@ COPIED = (
 
 @torch.no_grad()
 def merge(
-    model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False
+    model: phi2.Phi2, dtype: torch.dtype, requantize: bool = False, double_quant: bool = False
 ) -> dict[str, float]:
     """Merges all adapters of a model, in place. All weights then have the type `dtype`.
 
@@ -72,7 +79,7 @@ def merge(
         layer.float()
         merged = layer.weight.to(dtype)  # W + B A
         if requantize:
-            merged = requantized(merged)
+            merged = requantized(merged, double_quant)
         costs[path] = rounding_cost(layer, merged)
 
         linear = layer.base_layer.to(dtype)
@@ -98,10 +105,10 @@ def rounding_cost(layer: lora.LoRALinear, merged: Tensor) -> float:
     return (change.double().norm() / update.double().norm()).item()
 
 
-def requantized(weight: Tensor) -> Tensor:
+def requantized(weight: Tensor, double_quant: bool) -> Tensor:
     """Returns a weight (out, in) rounded to NF4: quantised, and dequantised again."""
     out_features, in_features = weight.shape
-    layer = quant.NF4Linear(in_features, out_features, bias=False)
+    layer = quant.NF4Linear(in_features, out_features, bias=False, double_quant=double_quant)
     layer.load_state_dict({"weight": weight}, strict=False, assign=True)
     return layer.to(weight.device).dequantize()
 
@@ -142,8 +149,7 @@ def merged_config(model: phi2.Phi2, base: Path) -> dict:
 
 def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser("merges an adapter into its base, and shows how much the rounding loses")
-    flags.add_model(parser)
-    flags.add_computation(parser)
+    flags.add_model_arguments(parser)
     # An adapter that does not say that it was trained over NF4 belongs to the 16-bit weights.
     parser.set_defaults(quant="none")
     add = parser.add_argument
@@ -151,18 +157,52 @@ def parse_arguments() -> argparse.Namespace:
     add("--adapter", type=flags.name, required=True,
         help="a run of train.py, or any PEFT LoRA adapter: a directory or a Hub id")
     add("--out", type=flags.path, required=True, help="a new directory for the merged model")
-    add("--into", choices=list(evaluation.DTYPES),
-        help="type to which the merged weights are rounded (default: --dtype)")
+    add("--into", choices=["bf16", "fp16", "fp32", "nf4"],
+        help="type to which the merged weights are rounded "
+             "(default: the run's --dtype; nf4: its 16 levels per block, stored in --dtype)")
+    add("--requantize", action="store_true",
+        help="with --into nf4: round to NF4 again, and show how much that erases")
+    add("--limit", type=flags.count,
+        help="with --dataset: how many rows of each validation split to evaluate (default: all)")
     add("--force", action="store_true",
         help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
-    return cli.complete(parser, parser.typed())
+    typed = parser.typed()
+    check_flags(parser, typed)
+    return cli.complete(parser, typed)
+
+
+def check_flags(parser: cli.Parser, typed: dict) -> None:
+    """Rejects flags that do not go together."""
+    requantize = "requantize" in typed
+    into_nf4 = typed.get("into") == "nf4"
+    if requantize and not into_nf4:
+        parser.error("--requantize goes with --into nf4")
+    if into_nf4 and not requantize:
+        raise ValueError(ERASED)
+    for name in ("limit", "columns", "labels", "validation"):
+        if name in typed and "dataset" not in typed:
+            parser.error(f"--{name} is for the accuracy on a --dataset")
 
 
 def check_folder(out: Path) -> None:
     """Raises ValueError unless --out, once claimed, is empty."""
     if any(path.name != claims.LOCK for path in out.iterdir()):
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
+
+
+def evaluate(
+    model: phi2.Phi2,
+    tokenizer: Tokenizer,
+    splits: dict,
+    protocol: evaluation.Protocol,
+    stage: str,
+) -> dict[str, dict]:
+    """Returns the statistics of each split."""
+    return {
+        split: evaluation.evaluate(model, tokenizer, rows, protocol, f"{stage}, {split}")[0]
+        for split, rows in splits.items()
+    }
 
 
 def main() -> None:
@@ -174,31 +214,69 @@ def main() -> None:
 
 
 def merge_run(args: argparse.Namespace, device: torch.device) -> None:
-    """Merges the adapter that the arguments name, and prints what the rounding loses."""
+    """Merges the adapter that the arguments name, and measures what the rounding loses."""
     patterns = (*checkpoints.MODEL, *COPIED)
     directory = checkpoints.find(args.model, phi2.read_config, patterns, args.model_revision)
     tokenizer = data.load_tokenizer(directory, phi2.read_config(directory).vocab_size)
+    data.check_max_length(tokenizer, args.max_length)
+    splits = {}
+    reading = args.origin.reading(args.dataset_revision)
+    # A run names a dataset too, but evaluation takes minutes, so only a typed --dataset counts.
+    if args.is_dataset_typed:
+        reading = origin.reading_of(args)
+        for split in examples.validation_splits(args.dataset, reading):
+            splits[split] = examples.load_examples(args.dataset, split, args.limit, reading)
+
     model = evaluation.load_model(directory, args.quant, args.dtype, device, args.double_quant)
     if not args.force:
         here = evaluation.fingerprint_of(args, directory, tokenizer)
         fingerprint.check(args.adapter, here)
     config = peft_files.read_config(args.adapter, lora.LoRAConfig)
     lora.load_adapter(model, args.adapter, config)
-
-    stored_as = args.into or args.dtype
+    # Weights that were rounded to NF4 are stored as plain numbers too, in the run's --dtype.
+    stored_as = args.dtype if args.into in (None, "nf4") else args.into
     weights = "dequantised from NF4" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
-    layers = merge(model, evaluation.DTYPES[stored_as])
-    mean = sum(layers.values()) / len(layers)
-    worst = max(layers.values())
-    cost = {"into": stored_as, "mean": mean, "worst": worst, "layers": layers}
-    write_model(model, directory, args.out, cost)
 
+    protocol = evaluation.Protocol(max_length=args.max_length)
+    before = evaluate(model, tokenizer, splits, protocol, "adapter")
+    layers = merge(model, evaluation.DTYPES[stored_as], args.requantize, args.double_quant)
+    after = evaluate(model, tokenizer, splits, protocol, "merged")
+    cost = {
+        "into": args.into or args.dtype,
+        "requantized": args.requantize,
+        "mean": sum(layers.values()) / len(layers),
+        "worst": max(layers.values()),
+        "layers": layers,
+        "accuracy": {
+            split: {
+                "adapter": before[split]["accuracy"],
+                "merged": after[split]["accuracy"],
+                "n": len(rows),
+                "cut": after[split]["cut"],  # to --max-length
+            }
+            for split, rows in splits.items()
+        },
+    }
+    write_model(model, directory, args.out, cost)
+    print_cost(cost)
+    words = ["--quant", "none", "--model", args.out, "--dataset", args.dataset, *reading.flags()]
+    print(f"the merged model is in {args.out}; try: {commands.command('eval.py', *words)}")
+
+
+def print_cost(cost: dict) -> None:
+    """Prints the content of merge.json."""
     print("what rounding changes, as a share of B A, by norm")
-    for path, share in (layers | {"mean": mean, "worst": worst}).items():
+    shares = cost["layers"] | {"mean": cost["mean"], "worst": cost["worst"]}
+    for path, share in shares.items():
         print(f"  {path.removeprefix('model.'):40} {share:9.4%}")
-    command = commands.command("eval.py", "--quant", "none", "--model", args.out)
-    print(f"the merged model is in {args.out}; try: {command}")
+    if cost["requantized"]:
+        print("requantising has erased this share of the adapter")
+    for split, accuracy in cost["accuracy"].items():
+        print(
+            f"  {split:22} {accuracy['adapter']:.4f} with the adapter, "
+            f"{accuracy['merged']:.4f} merged, {accuracy['n']:,} rows, {accuracy['cut']:,} cut"
+        )
 
 
 if __name__ == "__main__":

@@ -259,6 +259,7 @@ NOT_RUN = {
 SMALL = {
     "train.py": "--steps 2 --batch-size 2 --eval-limit 6 --max-new-tokens 2 --keep-dequantized",
     "eval.py": "--limit 6 --max-new-tokens 2",
+    "scripts.merge": "--limit 2",
     "scripts.plan": "--limit 40 --batch-size 2 --eval-limit 6 --max-new-tokens 2",
 }
 

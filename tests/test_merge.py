@@ -1,6 +1,9 @@
 """A merged model is the base with its adapter, for transformers too, and says what it cost."""
 
+import json
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ import data
 import eval as evaluation
 import lora
 import phi2
+import train
 from scripts import merge
 from support import examples, files
 
@@ -102,15 +106,21 @@ def test_transformers_loads_a_merged_model_and_gives_the_logits_of_base_and_adap
 
 
 @pytest.mark.parametrize(
-    "dtype, requantize", [(torch.bfloat16, False), (torch.float32, True)], ids=["bf16", "nf4"]
+    "dtype, requantize, double_quant",
+    [
+        (torch.bfloat16, False, False),
+        (torch.float32, True, False),
+        (torch.float32, True, True),
+    ],
+    ids=["bf16", "nf4", "nf4-double"],
 )
 @torch.no_grad()
-def test_the_cost_of_merging_is_what_the_weights_say(run, tiny, dtype, requantize):
+def test_the_cost_of_merging_is_what_the_weights_say(run, tiny, dtype, requantize, double_quant):
     """Once more in fp64, from PEFT's adapter and from the base that bitsandbytes quantises."""
     import bitsandbytes.functional as bnb
     from peft import PeftModel
 
-    costs = merge.merge(adapted(tiny, run), dtype, requantize)
+    costs = merge.merge(adapted(tiny, run), dtype, requantize, double_quant)
 
     theirs = PeftModel.from_pretrained(reference(tiny, torch.float32, "nf4"), run)
     layers = {
@@ -126,7 +136,9 @@ def test_the_cost_of_merging_is_what_the_weights_say(run, tiny, dtype, requantiz
         update = scale * layer.lora_B.default.weight @ layer.lora_A.default.weight
         merged = (weight + update).to(dtype)
         if requantize:
-            indices, state = bnb.quantize_4bit(merged, blocksize=64, quant_type="nf4")
+            indices, state = bnb.quantize_4bit(
+                merged, blocksize=64, quant_type="nf4", compress_statistics=double_quant
+            )
             merged = bnb.dequantize_4bit(indices, state)
         change = merged.double() - weight.double() - update.double()
         expected = (change.norm() / update.double().norm()).item()
@@ -157,7 +169,7 @@ def test_a_layer_that_would_not_be_finite_is_named(tiny, run, size, requantize):
     for matrix in (layer.lora_A, layer.lora_B):
         torch.nn.init.constant_(matrix.weight, size)
     with pytest.raises(ValueError, match=r"model.layers.3.self_attn.v_proj.* is not finite in"):
-        merge.merge(model, torch.float32, requantize)
+        merge.merge(model, torch.float32, requantize, double_quant=requantize)
 
 
 def test_a_sum_that_is_finite_in_fp32_alone_is_named(tiny, run):
@@ -202,37 +214,85 @@ def test_an_adapter_beyond_what_is_stored_is_one_line_and_nothing_is_written(run
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def merge_and_measure(run: Path, out: Path) -> dict:
+    """Merges a run with its accuracy before and after. Returns the content of merge.json."""
+    out.mkdir()  # an empty directory is as good as none
+    options = ("--dataset", "tiny/data", "--limit", 20)
+    in_process(merge, "--adapter", run, "--out", out, *options)
+    return read_json(out / "merge.json")
+
+
 def test_merge_writes_a_checkpoint_that_answers_as_the_run(run, tmp_path):
     out = tmp_path / "merged"
-    out.mkdir()  # an empty directory is as good as none
-    in_process(merge, "--adapter", run, "--out", out)
-    assert {path.name for path in out.iterdir()} == {
-        "config.json", "tokenizer.json", "model.safetensors", "merge.json",
-    }  # fmt: skip
-    with pytest.raises(SystemExit, match="exists already"):
-        in_process(merge, "--adapter", run, "--out", out)
-    found = []
-    for model in (("--adapter", run), ("--model", out, "--quant", "none", "--dtype", "fp32")):
-        folder = tmp_path / f"eval {model[0]}"
-        command = (*model, "--dataset", "tiny/data", "--limit", 20, "--out", folder)
-        in_process(evaluation, *command)
-        rows = files.read_lines(folder / "predictions_validation_matched.jsonl")
-        found.append([row["completion"] for row in rows])
-    assert found[0] == found[1]
+    cost = merge_and_measure(run, out)
+    modes = {path.name: path.stat().st_mode for path in out.iterdir()}
+    assert modes.keys() == {"config.json", "tokenizer.json", "model.safetensors", "merge.json"}
+    assert len(set(modes.values())) == 1, "whoever may read one of them may read all"
+    command = ("--model", out, "--dataset", "tiny/data", "--quant", "none", "--dtype", "fp32")
+    in_process(evaluation, *command, "--limit", 20, "--out", tmp_path / "eval")
+    again = read_json(tmp_path / "eval" / "results.json")["baseline"]
+    for split, accuracy in cost["accuracy"].items():
+        assert again[split]["accuracy"] == accuracy["merged"] == accuracy["adapter"]
 
 
 def test_merge_says_what_it_cost(run, tmp_path, capsys):
-    in_process(merge, "--adapter", run, "--out", tmp_path / "merged")
-    cost = read_json(tmp_path / "merged" / "merge.json")
+    cost = merge_and_measure(run, tmp_path / "merged")
     printed = capsys.readouterr().out
     shares = cost["layers"].values()
-    assert (cost["into"], len(shares)) == ("fp32", 12)
+    assert (cost["into"], cost["requantized"], len(shares)) == ("fp32", False, 12)
     assert cost["worst"] == max(shares) < 1e-5
     assert cost["mean"] == pytest.approx(sum(shares) / 12)
+    for accuracy in cost["accuracy"].values():
+        assert accuracy["n"] == 20
+        assert f"{accuracy['merged']:.4f} merged" in printed
+
     for path in [*cost["layers"], "mean", "worst"]:
         assert f"  {path.removeprefix('model.')} " in printed
     assert "W dequantised from NF4, stored in fp32" in printed
     assert all(len(line) <= 79 for line in printed.splitlines()[:-1])
+
+
+def test_the_rows_of_a_run_are_read_like_the_runs_and_the_printed_command_says_how(
+    tmp_path, capsys
+):
+    rows = shutil.copytree(ROOT / "tiny" / "data", tmp_path / "rows")
+    (rows / "validation_mismatched.jsonl").unlink()
+    reading = ("--labels", "contradiction", "neutral", "entailment")
+    command = ("--model", "tiny/model", "--dataset", rows, *reading, "--limit", 4)
+    short = ("--eval-limit", 2, "--steps", 1, "--max-new-tokens", 1)
+    in_process(train, *command, *short, "--out", tmp_path / "run")
+    measured = ("--dataset", rows.rename(tmp_path / "moved"), "--limit", 4)
+    for number, dataset in enumerate([(), measured]):
+        out = tmp_path / f"merged {number}"
+        capsys.readouterr()
+        in_process(merge, "--adapter", tmp_path / "run", *dataset, "--out", out)
+        printed = capsys.readouterr()
+        assert "not used" not in printed.err
+        words = shlex.split(printed.out.splitlines()[-1].split("try: ")[1])
+        expected = ["--model", str(out), "--dataset", str(dataset[1] if dataset else rows)]
+        assert words == ["python", "eval.py", "--quant", "none", *expected, *reading]
+    accuracy = read_json(out / "merge.json")["accuracy"]
+    assert accuracy["validation_matched"]["n"] == 4
+
+
+@pytest.mark.parametrize("flag", [("--limit", 4), ("--validation", 0.5)], ids=str)
+def test_flags_on_rows_are_refused_where_no_rows_are_read(run, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit):
+        in_process(merge, "--adapter", run, "--out", tmp_path / "merged", *flag)
+    assert f"error: {flag[0]} is for the accuracy on a --dataset" in capsys.readouterr().err
+
+
+def test_merge_says_how_many_prompts_are_cut(run, tmp_path, capsys):
+    (tmp_path / "rows").mkdir()
+    pair = {"premise": "A man sleeps.", "hypothesis": "A man rests.", "label": 0}
+    longer = pair | {"premise": "A man sleeps." * 20}
+    lines = [json.dumps(row) + "\n" for row in (pair, longer, longer)]
+    (tmp_path / "rows" / "validation.jsonl").write_text("".join(lines))
+    out = tmp_path / "merged"
+    measured = ("--dataset", tmp_path / "rows", "--max-length", 90)
+    in_process(merge, "--adapter", run, "--out", out, *measured)
+    assert read_json(out / "merge.json")["accuracy"]["validation"]["cut"] == 2
+    assert " merged, 3 rows, 2 cut\n" in capsys.readouterr().out
 
 
 def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_tokenizer(
@@ -253,6 +313,20 @@ def test_any_peft_adapter_of_a_base_on_the_hub_is_merged_with_all_files_of_its_t
     assert not any("datasets/" in request for request in requests), "no rows are needed"
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert read_json(out / "merge.json")["accuracy"] == {}
+
+
+def test_merging_into_nf4_is_refused_with_the_reason_unless_asked_for(run, tmp_path, capsys):
+    out = tmp_path / "merged"
+    command = ("--adapter", run, "--out", out, "--into", "nf4")
+    with pytest.raises(SystemExit, match="erases most of a small update"):
+        in_process(merge, *command)
+    assert not out.exists()
+    in_process(merge, *command, "--requantize")
+    assert "requantising has erased" in capsys.readouterr().out
+    assert read_json(out / "merge.json")["requantized"]
+    with pytest.raises(SystemExit, match="exists already"):
+        in_process(merge, *command, "--requantize")
 
 
 def test_a_merge_that_ends_early_leaves_nothing(tiny, tmp_path, monkeypatch):
@@ -286,3 +360,9 @@ def test_a_mistake_is_one_line(capsys, arguments, status, message):
         (line,) = stopped.value.code.splitlines()
         assert capsys.readouterr().err == ""
     assert line.startswith("error: ") and message in line
+
+
+def test_requantize_alone_is_a_mistake(run, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        in_process(merge, "--adapter", run, "--out", tmp_path / "merged", "--requantize")
+    assert "--requantize goes with --into nf4" in capsys.readouterr().err
