@@ -45,7 +45,7 @@ def card(directory: Path, prompt: str) -> str:
         if value is not None and value is not False:  # but a seed of 0 is shown
             settings[key] = value
     return render(
-        metadata=metadata(directory, args, config),
+        metadata=metadata(directory, args, config, results),
         name=directory.resolve().name,
         config=config,
         targets=targets,
@@ -133,15 +133,29 @@ def plain(value) -> str:
     return re.sub(r"[^\w ./+-]", "?", str(value))
 
 
-def metadata(directory: Path, args: dict, config: dict) -> str:
+def metadata(directory: Path, args: dict, config: dict, results: dict) -> str:
     """Returns the YAML at the top of a card, which the Hub uses to list the model."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     base = config["base_model_name_or_path"]
     dataset = args["dataset"]
     tags = ["lora", "nli"]
     if args["quant"] == "nf4":
         tags.append("qlora")
+    accuracies = [
+        EvalResult(
+            # one of the Hub's task names
+            task_type="text-classification",
+            dataset_type=dataset if is_on_hub(dataset, directory) else plain(dataset),
+            dataset_name=plain(dataset),
+            # MNLI is one of several datasets in GLUE.
+            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
+            dataset_split=plain(split),
+            metric_type="accuracy",
+            metric_value=result["accuracy"],
+        )
+        for split, result in results.get("finetuned", {}).items()
+    ]
     # None values are left out. The Hub turns base_model and datasets into links, so directories
     # are left out too.
     data = ModelCardData(
@@ -152,5 +166,7 @@ def metadata(directory: Path, args: dict, config: dict) -> str:
         metrics=["accuracy"],
         pipeline_tag="text-generation",
         tags=tags,
+        model_name=plain(directory.resolve().name),
+        eval_results=accuracies or None,
     )
     return data.to_yaml()

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+ADAPTER = "adapter_config.json"  # the file that makes a folder an adapter
+
 
 def is_repository(name: str) -> bool:
     """Returns whether a name has the form of a repository on the Hub: owner/name."""
@@ -49,11 +51,25 @@ def find(
 
 
 def find_adapter(name: str) -> Path:
-    """Returns the folder of an adapter. Raises ValueError if there is no adapter."""
+    """Returns the folder of an adapter.
+
+    This is `name` itself, the only folder below it that holds an adapter (such as a save of
+    another trainer, checkpoint-500), or the download of a repository on the Hub. Raises
+    ValueError if there is no adapter, or more than one.
+    """
     folder = find("adapter", name, ("*.json", "*.safetensors"))
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{name} is not an adapter: it has no adapter_config.json")
-    return folder
+    if (folder / ADAPTER).is_file():
+        return folder
+    found = sorted([*folder.glob(f"*/{ADAPTER}"), *folder.glob(f"*/*/{ADAPTER}")])
+    below = [path.parent for path in found]
+    # If a run also has a best/, the run itself is taken.
+    below = [path for path in below if path.parent not in below]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        names = ", ".join(str(path) for path in below)
+        raise ValueError(f"{name} holds several adapters, pass one of them: {names}")
+    raise ValueError(f"{name} is not an adapter: it has no {ADAPTER}")
 
 
 def refuse_revision(kind: str, name: str, revision: str | None) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import eval as evaluation
 import train
-from support import best, cli, files, page
+from support import best, cli, files, hub, page
 
 TINY = ("--model", "tiny/model", "--dataset", "tiny/data")
 # At this learning rate an evaluation on the way is better than the last one.
@@ -114,6 +114,12 @@ def test_a_run_prints_and_shows_which_adapter_was_the_best(run, capsys):
     assert f"validation_matched {share}" in content
 
 
+def test_a_run_with_a_best_adapter_is_found_as_one_adapter(run):
+    assert hub.find_adapter(str(run)) == run
+    assert hub.find_adapter(str(run.parent)) == run
+    assert hub.find_adapter(str(run / "best")) == run / "best"
+
+
 def kept(accuracy: float, loss: float, step: int = 1) -> dict:
     return best.figures(step, {"a": {"accuracy": accuracy, "loss": loss}})
 
@@ -160,7 +166,7 @@ def test_a_damaged_best_adapter_ends_a_resume_before_it_trains(run, tmp_path, mo
 
 def test_what_a_kill_has_left_in_best_is_removed(tmp_path):
     (tmp_path / "args.json").write_text("{}")
-    unfinished = tmp_path / "best" / f".1{files.UNFINISHED}"
+    unfinished = tmp_path / "best" / f".save.1{files.UNFINISHED}"
     unfinished.mkdir(parents=True)
     (unfinished / "adapter_model.safetensors").write_bytes(b"half of it")
     with best.replacing(tmp_path):

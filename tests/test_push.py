@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data
-from support import card, files, upload
+from support import card, files, hub, upload
 
 
 def environment(address: str, home, token: str | None = TOKEN) -> dict[str, str]:
@@ -99,8 +99,13 @@ def test_the_card_is_one_the_hub_reads(run):
     assert read.base_model is None, "a directory is no name on the Hub"
     assert read.datasets is None
     assert read.language is None, "of rows that are not MNLI's it is not known"
+    results = read_json(run / "results.json")["finetuned"]
+    assert {result.dataset_split: result.metric_value for result in read.eval_results} == {
+        split: result["accuracy"] for split, result in results.items()
+    }
+    assert {result.metric_type for result in read.eval_results} == {"accuracy"}
     text = (run / "README.md").read_text()
-    for split, result in read_json(run / "results.json")["finetuned"].items():
+    for split, result in results.items():
         assert f"| finetuned | {split} | {result['accuracy']:.4f} |" in text
 
 
@@ -110,6 +115,7 @@ def test_a_base_and_a_dataset_of_the_hub_are_named(run, tmp_path):
     assert read.base_model == "microsoft/phi-2"
     assert read.datasets == ["nyu-mll/glue"]
     assert read.language == "en"
+    assert {result.dataset_config for result in read.eval_results} == {"mnli"}
 
 
 def test_the_settings_of_the_run_are_on_the_card(run):
@@ -168,6 +174,7 @@ def test_no_name_breaks_the_card(run, tmp_path_factory, model, dataset):
     rename(run, directory, model, dataset)
     read = metadata(card.card(directory, data.PROMPT))
     assert read.library_name == "peft"
+    assert len(read.eval_results) == 2
 
 
 def test_a_name_is_text_on_the_card_and_no_markup(run, tmp_path):
@@ -282,6 +289,24 @@ def test_an_adapter_on_the_hub_is_evaluated_by_its_name(run, tmp_path):
     # What was downloaded is found again without the Hub.
     done = script(*named, env=variables | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr
+
+
+def test_the_one_adapter_below_a_folder_is_found(run, tmp_path):
+    checkpoint = tmp_path / "trained" / "checkpoint-500"
+    checkpoint.mkdir(parents=True)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / name, checkpoint)
+    assert hub.find_adapter(str(run)) == run
+    assert hub.find_adapter(str(checkpoint)) == checkpoint
+    assert hub.find_adapter(str(checkpoint.parent)) == checkpoint
+    assert hub.find_adapter(str(tmp_path)) == checkpoint
+    second = shutil.copytree(checkpoint, checkpoint.parent / "checkpoint-900")
+    with pytest.raises(ValueError, match="holds several adapters") as raised:
+        hub.find_adapter(str(checkpoint.parent))
+    assert f"{checkpoint}, {second}" in str(raised.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is not an adapter: it has no adapter_config.json"):
+        hub.find_adapter(str(tmp_path / "empty"))
 
 
 def test_the_uploaded_card_names_its_repository(run, staged, tmp_path):
