@@ -389,7 +389,7 @@ def parse_arguments() -> argparse.Namespace:
              "also fp32)")
     add("--quant", choices=["nf4", "none"], default="nf4" if on_gpu else "none",
         help="of what is timed (default: nf4; on a CPU none, because litgpt has no NF4 there)")
-    add("--device", type=flags.word, default="cuda" if on_gpu else "cpu")
+    add("--device", type=flags.device, default="cuda" if on_gpu else "cpu")
     add("--against", type=flags.path, metavar="CHECKOUT",
         help="compare only with another checkout of this project")
     add("--json", type=flags.path, help="write all figures to this file")

@@ -355,7 +355,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = cli.Parser("checks this project on your machine, and measures its speed and memory")
     add = parser.add_argument
     # fmt: off (a flag is one filled paragraph)
-    add("--device", type=flags.word, default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=flags.device, default="cuda" if torch.cuda.is_available() else "cpu")
     add("--dtype", choices=list(evaluation.DTYPES), nargs="+",
         help="one after another (default: fp32, then the fastest one of the device)")
     add("--model", type=flags.path,

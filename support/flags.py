@@ -8,11 +8,17 @@ for one percent sign, because argparse formats the text.
 import math
 import operator
 import os
+import re
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable
 from pathlib import Path
 
 from support import hub
+
+CONTEXT = 2048  # the number of positions that phi-2 was trained on
+WIDEST = 10_240  # the widest layer of phi-2: B A has at most the rank of its layer
+MOST = 2**31 - 1  # of rows, steps, tokens
+HUGE = 1_000_000  # the limit for other numbers: training works with none that is larger
 
 # -----------------------------------------------------------------------------
 # The allowed values of flags, as types for argparse
@@ -21,6 +27,7 @@ from support import hub
 
 BOUNDS = {
     "least": ("of at least", operator.ge),
+    "most": ("of at most", operator.le),
     "above": ("above", operator.gt),
     "below": ("below", operator.lt),
 }
@@ -29,7 +36,7 @@ BOUNDS = {
 def number(kind: type, **bounds: float) -> Callable[[str], float]:
     """Returns a type for argparse: an int or a float within bounds, such as above=0, below=1.
 
-    The bound `least` is inclusive, `above` and `below` are exclusive.
+    The bounds `least` and `most` are inclusive, `above` and `below` exclusive.
     """
     noun = "whole number" if kind is int else "number"
 
@@ -41,18 +48,27 @@ def number(kind: type, **bounds: float) -> Callable[[str], float]:
         for name, bound in bounds.items():
             words, is_within = BOUNDS[name]
             if not is_within(value, bound):
-                raise ArgumentTypeError(f"must be a {noun} {words} {bound}, not {text}")
+                raise ArgumentTypeError(f"must be a {noun} {words} {bound:,}, not {text}")
         return value
 
     return read
 
 
-count = number(int, least=1)  # rows, steps, tokens
-count_from_0 = number(int, least=0)
-number_from_0 = number(float, least=0)
-number_above_0 = number(float, above=0)
+count = number(int, least=1, most=MOST)  # rows, steps, tokens
+count_from_0 = number(int, least=0, most=MOST)
+rank = number(int, least=1, most=WIDEST)
+new_tokens = number(int, least=1, most=CONTEXT)  # the cache has room for all of them
+number_from_0 = number(float, least=0, most=HUGE)
+number_above_0 = number(float, above=0, most=HUGE)
+norm = number(float, above=0, below=math.inf)  # a huge norm turns clipping off
 share = number(float, above=0, below=1)
 dropout_share = number(float, least=0, below=1)
+any_seed = number(int, least=0)
+
+
+def seed(text: str) -> int:
+    """Returns a seed from 0 up, reduced to the range of torch's generators."""
+    return any_seed(text) % 2**63
 
 
 def word(text: str) -> str:
@@ -73,6 +89,20 @@ def name(text: str) -> str:
 def path(text: str) -> Path:
     """Returns a path, with ~ expanded to the home folder."""
     return Path(name(text))
+
+
+def target(text: str) -> str:
+    """Returns the name of a layer."""
+    if "," in text:
+        raise ArgumentTypeError(f"must be names separated by spaces, not {text}")
+    return word(text)
+
+
+def device(text: str) -> str:
+    """Returns the name of a device. Whether the device exists is checked later."""
+    if not re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", text):
+        raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
+    return text
 
 
 # -----------------------------------------------------------------------------
@@ -110,54 +140,47 @@ def add_model(group) -> None:
         help="branch, tag or commit of a model on the Hub (default: main)")
 
 
-def add_computation(group) -> None:
-    """Adds the flags on how, and where, the base is computed to a parser or to a group."""
-    add = group.add_argument
-    # Memory: for a GPU that is too small for phi-2.
-    add("--quant", choices=["nf4", "none"], default="nf4",
-        help="store the frozen weights in 4 bits, or with none in --dtype")
-    add("--double-quant", action="store_true",
-        help="quantise NF4's absmax values too, which saves 0.37 bit per weight")
-    # The precision of the arithmetic: fp32 for comparisons to the last digit.
-    add("--dtype", choices=["bf16", "fp16", "fp32"],
-        help="type of weights and activations (default: the adapter's; else bf16; fp16 on GPUs of "
-        "compute capability 7 (T4, V100); fp32 on hardware without instructions for either)")
-    # For one of several GPUs, or for the CPU if the GPU is in use.
-    add("--device", type=word,
-        help="cpu, cuda, or one GPU such as cuda:1 (default: cuda if there is one)")
-
-
 def add_model_arguments(parser: ArgumentParser) -> None:
-    """Adds the flags about model and data, for train.py and eval.py."""
+    """Adds the flags about model and data, for train.py, eval.py and several scripts."""
     group = parser.add_argument_group("model and data")
     add = group.add_argument
     add_model(group)
     add_dataset(group)
-    add_computation(group)
-    # For a GPU that is larger than phi-2 needs.
+    # Memory: for a GPU that is too small for phi-2, or larger than phi-2 needs.
+    add("--quant", choices=["nf4", "none"], default="nf4",
+        help="store the frozen weights in 4 bits, or with none in --dtype")
+    add("--double-quant", action="store_true",
+        help="quantise NF4's absmax values too, which saves 0.37 bit per weight")
     add("--keep-dequantized", action=BooleanOptionalAction,
         help="also store NF4's weights in --dtype: same results, faster, more memory (phi-2: "
         "5 GB; default: on a GPU with four times that free); without it, training on a GPU "
         "computes attention twice instead of storing it")
     add("--no-graphs", dest="graphs", action="store_false",
         help="do not use CUDA graphs for generation: launch its kernels one by one")
+    # The precision of the arithmetic: fp32 for comparisons to the last digit.
+    add("--dtype", choices=["bf16", "fp16", "fp32"],
+        help="type of weights and activations (default: the adapter's; else bf16; fp16 on GPUs of "
+        "compute capability 7 (T4, V100); fp32 on hardware without instructions for either)")
     # For texts longer than MNLI's, or to limit the memory that the longest row takes.
     add("--max-length", type=count, default=512,
         help="most tokens of prompt and answer together; a longer pair loses the end of its "
         "premise, then the end of its hypothesis")
+    # For one of several GPUs, or for the CPU if the GPU is in use.
+    add("--device", type=device,
+        help="cpu, cuda, or one GPU such as cuda:1 (default: cuda if there is one)")
 
 
 def add_adapter_arguments(parser: ArgumentParser) -> None:
     """Adds the flags that define the adapter."""
     add = parser.add_argument_group("adapter").add_argument
-    add("--rank", type=count, default=8,
+    add("--rank", type=rank, default=8,
         help="rank of the update B A, which is scaled by alpha / rank: to keep the scale, change "
         "--alpha too")
     add("--alpha", type=number_above_0, default=16.0, help="the update is scaled by alpha / rank")
     add("--dropout", type=dropout_share, default=0.05,
         help="share of the adapter's input that is dropped in training")
     # The default layers are those that the LoRA paper adapts.
-    add("--targets", nargs="+", type=word, default=["q_proj", "v_proj"],
+    add("--targets", nargs="+", type=target, default=["q_proj", "v_proj"],
         help='linear layers to adapt, or "all-linear"')
 
 
@@ -179,11 +202,10 @@ def add_training_arguments(parser: ArgumentParser) -> None:
     add("--weight-decay", type=number_from_0, default=0.01, help="weight decay of AdamW")
     add("--warmup-steps", type=count_from_0,
         help="linear warm-up, then cosine to 0 (default: 3%% of the steps)")
-    add("--max-grad-norm", type=number_above_0, default=1.0,
-        help="gradients are clipped to this norm")
+    add("--max-grad-norm", type=norm, default=1.0, help="gradients are clipped to this norm")
     # For a trial on part of the data, and to measure the spread between seeds.
     add("--limit", type=count, help="train only on the first LIMIT rows (default: all)")
-    add("--seed", type=count_from_0, default=0,
+    add("--seed", type=seed, default=0,
         help="random seed of the adapter's A, of dropout, and of the order of rows")
 
 
@@ -216,7 +238,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
         "to 100, then every fiftieth)")
     add("--keep-best", action="store_true",
         help="with --eval-every: keep the adapter with the best accuracy in RUN/best/")
-    add("--max-new-tokens", type=count, default=32,
+    add("--max-new-tokens", type=new_tokens, default=32,
         help="most tokens that the model writes for a prompt in evaluation")
     # Against crashes: --resume continues from the last save, at most --save-every steps back.
     add("--save-every", type=count, default=500,
@@ -246,7 +268,7 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     add("--mode", choices=["generate", "score"], default="generate",
         help="read the first number in the text that the model writes, or compare the "
         "probabilities of the three answers")
-    add("--max-new-tokens", type=count, default=32,
+    add("--max-new-tokens", type=new_tokens, default=32,
         help="most tokens that the model writes for a prompt in mode generate")
     add("--batch-size", type=count, default=64,
         help="prompts in memory at once; halved if they do not fit")
@@ -256,8 +278,6 @@ def add_eval_arguments(parser: ArgumentParser) -> None:
     add("--compare", type=path, metavar="RUN",
         help="McNemar's test against the predictions of another run, or of an eval.py --out")
     # To try an adapter by hand.
-    add("--premise",
-        help="first text of one pair, instead of a dataset (--premise=TEXT, if it begins with "
-        "- or @)")
+    add("--premise", help="first text of one pair, instead of a dataset")
     add("--hypothesis", help="second text of that pair")
     add("--out", type=path, help="write results.json and predictions_SPLIT.jsonl to this folder")
