@@ -18,7 +18,7 @@ HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "lora_dropout",
     "peft_version", "revision", "ensure_weight_tying",
     "fan_in_fan_out",  # for layers that store W transposed; PEFT ignores it on nn.Linear
-    "rank_pattern",  # if it changes a rank, lora.load_adapter rejects the shape of a tensor
+    "rank_pattern",  # if it changes a rank, a tensor has another shape, which check_ranks rejects
     "corda_config", "eva_config", "loftq_config", "lora_ga_config",  # initial values of A and B
 }
 # Values that are not "off" (None, False, 0, "none", empty), but do not change anything either.
@@ -56,7 +56,7 @@ def read_config(directory: Path, make: Callable):
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    check_file(Path(directory) / "adapter_model.safetensors")
+    check_ranks(Path(directory) / "adapter_model.safetensors", config.rank)
     return config
 
 
@@ -83,14 +83,21 @@ def read_targets(targets) -> tuple[str, ...] | str:
     )
 
 
-def check_file(path: Path) -> None:
-    """Raises ValueError unless the file of an adapter's tensors is there and whole."""
+def check_ranks(path: Path, rank: int) -> None:
+    """Raises ValueError unless each A has this rank, before anything is allocated for it."""
     if not path.is_file():
         raise ValueError(
             f"{path.parent} has no {path.name}; PEFT writes one with safe_serialization=True"
         )
     try:
-        with safe_open(path, framework="numpy"):
-            pass
+        with safe_open(path, framework="numpy") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or cut short ({error})") from None
+    for key, shape in shapes.items():
+        # [:1], because in a damaged file A may be a single number, which has no first dimension.
+        if ".lora_A." in key and shape[:1] != [rank]:
+            raise ValueError(
+                f"{path}: {key} has shape {tuple(shape)}, adapter_config.json says rank {rank}; "
+                f"layers with different ranks are not supported; {CURE}"
+            )
