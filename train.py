@@ -150,8 +150,8 @@ def main() -> None:
     folder = args.out or Path("out") / cli.new_name(args)
     check = None if args.resume else cli.check_out
     # No other run may write there until this one ends.
-    with claims.claimed(folder, check) as folder:
-        args.out = folder  # of the first process: the name of a new run contains the time
+    with claims.claimed(folder, check, is_new=args.out is None) as folder:
+        args.out = folder  # with a number appended if the name was taken
         run(args, device)
 
 

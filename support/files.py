@@ -9,7 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -32,10 +32,15 @@ def replacing_files(directory: Path) -> Iterator[Path]:
         # Within the directory, because a rename cannot cross file systems.
         with tempfile.TemporaryDirectory(
             dir=directory, prefix=".", suffix=UNFINISHED, ignore_cleanup_errors=True
-        ) as folder:
-            yield Path(folder)
-            paths = sorted(Path(folder).iterdir())
+        ) as private:
+            folder = Path(private) / "files"
+            folder.mkdir()
+            yield folder
+            paths = sorted(folder.iterdir())
             for path in paths:
+                # The umask decides about `folder`, but safetensors lets only the owner read.
+                with suppress(OSError):  # a file system without permissions, as on a USB stick
+                    path.chmod(folder.stat().st_mode & 0o666)
                 flush(path)
             # A rename is atomic: a reader sees either the old or the new file.
             for path in paths:

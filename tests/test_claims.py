@@ -5,9 +5,10 @@ import os
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, in_process
+from conftest import ROOT, in_process, read_json
 
 import eval as evaluation
 import train
@@ -76,6 +77,25 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path):
     assert not tmp_path.exists(), "it is empty"
 
 
+def test_a_new_folder_has_a_number_where_its_name_is_taken(tmp_path):
+    folder = tmp_path / "out" / "run"
+    with ThreadPoolExecutor(8) as threads:
+        made = list(threads.map(claims.make_new, [folder] * 8))
+    names = {"run", "run-2", "run-3", "run-4", "run-5", "run-6", "run-7", "run-8"}
+    assert {path.name for path in made} == names
+    assert set(os.listdir(folder.parent)) == names
+
+
+def test_through_a_link_a_folder_is_made_where_the_link_leads(tmp_path):
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "runs")
+    assert claims.make_new(tmp_path / "out" / "run") == tmp_path / "out" / "run"
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "other")
+    with claims.claimed(tmp_path / "link") as folder:
+        (folder / "args.json").write_text("{}")
+    assert (tmp_path / "disk" / "runs" / "run").is_dir()
+    assert os.listdir(tmp_path / "disk" / "other") == ["args.json"]
+
+
 def test_what_was_written_stays_when_its_process_fails(tmp_path):
     with pytest.raises(RuntimeError), claims.claimed(tmp_path / "run") as folder:
         (folder / "args.json").write_text("{}")
@@ -119,9 +139,16 @@ def test_every_script_that_writes_a_folder_leaves_alone_one_that_is_in_use(tmp_p
         assert set(os.listdir(out)) == {claims.LOCK, "args.json"}
 
 
-def test_two_runs_of_one_second_have_two_folders():
-    args = cli.train_arguments([*TINY])
-    assert cli.new_name(args) != cli.new_name(args)
+def test_two_runs_of_one_second_have_two_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "new_name", lambda args: "name")
+    model_and_data = ("--model", ROOT / "tiny/model", "--dataset", ROOT / "tiny/data")
+    for seed in (1, 2):
+        in_process(train, *model_and_data, *SHORT, "--seed", seed, cwd=tmp_path)
+    runs = {path.name: read_json(path / "args.json") for path in (tmp_path / "out").iterdir()}
+    assert {name: (args["seed"], args["out"]) for name, args in runs.items()} == {
+        "name": (1, "out/name"),
+        "name-2": (2, "out/name-2"),
+    }
 
 
 @pytest.mark.parametrize("out", [[], ["--out", "deep/in/out"]])

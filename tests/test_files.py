@@ -1,10 +1,13 @@
 """A file is there whole or not at all, whatever ends its writing; JSON is read or is one error."""
 
+import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +90,22 @@ def test_a_full_disk_changes_none_of_several_files(tmp_path):
     assert "File too large" in str(raised.value)
     assert "\n" not in str(raised.value)
     assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+    assert load_file(tmp_path / "a.safetensors")["a"][0] == 1
+
+
+def test_the_umask_decides_who_may_read_what_safetensors_has_written(tmp_path):
+    (tmp_path / "plain").write_text("")
+    write_together(tmp_path, ["a.safetensors"], 1)
+    plain = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "a.safetensors").stat().st_mode) == plain
+
+
+def test_a_file_system_without_rights_of_files_is_written_to(tmp_path, monkeypatch):
+    def refuse(path, mode):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_together(tmp_path, ["a.safetensors"], 1)
     assert load_file(tmp_path / "a.safetensors")["a"][0] == 1
 
 
