@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -127,8 +128,8 @@ def device_name(device: torch.device) -> str:
 def peak_memory(device: torch.device, reset: bool = False) -> int | None:
     """Returns the peak of memory so far in bytes: allocated on a GPU, resident on a CPU.
 
-    With `reset`, starts a new peak from what is in use now. Returns None if the system does not
-    tell, as on Windows and macOS.
+    With `reset`, starts a new peak from what is in use now. (Not on macOS, where the peak is
+    always that of the whole process.) Returns None if the system does not tell, as on Windows.
     """
     if device.type == "cuda":
         import torch
@@ -137,6 +138,10 @@ def peak_memory(device: torch.device, reset: bool = False) -> int | None:
             torch.cuda.reset_peak_memory_stats(device)
         # Only tensors. nvidia-smi also shows the CUDA context and what torch reserves.
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "darwin":
+        import resource  # which Windows lacks
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes there
     try:
         # Reset first, so that the number returned is what is in use now, as a baseline.
         if reset:

@@ -116,8 +116,9 @@ def own_device(name: str) -> torch.device:
         torch.ones(1, device=device)
     except RuntimeError as error:
         words = str(error).splitlines()[0][:100]
-        cure = gpu.CURE if "no kernel image" in words else "pass --device cpu"
-        raise ValueError(f"--device {name}: torch cannot use it ({words}); {cure}") from None
+        raise ValueError(
+            f"--device {name}: torch cannot use it ({words}); {gpu.cure(error, name)}"
+        ) from None
     return device
 
 
