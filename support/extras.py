@@ -40,6 +40,8 @@ class Extras:
 def say(what: str, error: Exception) -> None:
     # Some libraries raise errors of several lines, and some without a message.
     reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):  # matplotlib or wandb
+        reason += f": pip install {error.name}"
     try:
         print(f"error: {what}: {reason}", file=sys.stderr, flush=True)
     except OSError:

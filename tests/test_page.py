@@ -209,7 +209,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_the_page_is_there(copy
     assert shown.tags.count("img") == 1, "loss.svg is written before"
 
 
-def test_without_matplotlib_a_line_says_so_and_all_else_is_there(
+def test_without_matplotlib_a_line_says_what_to_install_and_all_else_is_there(
     copy, capsys, monkeypatch
 ):
     for name in pictures.PICTURES:
@@ -221,6 +221,7 @@ def test_without_matplotlib_a_line_says_so_and_all_else_is_there(
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the pictures: ")
+    assert line.endswith(": pip install matplotlib")
     shown = Page((copy / "report.html").read_text())
     assert "Accuracy" in shown.text
     assert "img" not in shown.tags
