@@ -83,7 +83,9 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str, **options):
+        script = commands.from_here(Path(sys.argv[0]))
         super().__init__(
+            prog=f"python {commands.quoted(script)}",
             description=description,
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
@@ -97,14 +99,31 @@ class Parser(argparse.ArgumentParser):
             "--debug", action="store_true", help="show the traceback of an error"
         )
 
+    def parse_known_args(self, args=None, namespace=None):
+        # argparse reports an @FILE that it cannot open in one line, but not these errors.
+        try:
+            return super().parse_known_args(args, namespace)
+        except (ValueError, RecursionError) as error:  # not UTF-8; it includes itself
+            self.error(f"cannot read an @FILE: {error}")
+
     def convert_arg_line_to_args(self, line: str) -> list[str]:
         """Returns the words in a line of an @FILE: quotes are those of a shell, # is a comment."""
+        line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
         if line.lstrip().startswith("#"):
             return []
-        # A backslash is no escape, because it is a part of paths on Windows.
-        return shlex.split(line.replace("\\", r"\\"))
+        words = shlex.shlex(line, posix=True)
+        words.whitespace_split = True
+        words.commenters = ""  # shlex would also take a # within a word for a comment
+        words.escape = ""  # a backslash is a part of paths on Windows
+        try:
+            return list(words)
+        except ValueError as error:
+            raise ValueError(f"{error} in {line!r}") from None
 
     def error(self, message: str):
+        if message.startswith("[Errno") or "expected one argument" in message:
+            # argparse takes @text for an @FILE and -text for a flag.
+            message += " (a value that begins with @ or - is typed as --flag=value)"
         # argparse itself would print the whole usage before the message.
         self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
@@ -406,10 +425,10 @@ def check_out(out: Path) -> None:
 
 
 def new_name(args: argparse.Namespace) -> str:
-    """Returns the name of a new run. It includes the time in microseconds, so it is unique."""
+    """Returns the name of a new run. It includes the time, so it is unique to the second."""
     model = Path(args.model).resolve().name  # "." has a name too
     dataset = Path(args.dataset).resolve().name
-    return f"{model}-{dataset}-r{args.rank}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+    return f"{model}-{dataset}-r{args.rank}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def as_json(args: argparse.Namespace) -> dict:
@@ -426,9 +445,21 @@ def as_json(args: argparse.Namespace) -> dict:
 
 
 def answer_help(make_parser: Callable[[], Parser]) -> None:
-    """Prints the help of a script and exits, if --help is typed."""
+    """Prints the help of a script and exits, if --help is typed.
+
+    Call it before torch is imported, which takes seconds: a Ctrl-C in them prints one line.
+    """
+    sys.excepthook = show_uncaught
     if "--help" in sys.argv or "-h" in sys.argv:
         make_parser().parse_args()
+
+
+def show_uncaught(kind: type, error: BaseException, trace) -> None:
+    """Prints a traceback, or for a Ctrl-C one word."""
+    if kind is KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
 
 
 def run(main: Callable[[], None]) -> None:

@@ -76,16 +76,27 @@ def mistake(capsys, script_name: str, *flags) -> str:
         ("train.py", "--learning-rate", "0", "must be a number above 0, not 0"),
         ("train.py", "--weight-decay", "-0.1", "must be a number of at least 0, not -0.1"),
         ("train.py", "--warmup-steps", "-5", "must be a whole number of at least 0, not -5"),
+        ("train.py", "--max-grad-norm", "inf", "must be a number below inf, not inf"),
         ("train.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("train.py", "--eval-limit", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--eval-every", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--save-every", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--max-new-tokens", "0", "must be a whole number of at least 1, not 0"),
+        ("train.py", "--max-new-tokens", "9999", "must be a whole number of at most 2,048, not 9"),
         ("train.py", "--max-length", "0", "must be a whole number of at least 1, not 0"),
         ("train.py", "--seed", "-1", "must be a whole number of at least 0, not -1"),
         ("train.py", "--validation", "1", "must be a number below 1, not 1"),
         ("train.py", "--dtype", "fp64", "invalid choice: 'fp64'"),
         ("train.py", "--dtype", "half", "invalid choice: 'half' (choose from "),
+        ("train.py", "--steps", "1" + 20 * "0", "must be a whole number of at most 2,147"),
+        ("train.py", "--batch-size", "1" + 18 * "0", "must be a whole number of at most 2,147"),
+        ("train.py", "--rank", "100000000", "must be a whole number of at most 10,240, not 1"),
+        ("train.py", "--alpha", "1e37", "must be a number of at most 1,000,000, not 1e37"),
+        ("train.py", "--epochs", "1e308", "must be a number of at most 1,000,000, not 1e308"),
+        ("train.py", "--learning-rate", "1e30", "must be a number of at most 1,000,000, not 1e30"),
+        ("train.py", "--targets", "q_proj,v_proj", "must be names separated by spaces, not q"),
+        ("train.py", "--device", "0", "must be cpu, cuda, or one GPU such as cuda:0, not '0'"),
+        ("train.py", "--device", "gpu", "must be cpu, cuda, or one GPU such as cuda:0, not 'gpu'"),
         ("train.py", "--push", "phi-2", "'phi-2' is not a repository on the Hub: owner/name"),
         ("eval.py", "--limit", "-1", "must be a whole number of at least 1, not -1"),
         ("eval.py", "--batch-size", "0", "must be a whole number of at least 1, not 0"),
@@ -114,13 +125,17 @@ def test_an_empty_text_is_no_value_of_a_flag_of_eval(capsys, flag):
     assert line.startswith(f"error: argument {flag}: must not be empty")
 
 
+def test_a_gradient_may_be_clipped_to_a_huge_norm_which_is_never():
+    assert parse("train.py", *TINY, "--max-grad-norm", "1e30").max_grad_norm == 1e30
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
         (["--rnak", 8], "unrecognized arguments: --rnak 8"),
         (["--lim", 8], "unrecognized arguments: --lim 8"),  # no abbreviations
         (["--steps", 5, "--epochs", 1], "not allowed with argument --steps"),
-        (["@no/such/file"], "[Errno 2] No such file or directory: 'no/such/file'"),
+        (["@no/such/file"], "[Errno 2] No such file or directory: 'no/such/file' (a value that b"),
     ],
 )
 def test_flags_that_cannot_be_are_named(capsys, flags, message):
@@ -158,6 +173,12 @@ def test_standard_input_is_for_one_process(monkeypatch, capsys):
 def test_a_premise_may_begin_with_a_dash_or_an_at_sign_behind_an_equals_sign(text):
     args = parse("eval.py", *TINY, f"--premise={text}", f"--hypothesis={text}")
     assert (args.premise, args.hypothesis) == (text, text)
+
+
+@pytest.mark.parametrize("text", ["-Nein.", "@Emma", "--hypothesis"])
+def test_the_error_about_any_other_says_how_it_is_typed(capsys, text):
+    line = mistake(capsys, "eval.py", *TINY, "--premise", text, "--hypothesis", "A.")
+    assert "(a value that begins with @ or - is typed as --flag=value)" in line
 
 
 # -----------------------------------------------------------------------------
@@ -270,12 +291,14 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
 
 
 def test_flags_come_from_a_file(tmp_path):
-    text = "# mine\n\n--rank=4\n  --targets fc1 fc2\n # more\n--out\nC:\\my#run\n"
-    (tmp_path / "flags").write_text(text + '--columns "my\\ rows" b \'c d\'\n')
-    args = parse("train.py", *TINY, f"@{tmp_path / 'flags'}", "--seed", 3)
+    text = "\ufeff# mine\n\n--rank=4\n  --targets fc1 fc2\n # more\n--out\nC:\\my#run\n"
+    text += '--columns "my\\ rows" b \'c \\ d\'\n--dataset "~/my rows"\n'
+    (tmp_path / "flags").write_text(text, encoding="utf-8")
+    args = parse("train.py", f"@{tmp_path / 'flags'}", "--model=tiny/model", "--seed", 3)
     assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
     assert args.out == Path("C:\\my#run")
-    assert args.columns == ["my\\ rows", "b", "c d"]
+    assert args.columns == ["my\\ rows", "b", "c \\ d"]
+    assert args.dataset == str(Path.home() / "my rows")
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
 
 
@@ -283,9 +306,22 @@ def test_nothing_in_such_a_file_is_left_out(capsys, tmp_path):
     (tmp_path / "flags").write_text("--rank 4 # low")
     line = mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
     assert "unrecognized arguments: # low" in line
-    (tmp_path / "flags").write_text("--out it's")
-    with pytest.raises(ValueError, match="No closing quotation"):
-        parse("train.py", f"@{tmp_path / 'flags'}")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"--seed=1\n--out=it's\n", """No closing quotation in "--out=it's";"""),
+        (b"--out=\xe9t\xe9\n", "'utf-8' codec can't decode byte 0xe9"),
+        (b"@flags\n", "maximum recursion depth"),
+    ],
+)
+def test_a_file_of_flags_that_cannot_be_read_is_one_line(
+    capsys, monkeypatch, tmp_path, content, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "flags").write_bytes(content)
+    assert f"cannot read an @FILE: {message}" in mistake(capsys, "train.py", "@flags")
 
 
 def test_a_pipe_of_flags_is_read_once(tmp_path):
@@ -310,6 +346,12 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
         parse("train.py", "--resume=~/run")
     with pytest.raises(ValueError, match=f"no adapter directory '{tmp_path}/run'"):
         parse("eval.py", "--adapter=~/run")
+
+
+def test_any_seed_is_one_that_torch_takes():
+    for seed in (2**32, 2**64 - 1, 10**40):
+        torch.manual_seed(parse("train.py", *TINY, "--seed", seed).seed)
+    assert parse("train.py", *TINY, "--seed", 2**32).seed == 2**32
 
 
 def test_all_linear_is_a_word_and_not_a_name():
@@ -694,6 +736,16 @@ def test_an_error_without_a_text_has_its_name():
     assert run_with(MemoryError()) == "error: MemoryError"
 
 
+def test_ctrl_c_while_libraries_are_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", None)  # to be put back
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli.answer_help(cli.train_parser)
+    sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert capsys.readouterr().err == "interrupted\n"
+    sys.excepthook(ZeroDivisionError, ZeroDivisionError("by 0"), None)
+    assert capsys.readouterr().err == "ZeroDivisionError: by 0\n"
+
+
 def test_of_several_processes_the_one_that_failed_is_named(monkeypatch):
     monkeypatch.setattr(processes, "COUNT", 2)
     monkeypatch.setattr(processes, "NUMBER", 1)
@@ -829,7 +881,7 @@ def test_a_script_ends_with_status_2_at_a_wrong_flag():
     done = script("eval.py", "--limit", -1)
     line = "error: argument --limit: must be a whole number of at least 1, not -1; "
     assert (done.returncode, done.stdout) == (MISTAKE, "")
-    assert done.stderr == line + "see eval.py --help\n"
+    assert done.stderr == line + "see python eval.py --help\n"
 
 
 # -----------------------------------------------------------------------------
@@ -844,7 +896,7 @@ def test_help_does_not_wait_for_torch(name):
         "finally: print('torch' in sys.modules, file=sys.stderr)"
     )
     done = script("-c", code, name, fresh=True)
-    assert done.stdout.startswith(f"usage: {name} ")
+    assert done.stdout.startswith(f"usage: python {name} ")
     assert done.stderr == "False\n"
 
 
@@ -853,7 +905,7 @@ def test_help_does_not_wait_for_torch(name):
 def test_a_script_starts_from_any_folder_in_pythons_safe_mode(tmp_path, name, option):
     done = script(option, ROOT / name, "--help", cwd=tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("usage: ")
+    assert done.stdout.startswith("usage: python ")
 
 
 def test_every_script_finds_the_project_before_it_imports_it():
