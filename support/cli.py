@@ -107,13 +107,13 @@ class Parser(argparse.ArgumentParser):
             self.error(f"cannot read an @FILE: {error}")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the words in a line of an @FILE: quotes are those of a shell, # is a comment."""
+        """Returns the words in a line of an @FILE, with the quotes and comments of a shell."""
         line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
-        if line.lstrip().startswith("#"):
-            return []
-        words = shlex.shlex(line, posix=True)
+        # Not by shlex, which also takes a # within a word for a comment. If this # is quoted, the
+        # quotation has no end, which is an error.
+        words = shlex.shlex(re.sub(r"(^|[ \t])#.*", "", line), posix=True)
+        words.commenters = ""
         words.whitespace_split = True
-        words.commenters = ""  # shlex would also take a # within a word for a comment
         words.escape = ""  # a backslash is a part of paths on Windows
         try:
             return list(words)
@@ -324,7 +324,7 @@ def check_pairs(parser: Parser, typed: dict) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads flags from a file, in which # begins a line of comment: "
+        epilog="@FILE reads flags from a file, in which # begins a comment: "
         + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
     flags.add_model_arguments(parser)

@@ -291,27 +291,22 @@ def test_the_notice_comes_after_the_arguments_are_checked(capsys):
 
 
 def test_flags_come_from_a_file(tmp_path):
-    text = "\ufeff# mine\n\n--rank=4\n  --targets fc1 fc2\n # more\n--out\nC:\\my#run\n"
-    text += '--columns "my\\ rows" b \'c \\ d\'\n--dataset "~/my rows"\n'
+    text = "\ufeff# mine\n\n--rank=4  # it's low\n  --targets fc1 fc2#\n # more\n"
+    text += '--out\nC:\\my#run\n--columns "my\\ rows" b \'c \\ d\'\n--dataset "~/my rows"\n'
     (tmp_path / "flags").write_text(text, encoding="utf-8")
     args = parse("train.py", f"@{tmp_path / 'flags'}", "--model=tiny/model", "--seed", 3)
-    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2"], 3)
+    assert (args.rank, args.targets, args.seed) == (4, ["fc1", "fc2#"], 3)
     assert args.out == Path("C:\\my#run")
     assert args.columns == ["my\\ rows", "b", "c \\ d"]
     assert args.dataset == str(Path.home() / "my rows")
     assert parse("train.py", "--debug", "@tiny/args").steps == 900
 
 
-def test_nothing_in_such_a_file_is_left_out(capsys, tmp_path):
-    (tmp_path / "flags").write_text("--rank 4 # low")
-    line = mistake(capsys, "train.py", f"@{tmp_path / 'flags'}")
-    assert "unrecognized arguments: # low" in line
-
-
 @pytest.mark.parametrize(
     "content, message",
     [
         (b"--seed=1\n--out=it's\n", """No closing quotation in "--out=it's";"""),
+        (b"--columns 'a #b' c d\n", """No closing quotation in "--columns 'a #b' c d";"""),
         (b"--out=\xe9t\xe9\n", "'utf-8' codec can't decode byte 0xe9"),
         (b"@flags\n", "maximum recursion depth"),
     ],

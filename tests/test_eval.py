@@ -459,8 +459,8 @@ def test_a_bad_line_is_named_once_those_before_it_are_answered(monkeypatch, caps
         (("--compare", "none"), "file or directory: 'none/predictions_validation_matched.jsonl'"),
         (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
         (("--premise", "A."), "--premise and --hypothesis go together"),
-        (("--out", "README.md"), "[Errno 17] File exists: 'README.md'"),
-        (("--out", "README.md/x"), "[Errno 20] Not a directory: 'README.md/x'"),
+        (("--out", "README.md"), f"[Errno 17] File exists: '{ROOT / 'README.md'}'"),
+        (("--out", "README.md/x"), f"[Errno 20] Not a directory: '{ROOT / 'README.md/x'}'"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arguments, message):
