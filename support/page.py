@@ -65,7 +65,7 @@ def write(
         unparsed_count=len(unparsed),
     )
     with files.replacing(directory / "report.html") as temporary:
-        # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode.
+        # A path on the command line may have bytes that are not UTF-8.
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 
