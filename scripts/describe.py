@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ids", type=flags.count_from_0, metavar="ROW",
         help="print only the tokens of this row of the first split, as the model sees them",
     )  # fmt: skip
-    return cli.parse_arguments(parser)
+    return cli.complete(parser, parser.typed())
 
 
 def describe_reading(dataset: str, split: str, reading: examples.Reading) -> None:

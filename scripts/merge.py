@@ -167,23 +167,27 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true",
         help="also merge an adapter of another prompt, tokenizer, base or quantisation")
     # fmt: on
-    return cli.parse_arguments(parser, check=check_arguments)
+    typed = parser.typed()
+    check_flags(parser, typed)
+    return cli.complete(parser, typed)
 
 
-def check_arguments(parser: cli.Parser, args: argparse.Namespace) -> None:
-    if args.requantize and args.into != "nf4":
+def check_flags(parser: cli.Parser, typed: dict) -> None:
+    """Rejects flags that do not go together."""
+    requantize = "requantize" in typed
+    into_nf4 = typed.get("into") == "nf4"
+    if requantize and not into_nf4:
         parser.error("--requantize goes with --into nf4")
-    if args.into == "nf4" and not args.requantize:
+    if into_nf4 and not requantize:
         raise ValueError(ERASED)
     for name in ("limit", "columns", "labels", "validation"):
-        if getattr(args, name) is not None and not args.is_dataset_typed:
+        if name in typed and "dataset" not in typed:
             parser.error(f"--{name} is for the accuracy on a --dataset")
-    check_merge_folder(args.out)
 
 
-def check_merge_folder(out: Path) -> None:
-    """Raises ValueError unless --out is a new or an empty directory."""
-    if out.is_file() or not claims.is_empty(out):
+def check_folder(out: Path) -> None:
+    """Raises ValueError unless --out, once claimed, is empty."""
+    if any(path.name != claims.LOCK for path in out.iterdir()):
         raise ValueError(f"{out} exists already: choose another --out, or remove it")
 
 
@@ -195,18 +199,17 @@ def evaluate(
     stage: str,
 ) -> dict[str, dict]:
     """Returns the statistics of each split."""
-    results = {}
-    for split, rows in splits.items():
-        title = f"{stage}, {split}"
-        results[split], _ = evaluation.evaluate(model, tokenizer, rows, protocol, title)
-    return results
+    return {
+        split: evaluation.evaluate(model, tokenizer, rows, protocol, f"{stage}, {split}")[0]
+        for split, rows in splits.items()
+    }
 
 
 def main() -> None:
     args = parse_arguments()
     device = processes.start(args.device)
     # No other process writes there until this one ends.
-    with claims.claimed(args.out, check_merge_folder):
+    with claims.claimed(args.out, check_folder):
         merge_run(args, device)
 
 
@@ -237,8 +240,7 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
 
     protocol = evaluation.Settings(max_length=args.max_length)
     before = evaluate(model, tokenizer, splits, protocol, "adapter")
-    dtype = evaluation.DTYPES[stored_as]
-    layers = merge(model, dtype, args.requantize, args.double_quant)
+    layers = merge(model, evaluation.DTYPES[stored_as], args.requantize, args.double_quant)
     after = evaluate(model, tokenizer, splits, protocol, "merged")
     cost = {
         "into": args.into or args.dtype,

@@ -213,9 +213,11 @@ def parse_arguments() -> argparse.Namespace:
     """Returns the arguments of train.py, and `gpu`."""
     parser = cli.train_parser("counts the memory that a run of train.py with these flags needs")
     parser.add_argument(
-        "--gpu", type=flags.number(float, above=0, most=flags.HUGE), metavar="GB",
+        "--gpu",
+        type=flags.number_above_0,
+        metavar="GB",
         help="memory of the card; counts what train.py chooses on it, and shows what fits",
-    )  # fmt: skip
+    )
     typed = parser.typed()
     device = typed.get("device", "cpu" if "gpu" not in typed else "cuda")
     if "gpu" in typed and not device.startswith("cuda"):
@@ -224,7 +226,7 @@ def parse_arguments() -> argparse.Namespace:
         # What train.py chooses on that card, not what it chooses on this machine. (A T4 gets fp16,
         # of the same size.)
         parser.set_defaults(model=cli.MODEL, device=device, dtype="bf16")
-    return cli.train_arguments(parser=parser)
+    return cli.complete_training(parser, typed)
 
 
 @dataclass

@@ -63,7 +63,7 @@ def replacing(run: Path) -> Iterator[Path]:
     args.json is copied too, so that eval.py knows the settings of the run.
     """
     folder = run / FOLDER
-    files.make_folder(folder)
+    folder.mkdir(exist_ok=True)
     files.remove_unfinished(folder)  # from a process that was killed while writing
     with files.replacing_files(folder) as temporary:
         yield temporary

@@ -4,6 +4,7 @@ A card is for other people, so it contains no path of this machine. A model or a
 directory is named only by the last part of its path.
 """
 
+import re
 from pathlib import Path, PureWindowsPath
 
 from support import files, hub, metrics, origin
@@ -18,17 +19,15 @@ SETTINGS = (
 )  # fmt: skip
 # --dtype, and the name in torch that the example on the card uses
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# What the example on the card loads the adapter from, until it is uploaded
+FOLDER = "path/to/this/folder"
 
 
-def card(directory: Path, prompt: str, repo: str | None = None) -> str:
+def card(directory: Path, prompt: str) -> str:
     """Returns the text of a run's README.md.
 
-    Args:
-        directory: the run; reads its args.json, adapter_config.json and results.json
-        prompt: the template that the adapter was trained with, for the example on the card
-        repo: owner/name on the Hub; without it the example loads "path/to/this/folder"
-
-    Raises ValueError if a file lacks an entry that train.py writes.
+    It says what the run's args.json, adapter_config.json and results.json hold. `prompt` is the
+    template that the adapter was trained with, for the example on the card.
     """
     directory = Path(directory)
     args = public_args(directory)
@@ -45,16 +44,15 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         value = args.get(key)
         if value is not None and value is not False:  # but a seed of 0 is shown
             settings[key] = value
-    name = repo or directory.resolve().name
     return render(
-        metadata=metadata(directory, args, config, results, name),
-        name=name,
+        metadata=metadata(directory, args, config, results),
+        name=directory.resolve().name,
         config=config,
         targets=targets,
         base=base,
         # A directory here means nothing to others, so the example has a placeholder.
         base_path=base if is_on_hub(base, directory) else f"path/to/{base}",
-        adapter_path=repo or "path/to/this/folder",
+        adapter_path=FOLDER,
         dataset=args["dataset"],
         # The results hold only for a base in 4 bits, so the example loads it in 4 bits.
         quantized=args["quant"] == "nf4",
@@ -62,9 +60,7 @@ def card(directory: Path, prompt: str, repo: str | None = None) -> str:
         dtype=DTYPES[args["dtype"]],
         prompt=prompt,
         stages=list(metrics.stages(results)),
-        # The card in the run's own folder always shows the picture. scripts/report.py may draw
-        # it later, and then push must not take the card for one that somebody has edited.
-        has_loss=repo is None or (directory / "loss.png").is_file(),
+        has_loss=(directory / "loss.png").is_file(),
         settings=settings | {"targets": targets},
         versions=args["versions"],
     )
@@ -98,7 +94,9 @@ def write_card(directory: Path, prompt: str) -> None:
 
 def public_args(directory: Path) -> dict:
     """Returns the settings and versions in args.json, and the dataset's public name."""
-    args = read_run_file(directory / "args.json", ("dataset", "quant", "dtype", "versions"))
+    args = files.read_json(directory / "args.json")
+    if "versions" not in args:
+        raise ValueError(f"{directory} is not a run of train.py: its args.json is another one")
     public = {key: args[key] for key in SETTINGS if key in args}
     return public | {
         "dataset": public_name(args["dataset"], directory),
@@ -108,19 +106,9 @@ def public_args(directory: Path) -> dict:
 
 def public_config(directory: Path) -> dict:
     """Returns adapter_config.json with the base model's public name."""
-    needed = ("base_model_name_or_path", "r", "lora_alpha", "target_modules")
-    config = read_run_file(directory / "adapter_config.json", needed)
+    config = files.read_json(directory / "adapter_config.json")
     base = public_name(config["base_model_name_or_path"], directory)
     return config | {"base_model_name_or_path": base}
-
-
-def read_run_file(path: Path, needed: tuple[str, ...]) -> dict:
-    """Returns the contents of a JSON file. Raises ValueError if a key in `needed` is missing."""
-    contents = files.read_json(path)
-    for key in needed:
-        if key not in contents:
-            raise ValueError(f"{path} is not as train.py writes it: it has no {key!r}")
-    return contents
 
 
 def public_name(name: str, directory: Path) -> str:
@@ -142,25 +130,32 @@ def is_on_hub(name: str, directory: Path) -> bool:
 
 def plain(value) -> str:
     """Returns a value as one line of Markdown, with ? for each character that could be markup."""
-    return "".join(
-        character if character.isalnum() or character in " ._-/+" else "?"
-        for character in str(value)
-    )
+    return re.sub(r"[^\w ./+-]", "?", str(value))
 
 
-# -----------------------------------------------------------------------------
-# What the Hub reads
-
-
-def metadata(directory: Path, args: dict, config: dict, results: dict, name: str) -> str:
+def metadata(directory: Path, args: dict, config: dict, results: dict) -> str:
     """Returns the YAML at the top of a card, which the Hub uses to list the model."""
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
     base = config["base_model_name_or_path"]
     dataset = args["dataset"]
     tags = ["lora", "nli"]
     if args["quant"] == "nf4":
         tags.append("qlora")
+    accuracies = [
+        EvalResult(
+            # one of the Hub's task names
+            task_type="text-classification",
+            dataset_type=dataset if is_on_hub(dataset, directory) else plain(dataset),
+            dataset_name=plain(dataset),
+            # MNLI is one of several datasets in GLUE.
+            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
+            dataset_split=plain(split),
+            metric_type="accuracy",
+            metric_value=result["accuracy"],
+        )
+        for split, result in results.get("finetuned", {}).items()
+    ]
     # None values are left out. The Hub turns base_model and datasets into links, so directories
     # are left out too.
     data = ModelCardData(
@@ -171,28 +166,7 @@ def metadata(directory: Path, args: dict, config: dict, results: dict, name: str
         metrics=["accuracy"],
         pipeline_tag="text-generation",
         tags=tags,
-        model_name=plain(name),
-        eval_results=evaluations(dataset, results, is_on_hub(dataset, directory)) or None,
+        model_name=plain(directory.resolve().name),
+        eval_results=accuracies or None,
     )
     return data.to_yaml()
-
-
-def evaluations(dataset: str, results: dict, on_hub: bool) -> list:
-    """Returns the accuracy of each split after fine-tuning, in the Hub's form."""
-    from huggingface_hub import EvalResult
-
-    return [
-        EvalResult(
-            # one of the Hub's task names
-            task_type="text-classification",
-            task_name="Natural language inference",
-            dataset_type=dataset if on_hub else plain(dataset),
-            dataset_name=plain(dataset),
-            # MNLI is one of several datasets in GLUE.
-            dataset_config="mnli" if dataset == "nyu-mll/glue" else None,
-            dataset_split=plain(split),
-            metric_type="accuracy",
-            metric_value=result["accuracy"],
-        )
-        for split, result in results.get("finetuned", {}).items()
-    ]

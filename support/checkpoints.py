@@ -26,22 +26,14 @@ def find(
     to download. Raises ValueError if there is no such model, or if its config.json does not
     describe a supported phi model.
     """
-    directory = Path(name)
-    if directory.is_file():
-        raise ValueError(f"{name} is a file: pass the folder that it is in")
-    is_here = directory.is_dir()
-    if is_here:
-        hub.refuse_revision("model", name, revision)
-    else:
-        # Only this file at first, because the model may be of a kind that is not supported.
-        directory = hub.download("model", name, ("config.json",), revision)
-
+    # Only this file at first, because the model may be of a kind that is not supported.
+    directory = hub.find("model", name, ("config.json",), revision)
     path = directory / "config.json"
     if not path.is_file():
         raise ValueError(f"{directory} is not a model directory: it has no config.json")
     check_quantization(path)
     read_config(directory)
-    return directory if is_here else hub.download("model", name, patterns, revision)
+    return hub.find("model", name, patterns, revision)
 
 
 def hub_commit(name: str, directory: Path) -> str | None:

@@ -9,13 +9,14 @@ Neither --help nor a mistake has to wait for it.
 """
 
 import argparse
-import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from support import (
     best,
@@ -32,6 +33,7 @@ from support import (
     resume,
 )
 from support.letters import printable
+from support.stopping import discard_closed_outputs
 
 ROOT = commands.ROOT
 MODEL = "microsoft/phi-2"
@@ -42,12 +44,6 @@ NOTICE = """\
 no CUDA device and no --model: taking tiny/args (a model of 3 M parameters, its
 data, learning rate and steps) for what is not given.
 For phi-2: --model microsoft/phi-2 --dataset nyu-mll/glue"""
-
-# Of an @FILE's line the part before a # comment. Quotes and backslashes may precede # and blanks.
-BEFORE_COMMENT = re.compile(r"""(?:[ \t]*(?!#)(?:\\.|'[^']*'|"(?:\\.|[^"\\])*"|[^ \t])+)*""")
-# The same on Windows, where a backslash is a part of a path.
-ON_WINDOWS = os.name == "nt"
-BEFORE_COMMENT_ON_WINDOWS = re.compile(r"""(?:[ \t]*(?!#)(?:'[^']*'|"[^"]*"|[^ \t])+)*""")
 
 # Arguments of a training that are also defaults when its adapter is evaluated or merged.
 OF_AN_ADAPTER = (
@@ -83,13 +79,13 @@ class HelpFormatter(argparse.HelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser without abbreviations, with @FILE for flags from a file, and --debug.
 
-    An @FILE contains words and # comments as in a shell. A mistake gives one line on stderr and
-    exit status 2.
+    A mistake gives one line on stderr and exit status 2.
     """
 
     def __init__(self, description: str, **options):
+        script = commands.from_here(Path(sys.argv[0]))
         super().__init__(
-            prog=command_name(),
+            prog=f"python {commands.quoted(script)}",
             description=description,
             formatter_class=HelpFormatter,
             fromfile_prefix_chars="@",
@@ -104,44 +100,25 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_known_args(self, args=None, namespace=None):
-        words = self.with_paths(sys.argv[1:] if args is None else args)
         # argparse reports an @FILE that it cannot open in one line, but not these errors.
         try:
-            return super().parse_known_args(words, namespace)
-        except UnicodeDecodeError as error:
-            self.error(f"an @FILE is not UTF-8: {error}")
-        except RecursionError:
-            self.error("an @FILE includes itself")
+            return super().parse_known_args(args, namespace)
+        except (ValueError, RecursionError) as error:  # not UTF-8; it includes itself
+            self.error(f"cannot read an @FILE: {error}")
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        """Returns the words in a line of an @FILE."""
+        """Returns the words in a line of an @FILE, with the quotes and comments of a shell."""
         line = line.removeprefix("\ufeff")  # which editors on Windows put at the start of a file
-        pattern = BEFORE_COMMENT_ON_WINDOWS if ON_WINDOWS else BEFORE_COMMENT
-        words = shlex.shlex(pattern.match(line)[0], posix=True)
+        # Not by shlex, which also takes a # within a word for a comment. If this # is quoted, the
+        # quotation has no end, which is an error.
+        words = shlex.shlex(re.sub(r"(^|[ \t])#.*", "", line), posix=True)
+        words.commenters = ""
         words.whitespace_split = True
-        words.commenters = ""  # shlex would also take a # within a word for a comment
-        if ON_WINDOWS:
-            words.escape = ""
+        words.escape = ""  # a backslash is a part of paths on Windows
         try:
-            return self.with_paths(words)
+            return list(words)
         except ValueError as error:
-            cure = "; no line needs a \\ at its end" if line.endswith("\\") else ""
-            self.error(f"cannot read the flags in {line!r} of an @FILE: {error}{cure}")
-
-    def with_paths(self, words: Iterable[str]) -> list[str]:
-        """Returns words with the home folder in @~/FILE: shells expand ~ only where a word begins.
-
-        Refuses a pipe, because an @FILE is read more than once.
-        """
-        found = []
-        for word in words:
-            if word.startswith("@"):
-                path = os.path.expanduser(word[1:])
-                if os.path.exists(path) and not os.path.isfile(path):
-                    self.error(f"{word}: @ needs a file, not a pipe or a folder")
-                word = f"@{path}"
-            found.append(word)
-        return found
+            raise ValueError(f"{error} in {line!r}") from None
 
     def error(self, message: str):
         if message.startswith("[Errno") or "expected one argument" in message:
@@ -152,13 +129,17 @@ class Parser(argparse.ArgumentParser):
 
     def typed(self, argv: list[str] | None = None) -> dict:
         """Returns the arguments given on the command line, without any default."""
-        return not_none(self.parse_args(argv, self.nothing()))
-
-    def nothing(self) -> argparse.Namespace:
-        """Returns a namespace in which no default is filled in."""
         # argparse leaves an attribute that already exists as it is, even if it is None.
-        # It has no public list of a parser's arguments, hence _actions here and below.
-        return argparse.Namespace(**{action.dest: None for action in self._actions})
+        nothing = argparse.Namespace(**dict.fromkeys(self.defaults()))
+        values = vars(self.parse_args(argv, nothing))
+        return {name: value for name, value in values.items() if value is not None}
+
+    def defaults(self) -> dict:
+        """Returns the default of each argument."""
+        # argparse has no public list of a parser's arguments, hence _actions here and below.
+        defaults = {action.dest: action.default for action in self._actions}
+        del defaults["help"]
+        return defaults
 
     def check_saved(self, values: dict, source: Path) -> dict:
         """Returns those values from a JSON file that are arguments of this parser, as if typed.
@@ -177,149 +158,99 @@ class Parser(argparse.ArgumentParser):
         return saved
 
 
-def command_name() -> str:
-    """Returns the command of this script: "python train.py", "python -m scripts.merge"."""
-    # With -m too, argv[0] is the path of the script.
-    return f"python {commands.quoted(*commands.name_of(Path(sys.argv[0]).absolute()))}"
-
-
-def not_none(args: argparse.Namespace) -> dict:
-    """Returns the arguments that have a value."""
-    return {name: value for name, value in vars(args).items() if value is not None}
-
-
 def as_typed(action: argparse.Action, value):
     """Returns a value from JSON as `action` would read it from a command line.
 
     Raises ValueError or ArgumentTypeError, without the flag's name, if the value is invalid.
     """
-    if value is None and action.default is None:  # it was not given
-        return None
-    if action.nargs == 0:  # a flag that is on or off
-        return require(value, bool, "true or false")
-    if action.nargs in ("+", 3):
-        if isinstance(value, str):  # --targets all-linear is saved as one string
-            return [value]
-        values = require(value, list, "a list")
-        return [action.type(require(item, str, "text")) for item in values]
+    # It was not given, or is a flag that is on or off.
+    if (value is None and action.default is None) or action.nargs == 0:
+        return value
+    if action.nargs:  # several values; --targets all-linear is saved as one
+        items = value if isinstance(value, list) else [value]
+        return [action.type(str(item)) for item in items]
     # Converted to a string first, so that the flag's own check decides what is valid.
     typed = action.type(str(value)) if action.type else str(value)
-    if isinstance(typed, str | Path):
-        require(value, str, "text")
     if action.choices and typed not in action.choices:
         raise ValueError(f"must be one of {', '.join(action.choices)}, not {typed}")
     return typed
-
-
-def require(value, kind: type, name: str):
-    """Returns the value if it is of this type. Raises ValueError otherwise."""
-    if not isinstance(value, kind):
-        raise ValueError(f"must be {name}, not {value!r}")
-    return value
 
 
 # -----------------------------------------------------------------------------
 # Defaults from a run, from tiny/args, and from the machine
 
 
-def parse_arguments(
-    parser: Parser,
-    argv: list[str] | None = None,
-    check: Callable[[Parser, argparse.Namespace], None] | None = None,
-) -> argparse.Namespace:
-    """Returns the arguments of a command line with --model and --dataset, with all defaults.
+def complete(parser: Parser, typed: dict) -> argparse.Namespace:
+    """Returns the arguments of a command line with --model, with all defaults.
 
-    With --adapter, the arguments of the adapter's training become defaults. `check` may reject
-    arguments that do not go together; it is called before any notice is printed.
+    With --adapter, the arguments of the adapter's training become defaults. Raises ValueError if
+    nothing names a model and there is a GPU that torch cannot use.
     """
-    # First pass: the flags that are given decide where the defaults come from.
-    typed = parser.typed(argv)
+    given = typed
     source = None  # where the adapter comes from
     if "adapter" in typed:
         adapter = hub.find_adapter(typed["adapter"])
-        defaults, source = adapter_defaults(parser, adapter, typed)
-        if "model" not in typed | defaults:
+        saved, source = adapter_defaults(parser, adapter, typed)
+        given = saved | typed | {"adapter": adapter}
+        if "model" not in given:
             raise ValueError(f"{adapter} does not name its base model; pass --model")
-        parser.set_defaults(**defaults)
-    embedded = embedded_defaults(parser, typed)
-    parser.set_defaults(**embedded)
+    values = parser.defaults() | given
 
-    # Second pass: the same command line, with these defaults.
-    args = parser.parse_args(argv)
-    if "adapter" in typed:
-        args.adapter = adapter
+    # scripts.describe computes nothing, and has no --device.
+    unused = gpu.unusable() if values.get("device", "none") is None else None
+    notice = f"this runs on the CPU: {unused}" if unused else None
+    if values["model"] is None and not has_gpu():
+        if unused:
+            raise ValueError(f"{unused}; or --device cpu, which takes the small model in tiny/")
+        values |= embedded_defaults(parser) | given
+        notice = NOTICE
+
+    fill_in(values)
+    args = argparse.Namespace(**values)
     if "adapter" in args:
         args.origin = source
         args.is_dataset_typed = "dataset" in typed
-    fill_in(args)
-    if check:
-        check(parser, args)
-    unused = None if embedded else unused_gpu(parser, typed)
-    notice = f"this runs on the CPU: {unused}" if unused else NOTICE
-    if processes.IS_FIRST and (embedded or unused):
-        print(notice, file=sys.stderr)
-    # The dtype may come from a run or an adapter of another machine.
-    if processes.IS_FIRST and "dtype" in args:
-        warn_of_emulation(args.dtype, args.device)
+    if processes.IS_FIRST:
+        print_notices(args, notice)
     return args
 
 
-def warn_of_emulation(dtype: str, device: str) -> None:
-    """Prints a warning if the device has no instructions for --dtype."""
-    if not machine.emulates(dtype, device):
-        return
-    print(
-        f"{device} has no instructions for {dtype}: the results are right, but come more "
-        f"slowly than with --dtype {machine.fast_dtype(device)}",
-        file=sys.stderr,
-    )
+def print_notices(args: argparse.Namespace, notice: str | None) -> None:
+    """Prints a notice, and a warning if the device has no instructions for --dtype."""
+    if notice:
+        print(notice, file=sys.stderr)
+    # The dtype may come from a run or an adapter of another machine.
+    if "dtype" in args and machine.emulates(args.dtype, args.device):
+        print(
+            f"{args.device} has no instructions for {args.dtype}: the results are right, but come "
+            f"more slowly than with --dtype {machine.fast_dtype(args.device)}",
+            file=sys.stderr,
+        )
 
 
-def embedded_defaults(parser: Parser, typed: dict) -> dict:
-    """Returns the defaults in tiny/args if nothing names a model and there is no GPU for phi-2.
-
-    Otherwise returns no defaults. The paths are relative to the current directory. Raises
-    ValueError if there is a GPU that torch cannot use.
-    """
-    if "model" in typed or parser.get_default("model") is not None:
-        return {}
-    import torch
-
-    if torch.cuda.is_available():
-        return {}
-    reason = unused_gpu(parser, typed)
-    if reason:
-        raise ValueError(f"{reason}; or --device cpu, which takes the small model in tiny/")
-    # The file is written for train.py; other scripts do not have all of its flags.
-    known, _ = parser.parse_known_args([f"@{ROOT / 'tiny' / 'args'}"], parser.nothing())
-    values = not_none(known)
+def embedded_defaults(parser: Parser) -> dict:
+    """Returns those flags in tiny/args that a parser has, with paths from the current folder."""
+    values = train_parser().typed([f"@{ROOT / 'tiny' / 'args'}"])
     for name in ("model", "dataset"):
         values[name] = commands.from_here(ROOT / values[name])
-    return values
+    return {name: value for name, value in values.items() if name in parser.defaults()}
 
 
-def unused_gpu(parser: Parser, typed: dict) -> str | None:
-    """Returns a message if there is a GPU that torch cannot use, unless --device is given."""
-    has_device = "device" in parser.nothing()  # describe.py computes nothing
-    if not has_device or "device" in typed or parser.get_default("device") is not None:
-        return None
-    return gpu.unusable()
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(values: dict) -> None:
     """Fills in the defaults that depend on the machine."""
-    # Not defaults of the parser, because embedded_defaults checks whether anything names a model.
-    if args.model is None:
-        args.model = MODEL
-    if args.dataset is None:
-        args.dataset = DATASET
-    # Some scripts have no --device and no --dtype.
-    if "device" in args and args.device is None:
-        import torch
-
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if "dtype" in args and args.dtype is None:
-        args.dtype = machine.fast_dtype(args.device)
+    # Not defaults of the parser, because complete() asks whether anything names a model.
+    values["model"] = values["model"] or MODEL
+    if "dataset" in values:
+        values["dataset"] = values["dataset"] or DATASET
+    if "device" in values:
+        values["device"] = values["device"] or ("cuda" if has_gpu() else "cpu")
+        values["dtype"] = values["dtype"] or machine.fast_dtype(values["device"])
 
 
 def adapter_defaults(
@@ -363,25 +294,27 @@ def eval_parser() -> Parser:
 
 def eval_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Returns the arguments of eval.py."""
-    return parse_arguments(eval_parser(), argv, check_eval)
+    parser = eval_parser()
+    typed = parser.typed(argv)
+    check_pairs(parser, typed)
+    return complete(parser, typed)
 
 
-def check_eval(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together, and an --out that already holds results."""
-    if (args.premise is None) != (args.hypothesis is None):
+def check_pairs(parser: Parser, typed: dict) -> None:
+    """Rejects flags that do not go together with pairs that have no label."""
+    is_pair = "premise" in typed
+    are_lines = typed.get("dataset") == "-"
+    if is_pair != ("hypothesis" in typed):
         parser.error("--premise and --hypothesis go together")
-    if args.dataset == "-" and args.premise is not None:
+    if is_pair and are_lines:
         parser.error("--premise is one pair, --dataset - reads pairs from standard input")
-    if args.dataset == "-" and processes.COUNT > 1:
+    if are_lines and processes.COUNT > 1:
         # Each process would read a part of the lines, and some lines would be torn apart.
         parser.error("--dataset - is for one process: start python eval.py, not torchrun")
-    if args.dataset == "-" or args.premise is not None:
-        # These flags are for rows with labels, and a typed pair has no label.
+    if is_pair or are_lines:
         for name in ("out", "compare", "split", "limit", "columns", "labels", "validation"):
-            if getattr(args, name) is not None:
+            if name in typed:
                 parser.error(f"--{name} is for a dataset, not for --premise or --dataset -")
-    if args.out:
-        check_out(args.out)
 
 
 # -----------------------------------------------------------------------------
@@ -391,7 +324,7 @@ def check_eval(parser: Parser, args: argparse.Namespace) -> None:
 def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") -> Parser:
     parser = Parser(
         description,
-        epilog="@FILE reads flags from a file, written as in a shell: "
+        epilog="@FILE reads flags from a file, in which # begins a comment: "
         + commands.command("train.py", f"@{commands.from_here(ROOT / 'tiny' / 'args')}"),
     )
     flags.add_model_arguments(parser)
@@ -402,16 +335,19 @@ def train_parser(description: str = "LoRA over a frozen phi-2 in NF4, on MNLI") 
     return parser
 
 
-def train_arguments(
-    argv: list[str] | None = None, parser: Parser | None = None
-) -> argparse.Namespace:
-    """Returns the arguments of train.py: for a new run, or for the run that it resumes.
+def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the arguments of train.py."""
+    parser = train_parser()
+    return complete_training(parser, parser.typed(argv))
+
+
+def complete_training(parser: Parser, typed: dict) -> argparse.Namespace:
+    """Returns the arguments of a training: of a new run, or of the run that it resumes.
 
     `targets` is a list of names or the string "all-linear". Either `steps` or `epochs` is None.
     `out` is None if a new run should get a new folder in out/, with the name from `new_name`.
     """
-    parser = parser or train_parser()
-    typed = parser.typed(argv)
+    given = typed
     run = run_to_resume(parser, typed)
     if run:
         arguments = resume.saved_arguments(run)
@@ -420,9 +356,10 @@ def train_arguments(
         # A restart by torchrun repeats the run's own arguments: those do not count as typed.
         others = {name: value for name, value in typed.items() if value != saved.get(name)}
         source = origin.origin(run, arguments, saved)
-        parser.set_defaults(**origin.locate(saved, source, others))
-        parser.set_defaults(resume=run, out=run)
-    args = parse_arguments(parser, argv, check_train)
+        given = origin.locate(saved, source, others) | typed | {"resume": run, "out": run}
+    if given.get("keep_best") and not given.get("eval_every"):
+        parser.error("--keep-best needs --eval-every, which says when to evaluate")
+    args = complete(parser, given)
     # --steps excludes --epochs. argparse only checks this for flags that are typed, not for
     # defaults that come from a run or from tiny/args.
     if "epochs" in typed:
@@ -474,19 +411,8 @@ def as_text(value) -> str:
     return " ".join(value) if isinstance(value, list) else str(value)
 
 
-def check_train(parser: Parser, args: argparse.Namespace) -> None:
-    """Rejects flags that do not go together, and a new run that would overwrite another one."""
-    if args.keep_best and not args.eval_every:
-        parser.error("--keep-best needs --eval-every, which says when to evaluate")
-    # Only the first process checks this, because only it writes to the folder.
-    if processes.IS_FIRST and args.out and not args.resume:
-        check_out(args.out)
-
-
 def check_out(out: Path) -> None:
     """Raises ValueError if a new run or evaluation would overwrite what --out contains."""
-    if out.is_file():
-        raise ValueError(f"--out {out} is a file: pass a folder")
     if (out / "args.json").exists():
         raise ValueError(
             f"{out} holds a run already: choose another --out, or resume it: "
@@ -500,13 +426,9 @@ def check_out(out: Path) -> None:
 
 def new_name(args: argparse.Namespace) -> str:
     """Returns the name of a new run. It includes the time, so it is unique to the second."""
-    parts = (
-        Path(args.model).resolve().name,  # "." has a name too
-        Path(args.dataset).resolve().name,
-        f"r{args.rank}",
-        time.strftime("%Y%m%d-%H%M%S"),
-    )
-    return "-".join(parts)
+    model = Path(args.model).resolve().name  # "." has a name too
+    dataset = Path(args.dataset).resolve().name
+    return f"{model}-{dataset}-r{args.rank}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def as_json(args: argparse.Namespace) -> dict:
@@ -550,10 +472,8 @@ def run(main: Callable[[], None]) -> None:
         main()
     except KeyboardInterrupt as interruption:
         sys.exit(str(interruption) or "interrupted")
-    except BrokenPipeError:
-        # The reader of standard output is gone, as after `| head`. Python flushes it once more
-        # when it exits, and would then print a second error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of standard output is gone, as after `| head`
+        discard_closed_outputs()
         sys.exit(1)
     except Exception as error:
         # From sys.argv, because the error may come before the arguments are parsed.
@@ -563,15 +483,9 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare_outputs() -> None:
-    """Makes standard output and standard error write UTF-8, line by line.
-
-    If one of them is closed, what is written to it is discarded.
-    """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed, as by >&-
-            setattr(sys, name, open(os.devnull, "w"))
-        stream = getattr(sys, name)
-        if hasattr(stream, "reconfigure"):
+    """Makes standard output and standard error write UTF-8, line by line."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not closed, and not a notebook's
             # UTF-8 whatever the locale is; JSON can hold what backslashreplace writes. By default
             # Python buffers files and pipes in blocks: a log would stay empty for minutes.
             stream.reconfigure(
@@ -581,9 +495,7 @@ def prepare_outputs() -> None:
 
 def is_users(error: Exception) -> bool:
     """Returns whether the user can correct an error. Any other error is a bug."""
-    if type(error).__name__ == "SafetensorError":  # by name, so that nothing is imported here
-        return True
-    kinds = (ValueError, OSError, OverflowError)
+    kinds = (ValueError, OSError, OverflowError, SafetensorError)
     return isinstance(error, kinds) or full_memory.is_out_of_memory(error)
 
 

@@ -11,19 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def command(script: str, *words, program: str = "python") -> str:
-    """Returns the command line that runs "eval.py" or "scripts.push", say, with these words."""
-    path = ROOT / script
-    if script.startswith("scripts."):
-        path = ROOT / "scripts" / f"{path.suffix.removeprefix('.')}.py"
-    return f"{program} {quoted(*name_of(path), *words)}"
-
-
-def name_of(path: Path) -> list[str]:
-    """Returns the words that follow "python" to run a script."""
-    # -m only finds the package scripts in the current folder.
-    if path.parent.name == "scripts" and from_here(path.parent.parent) == ".":
-        return ["-m", f"scripts.{path.stem}"]
-    return [from_here(path)]
+    """Returns the command line that runs "eval.py" or "scripts/push.py", say, with these words."""
+    return f"{program} {quoted(from_here(ROOT / script), *words)}"
 
 
 def resume(run: Path) -> str:
@@ -38,9 +27,5 @@ def quoted(*words) -> str:
 
 
 def from_here(path: Path) -> str:
-    """Returns the path relative to the current folder or the path as it is, the shorter one."""
-    try:
-        relative = os.path.relpath(path)
-    except (ValueError, OSError):  # another drive on Windows, or a folder that was removed
-        return str(path)
-    return min(relative, str(path), key=len)
+    """Returns the path, relative to the current folder if it is in it."""
+    return str(path).removeprefix(f"{os.getcwd()}{os.sep}")

@@ -16,30 +16,33 @@ class Extras:
 
     def __init__(self):
         self.failed = []
-        self.said = set()  # lines already printed; a page is written many times and may fail each
 
     @contextmanager
     def attempt(self, what: str) -> Iterator[None]:
-        """Turns an error in its body into one line on stderr, and with --debug a traceback."""
+        """Turns an error in its body into one line on stderr, and with --debug a traceback.
+
+        A page is written many times: if it fails each time, one line says so.
+        """
         try:
             yield
-            if what in self.failed:
-                self.failed.remove(what)
         # Any error of any library: a bug in a drawing library must not cost a finished run.
         except Exception as error:
-            if what not in self.failed:
-                self.failed.append(what)
             if "--debug" in sys.argv:
                 traceback.print_exc()
-            # Some libraries raise errors of several lines, and some without a message.
-            reason = " ".join(str(error).split()) or type(error).__name__
-            if isinstance(error, ModuleNotFoundError):  # matplotlib or wandb
-                reason += f": pip install {error.name}"
-            line = f"error: {what}: {reason}"
-            if line in self.said:
-                return
-            self.said.add(line)
-            try:
-                print(line, file=sys.stderr, flush=True)
-            except OSError:
-                discard_closed_outputs()
+            if what not in self.failed:
+                self.failed.append(what)
+                say(what, error)
+        else:
+            if what in self.failed:
+                self.failed.remove(what)
+
+
+def say(what: str, error: Exception) -> None:
+    # Some libraries raise errors of several lines, and some without a message.
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):  # matplotlib or wandb
+        reason += f": pip install {error.name}"
+    try:
+        print(f"error: {what}: {reason}", file=sys.stderr, flush=True)
+    except OSError:
+        discard_closed_outputs()

@@ -86,7 +86,7 @@ def recorded_quantization(adapter: Path) -> dict[str, str | bool]:
 
 
 def digest_weights(weight_files: list[Path]) -> str:
-    """Returns a digest of the names of all tensors and of each tensor's first values.
+    """Returns a digest of the names of all tensors and of each one's first values, up to 64.
 
     Fine-tuning changes the first row of nearly every tensor, so this distinguishes two models,
     and it reads only a few megabytes.
@@ -96,7 +96,9 @@ def digest_weights(weight_files: list[Path]) -> str:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():
                 # A slice reads only its part of the file, not the whole tensor.
-                rows[key] = first_values(file.get_slice(key))
+                values = file.get_slice(key)[:1].flatten()[:64]
+                # numpy has no bf16; fp32 represents every bf16 and fp16 value exactly.
+                rows[key] = values.float().numpy().tobytes()
     # Sorted by name, so that it does not matter how a model is split into files.
     return digest(b"".join(key.encode() + rows[key] for key in sorted(rows)))
 
@@ -118,12 +120,6 @@ def digest_rows(*splits: "Rows") -> str:
                 content.update(compute.binary_join(one_list, "\0")[0].as_buffer())
                 content.update(b"\0")
     return content.hexdigest()[:16]
-
-
-def first_values(tensor) -> bytes:
-    """Returns up to 64 values from a tensor's first row, as fp32 bytes."""
-    # numpy has no bf16; fp32 represents every bf16 and fp16 value exactly.
-    return tensor[:1].flatten()[:64].float().numpy().tobytes()
 
 
 def digest(content: bytes) -> str:

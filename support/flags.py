@@ -99,13 +99,10 @@ def target(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """Returns the name of a device in torch's form, and cpu for cpu:0.
-
-    Whether the device exists is checked later.
-    """
-    if not re.fullmatch(r"[a-z]+(:\d+)?", text.lower()) or text.lower().startswith("gpu"):
+    """Returns the name of a device. Whether the device exists is checked later."""
+    if not re.fullmatch(r"cpu|(cuda|mps)(:\d+)?", text):
         raise ArgumentTypeError(f"must be cpu, cuda, or one GPU such as cuda:0, not {text!r}")
-    return re.sub(r"^cpu:\d+$", "cpu", text.lower())
+    return text
 
 
 # -----------------------------------------------------------------------------

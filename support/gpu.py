@@ -7,7 +7,6 @@ torch takes seconds to import, so only the functions that need it import it.
 """
 
 import os
-import shutil
 import subprocess
 
 # The quotes work in bash, cmd and PowerShell. --force-reinstall, because otherwise pip considers
@@ -24,19 +23,22 @@ def unusable() -> str | None:
 
     Returns None if torch finds a CUDA device, if there is no GPU, or if the user has hidden it.
     """
-    if shutil.which("nvidia-smi") is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return None
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return None
     name = listed_by_driver()
     if name is None:
         return None
     if torch.version.cuda is None:
         return f"there is a GPU ({name}), and this torch is for CPUs: {INSTALL.format(NEWEST)}"
+    reason = ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(".")[0]  # without its advice
     return (
-        f"there is a GPU ({name}), and torch cannot use it ({reason()}): update its driver for "
+        f"there is a GPU ({name}), and torch cannot use it ({reason}): update its driver for "
         f"CUDA {torch.version.cuda}, or {INSTALL.format(OLDEST)}"
     )
 
@@ -51,17 +53,6 @@ def listed_by_driver() -> str | None:
     name = done.stdout.decode(errors="replace").strip().partition("\n")[0]
     # Some drivers print this message instead of a name, without an error status.
     return None if name in ("", "No devices were found") else name
-
-
-def reason() -> str:
-    """Returns torch's own explanation why there is no CUDA device, without its advice."""
-    import torch
-
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:
-        return str(error).partition(".")[0]
-    return "no CUDA device"
 
 
 def cure(error: Exception, device: str) -> str:

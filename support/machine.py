@@ -67,10 +67,9 @@ def cpu_computes(dtype: str) -> bool:
 
 def emulates(dtype: str, device: str) -> bool:
     """Returns whether a device has no instructions for a --dtype, so that it is slow."""
-    if device.startswith("cpu"):
-        return dtype != "fp32" and not cpu_computes(dtype)
-    # A GPU without tensor cores for fp16 still has instructions for fp16.
-    return device.startswith("cuda") and dtype == "bf16" and dtype_of_gpu(device) != "bf16"
+    if dtype == "fp16":  # for which every GPU has instructions
+        return device.startswith("cpu") and not cpu_computes(dtype)
+    return dtype == "bf16" and fast_dtype(device) != "bf16"
 
 
 def environment(device: torch.device) -> dict:

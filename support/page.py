@@ -52,7 +52,7 @@ def write(run: Record, is_under_way: bool = False) -> None:
         unparsed_count=len(unparsed),
     )
     with files.replacing(run.folder / "report.html") as temporary:
-        # A tokenizer can produce half of a surrogate pair, which UTF-8 cannot encode.
+        # A path on the command line may have bytes that are not UTF-8.
         temporary.write_text(page, encoding="utf-8", errors="replace")
 
 

@@ -78,8 +78,8 @@ class RunLog:
         saved = files.read_json(path) if self.args.resume and path.is_file() else {}
         record = self.state.arguments | machine.environment(self.device)
         record["total_steps"] = self.state.steps
-        script = commands.name_of(Path(sys.argv[0]).absolute())
-        command = f"{processes.COMMAND} {commands.quoted(*script, *sys.argv[1:])}"
+        script = commands.from_here(Path(sys.argv[0]).absolute())
+        command = f"{processes.COMMAND} {commands.quoted(script, *sys.argv[1:])}"
         record["command"] = saved.get("command", command)
         if processes.TORCHRUN:
             record["torchrun"] = processes.TORCHRUN
@@ -311,7 +311,7 @@ class RunLog:
         if "the predictions" in failed:
             self.say(f"to write all of them again: {commands.resume(self.folder)}")
         elif "the pictures" in failed or "report.html" in failed:
-            again = commands.command("scripts.report", self.folder)
+            again = commands.command("scripts/report.py", self.folder)
             self.say(f"to make the pictures and report.html again: {again}")
         pair = ("--premise", "...", "--hypothesis", "...")
         self.say(f"try: {commands.command('eval.py', '--adapter', self.folder, *pair)}")

@@ -7,14 +7,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from support import card, commands, files, hub
+from support import card, commands, files
 
 # The files that a run must have to be useful to others.
 NEEDED = ("adapter_model.safetensors", "adapter_config.json", "args.json")
 # Files without paths and rows of the data. Those that exist are copied as they are.
 COPIED = ("adapter_model.safetensors", "results.json", "metrics.jsonl", "loss.png")
-# Everything that may be uploaded. The first three are written for the upload.
-UPLOADED = ("README.md", "adapter_config.json", "args.json", *COPIED)
 
 
 def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
@@ -43,7 +41,7 @@ def push(directory: Path, repo: str, prompt: str, private: bool = False) -> str:
                 api.upload_folder(
                     repo_id=repo, folder_path=folder, commit_message="A FLoRA adapter"
                 )
-        except hub.errors() as error:  # a refusal is an OSError, a bad card a ValueError
+        except Exception as error:  # any error of the Hub's libraries, as in support/hub.py
             raise ValueError(failure(error, directory, repo, private)) from None
     if is_public:
         raise ValueError(f"{repo} already exists and is public: nothing was uploaded")
@@ -59,29 +57,25 @@ def stage(directory: Path, repo: str, prompt: str, folder: Path) -> None:
     files.write_json(folder / "args.json", card.public_args(directory))
     files.write_json(folder / "adapter_config.json", card.public_config(directory))
 
-    # The run's card does not have the repository's name, so a new card is written.
+    # Somebody may have edited the card, and best/ and runs that were stopped have none.
     readme = directory / "README.md"
-    written = card.card(directory, prompt)
-    if readme.is_file() and readme.read_text(encoding="utf-8") != written:
-        shutil.copy(readme, folder)  # somebody has edited it, so it is uploaded unchanged
+    if readme.is_file():
+        text = readme.read_text(encoding="utf-8")
     else:
-        text = card.card(directory, prompt, repo)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        text = card.card(directory, prompt)
+    text = text.replace(card.FOLDER, repo)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def failure(error: Exception, directory: Path, repo: str, private: bool) -> str:
     """Returns a one-line message about a failed upload, with the cure."""
     # The Hub's errors have several lines; the first one says what happened.
-    lines = str(error).splitlines() or [""]
-    line = f"cannot upload to {repo} ({type(error).__name__}: {lines[0][:120]}); "
-    # Without a connection there is no response, and then a new token would not help.
-    response = getattr(error, "response", None)
-    if response is not None and response.status_code in (401, 403):
-        return line + (
-            "log in with `hf auth login`, or set HF_TOKEN to a token that may write there"
-        )
+    first = str(error).partition("\n")[0][:120]
     words = ["--adapter", directory, "--repo", repo]
     if private:
         words.append("--private")  # otherwise the next attempt would publish it
-    command = commands.command("scripts.push", *words)
-    return line + f"{directory} is unchanged, try again with: {command}"
+    return (
+        f"cannot upload to {repo} ({type(error).__name__}: {first}); {directory} is unchanged. "
+        "Log in with `hf auth login`, if that is missing, and run: "
+        f"{commands.command('scripts/push.py', *words)}"
+    )

@@ -456,11 +456,11 @@ def test_a_bad_line_is_named_once_those_before_it_are_answered(monkeypatch, caps
     "arguments, message",
     [
         (("--split", "validation"), "has no split 'validation'"),
-        (("--compare", "nowhere"), "nowhere/predictions_validation_matched.jsonl does not exist"),
+        (("--compare", "none"), "file or directory: 'none/predictions_validation_matched.jsonl'"),
         (("--dataset", "-", "--limit", 3), "--limit is for a dataset"),
         (("--premise", "A."), "--premise and --hypothesis go together"),
-        (("--out", "README.md"), "--out README.md is a file: pass a folder"),
-        (("--out", "README.md/x"), "cannot make the folder README.md/x: Not a directory"),
+        (("--out", "README.md"), f"[Errno 17] File exists: '{ROOT / 'README.md'}'"),
+        (("--out", "README.md/x"), f"[Errno 20] Not a directory: '{ROOT / 'README.md/x'}'"),
     ],
 )
 def test_what_is_wrong_is_said_before_a_model_is_loaded(monkeypatch, capsys, arguments, message):

@@ -143,13 +143,6 @@ def test_the_table_of_readme_is_what_is_planned(count):
         assert rows == 64 or count(2 * rows, *flags) > room
 
 
-@pytest.mark.parametrize("capability, gigabytes", CARDS)
-def test_the_dtype_is_one_that_the_card_computes(monkeypatch, capability, gigabytes):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    assert machine.fast_dtype("cuda") == CARDS[capability, gigabytes][0]
-
-
 @pytest.mark.parametrize(
     "flags",
     [["--keep-dequantized"], ["--quant", "none"]],

@@ -201,17 +201,6 @@ def test_no_numbers_that_are_not_finite_are_loaded(tiny, adapter, tmp_path):
         load_adapter(ours(tiny, torch.float32), copy)
 
 
-@given(st.binary(max_size=60) | ODD.map(lambda value: json.dumps(value).encode()))
-@hostile
-def test_bytes_that_are_no_json_object_are_one_error(tmp_path, content):
-    path = tmp_path / "config.json"
-    path.write_bytes(content)
-    try:
-        assert isinstance(files.read_json(path), dict)
-    except ONE_LINE as error:
-        assert str(path) in str(error)
-
-
 # -----------------------------------------------------------------------------
 # Rows
 

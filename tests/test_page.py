@@ -203,7 +203,7 @@ def test_a_picture_that_cannot_be_written_is_one_line_and_the_page_is_there(copy
         in_process(report, copy)
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: the pictures: cannot write {copy / 'loss.png'}: ")
+    assert line.startswith(f"error: the pictures: cannot write into {copy}: ")
     shown = Page((copy / "report.html").read_text())
     assert shown.tags.count("img") == 1, "loss.svg is written before"
 
@@ -255,7 +255,7 @@ def test_what_a_model_or_a_dataset_wrote_is_text_on_the_page(copy):
     "name, content, message",
     [
         ("predictions_validation_matched.jsonl", '{"idx": 0}\n', "line 1: not a prediction"),
-        ("predictions_validation_matched.jsonl", None, "does not exist"),
+        ("predictions_validation_matched.jsonl", None, "No such file or directory"),
         ("metrics.jsonl", None, "No such file"),
         ("args.json", "[]", "holds no JSON object"),
         ("args.json", None, "has no args.json"),
@@ -343,7 +343,7 @@ def test_what_fails_again_and_again_is_said_once_and_forgotten_when_it_succeeds(
         log.write_page()
     assert log.extras.failed == ["report.html"]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: report.html: cannot write ")
+    assert line.startswith("error: report.html: cannot write into ")
     (copy / "report.html").rmdir()
     log.write_page()
     assert log.extras.failed == []

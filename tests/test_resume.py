@@ -483,7 +483,7 @@ def test_kills_at_random_moments_lose_no_more_than_the_steps_since_the_last_save
             break
         assert process.returncode == -signal.SIGKILL, errors
     # A kill in the middle of a write is rare. This is what it leaves.
-    (out / f".args.json.1{files.UNFINISHED}").write_text("{")
+    (out / f".1{files.UNFINISHED}").mkdir()
     for _ in range(2):  # the second time nothing is left to do but the evaluation
         in_process(train, "--resume", out, "--save-every", 5)
         assert_same(out, whole)
@@ -565,7 +565,7 @@ def test_predictions_that_cannot_be_written_do_not_lose_the_results(copy, whole,
         in_process(train, "--resume", copy)
     assert stopped.value.code == 1
     output = capsys.readouterr()
-    assert f"error: the predictions: cannot write {path}: Is a directory" in output.err
+    assert f"error: the predictions: cannot write into {path.parent}: Is a directory" in output.err
     assert f"to write all of them again: python train.py --resume {copy}" in output.out
     expected = read_json(whole / "results.json")
     assert read_json(copy / "results.json")["finetuned"] == expected["finetuned"]
