@@ -26,16 +26,17 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-# The prompt of the notebooks that this project follows, including their two double spaces:
-# without them the token ids would differ.
+# The prompt of the notebooks that this project follows, including their two double
+# spaces: without them the token ids would differ.
 PROMPT = (
     "You are given a premise and a hypothesis below. If the premise entails the  hypothesis, "
     "return 0. If the premise contradicts the hypothesis, return 2.  Otherwise, if the premise "
     "does neither, return 1.\n\n"
     "### Premise: {premise}\n\n### Hypothesis: {hypothesis}\n\n### Label:"
 )
-# What all prompts begin with, "You are given ... ### Premise:", and what follows the premise.
-# The space between belongs to the premise: in this tokenizer a token includes the space before.
+# What all prompts begin with, "You are given ... ### Premise:", and what follows the
+# premise. The space between belongs to the premise: in this tokenizer a token includes
+# the space before.
 PREFIX, AFTER_PREMISE = PROMPT.split(" {premise}")
 EOS = "<|endoftext|>"
 # A number in a completion: 1 or 1.5 or 1,000.
@@ -120,8 +121,9 @@ def encode_batch(
         answer = [label_ids[example["label"]], eos]
         if max_length is not None and len(prefix) + len(ids) + len(answer) > max_length:
             ids = cut(example, tokenizer, max_length - len(prefix) - len(answer))
-        # Ids are joined, not texts: in a joined text the tokenizer could merge the end of one
-        # part with the start of the next.
+        # Ids are joined, not texts: in a joined text the tokenizer could merge the end
+        # of the prompt with the answer. (The prefix can be cut off a prompt: a test
+        # shows that its ids and those of the rest are the ids of the whole.)
         encoded.append((prefix + ids, answer))
     return encoded
 
@@ -177,8 +179,8 @@ def rows_of_steps(examples, size: int, seed: int, start: int = 0) -> Iterator[li
     resume at any step. The last step of an epoch has the examples that are left. Each
     example gets a key "row", its index in `examples`.
 
-    Within a step the shortest examples come first, so that those of one batch have similar
-    lengths: inside attention the rows of a batch may be padded to one length.
+    Within a step the shortest examples come first, so that each of its batches (or the parts
+    of one, within the attention of PackedRows) has rows of similar length, and little padding.
     """
     steps_in_epoch = -(-len(examples) // size)  # rounded up
     order_epoch = None  # the epoch that `order` belongs to
@@ -219,7 +221,8 @@ def by_premise(examples, prompts: list[list[int]]) -> list[list[int]]:
 class Batch:
     """Some examples in the form that the model takes: one row after another, without padding.
 
-    A row is an example's prompt and label. Its end of text is predicted, but is not an input.
+    A row is an example's prompt, without the shared prefix, and its label. Its end of text
+    is predicted, but is not an input.
 
     For a loss on the answer only, a prefix of two ids, and two rows:
 
@@ -320,7 +323,8 @@ def count_cut(
     """Returns how many of these examples were shortened to fit `max_length` in `encoded`."""
     count = 0
     for example, (prompt, answer) in zip(examples, encoded):
-        # A row that was cut has exactly max_length tokens, so few rows are tokenised again.
+        # A row that was cut has exactly max_length tokens, so few rows are
+        # tokenised again.
         if len(prompt) + len(answer) == max_length:
             whole, _ = encode(example, tokenizer)
             if len(whole) > len(prompt):

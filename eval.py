@@ -2,7 +2,7 @@
 
 Fifth in the reading order. Mode "generate" lets the model write a completion, greedily,
 and reads the first number in it; a completion without a number counts as wrong. Mode
-"score" compares the probabilities of the three answers after "### Label:", in one
+"score" compares the probabilities of the three labels after "### Label:", in one
 forward pass. It shows what a model knows even if it would not write it.
 
     python eval.py --adapter out/demo                                       # every validation split
@@ -54,14 +54,14 @@ from support.labels import LABELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# On a GPU each of these runs as one kernel from here on, with the same bits: every step within it
-# rounds as it would on its own.
+# On a GPU each of these runs as one kernel from here on, in training too, with the same
+# bits forward and backward: every step within it rounds as it would on its own.
 phi2.rotate = fused(phi2.rotate)
 phi2.add_branches = fused(phi2.add_branches)
 
 
 # -----------------------------------------------------------------------------
-# Answers
+# Predictions for prompts
 
 
 @torch.no_grad()
@@ -86,8 +86,8 @@ def generate(
     outputs than the tokenizer has ids: ids from `num_known_ids` on are never chosen.
     """
     device = model.lm_head.weight.device
-    # 1. Run all prompts at once, with room for completions. The output head runs only on each
-    #    prompt's last token.
+    # 1. Run all prompts at once. Because there is room for completions, the layout stores keys and
+    #    values. The output head runs only on each prompt's last token.
     ids, layout = pack_prompts(prompts, prefix, device, room=max_new_tokens)
     hidden = model.model(ids, layout, last=1)
 
@@ -162,9 +162,10 @@ def pack_prompts(
     `room` is the number of tokens that may be added to each prompt.
     """
     rows = [prompt[len(prefix) :] for prompt in prompts]
-    # Equal beginnings are folded into one. For the rows 5 6 7 and 5 6 8, own_ids is 5 6 7 8 and
-    # token_of is 0 1 2 0 1 3, the indices of the rows' tokens in own_ids. (The last token of two
-    # equal rows is one token; its hidden state is returned for both.)
+    # Equal beginnings are folded into one. For the rows 5 6 7 and 5 6 8,
+    #   own_ids   is 5 6 7 8,
+    #   token_of  is 0 1 2 0 1 3, the indices of the rows' tokens in own_ids.
+    # (The last token of two equal rows is one token; its hidden state is returned for both.)
     own_ids, token_of = packing.fold(rows)
     lengths = [len(row) for row in rows]
     ids = torch.tensor(prefix + own_ids).to(device, non_blocking=True)
@@ -182,8 +183,9 @@ def label_scores(
     weight = head.weight
     if isinstance(head, quant.NF4Linear):  # from a checkpoint whose output head is in NF4
         weight = head.dequantize()
-    # Three rows of the output head, in fp32. In bf16 a logit has two to three digits: the two
-    # best would often be equal, and the smaller label would win because it comes first.
+    # Three rows of the output head, in fp32. In bf16 a logit has two to three digits:
+    # the two best would often be equal, and the smaller label would win because it
+    # comes first.
     logits = hidden.float() @ weight[label_ids].float().T + head.bias[label_ids].float()
     scores = logits.softmax(dim=-1).tolist()
     if not all(math.isfinite(score) for row in scores for score in row):
@@ -226,10 +228,11 @@ def evaluate(
 ) -> tuple[dict, list[dict]]:
     """Returns the statistics of a split's pairs, and the prediction for each pair, in order.
 
-    Dropout is off during the evaluation. With several processes, each of which has the
-    whole model, each one takes a part of the pairs, and all of them return all predictions.
-    A prediction depends only on its prompt, apart from rounding: another batch size changes
-    scores in their last digits, and in bf16 two scores that are nearly equal may swap.
+    `pairs` are support/rows.py's: pairs[0] is an example, pairs["premise"] a column. Dropout
+    is off during the evaluation. With several processes, each of which has the whole model,
+    each one takes a part of the pairs, and all of them return all predictions. A prediction
+    depends only on its prompt, apart from rounding: another batch size changes scores in
+    their last digits, and in bf16 two scores that are nearly equal may swap.
     """
     was_training = model.training
     model.eval()
@@ -237,7 +240,8 @@ def evaluate(
     # The model reads only the prompts.
     prompts = [prompt for prompt, _ in encoded]
     groups = data.by_premise(pairs, prompts)
-    # Each process takes every COUNT-th group, so all pairs of a premise are in one process.
+    # Each process takes every COUNT-th group, so all pairs of a premise are in
+    # one process.
     mine = list(itertools.chain.from_iterable(groups[processes.NUMBER :: processes.COUNT]))
 
     found = []  # (index of the pair, its prediction), in the order of the batches
@@ -326,8 +330,8 @@ def has_room_to_keep(model: phi2.Phi2, free: int) -> bool:
     machine.free_memory returns 0 for a CPU. Without NF4 there is nothing to dequantise, and
     the result is True.
     """
-    # With the default flags, phi-2's dequantised weights (5 GB) and the training take 16 GB, three
-    # times as much as the weights alone (README.md). Four times leaves a margin.
+    # With the default flags phi-2 takes 16 GB in training, three times as much as its
+    # dequantised weights alone, 5 GB (README.md). Four times leaves a margin.
     return free >= 4 * quant.dequantized_size(model)
 
 
@@ -335,8 +339,8 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
     """Chooses less time (`keep`) or less memory.
 
     With `keep` the dequantised weights of NF4 layers are stored. Without it W is dequantised
-    each time it is used, and a GPU recomputes attention in the backward pass instead of
-    storing it, over a base of any kind.
+    each time it is used, and over a base of any kind a GPU recomputes attention in the
+    backward pass, instead of storing the padded copies of q, k and v.
     """
     if keep:
         quant.keep_dequantized(model)
@@ -347,7 +351,10 @@ def choose_what_is_stored(model: phi2.Phi2, keep: bool, device: str | torch.devi
 def fingerprint_of(
     args: argparse.Namespace, directory: Path, tokenizer: Tokenizer
 ) -> dict[str, str]:
-    """Returns what an adapter depends on: digests of base, tokenizer and prompt; and --quant."""
+    """Returns what an adapter depends on: digests of base, tokenizer and prompt; and --quant.
+
+    --dtype is not among it, because it only changes how numbers are rounded.
+    """
     # Double quantisation rounds absmax, so the dequantised weights differ.
     quantization = args.quant
     if args.quant == "nf4" and args.double_quant:
@@ -386,6 +393,7 @@ def load(
     model.uses_graphs = args.graphs
     if args.adapter:
         if not args.force:
+            # An adapter of another program has no fingerprint, and passes.
             fingerprint.check(args.adapter, fingerprint_of(args, directory, tokenizer))
         config = peft_files.read_config(args.adapter, lora.LoRAConfig)
         lora.load_adapter(model, args.adapter, config)
@@ -426,7 +434,8 @@ def predict_pairs(
     model: phi2.Phi2, tokenizer: Tokenizer, pairs: list[dict], settings: Settings
 ) -> list[dict]:
     """Returns the predictions for pairs without labels, with a key "cut" if a pair was cut."""
-    # Any label will do: it only affects the ids of the correct answer, which are not used here.
+    # Any label will do: it only affects the ids of the correct answer, which are
+    # not used here.
     labelled = [pair | {"label": 0} for pair in pairs]
     encoded = data.encode_batch(labelled, tokenizer, settings.max_length)
     predictions = predict(model, tokenizer, [prompt for prompt, _ in encoded], settings)
@@ -456,6 +465,10 @@ def evaluate_splits(args: argparse.Namespace, device: torch.device) -> None:
     # The names that train.py uses, so that one table can show both.
     stage = "finetuned" if args.adapter else "baseline"
     results = {
+        "model": args.model,
+        "adapter": str(args.adapter) if args.adapter else None,
+        "quant": args.quant,
+        "dtype": args.dtype,
         "protocol": settings.record(),
         "dataset": args.dataset,
         "dataset_revision": examples.hub_commit(args.dataset, args.dataset_revision),

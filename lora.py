@@ -89,16 +89,18 @@ class LoRALinear(nn.Module):
         self.rank = rank
         self.scale = alpha / rank
         self.lora_dropout = nn.Dropout(dropout)
-        # Created on the CPU in fp32, wherever the base is, so a seed gives the same A everywhere.
+        # Created on the CPU in fp32, wherever the base is, so a seed gives the same
+        # A everywhere.
         self.lora_A = nn.Linear(
             base_layer.in_features, rank, bias=False, device="cpu", dtype=torch.float32
         )
         self.lora_B = nn.Linear(
             rank, base_layer.out_features, bias=False, device="cpu", dtype=torch.float32
         )
-        # With a = sqrt(5), A is uniform within +- 1 / sqrt(in). (The paper draws from a normal
-        # distribution.) nn.Linear has drawn A before. PEFT draws it twice too, and in this
-        # order, so a seed gives PEFT's A.
+        # With a = sqrt(5), A is uniform within +- 1 / sqrt(in). (The paper draws from a
+        # normal distribution.) The two nn.Linear have drawn an A and a B before, which
+        # are replaced here. PEFT does the same, so a seed gives PEFT's A (which PEFT
+        # rounds to 16 bits over a 16-bit base).
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
 
@@ -111,8 +113,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         a = self.lora_A.weight.to(x.dtype)
         b = self.lora_B.weight.to(x.dtype)
-        # Two thin products, with only `rank` numbers per token between them, where scaling is
-        # cheapest. B A itself is never formed: it would be as large as W.
+        # Two thin products, with only `rank` numbers per token between them, where
+        # scaling is cheapest. B A itself is never formed: it would be as large as W.
         down = self.lora_dropout(x) @ a.T  # (..., rank)
         return self.base_layer(x) + (self.scale * down) @ b.T
 
@@ -223,8 +225,8 @@ def match_targets(
             f"no linear layer that takes an adapter {how}matches {missing}; there are "
             f"{', '.join(names) or 'none'}; 'all-linear' means them all"
         )
-    # In module order, as in PEFT. Adapters are initialised one after another, so the order
-    # decides which random numbers each of them gets from a seed.
+    # In module order, as in PEFT. Adapters are initialised one after another, so the
+    # order decides which random numbers each of them gets from a seed.
     return [path for path in linears if path in chosen]
 
 
@@ -256,9 +258,11 @@ def linear_paths(model: nn.Module) -> list[str]:
         has_sizes = hasattr(module, "in_features") and hasattr(module, "out_features")
         # A container of layers may have these sizes too, but it has no weight.
         is_linear = has_sizes and isinstance(getattr(module, "weight", None), Tensor)
-        # The output head is left out: PEFT would save its whole weight beside the adapter.
+        # The output head is left out: PEFT would save its whole weight beside
+        # the adapter.
         is_head = module is head or path.rpartition(".")[2] == "lm_head"
-        # The out_proj of nn.MultiheadAttention is not called, so PEFT's adapter has no effect.
+        # The out_proj of nn.MultiheadAttention is not called, so PEFT's adapter
+        # has no effect.
         is_called = not isinstance(module, NonDynamicallyQuantizableLinear)
         if path and is_linear and is_called and not is_head:  # "" is the model itself
             paths.append(path)
@@ -305,7 +309,8 @@ def merge(model: nn.Module) -> None:
 def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
     """Raises ValueError if the model would compute something else once this layer is merged."""
     base = layer.base_layer
-    # weight_norm and prune recompute W in each forward pass. The state_dict has other tensors.
+    # weight_norm and prune recompute W in each forward pass. The state_dict has
+    # other tensors.
     if not is_plain(base) or "weight" not in base.state_dict():
         raise ValueError(
             f"{path}: cannot merge into {type(base).__name__}, which does not store W itself: "
@@ -315,8 +320,8 @@ def check_merge(model: nn.Module, path: str, layer: LoRALinear) -> None:
         raise ValueError(
             f"{path}: cannot merge, W + scale B A is not finite in {base.weight.dtype}"
         )
-    # Another layer that shares this W would change too. (If the model holds a module under
-    # two names, its layers have two names each; that is still one layer.)
+    # Another layer that shares this W would change too. (If the model holds a module
+    # under two names, its layers have two names each; that is still one layer.)
     for name, weight in model.named_parameters(remove_duplicate=False):
         owner = name.removesuffix(".base_layer.weight")
         is_this = owner != name and model.get_submodule(owner) is layer
@@ -377,7 +382,8 @@ def save_adapter(
     rank or alpha than `config`. The targets and the dropout are written without such a check.
     """
     scale = config.alpha / config.rank
-    # PEFT computes the scale from the file, so a wrong alpha there would change the adapter.
+    # PEFT computes the scale from the file, so a wrong alpha there would change
+    # the adapter.
     for path, layer in model.named_modules():
         if isinstance(layer, LoRALinear) and (layer.rank, layer.scale) != (config.rank, scale):
             raise ValueError(
@@ -419,7 +425,8 @@ def load_adapter(
         config = read_config(directory)
     file = Path(directory) / "adapter_model.safetensors"
     tensors = load_file(file)
-    # As in PEFT, some targets may match nothing. But check_tensors needs every tensor to fit.
+    # As in PEFT, some targets may match nothing. But check_tensors needs every
+    # tensor to fit.
     inject(model, config, every_target_must_match=False)
     parameters = {PEFT_PREFIX + name: value for name, value in lora_parameters(model).items()}
     check_tensors(tensors, parameters, file)

@@ -9,8 +9,9 @@ and checkpoints from 2023, whose keys have other names.
 A transformer processes each token independently; only in attention do tokens see each
 other. So the model runs on a flat sequence of N tokens, with C = hidden_size numbers
 each. One object, a `Layout`, holds the positions of the tokens and defines what each
-token sees. `MaskedRows` is a simple, complete layout. Training and evaluation use the
-layouts of support/packing.py, which give the same results faster.
+token sees. `MaskedRows` is a simple layout, with which the whole model can be run and
+trained. Training and evaluation use the layouts of support/packing.py, which give the same
+results faster, and store keys and values for generation.
 
     model = phi2.build("microsoft/phi-2")               # or a directory; empty, on the meta device
     phi2.load_weights(model, "microsoft/phi-2", "cuda", torch.bfloat16)
@@ -72,8 +73,8 @@ def rotary_tables(
     R is the number of rotated dimensions in each head. The angles are computed in fp32.
     """
     rotary_dim = config.rotary_dim()
-    # The first pair of dimensions rotates by one radian per position, the last of phi-2's 16
-    # pairs by 10000^(-30/32), which is 1/5623.
+    # The first pair of dimensions rotates by one radian per position, the last of
+    # phi-2's 16 pairs by 10000^(-30/32), which is 1/5623.
     exponents = torch.arange(0, rotary_dim, 2, device=positions.device).float() / rotary_dim
     angles = positions[:, None, None].float() * config.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -105,11 +106,12 @@ class Layout(Protocol):
     def only_last(self, count: int) -> "Layout":
         """Returns a layout of the same rows; only the last `count` tokens of each have a query.
 
-        Every row must have that many tokens. A token that rows share has a query for each.
+        Every row must have that many tokens. A token that rows share has a query for each of
+        them. Keys and values that the new layout stores are those of this one too.
         """
 
     def select_queries(self, x: Tensor) -> Tensor:
-        """Returns the part (queries, ...) of x (N, ...) whose tokens have a query."""
+        """Returns the entries (queries, ...) of x (N, ...), one for each query."""
 
     def attend(self, block_index: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Returns attention, softmax(q k^T / sqrt(D)) v over the keys that each query sees.
@@ -133,8 +135,9 @@ class MaskedRows:
         b0      x  x        x
 
     So the prefix, the instruction that all prompts begin with, goes through the model
-    once. With many rows most of the mask is empty; PackedRows in support/packing.py
-    computes the same result, up to rounding, with hardly any of the empty part.
+    once. With many rows most of the mask is empty. PackedRows in support/packing.py gives
+    the same result up to rounding: within attention, and only there, it places the rows side
+    by side, padded to one length, each behind the keys and values of the prefix.
     """
 
     def __init__(
@@ -194,8 +197,8 @@ class Attention(nn.Module):
         k = self.split_heads(self.k_proj(h))
         v = self.split_heads(self.v_proj(h))
 
-        # q and k are rotated according to their positions. Their dot product then depends on the
-        # positions only through their distance.
+        # q and k are rotated according to their positions. Their dot product then
+        # depends on the positions only through their distance.
         q = rotate(q, layout.select_queries(cos), layout.select_queries(sin))
         k = rotate(k, cos, sin)
 
@@ -246,8 +249,9 @@ class PhiModel(nn.Module):
     def __init__(self, config: Phi2Config):
         super().__init__()
         self.config = config
-        # What the backward pass recomputes, so that the forward pass need not store it: whole
-        # transformer blocks (done here), or only attention (done in train.batch_loss's layout).
+        # What the backward pass recomputes, with the same dropout, so that the forward
+        # pass need not store it: whole transformer blocks (done here), or only
+        # Layout.attend (done by the layout of train.batch_loss).
         self.recomputes_blocks = False
         self.recomputes_attention = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -269,7 +273,8 @@ class PhiModel(nn.Module):
             if last is not None and block is self.layers[-1]:
                 layout = layout.only_last(last)
             if self.recomputes_blocks and torch.is_grad_enabled():
-                # use_reentrant=True would lose gradients: the first x is from a frozen embedding.
+                # use_reentrant=True would lose gradients: the first x is from a
+                # frozen embedding.
                 x = recompute(block, x, cos, sin, layout, use_reentrant=False)
             else:
                 x = block(x, cos, sin, layout)
@@ -397,8 +402,8 @@ def check_keys(directory: Path, found: Set[str], expected: Set[str]) -> None:
             text += "; files from 2023 have other names: download the current ones from the Hub"
         raise ValueError(text)
     for key in found:
-        # An NF4 weight comes with more tensors, such as q_proj.weight.absmax. Some uploads
-        # also store rotary tables, which this file computes itself.
+        # An NF4 weight comes with more tensors, such as q_proj.weight.absmax. Some
+        # uploads also store rotary tables, which this file computes itself.
         path, separator, _ = key.partition(".weight.")
         is_of_nf4 = separator and f"{path}.weight" in expected
         if key not in expected and not is_of_nf4 and not key.endswith("inv_freq"):
@@ -425,7 +430,8 @@ def read_layer(
         if not tensor.is_floating_point():
             raise ValueError(f"{name} holds {tensor.dtype}, not floating-point numbers")
         tensors[name] = tensor.to(dtype)  # after the move, so that a GPU converts
-        # NaN if any number is NaN. Unlike isfinite() on all numbers, this allocates no memory.
+        # NaN if any number is NaN. Unlike isfinite() on all numbers, this
+        # allocates no memory.
         low, high = tensors[name].aminmax()
         if not (low.isfinite() & high.isfinite()):
             raise ValueError(f"{name} holds numbers that are not finite in {dtype}")
@@ -454,8 +460,8 @@ def not_quantized(directory: Path) -> tuple[str, ...]:
     not in NF4 there.
     """
     keys = find_tensors(directory)
-    # Decided from the tensors, because the config.json of a dequantised model may still say
-    # that the model is in NF4.
+    # Decided from the tensors, because the config.json of a dequantised model may still
+    # say that the model is in NF4.
     if not any(key.endswith(".weight.absmax") for key in keys):
         return ("lm_head",)
     weights = [key for key in keys if key.endswith(".weight") and f"{key}.absmax" not in keys]

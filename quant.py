@@ -62,7 +62,8 @@ NESTED_BLOCK = 256  # absmax values that share one nested_absmax, under double q
 def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantises a weight of any shape whose number of values, numel, is a multiple of 64.
 
-    Returns the packed indices (numel / 2, 1) uint8 and absmax (numel / 64,) fp32.
+    Returns the packed indices (numel / 2, 1) uint8, in the shape that bitsandbytes uses, and
+    absmax (numel / 64,) fp32.
     """
     blocks = weight.float().reshape(-1, BLOCK)
     absmax = blocks.abs().amax(dim=1)
@@ -106,8 +107,8 @@ class NF4Linear(nn.Module):
         weight: (numel / 2, 1) uint8, two indices per byte.
         absmax: (numel / 64,) fp32.
     With `double_quant`, absmax is quantised too, after its mean (offset) is subtracted: to
-    256 levels (`nested_levels`) and in blocks of 256. The buffer then holds indices, and the
-    value of absmax is levels[index] * nested_absmax[block] + offset.
+    256 levels (`nested_levels`) and in blocks of 256, in the same way as a weight. The buffer
+    then holds indices, and the value of absmax is levels[index] * nested_absmax[block] + offset.
         absmax: (numel / 64,) uint8, indices.
         nested_absmax: (numel / 64 / 256,) fp32.
         offset: () fp32.
@@ -127,8 +128,8 @@ class NF4Linear(nn.Module):
         self.out_features = out_features
         self.double_quant = double_quant
         self.dtype = torch.get_default_dtype()  # of the dequantised weight
-        # The dequantised weight, if keep_dequantized has stored it. Not persistent, so that
-        # the state_dict contains the weight only once.
+        # The dequantised weight, if keep_dequantized has stored it. Not persistent, so
+        # that the state_dict contains the weight only once.
         self.register_buffer("kept", None, persistent=False)
 
         numel = in_features * out_features
@@ -156,14 +157,16 @@ class NF4Linear(nn.Module):
         absmax = self.absmax
         if self.double_quant:
             levels = nested_levels(absmax.device)
-            # levels[index] * nested_absmax[block]; from_bitsandbytes spells this out in torch
+            # levels[index] * nested_absmax[block], as from_bitsandbytes computes it
+            # in plain torch
             absmax = kernels().dequantize_blockwise(
                 absmax, self.nested_absmax, levels, NESTED_BLOCK, torch.float32
             )
             absmax = absmax + self.offset
         shape = (self.out_features, self.in_features)
-        # On a CPU bitsandbytes starts a new block with each row, which is only right if a row
-        # is a whole number of blocks. Otherwise the weight is passed as one long row.
+        # On a CPU bitsandbytes starts a new block with each row, which is only
+        # right if a row is a whole number of blocks. Otherwise the weight is passed
+        # as one long row.
         numel = self.out_features * self.in_features
         shape_for_kernel = shape if self.in_features % BLOCK == 0 else (numel,)
         weight = kernels().dequantize_4bit(
@@ -209,9 +212,9 @@ class NF4Linear(nn.Module):
         packed, absmax = quantize_by_kernel(weight)
         if not self.double_quant:
             return {"weight": packed, "absmax": absmax}
-        # Half of the nested levels are negative, but absmax never is. Subtracting the mean
-        # gives it both signs: for 0.2, 0.3 and 0.7 the offset is 0.4, and the values to
-        # quantise are -0.2, -0.1 and 0.3.
+        # Half of the nested levels are negative, but absmax never is. Subtracting the
+        # mean gives it both signs: for 0.2, 0.3 and 0.7 the offset is 0.4, and the
+        # values to quantise are -0.2, -0.1 and 0.3.
         offset = absmax.mean()
         levels = nested_levels(absmax.device)
         indices, nested_absmax = kernels().quantize_blockwise(
@@ -336,7 +339,8 @@ def replace(
 @functools.cache
 def kernels():
     """Returns bitsandbytes' operators. The first call imports them, which takes seconds."""
-    # On each import bitsandbytes would warn about an optional kernel that is not installed.
+    # On each import bitsandbytes would warn about an optional kernel that is
+    # not installed.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes  # noqa: F401  (registers the operators)
 
@@ -368,10 +372,10 @@ def from_bitsandbytes(weight: Tensor, parts: dict[str, Tensor]) -> tuple[Tensor,
         raise ValueError(f"its NF4 has blocks of {state['blocksize']} values, not of {BLOCK}")
     absmax = parts["absmax"]
     if "nested_offset" in state:  # double quantisation: absmax holds 8-bit indices
-        levels = parts["nested_quant_map"][absmax.long()]
+        level_of_each = parts["nested_quant_map"][absmax.long()]
         nested_absmax = parts["nested_absmax"].float()
-        of_each = nested_absmax.repeat_interleave(state["nested_blocksize"])[: len(levels)]
-        absmax = levels * of_each + state["nested_offset"]
+        of_each = nested_absmax.repeat_interleave(state["nested_blocksize"])[: len(absmax)]
+        absmax = level_of_each * of_each + state["nested_offset"]
     if not absmax.isfinite().all():
         raise ValueError("its absmax holds numbers that are not finite")
     # Some uploads store the packed indices as another dtype, with the same bits.

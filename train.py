@@ -96,8 +96,9 @@ def training_step(
         part = batch_loss(model, batch) / num_predicted
         scaler.scale(part).backward()  # adds to the gradients of the previous batches
         loss += part.detach()
-    # Summed over all processes; one without a batch adds zeros. The sum is the gradient of
-    # the mean loss, because of the division by num_predicted.
+    # Summed over all processes; one without a batch adds zeros. The sum is the gradient
+    # of the mean loss, because of the division by num_predicted. All processes then
+    # take the same step, so their A and B stay equal.
     processes.add_gradients(parameters)
     scaler.unscale_(optimizer)  # after the sum, so that all processes see the same overflow
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
@@ -115,8 +116,9 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     output head runs only on the tokens that predict an id.
     """
     device = model.lm_head.weight.device
-    # phi2.MaskedRows(batch.lengths, batch.prefix_length, device) gives the same loss, more slowly.
-    # If whole transformer blocks are recomputed, that includes their attention.
+    # phi2.MaskedRows(batch.lengths, batch.prefix_length, device) gives the same
+    # loss, more slowly. If whole transformer blocks are recomputed, that includes
+    # their attention.
     recomputes = model.model.recomputes_attention and not model.model.recomputes_blocks
     layout = packing.PackedRows(
         batch.lengths, batch.prefix_length, device, recomputes=recomputes
@@ -124,7 +126,8 @@ def batch_loss(model: phi2.Phi2, batch: data.Batch) -> Tensor:
     ids = batch.ids.to(device, non_blocking=True)  # without waiting for a busy GPU
     next_ids = batch.next_ids.to(device, non_blocking=True)
     logits = model(ids, layout, batch.last)
-    # The softmax is in fp32: 8 significant bits (bf16) are too few to add 51,200 exponentials.
+    # The softmax is in fp32: 8 significant bits (bf16) are too few to add 51,200
+    # exponentials.
     return F.cross_entropy(logits.float(), next_ids, reduction="sum")
 
 
@@ -149,7 +152,7 @@ def schedule(step: int, steps: int, warmup: int | None) -> float:
 def main() -> None:
     args = cli.train_arguments()
     device = processes.start(args.device)
-    folder = args.out or Path("out") / cli.new_name(args)
+    folder = args.out or Path("out") / cli.new_name(args)  # with --resume, args.out is the run
     check = None if args.resume else cli.check_out
     # No other run may write there until this one ends.
     with claims.claimed(folder, check, is_new=args.out is None) as folder:
@@ -162,8 +165,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     # ---- Inputs: the tokenizer, the rows, and the save that a resume starts from -------------
     inputs = read_inputs(args)
     state = new_state(args, inputs)
-    # `saved` is None for a new run. For a resumed run take_up also copies the saved progress
-    # and baseline into `state`.
+    # `saved` is None for a new run. For a resumed run take_up also copies the saved
+    # progress and baseline into `state`.
     saved = resume.take_up(args.resume, state)
     steps = state.steps
     progress = state.progress
@@ -203,8 +206,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
     log.start_clock()
     bar = log.bar(range(progress.step, steps), total=steps)
     for step in bar:
-        # Evaluate the adapter so far, if that is due. This comes at the start of an iteration,
-        # after the save, so that a run killed during an evaluation repeats it when it resumes.
+        # Evaluate the adapter so far, if that is due. This comes at the start of an
+        # iteration, after the save, so that a run killed during an evaluation repeats
+        # it when it resumes.
         if is_evaluated(step, steps, args) and log.lacks_evaluation(step):
             log.stop_clock()
             results, _ = evaluate(args, model, inputs, log, f"step {step:6,}")
@@ -219,8 +223,9 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             loss, grad_norm = training_step(
                 model, optimizer, scaler, batches, feed.num_predicted, args.max_grad_norm
             )
-        # Meanwhile the next rows are prepared. Then the numbers of this step are read, and
-        # added to the sums for the next line of the log. From here on progress.step is step + 1.
+        # Meanwhile the next rows are prepared. Then the numbers of this step are read,
+        # and added to the sums for the next line of the log. From here on progress.step
+        # is step + 1.
         feed.prepare_next()
         numbers = feed.finish_step(step, loss, grad_norm, stop)
         progress.add(numbers)
@@ -229,7 +234,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
         is_last = progress.step == steps
         if log.is_due(progress.step) or is_last:
             log.write_training(progress, rate, numbers.grad_norm)
-        # Also save before an evaluation, which takes long: no step is lost if it is killed.
+        # Also save before an evaluation, which takes long: no step is lost if
+        # it is killed.
         evaluates_next = is_evaluated(progress.step, steps, args)
         is_due = progress.step % args.save_every == 0 or evaluates_next
         if is_due or is_last or numbers.stops:
@@ -238,8 +244,8 @@ def run(args: argparse.Namespace, device: torch.device) -> None:
             bar.close()
             log.say_stopped()
             return
-    # From here on Ctrl-C ends the run at once, and prints how to resume it. If Ctrl-C was pressed
-    # after the last step, release raises KeyboardInterrupt.
+    # From here on Ctrl-C ends the run at once, and prints how to resume it. If Ctrl-C
+    # was pressed after the last step, release raises KeyboardInterrupt.
     with log.resumable():
         stop.release()
 
@@ -286,10 +292,12 @@ class Inputs:
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """Returns what the arguments refer to, read from disk or from the Hub.
 
-    Fills in arguments that were left open: the commits on the Hub and the base's own dropout.
+    Fills in arguments that were left open: the commits on the Hub, the base's own dropout,
+    and one --dtype for all processes.
     Raises ValueError if things do not fit together, before the weights are loaded.
     """
-    # The default depends on the GPU, and GPUs may differ. More GPUs can compute in the later ones.
+    # The default depends on the GPU, and GPUs may differ. More GPUs can compute in
+    # the later ones.
     args.dtype = max(processes.gather(args.dtype), key=["bf16", "fp16", "fp32"].index)
     directory = checkpoints.find(args.model, phi2.read_config, revision=args.model_revision)
     args.model_revision = checkpoints.hub_commit(args.model, directory)
@@ -381,7 +389,8 @@ def add_adapters(
     """Adds adapters to the layers of --targets. Returns their parameters, and AdamW for them."""
     torch.manual_seed(args.seed)  # the first random numbers after this are A's, as in PEFT
     adapted = lora.inject(model, config)
-    # All processes have drawn the same A. From here on each process draws its own dropout.
+    # All processes have drawn the same A. From here on each process draws its
+    # own dropout.
     if not processes.IS_FIRST:
         torch.manual_seed(args.seed + processes.NUMBER)
     adapter = lora.lora_parameters(model)
@@ -404,10 +413,11 @@ def save(
     log: RunLog,
 ) -> None:
     """Writes the adapter, and everything that a resume needs."""
+    # Every process must take part in this, but only the first one writes.
     random = processes.gather(resume.random_state(log.device))
     if not processes.IS_FIRST:
         return
-    log.forget_results()
+    log.forget_results()  # of a finished run that is continued: they are about the last adapter
     log.state.scaler = scaler.state_dict()
     # All files of a save are written first, and only then moved into place.
     with files.replacing_files(args.out) as folder:
@@ -454,7 +464,7 @@ class Feed:
 
     So the next rows are tokenised and collated before the numbers are read. All numbers,
     and how many ids the next step predicts, are summed over the processes in one
-    message. Receiving it is the only wait in a step.
+    message. Receiving it is the only time in a step that Python waits for a GPU.
 
     current: the step that will be taken next, or was just taken.
     next: the step after it, once it is prepared.
@@ -473,8 +483,8 @@ class Feed:
         self.tokenizer = inputs.tokenizer
         self.scaler = scaler
         self.device = device
-        # The order of the rows is a function of seed and step, so a resumed run sees the same
-        # rows that it would have seen without a stop.
+        # The order of the rows is a function of seed and step, so a resumed run sees
+        # the same rows that it would have seen without a stop.
         first = state.progress.step
         steps = data.rows_of_steps(inputs.train, state.rows_per_step, args.seed, first)
         self.rows_of_steps = itertools.islice(steps, state.steps - first)
@@ -489,7 +499,8 @@ class Feed:
     def read_step(self) -> Step:
         """Returns the next step in order. After the last step of the run it has no rows."""
         rows = next(self.rows_of_steps, [])
-        # Each process takes every COUNT-th row. In the last step of an epoch it may get none.
+        # Each process takes every COUNT-th row. In the last step of an epoch it
+        # may get none.
         mine = rows[processes.NUMBER :: processes.COUNT]
         encoded = data.encode_batch(mine, self.tokenizer, self.args.max_length)
         cut = data.count_cut(mine, encoded, self.tokenizer, self.args.max_length)
@@ -608,7 +619,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     encoded = data.encode_batch(pairs, tokenizer, args.max_length)
-    # By length, because inside attention the rows of a batch may be padded to one length.
+    # By length, because PackedRows pads the rows of a batch within attention.
     encoded.sort(key=lambda ids: len(ids[0]))  # of the prompt
     batches = collated(encoded[processes.NUMBER :: processes.COUNT], tokenizer, args)
     device = model.lm_head.weight.device
