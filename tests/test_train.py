@@ -131,6 +131,7 @@ def test_eval_gives_the_accuracy_that_the_run_reported(run, tmp_path):
     reported = read_json(run / "results.json")
     again = read_json(tmp_path / "again" / "results.json")
     assert again["protocol"] == reported["protocol"]
+    assert (again["adapter"], again["quant"], again["dtype"]) == (str(run), "nf4", "bf16")
     for split in SPLITS:
         expected = reported["finetuned"][split]
         del expected["loss"]  # how long a training would go on is no question for eval.py
