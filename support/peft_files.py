@@ -8,8 +8,6 @@ give a different model from the trained one.
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from support import files
 
 REQUIRED = {"r", "lora_alpha", "target_modules"}
@@ -89,11 +87,8 @@ def check_ranks(path: Path, rank: int) -> None:
         raise ValueError(
             f"{path.parent} has no {path.name}; PEFT writes one with safe_serialization=True"
         )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or cut short ({error})") from None
+    with files.open_tensors(path) as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     for key, shape in shapes.items():
         # [:1], because in a damaged file A may be a single number, which has no first dimension.
         if ".lora_A." in key and shape[:1] != [rank]:
