@@ -278,7 +278,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 # -----------------------------------------------------------------------------
-# What torch, phi2.py and machine.py ask a GPU, besides operations
+# What torch, support/ and eval.py's fused functions ask a GPU, besides operations
 
 LOWER_RIGHT = "lower right"  # stands for the mask that packing.causal_lower_right makes
 
