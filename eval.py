@@ -426,7 +426,7 @@ def answer_lines(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def words_of(args: argparse.Namespace) -> list[str]:
-    """Returns the words for 0, 1 and 2 in the rows that the adapter was trained on, if known."""
+    """Returns the words for 0, 1 and 2 that --labels named in training, or else the usual ones."""
     return list(args.origin.words if args.origin else LABELS)
 
 

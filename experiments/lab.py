@@ -192,11 +192,11 @@ def load_rows(split: str, count: int) -> examples.Rows:
 
 def measure(model: phi2.Phi2, count: int) -> dict:
     """Returns accuracy and nll on the first `count` rows of the two validation splits."""
-    protocol = evaluation.Settings(mode="score")
+    settings = evaluation.Settings(mode="score")
     found = {}
     for split in ("matched", "mismatched"):
         pairs = load_rows(f"validation_{split}", count)
-        found[split], _ = evaluation.evaluate(model, tokenizer(), pairs, protocol)
+        found[split], _ = evaluation.evaluate(model, tokenizer(), pairs, settings)
     return {
         "accuracy": round(statistics.mean(part["accuracy"] for part in found.values()), 4),
         "nll": round(statistics.mean(part["nll"] for part in found.values()), 4),

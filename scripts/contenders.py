@@ -70,7 +70,7 @@ class Contender:
         self.prompts = [prompt for prompt, _ in rows["evaluation"]]
         self.dtype = evaluation.DTYPES[job.dtype]
         self.tokenizer = data.load_tokenizer(job.tokenizer)
-        self.prefix, self.answers, self.eos = data.fixed_ids(self.tokenizer)
+        self.prefix, self.label_ids, self.eos = data.fixed_ids(self.tokenizer)
         self.rows_at_once = None
         self.load()
         if self.parameters:
@@ -249,7 +249,7 @@ class Reference(Contender):
 
     @torch.inference_mode()
     def score_batch(self, prompts: list) -> list[list[float]]:
-        logits = self.logits(prompts, last=1)[:, 0, self.answers]
+        logits = self.logits(prompts, last=1)[:, 0, self.label_ids]
         return logits.float().softmax(dim=-1).tolist()
 
     @torch.inference_mode()

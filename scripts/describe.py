@@ -67,12 +67,12 @@ def token_lengths(rows: Rows, tokenizer, split: str):
     """Returns the number of tokens of prompt and answer for each row, (rows,).
 
     Each distinct text is tokenised once. MNLI has three hypotheses per premise, so this saves half
-    the work. The tokens of the two texts and of the titles, which all prompts share, are those of
+    the work. The tokens of the two texts and of the headings, which all prompts share, are those of
     the whole prompt. Only a text that ends in white space may merge with what follows it.
     """
     prefix, _, _ = data.fixed_ids(tokenizer)
-    title, end = data.heading_ids(tokenizer)
-    lengths = numpy.full(len(rows), len(prefix) + len(title) + len(end) + 2)  # 2: the answer
+    heading, end = data.heading_ids(tokenizer)
+    lengths = numpy.full(len(rows), len(prefix) + len(heading) + len(end) + 2)  # 2: the answer
     may_grow = numpy.zeros(len(rows), dtype=bool)
     columns = [
         rows.table[column].dictionary_encode().unify_dictionaries().combine_chunks()

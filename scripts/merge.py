@@ -195,12 +195,12 @@ def evaluate(
     model: phi2.Phi2,
     tokenizer: Tokenizer,
     splits: dict,
-    protocol: evaluation.Settings,
+    settings: evaluation.Settings,
     stage: str,
 ) -> dict[str, dict]:
     """Returns the statistics of each split."""
     return {
-        split: evaluation.evaluate(model, tokenizer, rows, protocol, f"{stage}, {split}")[0]
+        split: evaluation.evaluate(model, tokenizer, rows, settings, f"{stage}, {split}")[0]
         for split, rows in splits.items()
     }
 
@@ -238,10 +238,10 @@ def merge_run(args: argparse.Namespace, device: torch.device) -> None:
     weights = "dequantised from NF4" if args.quant == "nf4" else "as it is"
     print(f"W + B A, with W {weights}, stored in {stored_as}")
 
-    protocol = evaluation.Settings(max_length=args.max_length)
-    before = evaluate(model, tokenizer, splits, protocol, "adapter")
+    settings = evaluation.Settings(max_length=args.max_length)
+    before = evaluate(model, tokenizer, splits, settings, "adapter")
     layers = merge(model, evaluation.DTYPES[stored_as], args.requantize, args.double_quant)
-    after = evaluate(model, tokenizer, splits, protocol, "merged")
+    after = evaluate(model, tokenizer, splits, settings, "merged")
     cost = {
         "into": args.into or args.dtype,
         "requantized": args.requantize,

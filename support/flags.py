@@ -251,7 +251,7 @@ def add_output_arguments(parser: ArgumentParser) -> None:
     add("--push", metavar="OWNER/NAME", type=hub.repository,
         help="upload adapter, card and results to the Hub at the end")
     add("--wandb", action="store_true",
-        help="log to Weights & Biases, or to a local folder if not logged in")
+        help="log to Weights & Biases, or to a local folder without a login or a network")
 
 
 def add_eval_arguments(parser: ArgumentParser) -> None:

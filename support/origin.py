@@ -26,7 +26,7 @@ class Origin(NamedTuple):
     started_in: Path | None  # None for an adapter from PEFT
     digests: dict[str, str]  # of each split's rows; empty from PEFT and older versions
     settings: dict  # those of SETTINGS that were given for the training
-    words: list[str]  # the words in its rows for the labels 0, 1 and 2
+    words: list[str]  # for the labels 0, 1 and 2: those of --labels, or else the usual ones
 
     def reading(self, revision: str | None) -> Reading:
         """Returns how the run has read its rows."""

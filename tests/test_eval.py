@@ -303,7 +303,7 @@ def test_a_pair_is_answered_with_the_share_of_each_label(run, tiny, tokenizer, c
 def test_answers_are_in_the_words_of_the_rows_that_were_trained_on(
     run, tmp_path, monkeypatch, capsys
 ):
-    """As train.py finds them in the data, and escaped where a terminal would obey them."""
+    """As --labels names them there, and escaped where a terminal would obey them."""
     copy = shutil.copytree(run, tmp_path / "run")
     words = ["follows", "neither", "is against\x1b"]
     files.write_json(copy / "args.json", read_json(run / "args.json") | {"label_words": words})

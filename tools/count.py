@@ -278,7 +278,7 @@ def size_of(tensor: Tensor) -> int:
 
 
 # -----------------------------------------------------------------------------
-# What torch, phi2.py and machine.py ask a GPU, besides operations
+# What torch, support/ and eval.py's fused functions ask a GPU, besides operations
 
 LOWER_RIGHT = "lower right"  # stands for the mask that packing.causal_lower_right makes
 
@@ -393,13 +393,13 @@ class Subject:
 
     def write(self, rows: list, limit: int) -> None:
         """Generates `limit` tokens for each row, whatever they are."""
-        prefix, answers, _ = data.fixed_ids(self.tokenizer)
+        prefix, label_ids, _ = data.fixed_ids(self.tokenizer)
         num_known_ids = data.num_known_ids(self.tokenizer)
         model = self.model.eval()
         _, hidden = evaluation.generate(
             model, longest_first(rows), prefix, limit, num_known_ids, is_finished=lambda ids: False
         )
-        evaluation.label_scores(model, hidden, answers)
+        evaluation.label_scores(model, hidden, label_ids)
 
 
 def fill(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> None:
