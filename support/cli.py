@@ -163,8 +163,11 @@ def as_typed(action: argparse.Action, value):
 
     Raises ValueError or ArgumentTypeError, without the flag's name, if the value is invalid.
     """
-    # It was not given, or is a flag that is on or off.
-    if (value is None and action.default is None) or action.nargs == 0:
+    if value is None and action.default is None:  # it was not given
+        return None
+    if action.nargs == 0:  # a flag that is on or off
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
         return value
     if action.nargs:  # several values; --targets all-linear is saved as one
         items = value if isinstance(value, list) else [value]

@@ -531,6 +531,7 @@ def test_what_would_make_another_run_is_refused_with_the_difference(tmp_path, fl
         ("dropout", [0.5], "--dropout must be a number of at least 0, not [0.5]"),
         ("loss", "both", "--loss must be one of answer, full, not both"),
         ("dtype", "fp64", "--dtype must be one of bf16, fp16, fp32, not fp64"),
+        ("double_quant", "no", "--double-quant must be true or false, not 'no'"),
     ],
 )
 def test_a_damaged_argument_of_a_run_is_one_line(tmp_path, name, value, message):
