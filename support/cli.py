@@ -9,6 +9,7 @@ Neither --help nor a mistake has to wait for it.
 """
 
 import argparse
+import os
 import re
 import shlex
 import sys
@@ -486,9 +487,14 @@ def run(main: Callable[[], None]) -> None:
 
 
 def prepare_outputs() -> None:
-    """Makes standard output and standard error write UTF-8, line by line."""
+    """Makes standard output and standard error write UTF-8, line by line.
+
+    What is written to one that is closed, as by >&-, is discarded.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # not closed, and not a notebook's
+        if hasattr(stream, "reconfigure"):  # not a notebook's
             # UTF-8 whatever the locale is; JSON can hold what backslashreplace writes. By default
             # Python buffers files and pipes in blocks: a log would stay empty for minutes.
             stream.reconfigure(

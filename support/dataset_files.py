@@ -186,10 +186,13 @@ def table_columns(table: pyarrow.Table) -> dict[str, Column]:
     check_names(table.column_names)
     columns = dict(zip(table.column_names, table.columns))
     metadata = json.loads((table.schema.metadata or {}).get(b"huggingface", "{}"))
-    for column, feature in metadata.get("info", {}).get("features", {}).items():
-        is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
-        if is_label and column in columns:
-            columns[column] = named(columns[column], feature["names"])
+    try:
+        for column, feature in (metadata.get("info", {}).get("features") or {}).items():
+            is_label = isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
+            if is_label and column in columns:
+                columns[column] = named(columns[column], feature["names"])
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError("its huggingface metadata is not as `datasets` writes it") from None
     return columns
 
 

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_hostile import changed, hostile
+from tqdm import tqdm
 
 import train
 from support import cli, commands, origin, processes
@@ -879,6 +880,18 @@ def test_a_reader_that_goes_away_is_no_error():
     assert process.wait(timeout=600) == 1
     assert "roken pipe" not in errors
     assert "Traceback" not in errors
+
+
+def test_what_is_written_to_closed_outputs_is_discarded(monkeypatch, capsys):
+    """As 2>&- closes them: the progress bars need a stream, and print would take the other one."""
+    monkeypatch.setattr(sys, "stderr", None)
+    cli.prepare_outputs()
+    print("a notice", file=sys.stderr)
+    list(tqdm(range(2)))
+    monkeypatch.setattr(sys, "stdout", None)
+    cli.prepare_outputs()
+    print("an answer")
+    assert capsys.readouterr().out == ""
 
 
 def test_output_is_utf_8_whatever_the_locale_says(tmp_path):

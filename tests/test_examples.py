@@ -798,6 +798,16 @@ def test_dates_and_bytes_are_no_idx_and_no_genre(tmp_path):
         assert list(load_examples(str(tmp_path), "train")) == [ROW, ROW]
 
 
+@pytest.mark.parametrize(
+    "metadata", ["null", '{"info": {"features": {"label": {"_type": "ClassLabel"}}}}']
+)
+def test_metadata_that_do_not_give_the_names_of_labels_are_one_line(tmp_path, metadata):
+    table = arrow_columns().replace_schema_metadata({"huggingface": metadata})
+    pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="train.parquet: its huggingface metadata is not as"):
+        load_examples(str(tmp_path), "train")
+
+
 def test_two_columns_of_one_name_in_a_parquet_file_are_named(tmp_path):
     table = arrow_columns().append_column("label", [[2, 2]])
     pyarrow_parquet.write_table(table, tmp_path / "train.parquet")
