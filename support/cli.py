@@ -117,6 +117,8 @@ class Parser(argparse.ArgumentParser):
         words.whitespace_split = True
         words.escape = ""  # a backslash is a part of paths on Windows
         try:
+            if '\\"' in line:  # in a shell this would be a quote within a word
+                raise ValueError("no quote may follow a backslash, but '\"' is a quote")
             return list(words)
         except ValueError as error:
             raise ValueError(f"{error} in {line!r}") from None

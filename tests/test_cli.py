@@ -307,6 +307,7 @@ def test_flags_come_from_a_file(tmp_path):
     [
         (b"--seed=1\n--out=it's\n", """No closing quotation in "--out=it's";"""),
         (b"--columns 'a #b' c d\n", """No closing quotation in "--columns 'a #b' c d";"""),
+        (b'--premise "He said \\"hi\\""\n', "no quote may follow a backslash"),
         (b"--out=\xe9t\xe9\n", "'utf-8' codec can't decode byte 0xe9"),
         (b"@flags\n", "maximum recursion depth"),
     ],
